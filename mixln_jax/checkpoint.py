@@ -1,0 +1,158 @@
+"""How to save and restore: orbax folders `checkpoints/<step>/`, arrays checked by sums of their bits."""
+
+import contextlib
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mixln_jax import record, trees
+from mixln_jax.exits import CheckpointError, NumericsError
+
+
+class Checkpoints:
+    """The checkpoints of a work directory.
+
+    Each holds the train state and a JSON object: what the caller gives, versions, and of every leaf its type, shape and
+    checksum.
+    """
+
+    def __init__(self, folder, keep=3):
+        self._folder = pathlib.Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def latest(self):
+        """The newest step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step, state, extra):
+        """Starts to write a checkpoint; returns as soon as `state` may be donated.
+
+        Raises NumericsError, naming the leaf, for a value that is not finite: such a state is never saved.
+        """
+        leaves = describe(state)
+        for name, leaf in leaves.items():
+            if not leaf.pop('finite'):
+                raise NumericsError(
+                    f'step {step}: {name} is not finite; nothing was saved, the previous checkpoint stands'
+                )
+        about = extra | {'step': step, 'versions': record.versions(), 'leaves': leaves}
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        )
+
+    def wait(self):
+        """Returns when everything that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self):
+        """Waits, then ends the writing threads."""
+        self._manager.close()
+
+    def about(self, step):
+        """The JSON object of a checkpoint."""
+        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
+
+    def restore(self, like):
+        """The newest good checkpoint as (state, JSON object), or None where there is none.
+
+        One whose content is damaged is named, its folder renamed `<step>.corrupt`, and the one before it is taken.
+
+        Args:
+            like: the state as ShapeDtypeStructs with the shardings that it is to have.
+
+        Raises:
+            CheckpointError: a checkpoint of another structure (nothing is renamed), or none of several is good.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                about = self.about(step)
+                stored = about['leaves']
+                state = self._restore_state(step, like, stored)
+                problem = _difference(stored, describe(state))
+            except (CheckpointError, MemoryError):
+                raise
+            except Exception as error:  # a flipped byte can make orbax, zstd or JSON raise anything
+                if 'RESOURCE_EXHAUSTED' in str(error):
+                    raise
+                problem = f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
+            if not problem:
+                return state, about
+            self._set_aside(step, problem)
+        if steps:
+            raise CheckpointError(
+                f'{self._folder}: no checkpoint is readable ({", ".join(map(str, steps))} are damaged)'
+            )
+        return None
+
+    def _restore_state(self, step, like, stored):
+        expected = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in trees.named_leaves(like)}
+        found = {name: (leaf['dtype'], leaf['shape']) for name, leaf in stored.items()}
+        for name in expected | found:
+            if expected.get(name) != found.get(name):
+                raise CheckpointError(
+                    f'{self._folder / str(step)}: {name} is {found.get(name, "not there")}, '
+                    f'this run needs {expected.get(name, "no such leaf")}'
+                )
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        return self._manager.restore(step, args=arguments)['state']
+
+    def _set_aside(self, step, problem):
+        folder = self._folder / str(step)
+        aside = folder.with_name(f'{step}.corrupt')
+        for number in range(1, 1000):
+            if not aside.exists():
+                break
+            aside = folder.with_name(f'{step}.{number}.corrupt')
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(aside)
+        self._manager.reload()
+        print(f'mixln_jax: checkpoint {folder} is damaged ({problem}); now {aside.name}', flush=True)
+
+
+def describe(state):
+    """{leaf name: {'dtype', 'shape', 'checksum', 'finite'}}; checksums are the same on every mesh."""
+    names = [name for name, _ in trees.named_leaves(state)]
+    leaves = jax.tree.leaves(state)
+    sums, finite = jax.device_get(_check(leaves))
+    return {
+        name: {'dtype': str(leaf.dtype), 'shape': list(leaf.shape), 'checksum': int(number), 'finite': bool(good)}
+        for name, leaf, number, good in zip(names, leaves, sums, finite, strict=True)
+    }
+
+
+@jax.jit
+def _check(leaves):
+    finite = [
+        jnp.isfinite(leaf).all() if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.bool_(True) for leaf in leaves
+    ]
+    return jnp.stack([checksum(leaf) for leaf in leaves]), jnp.stack(finite)
+
+
+def checksum(array):
+    """Sum of every element's bit pattern times an odd hash of its index, mod 2^32: any one changed element shows.
+
+    An integer sum does not depend on the order of its terms, so neither on how the array is sharded.
+    """
+    unsigned = jnp.dtype(f'uint{8 * array.dtype.itemsize}')
+    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+    strides = np.cumprod((1, *array.shape[:0:-1]), dtype=np.uint64)[::-1].astype(np.uint32)
+    index = functools.reduce(
+        jnp.add,
+        [jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * strides[axis] for axis in range(array.ndim)],
+        jnp.zeros(array.shape, jnp.uint32),
+    )
+    mixed = (index ^ (index >> 16)) * np.uint32(0x7FEB352D)
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x846CA68B)
+    return jnp.sum(bits * (mixed ^ (mixed >> 16) | 1), dtype=jnp.uint32)
+
+
+def _difference(stored, found):
+    """What is wrong with restored leaves, or None."""
+    wrong = [name for name, leaf in stored.items() if leaf['checksum'] != found[name]['checksum']]
+    return f'checksum of {wrong[0]} does not match' if wrong else None

@@ -1,0 +1,312 @@
+"""Every key of a run: type, default, help and range, once. Recipes fill a ConfigDict, the program reads dataclasses.
+
+The defaults are the Mix-LN paper's C4 recipe (arXiv 2412.13795, section 4.1), so a recipe states only what differs.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import pathlib
+import re
+import traceback
+
+import ml_collections
+
+from mixln_jax.exits import UsageError
+
+
+def key(default, help, *, choices=None, at_least=None, above=None, at_most=None, below=None):
+    """A configuration key: its default (which gives its type), its help, and the values it may take."""
+    ranges = {'at least': at_least, 'above': above, 'at most': at_most, 'below': below}
+    ranges = {name: bound for name, bound in ranges.items() if bound is not None}
+    return dataclasses.field(default=default, metadata={'help': help, 'choices': choices, 'ranges': ranges})
+
+
+def group(cls):
+    """A group of keys, `config.<group>.<key>`."""
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The network; `hidden_size` and the like are Hugging Face's names for LLaMA."""
+
+    family: str = key('llama', 'architecture', choices=('llama',))
+    vocab_size: int = key(32000, 'size of the vocabulary', at_least=2)
+    hidden_size: int = key(768, 'width D of the residual stream', at_least=1)
+    intermediate_size: int = key(2048, 'width of the MLP', at_least=1)
+    num_layers: int = key(12, 'number of layers L', at_least=1)
+    num_heads: int = key(12, 'number of query heads', at_least=1)
+    num_kv_heads: int = key(0, 'number of key and value heads; 0: as many as query heads', at_least=0)
+    norm_position: str = key(
+        'mix', 'placement of the norms: a name for all layers, mix, or a list such as post*3,pre*9'
+    )
+    post_ratio: float = key(0.25, 'share of Post-LN layers under mix', at_least=0.0, at_most=1.0)
+    norm_eps: float = key(1e-6, 'epsilon of the norms', above=0.0)
+    rope_theta: float = key(10000.0, 'base of the rotary angles', above=1.0)
+    init: str = key(
+        'auto',
+        'initialisation: normal (init_std), scaled (attention and MLP outputs divided by sqrt(2L)), deepnorm, '
+        'or auto (deepnorm in deepnorm layers, else normal)',
+        choices=('auto', 'normal', 'scaled', 'deepnorm'),
+    )
+    init_std: float = key(0.02, 'standard deviation of the weights', above=0.0)
+    embed_std: float = key(0.02, 'standard deviation of the embedding', above=0.0)
+    remat: str = key(
+        'none',
+        'what the backward pass recomputes: nothing, all but the matrix products (dots), or the whole layer (full)',
+        choices=('none', 'dots', 'full'),
+    )
+    scan_unroll: str = key(
+        'auto',
+        'layers unrolled in the compiled loop; all runs a little faster and compiles longer; auto: all up to 12 layers',
+        choices=('auto', '1', 'all'),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where the text comes from and how it becomes rows of tokens."""
+
+    source: str = key('tfds', 'kind of source', choices=('tfds', 'stdlib', 'text', 'jsonl'))
+    path: str = key('', 'files of a text or jsonl source: paths or globs, separated by commas')
+    name: str = key('c4/en', 'name of a tfds data set')
+    split: str = key('train', 'split to train on', choices=('train', 'validation'))
+    tokenizer: str = key('sentencepiece', 'kind of tokenizer', choices=('sentencepiece', 'bytes'))
+    mode: str = key('pad', 'pad: one document a row; concat: documents end to end', choices=('pad', 'concat'))
+    workers: int = key(0, 'processes that prepare batches; 0: threads of this process', at_least=0)
+    seed: int = key(0, 'seed of the order of the rows', at_least=0, below=2**32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """The optimiser and its learning-rate schedule."""
+
+    name: str = key('adam', 'optimiser', choices=('adam', 'adamw', 'sgd'))
+    learning_rate: float = key(1e-3, 'peak learning rate', above=0.0)
+    min_ratio: float = key(0.1, 'last learning rate as a share of the peak', at_least=0.0, at_most=1.0)
+    schedule: str = key('cosine', 'decay after the warm-up', choices=('cosine', 'linear', 'constant'))
+    warmup_ratio: float = key(0.1, 'share of the steps that warm up', at_least=0.0, below=1.0)
+    weight_decay: float = key(0.0, 'decoupled weight decay of matrices (adamw, sgd)', at_least=0.0)
+    b1: float = key(0.9, 'decay of the first moment; momentum of sgd', at_least=0.0, below=1.0)
+    b2: float = key(0.999, 'decay of the second moment', at_least=0.0, below=1.0)
+    eps: float = key(1e-8, 'epsilon of Adam', above=0.0)
+    clip_norm: float = key(0.0, 'largest global gradient norm; 0: no clipping', at_least=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Evaluation during training; it always comes after the last step."""
+
+    every: int = key(1000, 'steps between evaluations; 0: only after the last step', at_least=0)
+    tokens: int = key(10_000_000, 'target tokens of an evaluation, at least (or the whole split)', at_least=1)
+    split: str = key('validation', 'split to evaluate on', choices=('train', 'validation'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Checkpoints; one always comes after the last step and on a signal."""
+
+    every: int = key(1000, 'steps between checkpoints; 0: only after the last step', at_least=0)
+    keep: int = key(3, 'newest checkpoints to keep', at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How devices share the work."""
+
+    data: int = key(-1, 'devices that share the batch; -1: all', at_least=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A window of steps recorded by jax.profiler into the work directory."""
+
+    start: int = key(10, 'first step of the window', at_least=1)
+    steps: int = key(0, 'steps in the window; 0: no profile', at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = key(0, 'seed of the initial weights', at_least=0, below=2**32)
+    batch_size: int = key(512, 'sequences in a batch, over all devices and accumulation', at_least=1)
+    seq_length: int = key(256, 'tokens in a sequence T', at_least=2)
+    num_steps: int = key(20_000, 'updates in the run', at_least=1)
+    accumulate: int = key(1, 'micro-batches that make one batch', at_least=1)
+    log_every: int = key(10, 'steps between progress lines', at_least=1)
+    compute_dtype: str = key('bfloat16', 'type of activations', choices=('bfloat16', 'float32'))
+    param_dtype: str = key('float32', 'type of weights and moments', choices=('float32', 'bfloat16'))
+    device: str = key('auto', 'kind of device', choices=('auto', 'cpu', 'gpu', 'tpu'))
+    deterministic: bool = key(False, 'bitwise repeatable also on GPU, at some cost')
+    model: Model = group(Model)
+    data: Data = group(Data)
+    optim: Optim = group(Optim)
+    eval: Eval = group(Eval)
+    checkpoint: Checkpoint = group(Checkpoint)
+    mesh: Mesh = group(Mesh)
+    profile: Profile = group(Profile)
+
+
+def default() -> ml_collections.ConfigDict:
+    """The default values as a ConfigDict, for recipes to change; keys and types are locked."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def load(recipe, overrides=()):
+    """The ConfigDict of a recipe file, with keys overridden.
+
+    Args:
+        recipe: 'FILE' or 'FILE:ARG'; FILE is Python with `get_config()` or `get_config(ARG)`.
+        overrides: pairs (dotted key, text); the text is read as the type of the key's present value.
+
+    Raises:
+        UsageError: no such file, an error in it (naming the line), an unknown key, a text of another type.
+    """
+    file, _, argument = recipe.partition('.py:')
+    file = pathlib.Path(f'{file}.py' if argument else recipe)
+    if not file.is_file():
+        raise UsageError(f'--config: there is no file {file}')
+    spec = importlib.util.spec_from_file_location(f'recipe_{file.stem}', file)
+    if spec is None:
+        raise UsageError(f'--config: {file} is not a Python file')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(*([argument] if argument else []))
+    except Exception as error:  # a recipe is Python and may raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        line = getattr(error, 'lineno', None) or (lines[-1] if lines else None)
+        what = re.sub(r'Other fields present:.*\n', '', str(error), flags=re.DOTALL).replace('\\', '')
+        where = f'{file}:{line}' if line else str(file)
+        raise UsageError(f'{where}: {type(error).__name__}: {what}') from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UsageError(f'{file}: get_config returned {type(config).__name__}, not the ConfigDict of config.default()')
+    for path, text in overrides:
+        _override(config, path, text)
+    return config
+
+
+def _override(config, path, text):
+    *groups, name = path.split('.')
+    for at, part in enumerate([*groups, name]):
+        if part not in config:
+            known = '.'.join(['config', *groups[:at], part])
+            raise UsageError(f'unknown key {known}{nearest(part, config.keys())}')
+        inside = isinstance(config[part], ml_collections.ConfigDict)
+        if inside == (at == len(groups)):
+            raise UsageError(f'config.{path} is {"a group of keys" if inside else "not a key"}')
+        config = config[part] if inside else config
+    kind = type(config[name])
+    try:
+        config[name] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise UsageError(f'config.{path} must be of type {kind.__name__}, not {text!r}') from None
+
+
+def build(values) -> Config:
+    """A ConfigDict or nested dict as a checked, frozen Config.
+
+    Raises UsageError, naming the key, for one that is unknown, of the wrong type or out of range, and for keys that
+    contradict each other.
+    """
+    config = _build(Config, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values, 'config')
+    _check_together(config)
+    return config
+
+
+def _build(cls, values, prefix):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise UsageError(f'{prefix} must be a group of keys, not {values!r}')
+    for name in values:
+        if name not in fields:
+            raise UsageError(f'unknown key {prefix}.{name}{nearest(str(name), fields)}')
+    built = {}
+    for name, field in fields.items():
+        if dataclasses.is_dataclass(field.type):
+            built[name] = _build(field.type, values.get(name, {}), f'{prefix}.{name}')
+        else:
+            built[name] = _check(f'{prefix}.{name}', field, values.get(name, field.default))
+    return cls(**built)
+
+
+def nearest(name, names):
+    """', did you mean ...?' with the nearest of `names`, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f', did you mean {close[0]}?' if close else ''
+
+
+def _check(path, field, value):
+    if field.type is float and type(value) is int:
+        value = float(value)
+    if type(value) is not field.type:
+        raise UsageError(f'{path} must be of type {field.type.__name__}, not {value!r}')
+    if field.type is float and not math.isfinite(value):
+        raise UsageError(f'{path} must be a finite number, not {value}')
+    choices = field.metadata['choices']
+    if choices and value not in choices:
+        raise UsageError(f'{path}={value!r} is not one of {", ".join(choices)}{nearest(value, choices)}')
+    within = {
+        'at least': lambda bound: value >= bound,
+        'above': lambda bound: value > bound,
+        'at most': lambda bound: value <= bound,
+        'below': lambda bound: value < bound,
+    }
+    for name, bound in field.metadata['ranges'].items():
+        if not within[name](bound):
+            raise UsageError(f'{path} must be {name} {bound:g}, not {value!r}')
+    return value
+
+
+def _check_together(config):
+    """Facts that concern more than one key."""
+    model, optim = config.model, config.optim
+    if model.hidden_size % model.num_heads:
+        raise UsageError(
+            f'config.model.hidden_size={model.hidden_size} does not divide by config.model.num_heads={model.num_heads}'
+        )
+    if model.hidden_size // model.num_heads % 2:
+        raise UsageError(
+            f'the head size {model.hidden_size // model.num_heads} (config.model.hidden_size / num_heads) must be even '
+            'for rotary positions'
+        )
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        raise UsageError(
+            f'config.model.num_heads={model.num_heads} does not divide by '
+            f'config.model.num_kv_heads={model.num_kv_heads}'
+        )
+    if optim.weight_decay and optim.name == 'adam':
+        raise UsageError('config.optim.weight_decay needs config.optim.name=adamw or sgd; adam has none')
+    if config.mesh.data == 0:
+        raise UsageError('config.mesh.data must be -1 (all devices) or a number of devices, not 0')
+
+
+def help_text():
+    """Every key with its type, default and meaning, a line each."""
+    lines = []
+    for path, field in _fields(Config, ''):
+        shown = f'{field.type.__name__}, {field.default!r}'
+        choices = f' ({" | ".join(field.metadata["choices"])})' if field.metadata['choices'] else ''
+        lines.append(f'  --config.{path:<24} {field.metadata["help"]}{choices} [{shown}]')
+    return '\n'.join(lines)
+
+
+def flatten(config, prefix=''):
+    """A Config (or the dict of one) as a flat dict, keys joined by dots."""
+    if dataclasses.is_dataclass(config):
+        config = dataclasses.asdict(config)
+    flat = {}
+    for name, value in config.items():
+        flat.update(flatten(value, f'{prefix}{name}.') if isinstance(value, dict) else {prefix + name: value})
+    return flat
+
+
+def _fields(cls, prefix):
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            yield from _fields(field.type, f'{prefix}{field.name}.')
+        else:
+            yield prefix + field.name, field

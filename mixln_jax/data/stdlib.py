@@ -1,0 +1,106 @@
+"""The embedded corpus: English that every CPython carries, so that a first run needs no download.
+
+It is the language reference behind `help()` and the docstrings of the standard library, about 2 MB. Sources are parsed,
+never imported. The text differs between Python versions.
+"""
+
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import sysconfig
+import tempfile
+import warnings
+
+from mixln_jax.exits import DataError
+
+_NOT_LIBRARY = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test', 'lib2to3'}
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_SHORTEST = 500  # characters after which a module's next definition starts a new document
+
+
+def gather() -> list[tuple[str, str]]:
+    """All documents as pairs (name of the module or topic, text), sorted by name; a module's in the order of its code.
+
+    A document is one topic of the language reference, or the docstrings of consecutive top-level definitions of a
+    module, each under its dotted name. The result is cached in $XDG_CACHE_HOME/mixln_jax (or ~/.cache/mixln_jax).
+
+    Raises DataError where this Python has no library sources.
+    """
+    root = pathlib.Path(sysconfig.get_path('stdlib'))
+    files = sorted(_files(root))
+    state = repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mixln_jax'
+    cache /= f'stdlib-{platform.python_version()}-{_digest(state.encode())}.json'
+    try:
+        digest, body = cache.read_bytes().split(b'\n', 1)
+        if digest.decode() == _digest(body):
+            return [(name, text) for name, text in json.loads(body)]
+    except (OSError, ValueError):
+        pass  # absent or damaged: gathered anew
+    documents = [(name, text.strip()) for path in files for name, text in _documents(path, root)]
+    if not documents:
+        raise DataError(
+            f'no library sources in {root}, so data.source=stdlib has no text; use data.source=text or jsonl'
+        )
+    documents.sort(key=lambda document: document[0])
+    # A home that cannot be written to, as on some clusters, costs a few seconds at each start and nothing else.
+    with contextlib.suppress(OSError):
+        _write(cache, json.dumps(documents).encode())
+    return documents
+
+
+def _files(root):
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_LIBRARY and not name.startswith('config-')]
+        yield from (pathlib.Path(folder, name) for name in names if name.endswith('.py'))
+
+
+def _documents(path, root):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # odd escapes in old modules
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, UnicodeDecodeError):
+            return  # a template, not a module
+    module = '.'.join(path.relative_to(root).with_suffix('').parts).removesuffix('.__init__')
+    if module == 'pydoc_data.topics':
+        topics = next(node.value for node in tree.body if isinstance(node, ast.Assign))
+        yield from ((f'{module}.{topic}', text) for topic, text in ast.literal_eval(topics).items())
+        return
+    text = _section(module, tree)
+    for node in tree.body:
+        if isinstance(node, _DEFINITIONS):
+            if len(text) >= _SHORTEST:
+                yield module, text
+                text = ''
+            text += _docstrings(f'{module}.{node.name}', node)
+    if text:
+        yield module, text
+
+
+def _docstrings(name, node):
+    """The docstrings of a definition and of all that is defined inside it."""
+    inner = (_docstrings(f'{name}.{child.name}', child) for child in node.body if isinstance(child, _DEFINITIONS))
+    return _section(name, node) + ''.join(inner)
+
+
+def _section(name, node):
+    text = ast.get_docstring(node, clean=True)
+    return f'{name}\n\n{text}\n\n' if text else ''
+
+
+def _digest(data):
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _write(path, body):
+    """Writes digest and body, whole or not at all, also when several processes do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = pathlib.Path(folder, path.name)
+        whole.write_bytes(_digest(body).encode() + b'\n' + body)
+        os.replace(whole, path)

@@ -1,0 +1,33 @@
+"""Evaluation: loss, perplexity and bits per byte over a fixed stretch of text, weighed by tokens."""
+
+import jax
+
+from mixln_jax import metrics
+
+
+def evaluate(eval_step, params, batches, *, byte_lengths, num_tokens, sharding, check=lambda: None):
+    """Evaluates on batches until at least `num_tokens` target tokens have been seen or the batches end.
+
+    Args:
+        eval_step: (params, batch) -> (sum of losses, count), compiled.
+        params: the weights.
+        batches: iterable of {'inputs', 'targets', 'weights'}, numpy [B,T].
+        byte_lengths: [V], bytes of text that each token id stands for.
+        num_tokens: when to stop.
+        sharding: of the batches' arrays on devices.
+        check: called before each batch; may raise to stop early.
+
+    Returns:
+        {'eval/loss', 'eval/perplexity', 'eval/tokens', 'eval/bits_per_byte'}.
+    """
+    sums, tokens, num_bytes = [], 0, 0
+    for batch in batches:
+        check()
+        sums.append(eval_step(params, jax.device_put(batch, sharding))[0])
+        tokens += int(batch['weights'].sum())
+        num_bytes += float((byte_lengths[batch['targets']] * batch['weights']).sum())
+        if len(sums) > 1:
+            sums[-2] = jax.device_get(sums[-2])  # the batch before: keeps the device busy and its queue short
+        if tokens >= num_tokens:
+            break
+    return metrics.evaluation(float(sum(float(jax.device_get(total)) for total in sums)), tokens, num_bytes)

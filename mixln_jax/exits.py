@@ -1,0 +1,150 @@
+"""How a process ends: exit codes, one-line errors, signals.
+
+Imports nothing heavy, so that a command can answer a signal while it still imports JAX.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+
+STOPPED = 75
+
+
+class Exit(Exception):
+    """An end that the user can act on: one clear line and an exit code, no traceback."""
+
+    code = 1
+
+
+class UsageError(Exit):
+    """Usage or configuration, or a checkpoint path that does not exist."""
+
+    code = 2
+
+
+class DeviceError(Exit):
+    """No such device."""
+
+    code = 3
+
+
+class DataError(Exit):
+    """Data that is missing or bad."""
+
+    code = 4
+
+
+class CheckpointError(Exit):
+    """A checkpoint or Hugging Face folder with unreadable or wrong content."""
+
+    code = 5
+
+
+class NumericsError(Exit):
+    """A non-finite loss, gradient or weight."""
+
+    code = 6
+
+
+class MemoryExhausted(Exit):
+    """The device has no memory left."""
+
+    code = 7
+
+
+class Stopped(BaseException):
+    """Stopped by a signal. Not an Exception, so that no library's `except Exception` swallows it."""
+
+    code = STOPPED
+
+
+class Stop:
+    """SIGTERM and SIGINT as a flag that the training loop reads; raised only where that is harmless.
+
+    One signal ends the run at the next safe point with exit 75, a second one at once.
+    """
+
+    def __init__(self):
+        self.requested = None  # the signal's name
+        self._interruptible = False
+        self._starting = False
+
+    def install(self):
+        """Takes over both signals. Until `started` is called a signal ends the process at once."""
+        self._starting = True
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def started(self):
+        """Imports are done: from here on there may be something to save."""
+        self._starting = False
+
+    def check(self):
+        """Raises Stopped if a signal has come."""
+        if self.requested:
+            raise Stopped(f'stopped by {self.requested}')
+
+    @contextlib.contextmanager
+    def may_interrupt(self):
+        """Inside, a signal raises Stopped at once: for start-up and compilation, where nothing is to be saved."""
+        self.check()
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+        self.check()  # a raise inside a callback may have been swallowed
+
+    def _handle(self, number, frame):
+        del frame
+        again, self.requested = self.requested, signal.Signals(number).name
+        if again or self._starting:
+            os.write(2, f'{stopped_line(self.requested)}\n'.encode())
+            os._exit(STOPPED)
+        if self._interruptible:
+            self.check()
+
+
+def stopped_line(reason):
+    """What a stopped command says last."""
+    return f'mixln_jax: stopped by {reason}; run the same command again to continue'
+
+
+stop = Stop()
+
+
+def call(job, *args, traceback=False):
+    """Runs `job(*args)`, prints the one line that an error deserves and returns the exit code.
+
+    With `traceback` errors are not caught, so that Python shows where they come from.
+    """
+    try:
+        job(*args)
+    except Stopped:
+        print(stopped_line(stop.requested), file=sys.stderr)
+        return STOPPED
+    except Exception as error:
+        if traceback:
+            raise
+        error = _known(error)
+        print(f'mixln_jax: {_one_line(error)}', file=sys.stderr)
+        return error.code
+    return 0
+
+
+def _known(error):
+    """The Exit that an exception stands for; a defect of ours becomes exit 1."""
+    if isinstance(error, Exit):
+        return error
+    if 'RESOURCE_EXHAUSTED' in str(error) or isinstance(error, MemoryError):
+        return MemoryExhausted(
+            'out of memory: lower batch_size, raise accumulate or set model.remat=full '
+            f'({str(error).strip().splitlines()[0] if str(error).strip() else "MemoryError"})'
+        )
+    return Exit(f'internal error: {type(error).__name__}: {error} (--traceback shows where)')
+
+
+def _one_line(error):
+    words = ' '.join(str(error).split())
+    return words if len(words) <= 600 else f'{words[:600]} ...'

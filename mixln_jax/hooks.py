@@ -1,0 +1,49 @@
+"""When something happens during training.
+
+A hook is (every, fn): fn(step, state) runs after every `every` steps (0: never) and after the last one.
+"""
+
+import pathlib
+
+import jax
+
+
+def evaluation(every, evaluate, metrics):
+    """Evaluates the weights into the step's metrics line and prints one line."""
+
+    def run(step, state):
+        values = evaluate(state.params)
+        metrics.add(step, values)
+        print(
+            f'eval at step {step}: loss {values["eval/loss"]:.4f}  perplexity {values["eval/perplexity"]:.2f}  '
+            f'({values["eval/tokens"]:,} tokens)',
+            flush=True,
+        )
+
+    return every, run
+
+
+def saving(every, checkpoints, metrics, extra):
+    """Saves a checkpoint once the metrics up to it are on disk; `extra()` gives what goes with the state."""
+
+    def run(step, state, complete=True):
+        if complete:
+            metrics.flush()
+        if checkpoints.latest() != step:
+            checkpoints.save(step, state, extra() | {'open_line': metrics.open_line})
+
+    return every, run
+
+
+def profiled(batches, first_step, start, steps, workdir):
+    """Passes `batches` on and records steps `start` to `start + steps - 1` with jax.profiler into workdir/profile."""
+    running = False
+    for step, batch in enumerate(batches, first_step):
+        if steps and step == start:
+            jax.profiler.start_trace(str(pathlib.Path(workdir) / 'profile'))
+            running = True
+        if running and step == start + steps:
+            jax.profiler.stop_trace()
+            running = False
+            print(f'profile of steps {start} to {step - 1} written to {workdir}/profile', flush=True)
+        yield batch

@@ -1,0 +1,59 @@
+"""Measures of layers, pure functions of arrays, in float32."""
+
+import jax
+import jax.numpy as jnp
+
+from mixln_jax import trees
+
+
+def angular_distance(u, v):
+    """Angle between vectors as a share of pi: 0 parallel, 1/2 orthogonal, 1 opposite (Gromov et al. 2024, eq. 4).
+
+    arccos(cosine) / pi, computed as (2/pi) atan2(|p-q|, |p+q|) with unit p and q, which is exact at 0, 1/2 and 1, where
+    float32 arccos is off by 1e-4.
+
+    Args:
+        u, v: [..., D].
+
+    Returns:
+        [...] in [0, 1].
+    """
+    p, q = (_unit(a.astype(jnp.float32)) for a in (u, v))
+    return 2 / jnp.pi * jnp.arctan2(jnp.linalg.norm(p - q, axis=-1), jnp.linalg.norm(p + q, axis=-1))
+
+
+def neighbour_distances(hidden, weights):
+    """Mean angular distance of the residual stream before and after each layer.
+
+    Args:
+        hidden: [L+1,B,T,D], the raw stream.
+        weights: [B,T], 1 at positions that count.
+
+    Returns:
+        (sum [L], count): the mean is sum / count.
+    """
+    distances = angular_distance(hidden[:-1], hidden[1:])
+    return jnp.sum(distances * weights, axis=(1, 2)), weights.sum()
+
+
+def layer_norms(tree):
+    """Euclidean norm of each layer's leaves.
+
+    Args:
+        tree: parameters or their gradients, `layers/segment_<i>/...` stacked.
+
+    Returns:
+        ([L] norms, norm of the whole tree).
+    """
+    squares = jax.tree.map(lambda leaf: jnp.square(leaf.astype(jnp.float32)), tree)
+    layers = [
+        sum(leaf.sum(axis=range(1, leaf.ndim)) for leaf in jax.tree.leaves(segment))
+        for segment in trees.segments(squares)
+    ]
+    by_layer = jnp.concatenate(layers)
+    rest = sum(leaf.sum() for name, leaf in trees.named_leaves(squares) if not name.startswith(f'{trees.STACKED}/'))
+    return jnp.sqrt(by_layer), jnp.sqrt(by_layer.sum() + rest)
+
+
+def _unit(a):
+    return a / jnp.linalg.norm(a, axis=-1, keepdims=True)

@@ -1,0 +1,1 @@
+"""Networks as Flax modules; only this room imports Flax modules."""

@@ -1,0 +1,66 @@
+"""Initial weights, for any network over the shared stack.
+
+Every matrix is drawn from a key made of (seed, leaf name, layer), so equal seeds give equal matrices under every
+placement: runs that compare placements start from the same weights.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from mixln_jax.models import norms
+
+OUTPUTS = ('attention/o/kernel', 'mlp/down/kernel')  # what a sub-layer adds to the stream
+QUERY_KEY = ('attention/q/kernel', 'attention/k/kernel')
+
+
+def initialize(key, shapes, config, norm_position, depth):
+    """Fills a tree of parameter shapes.
+
+    Args:
+        key: a JAX random key.
+        shapes: the parameters as ShapeDtypeStructs: `layers/segment_<i>/...` stacked, everything else single.
+        config: config.Model: init, init_std, embed_std, vocab_size (rows or columns beyond it are zero).
+        norm_position: placement name of each layer.
+        depth: L in the constants of `scaled` and `deepnorm`.
+
+    Returns:
+        The tree of arrays. Norm gains are 1; `scaled` divides sub-layer outputs by sqrt(2L) (GPT-2); `deepnorm` is
+        xavier-normal with gain (8L)^(-1/4), 1 for query and key (DeepNet, arXiv 2203.00555, section 3.1).
+    """
+    runs = norms.segments(norm_position)
+
+    def leaf(path, shape):
+        names = [part.key for part in path]
+        if names[-1] == 'scale':
+            return jnp.ones(shape.shape, shape.dtype)
+        if names[0] == 'layers':
+            name, first, end = runs[int(names[1].removeprefix('segment_'))]
+            std = _std('/'.join(names[2:]), shape.shape[1:], config, norms.PLACEMENTS[name].init, depth)
+            draw = lambda number: _normal(_fold(key, '/'.join(names[2:]), number), shape.shape[1:], shape.dtype)  # noqa: E731
+            return jax.vmap(draw)(jnp.arange(first + 1, end + 1)) * std
+        vocab_axis, std = (0, config.embed_std) if names[-1] == 'embedding' else (1, config.init_std)
+        used = tuple(config.vocab_size if axis == vocab_axis else size for axis, size in enumerate(shape.shape))
+        values = _normal(_fold(key, '/'.join(names), 0), used, shape.dtype) * std
+        return jnp.pad(values, [(0, size - n) for size, n in zip(shape.shape, used, strict=True)])
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def _fold(key, name, layer):
+    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(name.encode())), layer)
+
+
+def _normal(key, shape, dtype):
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+
+
+def _std(name, shape, config, placement_init, depth):
+    init = config.init if config.init != 'auto' else placement_init or 'normal'
+    if init == 'deepnorm':
+        gain = 1.0 if name in QUERY_KEY else (8 * depth) ** -0.25
+        return gain * (2 / (shape[0] + shape[1])) ** 0.5
+    if init == 'scaled' and name in OUTPUTS:
+        return config.init_std / (2 * depth) ** 0.5
+    return config.init_std

@@ -1,0 +1,79 @@
+"""LLaMA (Touvron et al. 2023): embedding, the shared stack, final RMSNorm, untied head."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mixln_jax import config as configs
+from mixln_jax.models import norms, transformer
+from mixln_jax.models.initialize import initialize
+
+VOCAB_MULTIPLE = 128  # rows of embedding and head in memory, so that they tile and shard
+
+
+class Llama(nn.Module):
+    """A LLaMA whose layers each have their own placement.
+
+    `norm_position` [L] names the placements; `layer_index` [L] (from 1) and `depth` feed their constants and stay as
+    trained when layers are removed.
+    """
+
+    config: configs.Model
+    norm_position: tuple[str, ...]
+    layer_index: tuple[int, ...]
+    depth: int
+    compute_dtype: str = 'bfloat16'
+
+    def setup(self):
+        config, dtype = self.config, jnp.dtype(self.compute_dtype)
+        rows = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.embed = nn.Embed(rows, config.hidden_size, dtype=dtype, embedding_init=nn.initializers.zeros)
+        self.layers = transformer.Stack(config, dtype, self.norm_position, self.layer_index, self.depth)
+        self.norm = transformer.RMSNorm(config.norm_eps, dtype)
+        self.head = transformer.linear(rows, jnp.float32, None)
+
+    def trunk(self, ids, keep=None, capture=False):
+        """Everything below the head.
+
+        Args:
+            ids: [B,T] int.
+            keep: [L] bool, traced: layers that are False are the identity. None: all are kept.
+            capture: whether to return the residual stream.
+
+        Returns:
+            x [B,T,D] after the final norm, and a dict: with `capture`, `hidden` [L+1,B,T,D] is the raw residual
+            stream, first what layer 1 sees, never after the final norm.
+        """
+        with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
+            positions = jnp.arange(ids.shape[1])
+            head_dim = self.config.hidden_size // self.config.num_heads
+            first = self.embed(ids)
+            last, hidden = self.layers(
+                first, transformer.rotary_angles(positions, head_dim, self.config.rope_theta), keep, capture
+            )
+            return self.norm(last), {'hidden': jnp.concatenate([first[None], hidden])} if capture else {}
+
+    def __call__(self, ids, keep=None, capture=False):
+        """Logits [B,T,V] in float32, and what `trunk` gives besides."""
+        x, out = self.trunk(ids, keep, capture)
+        with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
+            return self.head(x)[..., : self.config.vocab_size], out
+
+    @nn.nowrap
+    def init(self, key):
+        """Initial variables {'params': ...} in float32 (see initialize.py)."""
+        shapes = jax.eval_shape(super().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+        return {'params': initialize(key, shapes['params'], self.config, self.norm_position, self.depth)}
+
+
+def from_config(config: configs.Model, compute_dtype='bfloat16') -> Llama:
+    """The network of a config. Raises UsageError for a `norm_position` that does not fit."""
+    names = norms.resolve(config.norm_position, config.num_layers, config.post_ratio)
+    return Llama(config, names, tuple(range(1, config.num_layers + 1)), config.num_layers, compute_dtype)
+
+
+def num_params(config: configs.Model, params):
+    """Parameters of the network, rows that only pad the vocabulary not counted."""
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    padding = params['embed']['embedding'].shape[0] - config.vocab_size
+    return total - 2 * padding * config.hidden_size

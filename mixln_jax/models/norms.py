@@ -1,0 +1,144 @@
+"""Placements: where the norms of a layer sit, as data. The only room that knows their names.
+
+A sub-layer F (attention or MLP) changes the residual stream x by one rule, `transformer.residual`:
+
+    x = N_in(x)                                            if residual_normed
+    h = F(N_in(x) * in_scale if pre else x)
+    h = N_out(h)                                           if out
+    y = residual_scale * x + branch_scale * h
+    y = N_post(y)                                          if post
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable
+
+from mixln_jax.config import nearest
+from mixln_jax.exits import UsageError
+
+Constant = Callable[[int, int], float]  # (layer_index l = 1..L, depth L) -> factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The switches and constants of the residual rule for one sub-layer; a constant of None is 1."""
+
+    pre: bool = False
+    out: bool = False
+    post: bool = False
+    residual_normed: bool = False
+    in_scale: Constant | None = None
+    residual_scale: Constant | None = None
+    branch_scale: Constant | None = None
+
+    def constants(self, layer_index, depth):
+        """The factors that are not 1, by name, each a list with one number a layer of `layer_index`."""
+        named = {name: getattr(self, name) for name in ('in_scale', 'residual_scale', 'branch_scale')}
+        return {name: [rule(l, depth) for l in layer_index] for name, rule in named.items() if rule}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer's two placements, and the initialisation that belongs to them (None: the config's choice alone)."""
+
+    attention: Placement
+    mlp: Placement
+    init: str | None = None
+
+
+def _both(placement, **layer):
+    return Layer(placement, placement, **layer)
+
+
+def _inverse_root_of_index(layer_index, depth):
+    """Sun et al. 2025, The Curse of Depth (arXiv 2502.05795), equation 6."""
+    del depth
+    return layer_index**-0.5
+
+
+def _deepnorm_alpha(layer_index, depth):
+    """Wang et al. 2022, DeepNet (arXiv 2203.00555), table of section 3.1, decoder only."""
+    del layer_index
+    return (2 * depth) ** 0.25
+
+
+PLACEMENTS = {
+    'pre': _both(Placement(pre=True)),
+    'post': _both(Placement(post=True)),
+    'sandwich': _both(Placement(pre=True, out=True)),
+    'res_post': _both(Placement(out=True)),
+    'deepnorm': _both(Placement(post=True, residual_scale=_deepnorm_alpha), init='deepnorm'),
+    'lns': _both(Placement(pre=True, in_scale=_inverse_root_of_index)),
+}
+
+# A scheme makes the whole list: (num_layers, post_ratio) -> names.
+SCHEMES = {
+    'mix': lambda layers, ratio: (
+        ('post',) * post_layers(layers, ratio) + ('pre',) * (layers - post_layers(layers, ratio))
+    )
+}
+
+
+def post_layers(num_layers, post_ratio):
+    """How many layers from the input are Post-LN under Mix-LN: alpha * L, rounded (Table 5's .33 means 8 of 24)."""
+    return math.floor(post_ratio * num_layers + 0.5)
+
+
+def resolve(norm_position, num_layers, post_ratio=0.25):
+    """The placement name of each layer.
+
+    Args:
+        norm_position: a name for all layers, a scheme (`mix`), or a list of `num_layers` names, `post*3,pre*9`.
+        num_layers: L.
+        post_ratio: alpha, the share of Post-LN layers under `mix`.
+
+    Returns:
+        A tuple of L names.
+
+    Raises:
+        UsageError: unknown name, bad repeat count, or a list of another length.
+    """
+    if norm_position in SCHEMES:
+        return SCHEMES[norm_position](num_layers, post_ratio)
+    if norm_position in PLACEMENTS:
+        return (norm_position,) * num_layers
+    names = []
+    for item in norm_position.split(','):
+        match = re.fullmatch(r'\s*(\w+)\s*(?:\*\s*([1-9]\d{0,5}))?\s*', item)
+        if not match:
+            raise UsageError(f'config.model.norm_position={norm_position!r}: {item!r} is not a name or name*count')
+        name, count = match[1], int(match[2] or 1)
+        if name not in PLACEMENTS:
+            known = [*PLACEMENTS, *SCHEMES]
+            scheme = ' is a scheme for all layers and' if name in SCHEMES else ''
+            raise UsageError(
+                f'config.model.norm_position={norm_position!r}: {name!r}{scheme} is not one of '
+                f'{", ".join(PLACEMENTS if scheme else known)}{"" if scheme else nearest(name, known)}'
+            )
+        names += [name] * count
+    if len(names) != num_layers:
+        raise UsageError(
+            f'config.model.norm_position={norm_position!r} lists {len(names)} layers, '
+            f'config.model.num_layers is {num_layers}'
+        )
+    return tuple(names)
+
+
+def segments(norm_position):
+    """Runs of equal neighbours: [(name, first, end)], layers counted from 0. Each is one compiled loop."""
+    runs, first = [], 0
+    for name, group in itertools.groupby(norm_position):
+        end = first + len(list(group))
+        runs.append((name, first, end))
+        first = end
+    return runs
+
+
+def warnings(norm_position, init, warmup_ratio):
+    """Combinations that are known to train badly, a line each."""
+    if 'lns' in norm_position and init == 'scaled':
+        yield 'model.init=scaled undoes the gain of layer-norm scaling (lns): use model.init=normal'
+    if any(PLACEMENTS[name].attention.post for name in norm_position) and warmup_ratio < 0.1:
+        yield f'Post-LN layers need a warm-up of about 10 % of the steps, optim.warmup_ratio is {warmup_ratio:g}'

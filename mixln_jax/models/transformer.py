@@ -1,0 +1,187 @@
+"""The stack of layers that every network of ours shares: norms, attention, MLP, and the one residual rule.
+
+B batch, T length, D width, H query heads, K key/value heads, F MLP width, L layers. Equal neighbouring layers are one
+segment, run by one `nn.scan` over stacked parameters, so compile time grows with segments and not with depth.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixln_jax import config as configs
+from mixln_jax.models import norms
+
+REMAT_POLICIES = {
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'full': jax.checkpoint_policies.nothing_saveable,
+}
+UNROLL_UP_TO = 12  # layers; beyond it `auto` keeps the loop, for the compile time
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019: x / sqrt(mean(x^2) + eps) * gain, in float32, times a constant."""
+
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, constant=None):
+        gain = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps) * gain
+        return (y if constant is None else y * constant).astype(self.dtype)
+
+
+def rotary_angles(positions, head_dim, theta):
+    """Su et al. 2021: cosine and sine [..., T, head_dim / 2] of the angle of every pair at `positions` [..., T]."""
+    frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTHd, angles):
+    """Turns pair i of every head, (x_i, x_{i + d/2}), by its position's angle: the half-rotation of Hugging Face."""
+    cos, sin = (a[:, None, :] for a in angles)
+    first, second = jnp.split(x_BTHd.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTHd.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads."""
+
+    config: configs.Model
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD, angles):
+        D, H = self.config.hidden_size, self.config.num_heads
+        K, head_dim = self.config.num_kv_heads or H, D // H
+
+        def heads(name, count):
+            return linear(count * head_dim, self.dtype, name)(x_BTD).reshape(*x_BTD.shape[:2], count, head_dim)
+
+        q, k, v = rotate(heads('q', H), angles), rotate(heads('k', K), angles), heads('v', K)
+        y_BTHd = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return linear(D, self.dtype, 'o')(y_BTHd.reshape(*x_BTD.shape[:2], H * head_dim))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    config: configs.Model
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        gate = linear(self.config.intermediate_size, self.dtype, 'gate')(x_BTD)
+        up = linear(self.config.intermediate_size, self.dtype, 'up')(x_BTD)
+        return linear(self.config.hidden_size, self.dtype, 'down')(nn.silu(gate) * up)
+
+
+def linear(features, dtype, name):
+    """A matrix without bias; its values come from `initialize`."""
+    return nn.Dense(features, use_bias=False, dtype=dtype, name=name, kernel_init=nn.initializers.zeros)
+
+
+class Layer(nn.Module):
+    """Attention, then MLP, each put into the residual stream by its placement."""
+
+    config: configs.Model
+    dtype: jnp.dtype
+    placement: norms.Layer
+
+    @nn.compact
+    def __call__(self, x, per_layer, angles):
+        """One layer on the stream x [B,T,D]; `per_layer` holds its constants and, under `keep`, whether it is there."""
+        attention = Attention(self.config, self.dtype, name='attention')
+        mlp = MLP(self.config, self.dtype, name='mlp')
+        constants = per_layer['constants']
+        y = self.residual(
+            x, lambda h: attention(h, angles), self.placement.attention, constants['attention'], 'attention'
+        )
+        y = self.residual(y, mlp, self.placement.mlp, constants['mlp'], 'mlp')
+        return jnp.where(per_layer['keep'], y, x) if 'keep' in per_layer else y
+
+    def residual(self, x, sublayer, placement, constants, name):
+        """The one residual rule (see norms.py). Constants act in float32, whatever type the stream has."""
+        norm = lambda at: RMSNorm(self.config.norm_eps, self.dtype, name=f'{name}_norm_{at}')  # noqa: E731
+        scaled = lambda a, by: a.astype(jnp.float32) * constants[by] if by in constants else a  # noqa: E731
+        if placement.residual_normed:
+            x = norm('in')(x)
+        h = sublayer(norm('in')(x, constants.get('in_scale')) if placement.pre else x)
+        if placement.out:
+            h = norm('out')(h)
+        y = scaled(x, 'residual_scale') + scaled(h, 'branch_scale')
+        if placement.post:
+            y = norm('post')(y)
+        return y.astype(self.dtype)
+
+
+class Stack(nn.Module):
+    """L layers, segment by segment; parameters are stacked over the layers of a segment, `segment_<i>/...` [n, ...]."""
+
+    config: configs.Model
+    dtype: jnp.dtype
+    norm_position: tuple[str, ...]
+    layer_index: tuple[int, ...]
+    depth: int
+
+    @nn.compact
+    def __call__(self, x, angles, keep=None, capture=False):
+        """Runs the stream x [B,T,D] through the layers.
+
+        `keep` [L] (traced) removes layers: one that is False is the identity. With `capture` the second result is the
+        stream after every layer [L,B,T,D], else None.
+        """
+        captured = []
+        for number, (name, first, end) in enumerate(norms.segments(self.norm_position)):
+            x, ys = self.segment(number, norms.PLACEMENTS[name], end - first, capture)(
+                x, self.per_layer(norms.PLACEMENTS[name], first, end, keep), angles
+            )
+            captured.append(ys)
+        return x, jnp.concatenate(captured) if capture else None
+
+    def segment(self, number, placement, length, capture):
+        """`length` equal layers as one loop: (x, per_layer, angles) -> (x, the stream after every layer or None)."""
+        layer = Layer
+        if self.config.remat != 'none':
+            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+        unrolled = {'all': True, '1': False, 'auto': len(self.norm_position) <= UNROLL_UP_TO}[self.config.scan_unroll]
+        loop = nn.scan(
+            lambda layer, x, per_layer, angles: (y := layer(x, per_layer, angles), y if capture else None),
+            variable_axes={'params': 0},
+            split_rngs={'params': True},
+            in_axes=(0, nn.broadcast),
+            length=length,
+            unroll=length if unrolled else 1,
+        )
+        return functools.partial(loop, layer(self.config, self.dtype, placement, name=f'segment_{number}'))
+
+    def per_layer(self, placement, first, end, keep):
+        """What differs between the layers of a segment, each a value with a leading axis over them."""
+        index = self.layer_index[first:end]
+        constants = {
+            name: {by: np.array(values, np.float32) for by, values in at.constants(index, self.depth).items()}
+            for name, at in (('attention', placement.attention), ('mlp', placement.mlp))
+        }
+        return {'constants': constants} | ({} if keep is None else {'keep': keep[first:end]})
+
+
+def split_layers(stack, norm_position):
+    """The parameters of a Stack as a list of L single layers."""
+    layers = []
+    for number, (_, first, end) in enumerate(norms.segments(norm_position)):
+        layers += [jax.tree.map(lambda leaf, i=i: leaf[i], stack[f'segment_{number}']) for i in range(end - first)]
+    return layers
+
+
+def stack_layers(layers, norm_position):
+    """The parameters of L single layers as those of a Stack; the inverse of `split_layers`."""
+    return {
+        f'segment_{number}': jax.tree.map(lambda *leaves: np.stack(leaves), *layers[first:end])
+        for number, (_, first, end) in enumerate(norms.segments(norm_position))
+    }

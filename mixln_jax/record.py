@@ -1,0 +1,189 @@
+"""What a run leaves behind beside its weights: its environment, metrics.jsonl, TensorBoard events, lines for people."""
+
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import tensorboardX
+
+from mixln_jax.exits import CheckpointError
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections', 'numpy')
+
+
+def write_json(path, content):
+    """Writes a JSON file so that a crash leaves the old one or the new one, never half."""
+    _replace(path, json.dumps(content, indent=1) + '\n')
+
+
+def versions():
+    """Versions of Python and of the packages that training rests on."""
+    return {'python': platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def environment(devices):
+    """Where and with what a run runs: command, commit, versions, devices."""
+    return {
+        'command': sys.argv,
+        'commit': _commit(),
+        'versions': versions(),
+        'devices': {'kind': devices[0].device_kind, 'platform': devices[0].platform, 'count': len(devices)},
+        'host': {'name': platform.node(), 'system': platform.platform(), 'cpus': os.cpu_count()},
+        'xla_flags': os.environ.get('XLA_FLAGS', ''),
+    }
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard. One line a step, steps strictly increasing.
+
+    `add` puts values into the line of a step; the line is written when it is complete: at `flush`, or when a later
+    step's begins. What a line lacks of the contract (`step`, `tokens`) its first `add` brings.
+    """
+
+    def __init__(self, workdir, resume_from=0, open_line=None):
+        """Cuts what lies behind step `resume_from`; `open_line` is that step's own line where it was not complete."""
+        self._path = pathlib.Path(workdir) / 'metrics.jsonl'
+        self.lines = read_metrics(self._path)
+        kept = [line for line in self.lines if line['step'] < resume_from + (open_line is None)]
+        if self._path.exists():
+            _replace(self._path, ''.join(json.dumps(line) + '\n' for line in kept))
+        self.lines, self.open_line = kept, open_line
+        self._file = self._path.open('a')
+        # purge_step makes TensorBoard forget what a cut line had shown.
+        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=resume_from + 1, write_to_disk=True)
+
+    def add(self, step, values):
+        """Puts `values` into the line of `step`."""
+        if self.open_line and self.open_line['step'] != step:
+            self.flush()
+        self.open_line = (self.open_line or {'step': step}) | {name: _finite(value) for name, value in values.items()}
+
+    def flush(self):
+        """Completes the open line; everything is on disk when this returns."""
+        if self.open_line:
+            self._file.write(json.dumps(self.open_line) + '\n')
+            self.lines.append(self.open_line)
+            self._show(self.open_line)
+            self.open_line = None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self):
+        """Closes both files; an open line is lost, as its step was not complete."""
+        self._file.close()
+        self._board.close()
+
+    def _show(self, line):
+        for name, value in line.items():
+            if isinstance(value, list):
+                for number, item in enumerate(value, 1):
+                    if item is not None:
+                        self._board.add_scalar(f'{name}/{number:03}', item, line['step'])
+            elif value is not None and name != 'step':
+                self._board.add_scalar(name, value, line['step'])
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out.
+
+    Raises CheckpointError, naming the line, for one that is no JSON object with a step.
+    """
+    try:
+        texts = pathlib.Path(path).read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            line['step'] + 0
+            lines.append(line)
+        except (ValueError, KeyError, TypeError):
+            if number == len(texts) and not text.endswith('\n'):
+                break
+            raise CheckpointError(f'{path}:{number} is not a JSON object with a step') from None
+    return lines
+
+
+def progress_line(line, num_steps):
+    """The line that a person sees, of a metrics line with `train/*` and `perf/*`."""
+    shown = [
+        f'step {line["step"]:>{len(str(num_steps))}}/{num_steps} {100 * line["step"] / num_steps:3.0f}%',
+        f'loss {_number(line["train/loss"], ".4f")}',
+        f'ppl {_number(line["train/perplexity"], ".2f")}',
+        f'grad {_number(line["train/grad_norm"], ".3f")}',
+        f'lr {line["train/learning_rate"]:.2e}',
+        f'{_number(line["perf/tokens_per_sec_per_device"], ",.0f")} tok/s/device',
+        f'mfu {_number(line["perf/mfu"], ".1%")}',
+        f'data wait {_number(line["perf/data_wait_frac"], ".1%")}',
+        f'eta {_duration((num_steps - line["step"]) * (line["perf/step_time"] or 0))}',
+    ]
+    return '  '.join(shown)
+
+
+def summary_table(evaluation, grad_norms, distances, norm_position):
+    """What ends a run: the evaluation, and per layer the gradient norm and the angular distance to the next layer."""
+    shown = (_number(evaluation[f'eval/{name}'], '.4g') for name in ('loss', 'perplexity', 'bits_per_byte'))
+    rows = [
+        'eval loss {}   perplexity {}   bits per byte {}'.format(*shown),
+        f'{"layer":>5}  {"placement":<10} {"gradient norm":<24} angular distance to the next layer',
+    ]
+    for number, (name, grad, distance) in enumerate(zip(norm_position, grad_norms, distances, strict=True), 1):
+        rows.append(
+            f'{number:>5}  {name:<10} {_number(grad, "8.4f")} {_bar(grad, max(grad_norms)):<14}'
+            f'  {_number(distance, "7.4f")} {_bar(distance, max(distances))}'
+        )
+    return '\n'.join(rows)
+
+
+def _bar(value, largest, width=14):
+    eighths = round(8 * width * value / largest) if largest else 0
+    return '█' * (eighths // 8) + ('', *'▏▎▍▌▋▊▉')[eighths % 8]
+
+
+def _number(value, form):
+    return '-' if value is None else format(value, form)
+
+
+def _duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{seconds:02}'
+
+
+def _finite(value):
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(path, text):
+    path = pathlib.Path(path)
+    temporary = path.with_name(f'{path.name}.tmp')
+    with temporary.open('w') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _commit():
+    """The commit of this code, '-dirty' behind it where files differ; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,104 @@
+"""The train step and the evaluation step: pure functions of a state and a batch."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mixln_jax import losses, measures
+
+
+@flax.struct.dataclass
+class State:
+    """What training changes: all of a checkpoint's arrays."""
+
+    step: jax.Array  # updates done
+    params: Any
+    opt_state: Any
+    bad_step: (
+        jax.Array
+    )  # the first step whose loss or gradient was not finite; 0: none. While set, a step is the identity
+
+
+def init_state(model, optimizer, key, param_dtype='float32'):
+    """A fresh State; weights as `model.init` draws them, in `param_dtype`."""
+    params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), model.init(key)['params'])
+    return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+
+
+def batch_loss(model, params, batch):
+    """Next-token loss of a batch as (sum, count, aux); see losses.py."""
+    x, _ = model.apply({'params': params}, batch['inputs'], method='trunk')
+    kernel = params['head']['kernel']
+    return losses.token_losses(x, kernel, batch['targets'], batch['weights'], model.config.vocab_size)
+
+
+def train_step(state, batch, *, model, optimizer, schedule, clip_norm=0.0, accumulate=1):
+    """One update.
+
+    Args:
+        state: State; donate it.
+        batch: {'inputs', 'targets', 'weights'}, each [B,T].
+        model: a module with `trunk`.
+        optimizer: from `optim.optimizer`.
+        schedule: update number from 0 -> learning rate.
+        clip_norm: largest global gradient norm; 0: no clipping.
+        accumulate: micro-batches; they share one sum and one count, so the mathematics is the whole batch's.
+
+    Returns:
+        (State, metrics): loss (nats a token), grad_norm (before clipping), learning_rate, tokens, layer_grad_norm [L],
+        bad_step. A non-finite loss or gradient leaves weights and moments untouched and sets `bad_step`.
+    """
+
+    def add(sums, micro_batch):
+        of_params = lambda params: batch_loss(model, params, micro_batch)[:2]  # noqa: E731
+        (loss, count), grads = jax.value_and_grad(of_params, has_aux=True)(state.params)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, (loss, count, grads)), None
+
+    zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.float32), state.params)
+    start = jnp.float32(0), jnp.float32(0), zeros
+    (loss, count, grads), _ = jax.lax.scan(add, start, micro_batches(batch, accumulate))
+    loss, grads = jax.tree.map(lambda total: total / jnp.maximum(count, 1), (loss, grads))
+
+    layer_grad_norm, grad_norm = measures.layer_norms(grads)
+    if clip_norm:
+        grads = jax.tree.map(lambda grad: grad * jnp.minimum(1, clip_norm / grad_norm), grads)
+    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
+    learning_rate = schedule(state.step)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda update: -learning_rate * update, updates))
+
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    bad_step = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
+    updated = State(state.step + 1, params, opt_state, bad_step)
+    kept = state.replace(bad_step=bad_step)
+    state = jax.tree.map(lambda new, old: jnp.where(bad_step == 0, new, old), updated, kept)
+    return state, {
+        'loss': loss,
+        'grad_norm': grad_norm,
+        'learning_rate': learning_rate,
+        'tokens': count,
+        'layer_grad_norm': layer_grad_norm,
+        'bad_step': bad_step,
+    }
+
+
+def eval_step(params, batch, *, model):
+    """Sum of token losses and number of real tokens of a batch."""
+    return batch_loss(model, params, batch)[:2]
+
+
+def distance_step(params, batch, *, model):
+    """Sum over real tokens of the angular distance across each layer [L], and their number."""
+    _, out = model.apply({'params': params}, batch['inputs'], capture=True, method='trunk')
+    return measures.neighbour_distances(out['hidden'], batch['weights'])
+
+
+def micro_batches(batch, accumulate):
+    """[B,...] -> [accumulate, B/accumulate, ...], taking every accumulate-th row, so that a batch sharded over devices
+    gives every device its share of each micro-batch."""
+    return jax.tree.map(
+        lambda a: jnp.swapaxes(a.reshape(a.shape[0] // accumulate, accumulate, *a.shape[1:]), 0, 1), batch
+    )

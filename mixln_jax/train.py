@@ -1,0 +1,194 @@
+"""The training loop."""
+
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from mixln_jax import measures, record
+from mixln_jax import metrics as formulas
+from mixln_jax.exits import NumericsError, Stopped
+
+
+def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_hooks=False):
+    """Runs steps `first` to `last`.
+
+    The metrics of a step are fetched while the next one runs, except where a hook needs the finished step. A signal
+    ends the loop behind the step at hand, after a checkpoint.
+
+    Args:
+        state: State; donated.
+        step: (state, batch) -> (state, metrics), compiled.
+        batches: iterator of batches on devices, the first of them for step `first`.
+        hooks: [(every, fn)], in order; see hooks.py.
+        first, last: numbers of steps, from 1.
+        meter: Meter, given each step's metrics.
+        save: (step, state, complete), idempotent, for a stop outside the plan.
+        stop: exits.Stop.
+        resume_hooks: run the hooks of step `first - 1`, which a signal had cut short.
+
+    Returns:
+        The final State.
+
+    Raises:
+        Stopped, NumericsError.
+    """
+
+    def due(number):
+        return [hook for every, hook in hooks if number == last or (every and number % every == 0)]
+
+    def run_hooks(number, state):
+        with meter.paused():
+            try:
+                for hook in due(number):
+                    hook(number, state)
+            except Stopped:
+                save(number, state, complete=False)
+                raise
+            meter.flush()
+            if stop.requested:
+                save(number, state)
+                stop.check()
+
+    if resume_hooks:
+        run_hooks(first - 1, state)
+    previous = None
+    for number in range(first, last + 1):
+        with meter.waiting():
+            batch = next(batches)
+        state, values = step(state, batch)
+        if previous:
+            meter.add(*previous, state)
+            meter.flush()
+        previous = number, values, batch
+        if due(number) or stop.requested:
+            meter.add(*previous, state)
+            previous = None
+            run_hooks(number, state)
+    return state
+
+
+class Meter:
+    """Turns the steps' metrics into metrics lines and progress lines, counts tokens, stops a run that has gone bad."""
+
+    def __init__(
+        self, metrics, workdir, *, num_steps, log_every, log_also, tokens, flops_per_position, devices, first_line
+    ):
+        """`log_also`: (step) -> whether a step off the rhythm of `log_every` has a line; `tokens`: seen before;
+        `first_line`: what only the first line says, such as the compile time."""
+        self.tokens = tokens
+        self._metrics, self._workdir = metrics, pathlib.Path(workdir)
+        self._num_steps, self._log_every, self._log_also = num_steps, log_every, log_also
+        self._flops_per_position, self._devices, self._first_line = flops_per_position, devices, first_line
+        self._recent = []  # the last two batches, for debug/
+        self._start_window()
+
+    def add(self, step, values, batch, state):
+        """Takes the metrics of a finished step. One that was not finite: writes debug/ and raises NumericsError."""
+        values = jax.device_get(values)
+        self._recent = [*self._recent[-1:], (step, batch, values)]
+        if values['bad_step']:
+            self._stop_bad(int(values['bad_step']), state)
+        tokens, positions = round(float(values['tokens'])), batch['inputs'].size
+        self.tokens += tokens
+        self._window_steps += 1
+        self._window_tokens += tokens
+        self._window_positions += positions
+        if step % self._log_every == 0 or self._log_also(step):
+            loss = float(values['loss'])
+            self._metrics.add(
+                step,
+                {
+                    'tokens': self.tokens,
+                    'train/loss': loss,
+                    'train/perplexity': formulas.perplexity(loss),
+                    'train/grad_norm': float(values['grad_norm']),
+                    'train/learning_rate': float(values['learning_rate']),
+                    'train/tokens_per_step': tokens,
+                    'train/positions_per_step': positions,
+                    **self._speed(),
+                    'layers/grad_norm': [float(norm) for norm in values['layer_grad_norm']],
+                },
+            )
+            if step % self._log_every == 0 or step == self._num_steps:
+                print(record.progress_line(self._metrics.open_line, self._num_steps), flush=True)
+
+    def flush(self):
+        """The line at hand is complete."""
+        self._metrics.flush()
+
+    def waiting(self):
+        """Times the wait for a batch."""
+        return _Timer(self, '_window_wait')
+
+    def paused(self):
+        """Leaves the time of hooks out of the speed."""
+        return _Timer(self, '_window_paused')
+
+    def _start_window(self):
+        self._window_start = time.perf_counter()
+        self._window_steps = self._window_tokens = self._window_positions = 0
+        self._window_wait = self._window_paused = 0.0
+
+    def _speed(self):
+        """`perf/*` of the steps since the last line."""
+        seconds = time.perf_counter() - self._window_start - self._window_paused
+        count = len(self._devices)
+        speed = {
+            'perf/tokens_per_sec': self._window_tokens / seconds,
+            'perf/tokens_per_sec_per_device': self._window_tokens / seconds / count,
+            'perf/step_time': seconds / self._window_steps,
+            'perf/mfu': formulas.mfu(
+                self._flops_per_position * self._window_positions / seconds, self._devices[0].device_kind, count
+            ),
+            'perf/data_wait_frac': self._window_wait / seconds,
+            'perf/peak_memory_gb': _peak_memory(self._devices[0]),
+            **self._first_line,
+        }
+        self._first_line = {}
+        self._start_window()
+        return speed
+
+    def _stop_bad(self, step, state):
+        """Writes debug/: the bad step, the last two batches, the norms of every layer's gradient and weights."""
+        folder = self._workdir / 'debug'
+        folder.mkdir(exist_ok=True)
+        weights, _ = jax.device_get(measures.layer_norms(state.params))
+        report = {'step': step, 'layers/weight_norm': weights.tolist(), 'steps': []}
+        for number, batch, values in self._recent:
+            np.savez(folder / f'batch_{number}.npz', **jax.device_get(batch))
+            report['steps'].append(
+                {
+                    'step': number,
+                    'train/loss': repr(float(values['loss'])),
+                    'train/grad_norm': repr(float(values['grad_norm'])),
+                    'layers/grad_norm': [repr(float(norm)) for norm in values['layer_grad_norm']],
+                }
+            )
+        (folder / 'report.json').write_text(json.dumps(report, indent=1))
+        self._metrics.flush()
+        raise NumericsError(
+            f'step {step}: the loss or a gradient is not finite; weights are untouched since step {step - 1}, '
+            f'{folder} holds the batches and the norms of every layer'
+        )
+
+
+class _Timer:
+    """Adds the time inside `with` to an attribute of a Meter."""
+
+    def __init__(self, meter, name):
+        self._meter, self._name = meter, name
+
+    def __enter__(self):
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_):
+        spent = time.perf_counter() - self._start
+        setattr(self._meter, self._name, getattr(self._meter, self._name) + spent)
+
+
+def _peak_memory(device):
+    stats = device.memory_stats() or {}
+    return stats['peak_bytes_in_use'] / 2**30 if 'peak_bytes_in_use' in stats else None

@@ -1,0 +1,217 @@
+"""The judge: a LLaMA-type transformer with every normalisation placement, float64 numpy, nothing shared with mixln_jax.
+
+Each placement is its own straight-line code. Every operation in `forward` and `loss` is analytic and takes complex128,
+so `gradients` is exact to rounding (complex step). Letters: V vocabulary, D width, H query heads, K key/value heads, hd
+head width, F MLP width, L layers, B batch, T length; `...` are optional leading axes of perturbations.
+"""
+
+from functools import partial
+
+import numpy as np
+
+# --- Placements: x [..., B, T, D] -> y [..., B, T, D]. w: the layer's weights; attention, mlp: functions of the
+# sub-layer's input; norm(x, gain): RMSNorm; l = 1..L: the layer's index; L: the depth.
+
+
+def pre(x, w, attention, mlp, norm, l, L):
+    """Pre-LN: y = x + F(N_in(x)). Xiong et al., arXiv 2002.04745; LLaMA."""
+    a = x + attention(norm(x, w['attention_in']))
+    return a + mlp(norm(a, w['mlp_in']))
+
+
+def post(x, w, attention, mlp, norm, l, L):
+    """Post-LN: y = N_post(x + F(x)). Vaswani et al., arXiv 1706.03762."""
+    a = norm(x + attention(x), w['attention_post'])
+    return norm(a + mlp(a), w['mlp_post'])
+
+
+def sandwich(x, w, attention, mlp, norm, l, L):
+    """Sandwich-LN: y = x + N_out(F(N_in(x))). CogView, arXiv 2105.13290."""
+    a = x + norm(attention(norm(x, w['attention_in'])), w['attention_out'])
+    return a + norm(mlp(norm(a, w['mlp_in'])), w['mlp_out'])
+
+
+def res_post(x, w, attention, mlp, norm, l, L):
+    """Res-post-norm: y = x + N_out(F(x)). Swin v2, arXiv 2111.09883; OLMo 2, arXiv 2501.00656."""
+    a = x + norm(attention(x), w['attention_out'])
+    return a + norm(mlp(a), w['mlp_out'])
+
+
+def deepnorm(x, w, attention, mlp, norm, l, L):
+    """DeepNorm, decoder only: y = N_post((2L)^(1/4) x + F(x)). Wang et al., arXiv 2203.00555."""
+    alpha = (2.0 * L) ** 0.25
+    a = norm(alpha * x + attention(x), w['attention_post'])
+    return norm(alpha * a + mlp(a), w['mlp_post'])
+
+
+def lns(x, w, attention, mlp, norm, l, L):
+    """LayerNorm scaling: y = x + F(N_in(x) / sqrt(l)). Sun et al., arXiv 2502.05795."""
+    a = x + attention(norm(x, w['attention_in']) / np.sqrt(float(l)))
+    return a + mlp(norm(a, w['mlp_in']) / np.sqrt(float(l)))
+
+
+PLACEMENTS = {f.__name__: f for f in (pre, post, sandwich, res_post, deepnorm, lns)}
+# Which of N_in, N_out, N_post a placement has, in both sub-layers.
+GAINS = dict(pre=['in'], post=['post'], sandwich=['in', 'out'], res_post=['out'], deepnorm=['post'], lns=['in'])
+
+# --- Parts
+
+
+def rms_norm(x, gain, eps):
+    """x [..., D], gain [D] -> [..., D]: x / sqrt(mean(x^2) + eps) * gain. Zhang and Sennrich, arXiv 1910.07467."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * gain
+
+
+def rotary(x, theta):
+    """x [..., T, heads, hd] -> same: x cos + rotate_half(x) sin, positions 0..T-1. Su et al., arXiv 2104.09864; HF."""
+    length, width = x.shape[-3], x.shape[-1]
+    angles = np.arange(length)[:, None] * theta ** (-2.0 * np.arange(width // 2) / width)
+    angles = np.concatenate([angles, angles], axis=-1)[:, None, :]
+    rotated = np.concatenate([-x[..., width // 2 :], x[..., : width // 2]], axis=-1)
+    return x * np.cos(angles) + rotated * np.sin(angles)
+
+
+def causal_attention(x, w, heads, kv_heads, theta):
+    """x [..., B, T, D] -> [..., B, T, D]; query head h reads kv head h // (H/K). Ainslie et al., arXiv 2305.13245."""
+    q, k, v = x @ w['q'], x @ w['k'], x @ w['v']
+    q = rotary(q.reshape(*q.shape[:-1], heads, -1), theta)
+    k = rotary(k.reshape(*k.shape[:-1], kv_heads, -1), theta)
+    v = v.reshape(*v.shape[:-1], kv_heads, -1)
+    reads = np.arange(heads) // (heads // kv_heads)
+    q, k, v = (np.swapaxes(a, -3, -2) for a in (q, k[..., reads, :], v[..., reads, :]))  # [..., B, H, T, hd]
+    scores = q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1])
+    scores = np.where(np.tri(x.shape[-2], dtype=bool), scores, -np.inf)
+    p = np.exp(scores - scores.real.max(axis=-1, keepdims=True))
+    p = p / p.sum(axis=-1, keepdims=True)
+    h = np.swapaxes(p @ v, -3, -2)
+    return h.reshape(*h.shape[:-2], -1) @ w['o']
+
+
+def swiglu(x, w):
+    """x [..., D] -> [..., D]: (silu(x gate) * (x up)) down. Shazeer, arXiv 2002.05202."""
+    g = x @ w['gate']
+    return (g / (1.0 + np.exp(-g)) * (x @ w['up'])) @ w['down']
+
+
+# --- The network, its loss and its gradients
+
+
+def _map(f, weights):
+    """The same structure with f(leaf) at every leaf; weights: dicts and lists of arrays."""
+    if isinstance(weights, dict):
+        return {name: _map(f, sub) for name, sub in weights.items()}
+    return [_map(f, sub) for sub in weights] if isinstance(weights, list) else f(weights)
+
+
+def _double(a):
+    """Any array -> float64, or complex128 where it is complex."""
+    return np.asarray(a, np.complex128 if np.iscomplexobj(a) else np.float64)
+
+
+def forward(
+    weights, ids, placements, *, heads, kv_heads, eps=1e-6, theta=10000.0, layer_index=None, depth=None, keep=None
+):
+    """ids [B, T] -> (L+1 arrays [..., B, T, D]: the raw residual stream, logits [..., B, T, V]). arXiv 2302.13971.
+
+    layer_index (L numbers from 1) and depth replace l and L; where keep[0..L-1] is False the layer is the identity.
+    """
+    weights, count = _map(_double, weights), len(weights['layers'])
+    assert len(placements) == count, (placements, count)
+    layer_index = range(1, count + 1) if layer_index is None else layer_index
+    depth = count if depth is None else depth
+    norm = partial(rms_norm, eps=eps)
+    x = weights['embed'][..., np.asarray(ids), :]
+    hidden = [x]
+    for i, (name, w) in enumerate(zip(placements, weights['layers'], strict=True)):
+        if keep is None or keep[i]:
+            attention = partial(causal_attention, w=w, heads=heads, kv_heads=kv_heads, theta=theta)
+            x = PLACEMENTS[name](x, w, attention, partial(swiglu, w=w), norm, int(layer_index[i]), int(depth))
+        hidden.append(x)
+    return hidden, norm(x, weights['norm']) @ weights['head']
+
+
+def loss(weights, ids, targets, weights_of_targets, placements, **kw):
+    """ids, targets, weights_of_targets [B, T] -> [...]: sum of weighted cross-entropies / sum of weights."""
+    logits = forward(weights, ids, placements, **kw)[1]
+    given = np.asarray(weights_of_targets, np.float64)
+    targets = np.where(given != 0, targets, 0)  # a target without weight may be out of range (-100)
+    top = logits.real.max(axis=-1, keepdims=True)
+    log_sum = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
+    index = np.broadcast_to(targets[..., None], (*logits.shape[:-1], 1))
+    nll = log_sum - np.take_along_axis(logits, index, axis=-1)[..., 0]
+    return (nll * given).sum(axis=(-2, -1)) / given.sum()
+
+
+def gradients(weights, ids, targets, weights_of_targets, placements, *, chunk=256, **kw):
+    """Gradient of `loss`, same structure as weights: Im loss(w + ih) / h. Squire and Trapp, SIAM Review 40 (1998)."""
+    h = 1e-30
+    weights = _map(_double, weights)
+
+    def of(owner, name):  # one forward pass for `chunk` entries of the leaf, along a leading axis
+        leaf, out = owner[name], np.empty(owner[name].size)
+        for start in range(0, leaf.size, chunk):
+            entries = np.arange(start, min(start + chunk, leaf.size))
+            moved = np.tile(leaf.reshape(-1).astype(np.complex128), (len(entries), 1))
+            moved[np.arange(len(entries)), entries] += 1j * h
+            # To meet x [n, B, T, D]: embed [n, V, D] (looked up), gains [n, 1, 1, D], matrices [n, 1, in, out].
+            ones = () if name == 'embed' else (1,) * (3 - leaf.ndim)
+            owner[name] = moved.reshape(len(entries), *ones, *leaf.shape)
+            out[entries] = loss(weights, ids, targets, weights_of_targets, placements, **kw).imag / h
+        owner[name] = leaf
+        return out.reshape(leaf.shape)
+
+    grads = {name: of(weights, name) for name in weights if name != 'layers'}
+    grads['layers'] = [{name: of(layer, name) for name in layer} for layer in weights['layers']]
+    return grads
+
+
+def init(rng, placements, *, V, D, H, K, F):
+    """Random weights for one layer a placement name: matrices normal (std 0.3, embed 1), gains uniform in 0.5..1.5."""
+    hd = D // H
+    shapes = {'q': (D, H * hd), 'k': (D, K * hd), 'v': (D, K * hd), 'o': (H * hd, D)}
+    shapes |= {'gate': (D, F), 'up': (D, F), 'down': (F, D)}
+    layers = []
+    for placement in placements:
+        layer = {name: rng.normal(0.0, 0.3, shape) for name, shape in shapes.items()}
+        for part in ('attention', 'mlp'):
+            layer |= {f'{part}_{where}': rng.uniform(0.5, 1.5, D) for where in GAINS[placement]}
+        layers.append(layer)
+    embed, head = rng.normal(0.0, 1.0, (V, D)), rng.normal(0.0, 0.3, (D, V))
+    return {'embed': embed, 'head': head, 'norm': rng.uniform(0.5, 1.5, D), 'layers': layers}
+
+
+# --- Optimisers (one array; a gradient and a learning rate a step; the array after the last step) and measures
+
+
+def adamw(params, grads_list, lrs, b1, b2, eps, weight_decay):
+    """torch.optim.AdamW: decoupled decay p -= lr wd p first. Loshchilov and Hutter, arXiv 1711.05101."""
+    p = np.array(params, np.float64)
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t, (g, lr) in enumerate(zip(grads_list, lrs, strict=True), 1):
+        g = np.asarray(g, np.float64)
+        m = b1 * m + (1.0 - b1) * g
+        v = b2 * v + (1.0 - b2) * g * g
+        p = p - lr * weight_decay * p - lr * (m / (1.0 - b1**t)) / (np.sqrt(v / (1.0 - b2**t)) + eps)
+    return p
+
+
+def adam(params, grads_list, lrs, b1, b2, eps):
+    """torch.optim.Adam: bias-corrected moments, eps outside the root. Kingma and Ba, arXiv 1412.6980."""
+    return adamw(params, grads_list, lrs, b1, b2, eps, 0.0)
+
+
+def sgd(params, grads_list, lrs, momentum):
+    """torch.optim.SGD: m = momentum m + g, p -= lr m. Sutskever et al., ICML 2013."""
+    p = np.array(params, np.float64)
+    m = np.zeros_like(p)
+    for g, lr in zip(grads_list, lrs, strict=True):
+        m = momentum * m + np.asarray(g, np.float64)
+        p = p - lr * m
+    return p
+
+
+def angular_distance(u, v):
+    """u, v [..., D] -> [...]: arccos(cosine) / pi, in 0..1. Gromov et al., arXiv 2403.17887."""
+    u, v = np.asarray(u, np.float64), np.asarray(v, np.float64)
+    cosine = (u * v).sum(axis=-1) / np.sqrt((u * u).sum(axis=-1) * (v * v).sum(axis=-1))
+    return np.arccos(np.clip(cosine, -1.0, 1.0)) / np.pi

@@ -1,0 +1,186 @@
+"""Recipes, overrides, and what a user gets for a wrong key."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+from mixln_jax import config as configs
+from mixln_jax import main, optim
+from mixln_jax.exits import UsageError
+from mixln_jax.models import llama
+
+RECIPES = pathlib.Path(__file__).parents[1] / 'configs'
+# The authors' JSON files: hidden, MLP, heads, layers, parameters (untied head, final norm included).
+SIZES = {
+    '9m': (128, 352, 4, 4),
+    '20m': (256, 688, 4, 4),
+    '35m': (384, 1024, 8, 6),
+    '40m': (416, 1024, 8, 8),
+    '60m': (512, 1376, 8, 8),
+    '71m': (512, 1368, 8, 12),
+    '100m': (640, 1708, 10, 12),
+    '130m': (768, 2048, 12, 12),
+    '250m': (768, 2560, 16, 24),
+    '350m': (1024, 2736, 16, 24),
+    '1b': (2048, 5461, 32, 24),
+    '3b': (2560, 6848, 32, 32),
+    '7b': (4096, 11008, 32, 32),
+}
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_recipes_have_the_official_sizes(size):
+    config = configs.build(configs.load(str(RECIPES / f'llama_{size}.py')))
+    model, (width, mlp, heads, layers) = config.model, SIZES[size]
+    assert (model.hidden_size, model.intermediate_size, model.num_heads, model.num_layers) == (
+        width,
+        mlp,
+        heads,
+        layers,
+    )
+    vocab = 32100 if size == '100m' else 32000
+    params = jax.eval_shape(llama.from_config(model).init, jax.random.key(0))['params']
+    by_hand = 2 * vocab * width + layers * (4 * width**2 + 3 * width * mlp + 2 * width) + width
+    assert llama.num_params(model, params) == by_hand
+    assert (config.batch_size, config.seq_length, config.data.name) == (512, 256, 'c4/en')
+
+
+def test_every_size_has_a_recipe():
+    assert {path.stem for path in RECIPES.glob('*.py')} == {f'llama_{size}' for size in SIZES} | {'quickstart'}
+
+
+@pytest.mark.parametrize('norm_position', ['pre', 'post', 'deepnorm', 'lns', 'sandwich', 'res_post', 'mix'])
+def test_any_placement_on_a_recipe(norm_position):
+    values = configs.load(str(RECIPES / 'llama_130m.py'), [('model.norm_position', norm_position)])
+    model = llama.from_config(configs.build(values).model)
+    jax.eval_shape(model.init, jax.random.key(0))
+    assert len(model.norm_position) == 12
+
+
+def test_overrides_take_the_type_of_the_key():
+    values = configs.load(
+        str(RECIPES / 'quickstart.py'), [('num_steps', '7'), ('optim.learning_rate', '1'), ('deterministic', 'True')]
+    )
+    config = configs.build(values)
+    assert (config.num_steps, config.optim.learning_rate, config.deterministic) == (7, 1.0, True)
+    assert isinstance(config.optim.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    'path, text, words',
+    [
+        ('modl.num_layers', '3', r'unknown key config\.modl, did you mean model\?'),
+        ('model.num_layer', '3', r'unknown key config\.model\.num_layer, did you mean num_layers\?'),
+        ('model.num_layers', 'many', "config.model.num_layers must be of type int, not 'many'"),
+        ('model.num_layers', '1.5', 'config.model.num_layers must be of type int'),
+        ('model', '3', 'config.model is a group of keys'),
+        ('num_steps.x', '3', 'config.num_steps.x is not a key'),
+        ('deterministic', 'maybe', 'config.deterministic must be of type bool'),
+        ('optim.learning_rate', 'nan', 'config.optim.learning_rate must be a finite number'),
+        ('optim.learning_rate', 'inf', 'config.optim.learning_rate must be a finite number'),
+        ('optim.learning_rate', '-1e-3', 'config.optim.learning_rate must be above 0'),
+        ('optim.name', 'adamm', 'config.optim.name=.* did you mean adam'),
+        ('optim.weight_decay', '0.1', 'config.optim.weight_decay needs'),
+        ('model.post_ratio', '1.1', 'config.model.post_ratio must be at most 1'),
+        ('model.post_ratio', '-0.1', 'config.model.post_ratio must be at least 0'),
+        ('model.num_layers', '0', 'config.model.num_layers must be at least 1'),
+        ('model.num_heads', '5', 'config.model.hidden_size=128 does not divide by config.model.num_heads=5'),
+        ('model.num_heads', '128', 'must be even for rotary'),
+        ('model.num_kv_heads', '3', 'does not divide by config.model.num_kv_heads=3'),
+        ('num_steps', '0', 'config.num_steps must be at least 1'),
+        ('num_steps', '-5', 'config.num_steps must be at least 1'),
+        ('mesh.data', '0', 'config.mesh.data must be'),
+    ],
+)
+def test_wrong_values_are_named(path, text, words):
+    with pytest.raises(UsageError, match=words):
+        configs.build(configs.load(str(RECIPES / 'quickstart.py'), [(path, text)]))
+
+
+@pytest.mark.parametrize(
+    'recipe, words',
+    [
+        ('def get_config(:\n', r'recipe\.py:1: SyntaxError'),
+        ('x = 3\n', 'no attribute .get_config'),
+        ('def get_config():\n    return 3\n', 'get_config returned int'),
+        (
+            'from mixln_jax import config\ndef get_config():\n    c = config.default()\n    c.modle = 3\n',
+            r'recipe\.py:4: AttributeError.*Did you mean "model"',
+        ),
+        (
+            'from mixln_jax import config\ndef get_config():\n    c = config.default()\n    c.num_steps = "x"\n',
+            r'recipe\.py:4: TypeError.*num_steps',
+        ),
+    ],
+)
+def test_errors_in_a_recipe_name_the_line(tmp_path, recipe, words):
+    (tmp_path / 'recipe.py').write_text(recipe)
+    with pytest.raises(UsageError) as error:
+        configs.load(str(tmp_path / 'recipe.py'))
+    assert re.search(words, str(error.value).replace('\n', ' '))
+
+
+def test_recipe_with_an_argument(tmp_path):
+    (tmp_path / 'recipe.py').write_text(
+        'from mixln_jax import config\n\ndef get_config(n):\n'
+        '    c = config.default()\n    c.seed = int(n)\n    return c\n'
+    )
+    assert configs.load(f'{tmp_path}/recipe.py:5').seed == 5
+
+
+def test_nested_dicts_are_checked_too():
+    with pytest.raises(UsageError, match=r'unknown key config\.optim\.lr'):
+        configs.build({'optim': {'lr': 1e-3}})
+    with pytest.raises(UsageError, match=r'config\.optim must be a group'):
+        configs.build({'optim': 3})
+
+
+class TestCommandLine:
+    def parse(self, *words):
+        return main.parse(words)
+
+    def test_both_spellings_in_any_order(self):
+        recipe = str(RECIPES / 'quickstart.py')
+        options, config = self.parse('--config.num_steps=3', '--config', recipe, '--config.seed', '4')
+        assert (config.num_steps, config.seed, options.workdir) == (3, 4, 'runs/quickstart')
+
+    @pytest.mark.parametrize(
+        'words, message',
+        [
+            ((), 'required: --config'),
+            (('--config', 'nope.py'), 'there is no file nope.py'),
+            (('--config', str(RECIPES / 'quickstart.py'), 'more'), "unexpected argument 'more'"),
+            (('--config', str(RECIPES / 'quickstart.py'), '--workdri=x'), "unexpected argument '--workdri=x'"),
+            (('--config', str(RECIPES / 'quickstart.py'), '--config.seed'), '--config.seed needs a value'),
+        ],
+    )
+    def test_errors(self, words, message):
+        with pytest.raises(UsageError, match=message):
+            self.parse(*words)
+
+    def test_help_exits_with_0_and_names_every_key(self, capsys):
+        with pytest.raises(SystemExit) as end:
+            main.main(['--help'])
+        assert end.value.code == 0
+        shown = capsys.readouterr().out
+        assert all(f'--config.{name}' in shown for name in configs.flatten(configs.Config()))
+
+
+class TestSchedules:
+    def rates(self, **changes):
+        schedule = optim.schedule(configs.Optim(learning_rate=2.0, **changes), 100)
+        return [float(schedule(step)) for step in range(100)]
+
+    @pytest.mark.parametrize('name', ['cosine', 'linear', 'constant'])
+    def test_warm_up_peak_and_end(self, name):
+        rates = self.rates(schedule=name)
+        assert rates[0] == pytest.approx(0.2)
+        assert rates[9] == pytest.approx(2.0)
+        assert rates[99] == pytest.approx(2.0 if name == 'constant' else 0.2)
+        middle = {'cosine': 0.2 + 1.8 / 2, 'linear': 1.1, 'constant': 2.0}[name]
+        assert rates[54] == pytest.approx(middle)
+
+    def test_no_warm_up(self):
+        assert self.rates(warmup_ratio=0.0, schedule='linear')[0] == pytest.approx(2 - 0.018)

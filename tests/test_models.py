@@ -1,0 +1,397 @@
+"""Every placement against an independent float64 reference and the authors' own numbers."""
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import safetensors.numpy
+
+from mixln_jax import config as configs
+from mixln_jax import measures, optim, step, trees
+from mixln_jax.exits import CheckpointError, UsageError
+from mixln_jax.models import hf, llama, norms, transformer
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+SIZES = dict(V=11, D=8, H=4, K=2, F=12)
+LISTS = {name: (name,) * 3 for name in norms.PLACEMENTS} | {
+    'mix': ('post', 'pre', 'pre'),
+    'post,deepnorm,lns': ('post', 'deepnorm', 'lns'),
+    'sandwich*2,res_post': ('sandwich', 'sandwich', 'res_post'),
+}
+
+
+def make(norm_position, num_layers=3, **changes):
+    sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_heads=4, num_kv_heads=2)
+    return llama.from_config(
+        configs.Model(num_layers=num_layers, norm_position=norm_position, **(sizes | changes)), 'float32'
+    )
+
+
+def to_jax(model, weights):
+    """The reference's weights as our parameters; the padded rows stay zero."""
+    like = jax.eval_shape(model.init, jax.random.key(0))['params']
+    pad = lambda a, shape: np.pad(a, [(0, n - m) for n, m in zip(shape.shape, a.shape, strict=True)])  # noqa: E731
+
+    def layer(of):
+        ours = {}
+        for name, value in of.items():
+            sublayer, _, place = name.partition('_')
+            if place:
+                ours[f'{sublayer}_norm_{place}'] = {'scale': value}
+            else:
+                ours.setdefault('attention' if name in 'qkvo' else 'mlp', {})[name] = {'kernel': value}
+        return ours
+
+    params = {
+        'embed': {'embedding': pad(weights['embed'], like['embed']['embedding'])},
+        'head': {'kernel': pad(weights['head'], like['head']['kernel'])},
+        'norm': {'scale': weights['norm']},
+        'layers': transformer.stack_layers([layer(of) for of in weights['layers']], model.norm_position),
+    }
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def text(rng, B=2, T=5, V=11):
+    ids = rng.integers(0, V, (B, T + 1))
+    weights = np.ones((B, T))
+    weights[-1, -2:] = 0
+    return {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'weights': weights}
+
+
+def mean_loss(model, params, batch):
+    total, count, _ = step.batch_loss(model, params, batch)
+    return total / count
+
+
+def assert_gradients(got, expected, tolerance):
+    """Each tensor within `tolerance` of that tensor's own largest entry."""
+    expected = dict(trees.named_leaves(expected))
+    for name, leaf in trees.named_leaves(got):
+        np.testing.assert_allclose(
+            leaf, expected[name], rtol=0, atol=tolerance * np.abs(expected[name]).max(), err_msg=name
+        )
+
+
+@pytest.mark.parametrize('norm_position', LISTS)
+def test_forward_and_gradient_equal_the_float64_reference(norm_position):
+    rng = np.random.default_rng(1)
+    weights = reference.init(rng, LISTS[norm_position], **SIZES)
+    model, batch = make(norm_position), text(rng)
+    assert model.norm_position == LISTS[norm_position]
+    arguments = batch['inputs'], batch['targets'], batch['weights'], LISTS[norm_position]
+    heads = dict(heads=4, kv_heads=2)
+
+    @jax.jit
+    def ours(params):
+        logits, out = model.apply({'params': params}, batch['inputs'], capture=True)
+        loss, grads = jax.value_and_grad(lambda p: mean_loss(model, p, batch))(params)
+        return out['hidden'], logits, loss, grads
+
+    def check(weights):
+        hidden, logits, loss, grads = ours(to_jax(model, weights))
+        np.testing.assert_allclose(hidden, expected[0], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(logits, expected[1], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(loss, reference.loss(*expected_weights, *arguments, **heads), rtol=0, atol=2e-6)
+        assert_gradients(grads, to_jax(model, reference.gradients(*expected_weights, *arguments, **heads)), 2e-5)
+
+    expected_weights = [weights]
+    expected = reference.forward(weights, batch['inputs'], LISTS[norm_position], **heads)
+    check(weights)
+    # The comparison must be able to fail: one weight of the last layer, moved a little.
+    moved = dict(weights, layers=[dict(layer) for layer in weights['layers']])
+    moved['layers'][-1]['up'] = weights['layers'][-1]['up'] + 1e-3 * (np.arange(12) == 5)
+    with pytest.raises(AssertionError):
+        check(moved)
+
+
+@pytest.mark.parametrize('norm_position', ['mix', 'deepnorm', 'lns', 'sandwich'])
+def test_removed_layers_are_the_identity_and_keep_their_constants(norm_position):
+    rng = np.random.default_rng(2)
+    weights = reference.init(rng, LISTS[norm_position], **SIZES)
+    model, batch = make(norm_position), text(rng)
+    keep = np.array([True, False, True])
+    expected, logits = reference.forward(weights, batch['inputs'], LISTS[norm_position], heads=4, kv_heads=2, keep=keep)
+    masked, out = jax.jit(lambda p, k: model.apply({'params': p}, batch['inputs'], keep=k, capture=True))(
+        params := to_jax(model, weights), keep
+    )
+    np.testing.assert_allclose(masked, logits, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(out['hidden'], expected, rtol=0, atol=2e-5)
+    # The same network, cut: constants follow layer_index and depth, not the position in the shorter stack.
+    names = (model.norm_position[0], model.norm_position[2])
+    cut = model.clone(norm_position=names, layer_index=(1, 3))
+    layers = transformer.split_layers(params['layers'], model.norm_position)
+    cut_params = dict(params, layers=transformer.stack_layers([layers[0], layers[2]], names))
+    np.testing.assert_allclose(cut.apply({'params': cut_params}, batch['inputs'])[0], masked, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'changes', [{'remat': 'dots'}, {'remat': 'full'}, {'scan_unroll': '1'}, {'scan_unroll': 'all'}]
+)
+def test_remat_and_unrolling_change_no_number(changes):
+    rng = np.random.default_rng(3)
+    plain, changed, batch = make('mix', 6), make('mix', 6, **changes), text(rng)
+    assert changed.config != plain.config
+    params = to_jax(plain, reference.init(rng, plain.norm_position, **SIZES))
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: mean_loss(plain, p, batch)))(params)
+    other, others = jax.jit(jax.value_and_grad(lambda p: mean_loss(changed, p, batch)))(params)
+    np.testing.assert_allclose(other, loss, rtol=1e-6)
+    assert_gradients(others, grads, 2e-6)
+
+
+def test_remat_recomputes():
+    def dots(remat):
+        model = make('pre', remat=remat)
+        params = jax.eval_shape(model.init, jax.random.key(0))['params']
+        batch = text(np.random.default_rng(0))
+        return str(jax.make_jaxpr(jax.grad(lambda p: mean_loss(model, p, batch)))(params)).count('dot_general')
+
+    assert dots('none') < dots('full')
+    assert dots('dots') < dots('full')
+
+
+@pytest.mark.parametrize('name', ['pre', 'post', 'mix', 'sandwich', 'lns'])
+def test_golden(name):
+    """What the authors' PyTorch code computes from the same weights (tests/golden/README.md)."""
+    model, params = hf.load(GOLDEN / name, norm_position=name)
+    expected = np.load(GOLDEN / name / 'expected.npz')
+    real = expected['attention_mask'].astype(bool)
+    ids = expected['input_ids']
+    batch = {'inputs': ids, 'targets': np.roll(ids, -1, axis=1), 'weights': np.pad(real[:, 1:], ((0, 0), (0, 1)))}
+
+    @jax.jit
+    def ours(params):
+        logits, out = model.apply({'params': params}, ids, capture=True)
+        x, _ = model.apply({'params': params}, ids, method='trunk')
+        return logits, [*out['hidden'][:-1], x], jax.value_and_grad(lambda p: mean_loss(model, p, batch))(params)
+
+    def check_forward(logits, hidden, loss):  # their last hidden state is after the final norm
+        np.testing.assert_allclose(logits[real], expected['logits'][real], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(np.array(hidden)[:, real], expected['hidden_states'][:, real], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(loss, expected['loss'], rtol=0, atol=2e-5)
+
+    def check_gradients(grads):
+        grads = dict(grads, layers=transformer.split_layers(jax.device_get(grads['layers']), model.norm_position))
+        theirs = {key: value for key, value in expected.items() if key.startswith('grad/')}
+        for name, leaf in trees.named_leaves(grads):
+            tensor = theirs.pop(f'grad/{hf.tensor_name(name, model.norm_position)}')
+            leaf = np.asarray(leaf).T if name.endswith('kernel') else leaf
+            np.testing.assert_allclose(leaf, tensor, rtol=0, atol=1e-4 * np.abs(tensor).max(), err_msg=name)
+        assert not theirs
+
+    logits, hidden, (loss, grads) = ours(params)
+    check_forward(logits, hidden, loss)
+    check_gradients(grads)
+    # Both must be able to fail: one gain moved by a thousandth.
+    params['norm']['scale'] = params['norm']['scale'].at[3].multiply(1.001)
+    logits, hidden, (loss, grads) = ours(params)
+    with pytest.raises(AssertionError):
+        check_forward(logits, hidden, loss)
+    with pytest.raises(AssertionError):
+        check_gradients(grads)
+
+
+@pytest.mark.parametrize('name, clip_norm', [('pre', 0.0), ('mix', 1.0)])
+def test_thirty_updates_follow_the_authors(name, clip_norm):
+    stored = np.load(GOLDEN / name / 'trajectory.npz')
+    model, params = hf.load(GOLDEN / name, norm_position=name)
+    optimizer = optim.optimizer(configs.Optim(name='adam'))
+    rates = jnp.asarray(stored['learning_rate'])
+
+    @jax.jit
+    def update(state, batch, rates):
+        rate = lambda i: rates[i]  # noqa: E731
+        return step.train_step(state, batch, model=model, optimizer=optimizer, schedule=rate, clip_norm=clip_norm)
+
+    def losses(rates):
+        state = step.State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+        found = []
+        for ids in stored['batches']:
+            weights = np.ones(ids.shape, np.float32)
+            weights[:, -1] = 0
+            batch = {'inputs': ids, 'targets': np.roll(ids, -1, axis=1), 'weights': weights}
+            state, metrics = update(state, batch, rates)
+            found.append((metrics['loss'], metrics['grad_norm']))
+        return np.array(found).T
+
+    loss, grad_norm = losses(rates)
+    np.testing.assert_allclose(loss, stored['loss'], rtol=1e-5)
+    np.testing.assert_allclose(grad_norm, stored['grad_norm_before_clip'], rtol=1e-5)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(losses(rates * 1.001)[0], stored['loss'], rtol=1e-5)
+
+
+class TestFolders:
+    """What hf.load refuses."""
+
+    def copy(self, tmp_path, name='mix'):
+        return pathlib.Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+
+    @pytest.mark.parametrize('claimed', ['pre', 'post', 'sandwich', 'lns', None])
+    def test_a_folder_is_not_opened_as_another_placement(self, claimed):
+        with pytest.raises(CheckpointError, match=r'tensor model\.layers\.'):
+            hf.load(GOLDEN / 'mix', norm_position=claimed)
+
+    def test_missing_folder(self, tmp_path):
+        with pytest.raises(UsageError, match='config.json does not exist'):
+            hf.load(tmp_path)
+
+    def test_damaged_content(self, tmp_path):
+        folder = self.copy(tmp_path)
+        (folder / 'model.safetensors').write_bytes(b'nonsense')
+        with pytest.raises(CheckpointError, match='safetensors'):
+            hf.load(folder, 'mix')
+        (folder / 'config.json').write_text('{')
+        with pytest.raises(CheckpointError, match='JSON'):
+            hf.load(folder, 'mix')
+
+    def test_wrong_shape_names_the_tensor(self, tmp_path):
+        folder = self.copy(tmp_path)
+        tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+        tensors['model.layers.3.mlp.up_proj.weight'] = tensors['model.layers.3.mlp.up_proj.weight'][:-1]
+        safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+        with pytest.raises(CheckpointError, match=r'layers\.3\.mlp\.up_proj'):
+            hf.load(folder, 'mix')
+
+
+class TestPlacements:
+    """Names, schemes and constants."""
+
+    @pytest.mark.parametrize(
+        'layers, ratio, post',
+        [(12, 0.25, 3), (24, 0.33, 8), (24, 0.167, 4), (24, 0.417, 10), (32, 0.0625, 2), (6, 0.25, 2)],
+    )
+    def test_mix(self, layers, ratio, post):
+        assert norms.resolve('mix', layers, ratio) == ('post',) * post + ('pre',) * (layers - post)
+
+    def test_lists(self):
+        assert norms.resolve(' post * 2, pre,lns', 4) == ('post', 'post', 'pre', 'lns')
+        assert norms.segments(('post', 'post', 'pre', 'lns', 'lns')) == [('post', 0, 2), ('pre', 2, 3), ('lns', 3, 5)]
+
+    @pytest.mark.parametrize(
+        'value, words',
+        [
+            ('pree', "'pree' is not one of .*did you mean pre"),
+            ('post*3,pre', 'lists 4 layers, config.model.num_layers is 3'),
+            ('post*0,pre*3', r"'post\*0' is not a name"),
+            ('', "'' is not a name"),
+            ('pre,,pre', "'' is not a name"),
+            ('mix*3', "'mix' is a scheme"),
+            ('post*999999999,pre', 'is not a name'),
+        ],
+    )
+    def test_bad_values_are_named(self, value, words):
+        with pytest.raises(UsageError, match=words):
+            norms.resolve(value, 3)
+
+    def test_constants_follow_depth_and_index(self):
+        lns, deepnorm = norms.PLACEMENTS['lns'].mlp, norms.PLACEMENTS['deepnorm'].attention
+        assert lns.constants([1, 4], 6) == {'in_scale': [1.0, 0.5]}
+        assert lns.constants([6], 6) != lns.constants([32], 32)
+        assert deepnorm.constants([1], 6)['residual_scale'] == [pytest.approx(12**0.25)]
+        assert deepnorm.constants([1], 32)['residual_scale'] == [pytest.approx(64**0.25)]
+
+    def test_warnings(self):
+        assert 'warm-up' in next(norms.warnings(('post', 'pre'), 'auto', 0.05))
+        assert 'scaled' in next(norms.warnings(('lns',), 'scaled', 0.1))
+        assert not list(norms.warnings(('post', 'pre'), 'auto', 0.1))
+        assert not list(norms.warnings(('pre',), 'scaled', 0.0))
+
+
+class TestInitialisation:
+    sizes = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_kv_heads=0)
+
+    def draw(self, norm_position, num_layers=6, **changes):
+        model = make(norm_position, num_layers, **(self.sizes | changes))
+        params = jax.jit(model.init)(jax.random.key(0))['params']
+        return params, transformer.split_layers(params['layers'], model.norm_position)
+
+    def test_equal_weights_under_every_placement(self):
+        _, pre = self.draw('pre')
+        _, mix = self.draw('mix', init='normal')
+        for one, other in zip(pre, mix, strict=True):
+            jax.tree.map(
+                np.testing.assert_array_equal, (one['attention'], one['mlp']), (other['attention'], other['mlp'])
+            )
+        assert not np.array_equal(pre[0]['mlp']['up']['kernel'], pre[1]['mlp']['up']['kernel'])
+
+    def test_standard_deviations(self):
+        params, layers = self.draw('pre', init_std=0.05, embed_std=0.3)
+        assert params['embed']['embedding'][:200].std() == pytest.approx(0.3, rel=0.05)
+        assert layers[2]['mlp']['down']['kernel'].std() == pytest.approx(0.05, rel=0.05)
+        assert params['head']['kernel'][:, :200].std() == pytest.approx(0.05, rel=0.05)
+        assert not params['embed']['embedding'][200:].any()
+        assert not params['head']['kernel'][:, 200:].any()
+
+    def test_scaled(self):
+        _, layers = self.draw('pre', init='scaled')
+        for sublayer, output, other in (('attention', 'o', 'q'), ('mlp', 'down', 'up')):
+            assert layers[0][sublayer][output]['kernel'].std() == pytest.approx(0.02 / 12**0.5, rel=0.06)
+            assert layers[0][sublayer][other]['kernel'].std() == pytest.approx(0.02, rel=0.06)
+
+    @pytest.mark.parametrize('depth', [6, 32])
+    def test_deepnorm_is_its_own_by_default(self, depth):
+        _, layers = self.draw(f'deepnorm*{depth}', depth)
+        gain = (8 * depth) ** -0.25
+        assert layers[0]['attention']['q']['kernel'].std() == pytest.approx((1 / 64) ** 0.5, rel=0.06)
+        assert layers[0]['attention']['v']['kernel'].std() == pytest.approx(gain * (1 / 64) ** 0.5, rel=0.06)
+        assert layers[0]['mlp']['down']['kernel'].std() == pytest.approx(gain * (2 / 160) ** 0.5, rel=0.06)
+        _, mixed = self.draw('deepnorm,pre')[:2] if depth == 2 else self.draw('deepnorm,pre*5')
+        assert mixed[1]['mlp']['down']['kernel'].std() == pytest.approx(0.02, rel=0.06)
+
+
+def test_vocabulary_padding_is_not_counted_and_learns_nothing():
+    model = make('pre')
+    params = jax.jit(model.init)(jax.random.key(0))['params']
+    assert params['embed']['embedding'].shape == (128, 8)
+    expected = reference.init(np.random.default_rng(0), ('pre',) * 3, **SIZES)
+    assert llama.num_params(model.config, params) == sum(np.size(leaf) for leaf in jax.tree.leaves(expected))
+    grads = jax.jit(jax.grad(lambda p: mean_loss(model, p, text(np.random.default_rng(0)))))(params)
+    assert not np.any(grads['head']['kernel'][:, 11:]) and not np.any(grads['embed']['embedding'][11:])
+    assert model.apply({'params': params}, np.zeros((1, 3), int))[0].shape == (1, 3, 11)
+
+
+def test_bfloat16_stays_near_float32():
+    rng = np.random.default_rng(5)
+    model, batch = make('mix'), text(rng)
+    params = to_jax(model, reference.init(rng, model.norm_position, **SIZES))
+    loss = jax.jit(lambda p: mean_loss(model, p, batch))(params)
+    half = model.clone(compute_dtype='bfloat16')
+    x, _ = jax.eval_shape(lambda p: half.apply({'params': p}, batch['inputs'], method='trunk'), params)
+    assert x.dtype == jnp.bfloat16
+    near = jax.jit(lambda p: mean_loss(half, p, batch))(params)
+    np.testing.assert_allclose(near, loss, rtol=2e-2)
+    assert near != loss
+
+
+class TestMeasures:
+    def test_angles(self):
+        rng = np.random.default_rng(0)
+        u, v = rng.normal(size=(2, 50, 64)).astype(np.float32)
+        assert np.all(measures.angular_distance(u, 4 * u) == 0)
+        assert np.all(measures.angular_distance(u, -u) == 1)
+        np.testing.assert_allclose(measures.angular_distance(u, 3 * u), 0, atol=1e-7)
+        assert measures.angular_distance(np.eye(4)[0], np.eye(4)[2]) == 0.5
+        np.testing.assert_allclose(measures.angular_distance(u, v), reference.angular_distance(u, v), rtol=0, atol=1e-6)
+        near = u + 1e-4 * v
+        np.testing.assert_allclose(measures.angular_distance(u, near), reference.angular_distance(u, near), rtol=1e-2)
+
+    def test_padding_does_not_count(self):
+        hidden = np.random.default_rng(0).normal(size=(4, 2, 6, 8)).astype(np.float32)
+        weights = np.ones((2, 6))
+        weights[1, 4:] = 0
+        total, count = measures.neighbour_distances(jnp.asarray(hidden), weights)
+        expected = reference.angular_distance(hidden[:-1], hidden[1:])[:, weights.astype(bool)].mean(axis=1)
+        np.testing.assert_allclose(total / count, expected, rtol=1e-6)
+
+    def test_layer_norms(self):
+        model = make('post,pre,pre')
+        params = jax.jit(model.init)(jax.random.key(0))['params']
+        layers, whole = measures.layer_norms(params)
+        singles = transformer.split_layers(params['layers'], model.norm_position)
+        norm = lambda tree: np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))  # noqa: E731
+        np.testing.assert_allclose(layers, [norm(layer) for layer in singles], rtol=1e-6)
+        np.testing.assert_allclose(whole, norm(params), rtol=1e-6)

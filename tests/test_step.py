@@ -1,0 +1,252 @@
+"""Loss, accumulation, clipping, bad steps, and the optimisers layer by layer."""
+
+import functools
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+from mixln_jax import config as configs
+from mixln_jax import losses, mesh, optim, step, trees
+from mixln_jax.models import llama
+
+MODEL = configs.Model(
+    vocab_size=11,
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=4,
+    num_heads=2,
+    norm_position='post,pre*3',
+    init_std=0.3,
+)
+
+
+def batch_of(rng, B=8, T=6, V=11):
+    """Rows with different numbers of real targets, one row with none."""
+    lengths = rng.integers(1, T + 1, B)
+    lengths[0] = 0
+    return {
+        'inputs': rng.integers(0, V, (B, T)).astype(np.int32),
+        'targets': rng.integers(0, V, (B, T)).astype(np.int32),
+        'weights': (np.arange(T) < lengths[:, None]).astype(np.float32),
+    }
+
+
+class TestLosses:
+    def full(self, x, kernel, labels, weights, V):
+        """Cross-entropy with all logits at once, float64."""
+        logits = (np.asarray(x, np.float64) @ np.asarray(kernel, np.float64))[..., :V]
+        top = logits.max(-1, keepdims=True)
+        nll = (
+            np.log(np.exp(logits - top).sum(-1))
+            + top[..., 0]
+            - np.take_along_axis(logits, labels[..., None], -1)[..., 0]
+        )
+        return nll * weights
+
+    def arrays(self, T=7):
+        rng = np.random.default_rng(0)
+        x, kernel = rng.normal(size=(3, T, 5)).astype(np.float32), rng.normal(size=(5, 16)).astype(np.float32)
+        weights = (rng.random((3, T)) < 0.7).astype(np.float32)
+        return x, kernel, rng.integers(0, 13, (3, T)), weights
+
+    @pytest.mark.parametrize('chunk', [1, 3, 6, 12, 21, 1000])
+    def test_chunks_change_nothing(self, chunk):
+        x, kernel, labels, weights = self.arrays()
+        total, count, aux = losses.token_losses(x, kernel, labels, weights, 13, chunk)
+        expected = self.full(x, kernel, labels, weights, 13)
+        np.testing.assert_allclose(total, expected.sum(), rtol=1e-6)
+        np.testing.assert_allclose(aux['token_loss'], expected, rtol=1e-5, atol=1e-6)
+        assert count == weights.sum()
+
+    @pytest.mark.parametrize('chunk', [3, 12, 1000])
+    def test_gradient(self, chunk):
+        x, kernel, labels, weights = self.arrays()
+        grad = jax.grad(lambda x, k: 3 * losses.token_losses(x, k, labels, weights, 13, chunk)[0], argnums=(0, 1))
+        plain = jax.grad(
+            lambda x, k: (
+                3 * (optax.softmax_cross_entropy_with_integer_labels((x @ k)[..., :13], labels) * weights).sum()
+            ),
+            argnums=(0, 1),
+        )
+        for ours, theirs in zip(grad(x, kernel), plain(x, kernel), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6 * np.abs(theirs).max())
+
+    def test_no_array_of_all_logits(self):
+        x, kernel, labels, weights = (
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in (
+                ((4, 64, 8), 'float32'),
+                ((8, 512), 'float32'),
+                ((4, 64), 'int32'),
+                ((4, 64), 'float32'),
+            )
+        )
+        loss = lambda x, k, l, w: losses.token_losses(x, k, l, w, 500, chunk=16)[0]  # noqa: E731
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, kernel, labels, weights)
+        largest = max(np.prod(v.aval.shape) for e in jax.tree.leaves(list(_equations(jaxpr.jaxpr))) for v in e.outvars)
+        assert largest < 4 * 64 * 512
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _equations(inner)
+
+
+def make_step(**changes):
+    model = llama.from_config(MODEL, 'float32')
+    optimizer = optim.optimizer(configs.Optim())
+    state = jax.jit(functools.partial(step.init_state, model, optimizer))(jax.random.key(0))
+    update = functools.partial(step.train_step, model=model, optimizer=optimizer, schedule=lambda s: 1e-2, **changes)
+    return state, jax.jit(update)
+
+
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize('accumulate', [2, 8])
+def test_accumulation_is_the_whole_batch(accumulate):
+    batch = batch_of(np.random.default_rng(0))  # rows of unequal length: means of means would differ
+    state, whole = make_step()
+    _, parts = make_step(accumulate=accumulate)
+    one, metrics = whole(state, batch)
+    other, others = parts(state, batch)
+    np.testing.assert_allclose(others['loss'], metrics['loss'], rtol=1e-6)
+    np.testing.assert_allclose(others['layer_grad_norm'], metrics['layer_grad_norm'], rtol=1e-5)
+    assert metrics['tokens'] == others['tokens'] == batch['weights'].sum()
+    for name, leaf in trees.named_leaves(one.opt_state):
+        if '/mu/' in name:
+            same = dict(trees.named_leaves(other.opt_state))[name]
+            np.testing.assert_allclose(same, leaf, rtol=0, atol=2e-6 * np.abs(leaf).max())
+
+
+def test_clipping_and_reported_norms():
+    batch = batch_of(np.random.default_rng(1))
+    state, plain = make_step()
+    _, clipped = make_step(clip_norm=0.01)
+    one, metrics = plain(state, batch)
+    other, others = clipped(state, batch)
+    assert metrics['grad_norm'] == others['grad_norm'] > 0.01  # the norm before clipping
+    first_moment = lambda s: [leaf for name, leaf in trees.named_leaves(s.opt_state) if '/mu/' in name]  # noqa: E731
+    for a, b in zip(first_moment(one), first_moment(other), strict=True):
+        np.testing.assert_allclose(b, a * 0.01 / metrics['grad_norm'], rtol=1e-5, atol=1e-12)
+    rest = [leaf for name, leaf in trees.named_leaves(one.opt_state) if '/mu/' in name and name.startswith('rest')]
+    squares = (
+        sum(np.square(np.asarray(leaf) / 0.1).sum() for leaf in rest) + np.square(metrics['layer_grad_norm']).sum()
+    )
+    np.testing.assert_allclose(np.sqrt(squares), metrics['grad_norm'], rtol=1e-5)
+
+
+def test_a_bad_step_changes_nothing_and_stays():
+    rng = np.random.default_rng(2)
+    state, update = make_step()
+    state, metrics = update(state, batch_of(rng))
+    assert metrics['bad_step'] == 0 and state.step == 1
+    poisoned = batch_of(rng)
+    poisoned['weights'][3, 0] = np.nan
+    after, metrics = update(state, poisoned)
+    assert metrics['bad_step'] == 2 and not np.isfinite(metrics['loss'])
+    assert_equal(after.replace(bad_step=state.bad_step), state)
+    later, metrics = update(after, batch_of(rng))
+    assert metrics['bad_step'] == 2
+    assert_equal(later, after)
+
+
+def test_a_bad_gradient_alone_is_seen():
+    state, update = make_step()
+    kernel = state.params['layers']['segment_1']['mlp']['down']['kernel']
+    huge = kernel.at[0].set(3e38)
+    state.params['layers']['segment_1']['mlp']['down']['kernel'] = huge
+    after, metrics = update(state, batch_of(np.random.default_rng(3)))
+    assert metrics['bad_step'] == 1
+    assert_equal(after.params, state.params)
+
+
+@pytest.mark.parametrize('devices', [2, 8])
+def test_more_devices_give_the_same_losses(devices):
+    rng = np.random.default_rng(4)
+    batches = [batch_of(rng) for _ in range(5)]
+
+    def losses_on(count):
+        state, update = make_step(clip_norm=1.0)
+        on = mesh.make_mesh('cpu', count)
+        state = jax.device_put(state, mesh.replicated(on))
+        found = []
+        for batch in batches:
+            batch = jax.device_put(batch, mesh.batch_sharding(on))
+            assert len(batch['inputs'].sharding.device_set) == count
+            state, metrics = update(state, batch)
+            found.append(metrics['loss'])
+        return np.array(found)
+
+    np.testing.assert_allclose(losses_on(devices), losses_on(1), rtol=1e-5)
+
+
+class TestOptimisers:
+    """Three updates of a stack against three updates of each layer's matrices alone, in float64."""
+
+    changes = {
+        'adam': {},
+        'adamw': {'weight_decay': 0.1},
+        'sgd': {'b1': 0.8},
+    }
+
+    @pytest.mark.parametrize('name', changes)
+    def test_stack_equals_layers(self, name):
+        config = configs.Optim(name=name, **self.changes[name])
+        model = llama.from_config(MODEL, 'float32')
+        params = jax.jit(model.init)(jax.random.key(0))['params']
+        optimizer, rates, rng = optim.optimizer(config), [0.01, 0.005, 0.001], np.random.default_rng(0)
+        gradients = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params) for _ in rates]
+        state, new = optimizer.init(params), params
+        for rate, grads in zip(rates, gradients, strict=True):
+            updates, state = jax.jit(optimizer.update)(grads, state, new)
+            new = optax.apply_updates(new, jax.tree.map(lambda u, rate=rate: -rate * u, updates))
+
+        def alone(path, leaf, *grads):
+            decay = config.weight_decay * (path[-1].key != 'scale')
+            if name == 'sgd':
+                return reference.sgd(leaf, grads, rates, config.b1)
+            return reference.adamw(leaf, grads, rates, config.b1, config.b2, config.eps, decay)
+
+        def by_layer(path, leaf, *grads):
+            if path[0].key != trees.STACKED:
+                return alone(path, leaf, *grads)
+            return np.stack([alone(path, leaf[i], *(g[i] for g in grads)) for i in range(len(leaf))])
+
+        expected = jax.tree_util.tree_map_with_path(by_layer, params, *gradients)
+        for (path, one), other in zip(trees.named_leaves(new), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6, err_msg=path)
+
+    def test_a_transformation_sees_one_layer(self):
+        """What looks at a whole matrix must not mix layers: each layer's gradient is divided by its own norm."""
+
+        def update(updates, state, params=None):
+            del params
+            return jax.tree.map(lambda u: u / jnp.linalg.norm(u), updates), state
+
+        by_norm = optim.per_layer(optax.GradientTransformation(lambda params: optax.EmptyState(), update))
+        params = jax.jit(llama.from_config(MODEL, 'float32').init)(jax.random.key(0))['params']
+        shown, _ = by_norm.update(params, by_norm.init(params), params)
+        for segment in trees.segments(shown):
+            for leaf in jax.tree.leaves(segment):
+                norms = np.sqrt(np.square(leaf).reshape(len(leaf), -1).sum(-1))
+                np.testing.assert_allclose(norms, 1, rtol=1e-5)
+
+
+def test_pure_bfloat16_weights():
+    model = llama.from_config(MODEL)
+    optimizer = optim.optimizer(configs.Optim())
+    state = step.init_state(model, optimizer, jax.random.key(0), 'bfloat16')
+    update = functools.partial(step.train_step, model=model, optimizer=optimizer, schedule=lambda s: 1e-2)
+    after, _ = jax.jit(update)(state, batch_of(np.random.default_rng(0)))
+    dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    assert dtypes(after) == dtypes(state)
+    assert jnp.bfloat16 in dtypes(after.params) and jnp.float32 not in dtypes(after.params)
