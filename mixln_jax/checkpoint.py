@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import hashlib
+import json
 import pathlib
 
 import jax
@@ -41,6 +43,7 @@ class Checkpoints:
                     f'step {step}: {name} is not finite; nothing was saved, the previous checkpoint stands'
                 )
         about = extra | {'step': step, 'versions': record.versions(), 'leaves': leaves}
+        about |= {'digest': _digest(about)}
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
         )
@@ -72,9 +75,9 @@ class Checkpoints:
         for step in steps:
             try:
                 about = self.about(step)
-                stored = about['leaves']
+                stored, digest = about['leaves'], about.pop('digest')
                 state = self._restore_state(step, like, stored)
-                problem = _difference(stored, describe(state))
+                problem = _difference(stored, describe(state)) if digest == _digest(about) else 'its JSON has changed'
             except (CheckpointError, MemoryError):
                 raise
             except Exception as error:  # a flipped byte can make orbax, zstd or JSON raise anything
@@ -150,6 +153,10 @@ def checksum(array):
     mixed = (index ^ (index >> 16)) * np.uint32(0x7FEB352D)
     mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x846CA68B)
     return jnp.sum(bits * (mixed ^ (mixed >> 16) | 1), dtype=jnp.uint32)
+
+
+def _digest(about):
+    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _difference(stored, found):

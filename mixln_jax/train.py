@@ -155,7 +155,7 @@ class Meter:
         """Writes debug/: the bad step, the last two batches, the norms of every layer's gradient and weights."""
         folder = self._workdir / 'debug'
         folder.mkdir(exist_ok=True)
-        weights, _ = jax.device_get(measures.layer_norms(state.params))
+        weights, _ = jax.device_get(jax.jit(measures.layer_norms)(state.params))
         report = {'step': step, 'layers/weight_norm': weights.tolist(), 'steps': []}
         for number, batch, values in self._recent:
             np.savez(folder / f'batch_{number}.npz', **jax.device_get(batch))

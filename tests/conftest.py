@@ -6,11 +6,15 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # compiling is most of the tests' time
 
+import jax
 import pytest
 
 
 @pytest.fixture(scope='session', autouse=True)
-def cache_home(tmp_path_factory, worker_id):
-    """The embedded corpus is gathered once for all test processes, never into the user's cache."""
+def caches(tmp_path_factory, worker_id):
+    """All test processes share what is compiled and the embedded corpus, and never touch the user's cache."""
     base = tmp_path_factory.getbasetemp()
-    os.environ['XDG_CACHE_HOME'] = str((base if worker_id == 'master' else base.parent) / 'cache')
+    cache = (base if worker_id == 'master' else base.parent) / 'cache'
+    os.environ['XDG_CACHE_HOME'] = str(cache)
+    jax.config.update('jax_compilation_cache_dir', str(cache / 'xla'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

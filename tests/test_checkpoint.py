@@ -1,0 +1,190 @@
+"""Checksums, damaged checkpoints, and what is never saved."""
+
+import functools
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixln_jax import checkpoint, mesh
+from mixln_jax.exits import CheckpointError, NumericsError
+
+
+def state_of(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        'step': jnp.int32(3),
+        'params': {'kernel': jnp.asarray(rng.normal(size=(64, 48)), jnp.float32)},
+        'half': jnp.asarray(rng.normal(size=(16, 5, 3)), jnp.bfloat16),
+    }
+
+
+def like(state, sharding=None):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with checkpoints 3 and 5 of different states."""
+    checkpoints = checkpoint.Checkpoints(tmp_path / 'checkpoints')
+    for step in (3, 5):
+        checkpoints.save(step, state_of(step), {'tokens': 10 * step})
+    checkpoints.close()
+    return tmp_path / 'checkpoints'
+
+
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_round_trip(saved):
+    state, about = checkpoint.Checkpoints(saved).restore(like(state_of()))
+    assert_equal(state, state_of(5))
+    assert (about['step'], about['tokens']) == (5, 50)
+    assert about['leaves']['half'] | {'checksum': 0} == {'dtype': 'bfloat16', 'shape': [16, 5, 3], 'checksum': 0}
+    assert {'python', 'jax', 'orbax-checkpoint'} <= set(about['versions'])
+
+
+def test_nothing_there(tmp_path):
+    assert checkpoint.Checkpoints(tmp_path / 'none').restore(like(state_of())) is None
+
+
+def array_files(folder):
+    """The files with array data, largest first."""
+    files = [path for path in (folder / 'state').rglob('*') if path.is_file() and '/d/' in str(path)]
+    assert files
+    return sorted(files, key=lambda path: -path.stat().st_size)
+
+
+def flip(file, at):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 0x10
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize('where', [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_flipped_byte_is_named_and_the_step_before_taken(saved, where, capsys):
+    file = array_files(saved / '5')[0]
+    flip(file, int(where * file.stat().st_size))
+    state, about = checkpoint.Checkpoints(saved).restore(like(state_of()))
+    assert about['step'] == 3
+    assert_equal(state, state_of(3))
+    assert 'is damaged' in (out := capsys.readouterr().out) and str(saved / '5') in out
+    assert (saved / '5.corrupt').is_dir() and not (saved / '5').exists()
+    assert checkpoint.Checkpoints(saved).latest() == 3
+
+
+def test_no_flipped_byte_anywhere_gives_wrong_values(saved, tmp_path):
+    """Some bytes (superseded index nodes) carry nothing: then the values are right, else the step before is taken."""
+    rng, taken = np.random.default_rng(0), []
+    for number, file in enumerate(sorted(path for path in (saved / '5').rglob('*') if path.is_file())):
+        copy = pathlib.Path(shutil.copytree(saved, tmp_path / f'copy{number}'))
+        flip(copy / file.relative_to(saved), rng.integers(file.stat().st_size))
+        state, about = checkpoint.Checkpoints(copy).restore(like(state_of()))
+        taken.append(about['step'])
+        assert_equal(state, state_of(about['step']))
+    assert 3 in taken
+
+
+def test_a_changed_value_is_named_by_its_leaf(saved, capsys):
+    """A file that decodes well and still is not what was saved."""
+    other = saved.parent / 'other'
+    checkpoints = checkpoint.Checkpoints(other)
+    changed = state_of(5)
+    changed['params']['kernel'] = changed['params']['kernel'].at[7, 7].multiply(1.0000002)
+    checkpoints.save(5, changed, {})
+    checkpoints.close()
+    for path in (saved / '5' / 'state').rglob('*'):
+        if path.is_file():
+            path.unlink()
+    for path in (other / '5' / 'state').rglob('*'):
+        if path.is_file():
+            target = saved / '5' / 'state' / path.relative_to(other / '5' / 'state')
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    _, about = checkpoint.Checkpoints(saved).restore(like(state_of()))
+    assert about['step'] == 3
+    assert 'checksum of params/kernel does not match' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('item', ['about', 'state'])
+def test_missing_files_take_the_step_before(saved, item):
+    for path in (saved / '5' / item).rglob('*'):
+        if path.is_file():
+            path.unlink()
+    assert checkpoint.Checkpoints(saved).restore(like(state_of()))[1]['step'] == 3
+
+
+def test_no_good_step(saved):
+    for step in ('3', '5'):
+        file = array_files(saved / step)[0]
+        file.write_bytes(b'nonsense')
+    with pytest.raises(CheckpointError, match='no checkpoint is readable'):
+        checkpoint.Checkpoints(saved).restore(like(state_of()))
+    assert not (saved / '3').exists()
+
+
+def test_another_structure_is_refused_and_nothing_renamed(saved):
+    expected = like(state_of())
+    expected['params']['kernel'] = jax.ShapeDtypeStruct((64, 47), jnp.float32)
+    with pytest.raises(CheckpointError, match=r'params/kernel is .*48.* needs .*47'):
+        checkpoint.Checkpoints(saved).restore(expected)
+    expected = like(state_of()) | {'more': jax.ShapeDtypeStruct((2,), jnp.float32)}
+    with pytest.raises(CheckpointError, match='more is not there'):
+        checkpoint.Checkpoints(saved).restore(expected)
+    assert pathlib.Path(saved, '5').is_dir()
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_state_that_is_not_finite_is_never_saved(saved, value):
+    state = state_of()
+    state['params']['kernel'] = state['params']['kernel'].at[63, 47].set(value)
+    checkpoints = checkpoint.Checkpoints(saved)
+    with pytest.raises(NumericsError, match='step 7: params/kernel is not finite'):
+        checkpoints.save(7, state, {})
+    checkpoints.close()
+    assert checkpoint.Checkpoints(saved).latest() == 5
+
+
+def test_keeps_the_newest(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state_of(step), {})
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ['2', '3']
+
+
+class TestChecksum:
+    @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32'])
+    def test_every_flipped_bit_shows(self, dtype):
+        rng = np.random.default_rng(0)
+        array = np.asarray(jnp.asarray(rng.normal(size=(7, 11, 3)) * 9, dtype))
+        sum_of = jax.jit(checkpoint.checksum)
+        before = sum_of(array)
+        for _ in range(100):
+            raw = bytearray(array.tobytes())
+            raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
+            assert sum_of(np.frombuffer(raw, array.dtype).reshape(array.shape)) != before
+
+    def test_exchanged_elements_show(self):
+        array = np.arange(20.0, dtype=np.float32).reshape(4, 5)
+        assert checkpoint.checksum(array) != checkpoint.checksum(array[::-1].copy())
+        assert checkpoint.checksum(array) != checkpoint.checksum(array.reshape(5, 4)[:, ::-1].copy())
+
+    def test_the_same_on_every_mesh(self):
+        array = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
+        sums = set()
+        for count in (1, 2, 8):
+            on = mesh.make_mesh('cpu', count)
+            sums.add(int(jax.jit(checkpoint.checksum)(jax.device_put(array, mesh.batch_sharding(on)))))
+        assert len(sums) == 1
+
+    def test_restores_onto_another_mesh(self, saved):
+        state = functools.partial(state_of, 5)
+        on = mesh.replicated(mesh.make_mesh('cpu', 8))
+        restored, _ = checkpoint.Checkpoints(saved).restore(like(state(), on))
+        assert len(restored['params']['kernel'].sharding.device_set) == 8
+        assert_equal(jax.device_get(restored), jax.device_get(state()))

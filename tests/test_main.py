@@ -1,0 +1,340 @@
+"""Whole runs in this process: records, exact resume at every point where a run can stop, and bad input."""
+
+import gzip
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mixln_jax import config as configs
+from mixln_jax import exits, main, record
+from mixln_jax.exits import DataError, DeviceError, NumericsError, Stopped, UsageError
+
+WORDS = 'the quick brown fox jumps over one lazy dog while seven wizards make toxic brew for an evil queen'.split()
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    """A gzipped JSONL file shaped like C4's."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp('data') / 'c4-train.json.gz'
+    with gzip.open(path, 'wt') as file:
+        for number in range(120):
+            text = ' '.join(rng.choice(WORDS, rng.integers(2, 12)))
+            file.write(json.dumps({'text': text, 'timestamp': '2019-04-25', 'url': f'http://a/{number}'}) + '\n')
+    return path
+
+
+def recipe(corpus, **changes):
+    config = configs.default()
+    config.batch_size, config.seq_length, config.num_steps, config.log_every = 8, 16, 7, 2
+    config.compute_dtype, config.device = 'float32', 'cpu'
+    config.model.update(
+        vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2, scan_unroll='1'
+    )
+    config.data.update(source='jsonl', path=str(corpus), tokenizer='bytes')
+    config.eval.update(every=3, tokens=10_000)  # all three batches of the validation split
+    config.checkpoint.every = 3
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def latest_step(workdir):
+    return max(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
+
+
+def timeless(lines):
+    """What must be bitwise equal: everything but speed."""
+    return [{name: value for name, value in line.items() if not name.startswith('perf/')} for line in lines]
+
+
+def weights_of(workdir, step):
+    folder = workdir / 'checkpoints' / str(step) / 'state'
+    return ocp.StandardCheckpointer().restore(folder)
+
+
+def assert_same_run(workdir, other, last=7):
+    assert timeless(lines_of(workdir)) == timeless(lines_of(other))
+    jax.tree.map(np.testing.assert_array_equal, weights_of(workdir, last), weights_of(other, last))
+
+
+@pytest.fixture(scope='module')
+def finished(corpus, tmp_path_factory):
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp('runs') / 'whole'
+    main.run(recipe(corpus), workdir)
+    return workdir
+
+
+class StopAfter(exits.Stop):
+    """A signal that comes when the run looks for one the n-th time, wherever that is."""
+
+    def __init__(self, looks):
+        self.looks = looks
+        super().__init__()
+
+    @property
+    def requested(self):
+        self.looks -= 1
+        return 'SIGTERM' if self.looks < 0 else None
+
+    @requested.setter
+    def requested(self, value):
+        pass
+
+
+class TestRecords:
+    def test_metrics_lines(self, finished):
+        lines = lines_of(finished)
+        assert [line['step'] for line in lines] == [2, 3, 4, 6, 7]
+        for line in lines:
+            assert {'tokens', 'train/loss', 'train/grad_norm', 'train/learning_rate', 'perf/tokens_per_sec'} <= set(
+                line
+            )
+            assert line['perf/mfu'] is None  # no peak is known for a CPU
+            assert len(line['layers/grad_norm']) == 3
+            assert line['train/positions_per_step'] == 8 * 16
+            assert 0 < line['train/tokens_per_step'] <= 8 * 15
+        assert [line['step'] for line in lines if 'eval/loss' in line] == [3, 6, 7]
+        last = lines[-1]
+        assert last['eval/perplexity'] == pytest.approx(math.exp(last['eval/loss']))
+        assert last['eval/tokens'] > 100
+        # One byte a token, but the end of a document is a token without bytes.
+        assert last['eval/bits_per_byte'] > last['eval/loss'] / math.log(2)
+        assert [line for line in lines if 'perf/compile_sec' in line] == lines[:1]
+        assert last['tokens'] > lines[-2]['tokens']
+
+    def test_config_and_environment(self, finished, corpus):
+        config = json.loads((finished / 'config.json').read_text())
+        assert config['model']['norm_position'] == ['post', 'pre', 'pre']
+        assert (config['model']['layer_index'], config['model']['depth']) == ([1, 2, 3], 3)
+        assert config['data']['path'] == str(corpus)
+        environment = json.loads((finished / 'environment.json').read_text())
+        assert environment['versions']['jax'] == jax.__version__
+        assert environment['devices']['count'] == 8
+        assert json.loads((finished / 'tokenizer' / 'tokenizer.json').read_text())['kind'] == 'bytes'
+
+    def test_tensorboard_has_the_scalars(self, finished):
+        [path] = finished.glob('events.out.tfevents.*')
+        content = path.read_bytes()
+        assert all(name in content for name in (b'train/loss', b'eval/loss', b'layers/grad_norm/003'))
+
+    def test_only_the_newest_checkpoints_are_there(self, finished):
+        assert sorted(path.name for path in (finished / 'checkpoints').iterdir()) == ['3', '6', '7']
+
+    def test_again_says_already_finished(self, finished, corpus, capsys):
+        before = lines_of(finished)
+        main.run(recipe(corpus), finished)
+        assert 'already finished' in capsys.readouterr().out
+        assert lines_of(finished) == before
+
+    def test_what_the_terminal_shows(self, corpus, tmp_path, capsys):
+        main.run(
+            recipe(corpus, num_steps=2, **{'optim.warmup_ratio': 0.0, 'profile.start': 1, 'profile.steps': 1}), tmp_path
+        )
+        shown, warned = capsys.readouterr()
+        assert 'placement post x 1, pre x 2' in shown
+        assert 'layers/segment_1/attention/q/kernel' in shown
+        assert 'step 2/2 100%' in shown and 'bits per byte' in shown
+        assert len([line for line in shown.splitlines() if line.split()[1:2] in (['post'], ['pre'])]) == 3
+        assert 'warm-up of about 10 %' in warned
+        assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+class TestResume:
+    # Looks 0, 1: start-up; 2, 3: steps 1, 2; 4-6: evaluation 3; 7: behind it; 8, 9: steps 4, 5; 10-13 and 14-17 likewise.
+    @pytest.mark.parametrize('looks', [1, 2, 3, 4, 6, 7, 8, 12, 13, 14, 17])
+    def test_a_signal_at_any_point_changes_nothing(self, corpus, finished, tmp_path, looks):
+        """Wherever the run looks for a signal (start, compilation, step, evaluation, save) it may stop there."""
+        with pytest.raises(Stopped):
+            main.run(recipe(corpus), tmp_path, StopAfter(looks))
+        main.run(recipe(corpus), tmp_path)
+        assert_same_run(tmp_path, finished)
+
+    def test_no_look_is_left_out(self, corpus, tmp_path):
+        main.run(recipe(corpus), tmp_path, StopAfter(18))
+
+    def test_stop_in_an_evaluation_keeps_the_step(self, corpus, finished, tmp_path, monkeypatch):
+        stop = exits.Stop()
+        evaluation = main.batches.evaluation
+
+        def signal_then(rows, size):
+            stop.requested = 'SIGINT'
+            return evaluation(rows, size)
+
+        monkeypatch.setattr(main.batches, 'evaluation', signal_then)
+        with pytest.raises(Stopped):
+            main.run(recipe(corpus), tmp_path, stop)
+        monkeypatch.undo()
+        assert [line['step'] for line in lines_of(tmp_path)] == [2]  # step 3 is not complete
+        assert (tmp_path / 'checkpoints' / '3').is_dir()
+        main.run(recipe(corpus), tmp_path)
+        assert_same_run(tmp_path, finished)
+
+    def test_lines_behind_the_checkpoint_are_cut(self, corpus, finished, tmp_path):
+        """What a kill leaves: lines of steps whose state is lost, the last one half written."""
+
+        def lose(every, checkpoints, metrics, extra):
+            every, save = original(every, checkpoints, metrics, extra)
+
+            def until_3(step, state, complete=True):
+                metrics.flush()
+                if step == 6:
+                    raise KeyboardInterrupt
+                save(step, state, complete)
+
+            return every, until_3
+
+        original, main.hooks.saving = main.hooks.saving, lose
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                main.run(recipe(corpus), tmp_path)
+        finally:
+            main.hooks.saving = original
+        path = tmp_path / 'metrics.jsonl'
+        assert lines_of(tmp_path)[-1]['step'] == 6
+        path.write_text(path.read_text() + '{"step": 7, "tok')
+        main.run(recipe(corpus), tmp_path)
+        assert_same_run(tmp_path, finished)
+
+    def test_damaged_checkpoint_takes_the_one_before(self, corpus, finished, tmp_path, capsys):
+        with pytest.raises(Stopped):
+            main.run(recipe(corpus), tmp_path, StopAfter(8))
+        latest = latest_step(tmp_path)
+        assert latest > 3
+        arrays = (tmp_path / 'checkpoints' / str(latest)).glob('state/ocdbt.process_0/d/*')
+        largest = max(arrays, key=lambda path: path.stat().st_size)
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+        main.run(recipe(corpus), tmp_path)
+        assert f'{latest}.corrupt' in capsys.readouterr().out
+        assert_same_run(tmp_path, finished)
+
+    @pytest.mark.parametrize(
+        'name, value', [('accumulate', 2), ('mesh.data', 4), ('data.workers', 1), ('log_every', 3)]
+    )
+    def test_what_may_change(self, corpus, finished, tmp_path, name, value):
+        if name == 'accumulate':  # 8 rows, 8 devices: halve both
+            changes = {'accumulate': 2, 'mesh.data': 4}
+        else:
+            changes = {name: value}
+        with pytest.raises(Stopped):
+            main.run(recipe(corpus), tmp_path, StopAfter(9))
+        main.run(recipe(corpus, **changes), tmp_path)
+        mine, theirs = lines_of(tmp_path)[-1], lines_of(finished)[-1]
+        assert mine['tokens'] == theirs['tokens']
+        assert mine['train/loss'] == pytest.approx(theirs['train/loss'], rel=1e-5)
+        assert mine['eval/loss'] == pytest.approx(theirs['eval/loss'], rel=1e-5)
+
+    def test_what_may_not_change_is_named(self, corpus, finished, tmp_path):
+        changes = {'seed': 5, 'optim.learning_rate': 0.5, 'model.norm_position': 'pre', 'log_every': 1}
+        with pytest.raises(UsageError) as error:
+            main.run(recipe(corpus, **changes), finished)
+        named = str(error.value)
+        assert all(key in named for key in ('seed', 'optim.learning_rate', 'model.norm_position'))
+        assert 'log_every' not in named
+
+    def test_other_data_is_refused(self, corpus, tmp_path):
+        with pytest.raises(Stopped):
+            main.run(recipe(corpus), tmp_path / 'run', StopAfter(9))
+        same = tmp_path / 'same.json.gz'
+        same.write_bytes(corpus.read_bytes())
+        other = tmp_path / 'other.jsonl'
+        other.write_text(gzip.open(corpus, 'rt').read().replace('queen', 'king'))
+        with pytest.raises(UsageError, match='fingerprint'):
+            main.run(recipe(other), tmp_path / 'run')
+        main.run(recipe(same), tmp_path / 'run')  # another path, the same text
+
+
+class TestBadSteps:
+    def test_exit_6_leaves_debug_and_no_bad_checkpoint(self, corpus, tmp_path):
+        changes = {'optim.learning_rate': 1e30, 'optim.warmup_ratio': 0.0, 'optim.name': 'sgd', 'checkpoint.every': 1}
+        with pytest.raises(NumericsError, match='step 2: the loss or a gradient is not finite') as error:
+            main.run(recipe(corpus, **changes), tmp_path)
+        assert error.value.code == 6
+        report = json.loads((tmp_path / 'debug' / 'report.json').read_text())
+        assert report['step'] == 2
+        assert [step['step'] for step in report['steps']] == [1, 2]
+        assert len(report['layers/weight_norm']) == len(report['steps'][0]['layers/grad_norm']) == 3
+        assert np.load(tmp_path / 'debug' / 'batch_2.npz')['inputs'].shape == (8, 16)
+        assert latest_step(tmp_path) == 1
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights_of(tmp_path, 1)))
+
+
+class TestBadInput:
+    """One clear error before any compilation."""
+
+    @pytest.fixture(autouse=True)
+    def no_compilation(self, monkeypatch):
+        monkeypatch.setattr(main, '_compile', None)
+
+    @pytest.mark.parametrize(
+        'changes, kind, words',
+        [
+            ({'batch_size': 12}, UsageError, 'batch_size=12 does not divide by config.accumulate=1 times 8 devices'),
+            ({'accumulate': 2}, UsageError, 'batch_size=8 does not divide by config.accumulate=2 times 8'),
+            ({'mesh.data': 9}, UsageError, r'config.mesh.data=9, but there are 8 cpu devices'),
+            ({'device': 'tpu'}, DeviceError, 'config.device=tpu: there is no such device'),
+            ({'model.norm_position': 'foo'}, UsageError, "'foo' is not one of"),
+            ({'model.norm_position': 'post*2'}, UsageError, 'lists 2 layers, config.model.num_layers is 3'),
+            ({'model.vocab_size': 258}, DataError, 'more than config.model.vocab_size=258'),
+            ({'data.path': '/nope.jsonl'}, DataError, 'there is no file /nope.jsonl'),
+            ({'data.source': 'tfds'}, DataError, 'tfds is not readable yet'),
+        ],
+    )
+    def test_is_named(self, corpus, tmp_path, changes, kind, words):
+        with pytest.raises(kind, match=words):
+            main.run(recipe(corpus, **changes), tmp_path / 'run')
+
+    def test_data_errors_name_file_and_line(self, corpus, tmp_path):
+        bad = tmp_path / 'bad.jsonl'
+        bad.write_text('{"text": "good"}\n{"text": 3}\n')
+        with pytest.raises(DataError, match=r'bad\.jsonl:2'):
+            main.run(recipe(bad), tmp_path / 'run')
+
+    def test_unwritable_workdir(self, corpus, tmp_path):
+        (tmp_path / 'file').write_text('')
+        with pytest.raises(UsageError, match='cannot be used'):
+            main.run(recipe(corpus), tmp_path / 'file' / 'run')
+
+    def test_a_workdir_without_results_is_free(self, corpus, tmp_path):
+        """A first try that failed before training must not bind the next one."""
+        with pytest.raises(TypeError):  # _compile is None: everything before it was fine
+            main.run(recipe(corpus), tmp_path)
+        with pytest.raises(TypeError):
+            main.run(recipe(corpus, seed=9), tmp_path)
+
+    def test_damaged_records(self, corpus, tmp_path):
+        (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+        with pytest.raises(exits.CheckpointError, match=r'metrics\.jsonl:2'):
+            main.run(recipe(corpus), tmp_path)
+
+
+def test_command_line_prints_one_line_and_the_code(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quickstart = pathlib.Path(__file__).parents[1] / 'configs' / 'quickstart.py'
+    for words, code in (
+        (['--config', 'nope.py'], 2),
+        (['--config', str(quickstart), '--config.device=tpu'], 3),
+        (['--config', str(quickstart), '--config.data.source=text', '--config.data.path=nope'], 4),
+    ):
+        assert main.main(words) == code
+        error = capsys.readouterr().err
+        assert error.startswith('mixln_jax: ') and error.count('\n') == 1
+
+
+def test_json_has_no_nan(tmp_path):
+    metrics = record.Metrics(tmp_path)
+    metrics.add(1, {'tokens': 3, 'a': math.nan, 'b': [math.inf, 1.0]})
+    metrics.flush()
+    metrics.close()
+    assert (tmp_path / 'metrics.jsonl').read_text() == '{"step": 1, "tokens": 3, "a": null, "b": [null, 1.0]}\n'
