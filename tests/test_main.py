@@ -210,7 +210,7 @@ class TestResume:
             main.run(recipe(corpus), tmp_path, StopAfter(8))
         latest = latest_step(tmp_path)
         assert latest > 3
-        arrays = (tmp_path / 'checkpoints' / str(latest)).glob('state/ocdbt.process_0/d/*')
+        arrays = (tmp_path / 'checkpoints' / str(latest)).glob('state/d/*')
         largest = max(arrays, key=lambda path: path.stat().st_size)
         content = bytearray(largest.read_bytes())
         content[len(content) // 2] ^= 1
