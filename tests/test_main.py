@@ -14,7 +14,7 @@ from mixln_jax import config as configs
 from mixln_jax import exits, main, record
 from mixln_jax.exits import DataError, DeviceError, NumericsError, Stopped, UsageError
 
-WORDS = 'the quick brown fox jumps over one lazy dog while seven wizards make toxic brew for an evil queen'.split()
+WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
 
 
 @pytest.fixture(scope='module')
@@ -137,9 +137,8 @@ class TestRecords:
         assert lines_of(finished) == before
 
     def test_what_the_terminal_shows(self, corpus, tmp_path, capsys):
-        main.run(
-            recipe(corpus, num_steps=2, **{'optim.warmup_ratio': 0.0, 'profile.start': 1, 'profile.steps': 1}), tmp_path
-        )
+        changes = {'optim.warmup_ratio': 0.0, 'profile.start': 1, 'profile.steps': 1}
+        main.run(recipe(corpus, num_steps=2, **changes), tmp_path)
         shown, warned = capsys.readouterr()
         assert 'placement post x 1, pre x 2' in shown
         assert 'layers/segment_1/attention/q/kernel' in shown
@@ -220,13 +219,10 @@ class TestResume:
         assert_same_run(tmp_path, finished)
 
     @pytest.mark.parametrize(
-        'name, value', [('accumulate', 2), ('mesh.data', 4), ('data.workers', 1), ('log_every', 3)]
+        'changes',
+        [{'accumulate': 2, 'mesh.data': 4}, {'mesh.data': 4}, {'data.workers': 1}, {'log_every': 3, 'eval.every': 2}],
     )
-    def test_what_may_change(self, corpus, finished, tmp_path, name, value):
-        if name == 'accumulate':  # 8 rows, 8 devices: halve both
-            changes = {'accumulate': 2, 'mesh.data': 4}
-        else:
-            changes = {name: value}
+    def test_what_may_change(self, corpus, finished, tmp_path, changes):
         with pytest.raises(Stopped):
             main.run(recipe(corpus), tmp_path, StopAfter(9))
         main.run(recipe(corpus, **changes), tmp_path)
@@ -249,7 +245,7 @@ class TestResume:
         same = tmp_path / 'same.json.gz'
         same.write_bytes(corpus.read_bytes())
         other = tmp_path / 'other.jsonl'
-        other.write_text(gzip.open(corpus, 'rt').read().replace('queen', 'king'))
+        other.write_text(gzip.decompress(corpus.read_bytes()).decode().replace('queen', 'king'))
         with pytest.raises(UsageError, match='fingerprint'):
             main.run(recipe(other), tmp_path / 'run')
         main.run(recipe(same), tmp_path / 'run')  # another path, the same text
