@@ -36,14 +36,20 @@ def saving(every, checkpoints, metrics, extra):
 
 
 def profiled(batches, first_step, start, steps, workdir):
-    """Passes `batches` on and records steps `start` to `start + steps - 1` with jax.profiler into workdir/profile."""
+    """Passes `batches` on and records steps `start` to `start + steps - 1` with jax.profiler into workdir/profile.
+
+    Close it, as any generator, when the run ends.
+    """
     running = False
-    for step, batch in enumerate(batches, first_step):
-        if steps and step == start:
-            jax.profiler.start_trace(str(pathlib.Path(workdir) / 'profile'))
-            running = True
-        if running and step == start + steps:
+    try:
+        for step, batch in enumerate(batches, first_step):
+            if steps and step == start:
+                jax.profiler.start_trace(str(pathlib.Path(workdir) / 'profile'))
+                running = True
+            if running and step == start + steps:
+                jax.profiler.stop_trace()
+                running = False
+            yield batch
+    finally:  # also where the run ends inside the window
+        if running:
             jax.profiler.stop_trace()
-            running = False
-            print(f'profile of steps {start} to {step - 1} written to {workdir}/profile', flush=True)
-        yield batch

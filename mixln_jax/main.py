@@ -48,8 +48,7 @@ def run(values, workdir, stop=None):
     stop = stop or exits.Stop()
     with stop.may_interrupt():
         config = configs.build(values)
-        _prepare_jax(config)
-        mesh = meshes.make_mesh(config.device, config.mesh.data)
+        mesh = _start_jax(config)
         devices = list(mesh.devices.flat)
         if config.batch_size % (config.accumulate * len(devices)):
             raise UsageError(
@@ -141,13 +140,15 @@ def run(values, workdir, stop=None):
         ),
     ]
     dataset = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size)
-    stream = (jax.device_put(batch, sharding) for batch in batches.read(dataset, done, config.data.workers))
+    reader = batches.read(dataset, done, config.data.workers)
+    stream = (jax.device_put(batch, sharding) for batch in reader)
+    stream = hooks.profiled(stream, done + 1, config.profile.start, config.profile.steps, workdir)
     try:
         with jax.transfer_guard('disallow'):
             state = train.fit(
                 state,
                 train_step,
-                hooks.profiled(stream, done + 1, config.profile.start, config.profile.steps, workdir),
+                stream,
                 hook_list,
                 first=done + 1,
                 last=config.num_steps,
@@ -157,6 +158,8 @@ def run(values, workdir, stop=None):
                 resume_hooks=about['open_line'] is not None,
             )
     finally:
+        stream.close()
+        reader.close()
         checkpoints.close()
         lines.close()
     first_batch = next(iter(batches.evaluation(eval_rows, eval_size)))
@@ -174,10 +177,16 @@ def run(values, workdir, stop=None):
     )
 
 
-def _prepare_jax(config):
-    """Settings that JAX reads when it starts."""
+def _start_jax(config):
+    """The mesh of the run, after the settings that JAX reads when it starts."""
     if config.deterministic:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
+    mesh = meshes.make_mesh(config.device, config.mesh.data)
+    # Compiled code is kept between runs, but not for CPUs: it may need instructions that the next host lacks.
+    if mesh.devices.flat[0].platform != 'cpu' and not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mixln_jax' / 'xla'
+        jax.config.update('jax_compilation_cache_dir', str(cache))
+    return mesh
 
 
 def _resolved(config, model):
@@ -313,4 +322,8 @@ def main(argv):
 
 if __name__ == '__main__':
     stop.started()
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == exits.STOPPED:  # everything is closed; Python's own end may crash where a signal cut the compiler short
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

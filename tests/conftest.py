@@ -16,5 +16,7 @@ def caches(tmp_path_factory, worker_id):
     base = tmp_path_factory.getbasetemp()
     cache = (base if worker_id == 'master' else base.parent) / 'cache'
     os.environ['XDG_CACHE_HOME'] = str(cache)
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(cache / 'xla')  # for processes that tests start
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
     jax.config.update('jax_compilation_cache_dir', str(cache / 'xla'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

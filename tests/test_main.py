@@ -137,7 +137,7 @@ class TestRecords:
         assert lines_of(finished) == before
 
     def test_what_the_terminal_shows(self, corpus, tmp_path, capsys):
-        changes = {'optim.warmup_ratio': 0.0, 'profile.start': 1, 'profile.steps': 1}
+        changes = {'optim.warmup_ratio': 0.0, 'profile.start': 2, 'profile.steps': 9}
         main.run(recipe(corpus, num_steps=2, **changes), tmp_path)
         shown, warned = capsys.readouterr()
         assert 'placement post x 1, pre x 2' in shown
@@ -149,7 +149,7 @@ class TestRecords:
 
 
 class TestResume:
-    # Looks 0, 1: start-up; 2, 3: steps 1, 2; 4-6: evaluation 3; 7: behind it; 8, 9: steps 4, 5; 10-13 and 14-17 likewise.
+    # Looks 0, 1: start-up; 2, 3: steps 1, 2; 4-6: evaluation 3; 7: behind it; 8-9, 10-13, 14-17 likewise.
     @pytest.mark.parametrize('looks', [1, 2, 3, 4, 6, 7, 8, 12, 13, 14, 17])
     def test_a_signal_at_any_point_changes_nothing(self, corpus, finished, tmp_path, looks):
         """Wherever the run looks for a signal (start, compilation, step, evaluation, save) it may stop there."""

@@ -1,0 +1,134 @@
+"""Real processes, real signals: killed at any time, a run ends with the bits of one that nothing disturbed."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAST = 40
+CHANGES = {
+    'num_steps': LAST,
+    'batch_size': 8,
+    'seq_length': 32,
+    'log_every': 1,
+    'model.hidden_size': 32,
+    'model.intermediate_size': 48,
+    'model.num_layers': 3,
+    'model.num_heads': 2,
+    'eval.every': 10,
+    'eval.tokens': 40_000,
+    'checkpoint.every': 4,
+    'device': 'cpu',
+}
+pytestmark = pytest.mark.slow
+
+
+def start(workdir, **environment):
+    """The command as a user gives it, its output in workdir.log."""
+    command = [sys.executable, '-m', 'mixln_jax.main', '--config', 'configs/quickstart.py', '--workdir', str(workdir)]
+    command += [f'--config.{name}={value}' for name, value in CHANGES.items()]
+    log = workdir.with_suffix('.log')
+    with log.open('ab') as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=os.environ | environment)
+    return process, log
+
+
+def wait_for(process, log, words, offset):
+    """Returns when `words` stand in the log behind `offset`, or the process has ended."""
+    while process.poll() is None and words.encode() not in log.read_bytes()[offset:]:
+        time.sleep(0.005)
+
+
+def finish(workdir):
+    process, log = start(workdir)
+    assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
+
+
+def assert_same_run(workdir, other):
+    def lines(folder):
+        read = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+        return [{name: value for name, value in line.items() if not name.startswith('perf/')} for line in read]
+
+    def weights(folder):
+        return ocp.StandardCheckpointer().restore(folder / 'checkpoints' / str(LAST) / 'state')
+
+    assert lines(workdir) == lines(other)
+    jax.tree.map(np.testing.assert_array_equal, weights(workdir), weights(other))
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
+    finish(workdir)
+    return workdir
+
+
+def test_kill_9_at_random_times(undisturbed, tmp_path):
+    chance, workdir = random.Random(0), tmp_path / 'run'
+    log = workdir.with_suffix('.log')
+    for target in sorted(chance.sample(range(2, LAST), 4)):
+        offset = log.stat().st_size if log.exists() else 0
+        process, log = start(workdir)
+        wait_for(process, log, f'step {target:>2}/{LAST}', offset)
+        time.sleep(chance.uniform(0, 0.2))  # in the next steps, an evaluation, or a save
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    finish(workdir)
+    assert 'goes on from step' in log.read_text()
+    assert_same_run(workdir, undisturbed)
+
+
+# Where the signal comes: what the log says just before.
+PHASES = {
+    'imports': '',
+    'start-up': 'placement',
+    'compilation': 'Total:',
+    'step': f'step  6/{LAST}',
+    'evaluation': f'step 10/{LAST}',
+    'save': 'eval at step 20',
+    'near the end': f'step 39/{LAST}',
+}
+
+
+def test_signals_in_every_phase(undisturbed, tmp_path):
+    workdir = tmp_path / 'run'
+    for turn, (phase, words) in enumerate(PHASES.items()):
+        number = (signal.SIGTERM, signal.SIGINT)[turn % 2]
+        log = workdir.with_suffix('.log')
+        offset = log.stat().st_size if log.exists() else 0
+        cache = '' if phase == 'compilation' else os.environ['JAX_COMPILATION_CACHE_DIR']
+        process, log = start(workdir, JAX_COMPILATION_CACHE_DIR=cache)
+        wait_for(process, log, words, offset)
+        time.sleep(0.3 if phase in ('imports', 'compilation') else 0.01)
+        process.send_signal(number)
+        shown = lambda: log.read_text()[offset:]  # noqa: E731, B023
+        assert process.wait(timeout=120) == 75, (phase, shown())
+        assert f'stopped by {number.name}; run the same command again' in shown().splitlines()[-1], (phase, shown())
+        assert 'Traceback' not in shown(), (phase, shown())
+    finish(workdir)
+    assert_same_run(workdir, undisturbed)
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    process, log = start(tmp_path / 'run')
+    wait_for(process, log, f'step 10/{LAST}', 0)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 75
+
+
+def test_finished_and_help_exit_with_0(undisturbed):
+    finish(undisturbed)
+    assert 'already finished' in undisturbed.with_suffix('.log').read_text()
+    command = [sys.executable, '-m', 'mixln_jax.main', '--help']
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
