@@ -1,4 +1,4 @@
-"""Compile time of the train step against depth: `python benchmarks/compile_time.py [--repeats N]`.
+"""Compile time of the train step against depth: `python -m benchmarks.compile_time [--repeats N]`.
 
 A segment of equal layers is one loop, so 96 layers compile about as fast as 12. Each is compiled in turn with 12
 layers, afresh each time; the ratio is taken pair by pair.
