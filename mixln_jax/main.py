@@ -7,7 +7,9 @@ if __name__ == '__main__':
 
 # ruff: noqa: E402
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
@@ -46,58 +48,31 @@ def run(values, workdir, stop=None):
         exits.Exit and its kinds, exits.Stopped.
     """
     stop = stop or exits.Stop()
-    with stop.may_interrupt():
-        config = configs.build(values)
-        mesh = _start_jax(config)
-        devices = list(mesh.devices.flat)
-        if config.batch_size % (config.accumulate * len(devices)):
-            raise UsageError(
-                f'config.batch_size={config.batch_size} does not divide by config.accumulate={config.accumulate} '
-                f'times {len(devices)} devices (config.mesh.data)'
-            )
-        model = llama.from_config(config.model, config.compute_dtype)
-        workdir = _open_workdir(workdir, _resolved(config, model))
-        checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep)
-        if _finished(workdir, checkpoints, config.num_steps):
-            print(f'mixln_jax: {workdir} is already finished ({config.num_steps} steps)', flush=True)
-            return
-        record.write_json(workdir / 'environment.json', record.environment(devices))
+    with contextlib.ExitStack() as closing:
+        with stop.may_interrupt():
+            config = configs.build(values)
+            mesh = _start_jax(config)
+            model = llama.from_config(config.model, config.compute_dtype)
+            resolved = _resolved(config, model)
+            workdir = closing.enter_context(_open_workdir(workdir, resolved, list(mesh.devices.flat)))
+            checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep)
+            closing.callback(checkpoints.close)
+            if _finished(workdir, checkpoints, config.num_steps):
+                print(f'mixln_jax: {workdir} is already finished ({config.num_steps} steps)', flush=True)
+                return
+            tokenizer, rows, eval_rows = _open_data(config)
+            _describe(config, model, rows, mesh)
+            optimizer = optim.optimizer(config.optim)
+            state, about = _first_state(config, model, optimizer, mesh, checkpoints, rows.fingerprint)
+            record.write_json(workdir / 'config.json', resolved)
+            tokenizer.save(workdir / 'tokenizer')
+            lines = record.Metrics(workdir, about['step'], about['open_line'])
+            closing.callback(lines.close)
+            start = time.perf_counter()
+            train_step, eval_step = _compile(config, model, optimizer, state, mesh)
+            compile_sec = time.perf_counter() - start
 
-        tokenizer = tokenizers.open_tokenizer(config.data)
-        open_rows = functools.partial(
-            batches.open_rows,
-            config.data,
-            tokenizer=tokenizer,
-            seq_length=config.seq_length,
-            vocab_size=config.model.vocab_size,
-        )
-        rows, eval_rows = open_rows(split=config.data.split), open_rows(split=config.eval.split)
-        tokenizer.save(workdir / 'tokenizer')
-        _describe(config, model, rows, devices)
-
-        optimizer = optim.optimizer(config.optim)
-        init = functools.partial(steps.init_state, model, optimizer, param_dtype=config.param_dtype)
-        like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=meshes.replicated(mesh)),
-            jax.eval_shape(init, jax.random.key(config.seed)),
-        )
-        print(parameter_overview.get_parameter_overview(like.params, include_stats=False), flush=True)
-        restored = checkpoints.restore(like)
-        if restored:
-            state, about = restored
-            _check_same_data(about, rows, workdir)
-            print(f'mixln_jax: goes on from step {about["step"]}', flush=True)
-        else:
-            state = jax.jit(init, out_shardings=meshes.replicated(mesh))(jax.random.key(config.seed))
-            about = {'step': 0, 'tokens': 0, 'open_line': None}
-        done = about['step']
-        lines = record.Metrics(workdir, done, about['open_line'])
-
-        start = time.perf_counter()
-        train_step, eval_step = _compile(config, model, optimizer, like, mesh)
-        compile_sec = time.perf_counter() - start
-        num_params = llama.num_params(config.model, like.params)
-        embedding = config.model.vocab_size * config.model.hidden_size
+        sharding = meshes.batch_sharding(mesh)
         meter = train.Meter(
             lines,
             workdir,
@@ -105,76 +80,54 @@ def run(values, workdir, stop=None):
             log_every=config.log_every,
             log_also=lambda step: step == config.num_steps or (config.eval.every and step % config.eval.every == 0),
             tokens=about['tokens'],
-            flops_per_position=metrics.flops_per_position(
-                num_params, embedding, config.model.num_layers, config.model.hidden_size, config.seq_length
-            ),
-            devices=devices,
+            flops_per_position=_flops_per_position(config, state.params),
+            devices=list(mesh.devices.flat),
             first_line={'perf/compile_sec': compile_sec},
         )
 
-    sharding = meshes.batch_sharding(mesh)
-    eval_size = config.batch_size // config.accumulate
-    hook_list = [
-        hooks.evaluation(
-            config.eval.every,
-            lambda params: evaluate.evaluate(
+        def evaluation_batches():
+            return batches.evaluation(eval_rows, config.batch_size // config.accumulate)
+
+        def evaluate_weights(params):
+            return evaluate.evaluate(
                 eval_step,
                 params,
-                batches.evaluation(eval_rows, eval_size),
+                evaluation_batches(),
                 byte_lengths=tokenizer.byte_lengths,
                 num_tokens=config.eval.tokens,
                 sharding=sharding,
                 check=stop.check,
-            ),
-            lines,
-        ),
-        hooks.saving(
-            config.checkpoint.every,
-            checkpoints,
-            lines,
-            lambda: {
-                'tokens': meter.tokens,
-                'data': {'fingerprint': rows.fingerprint},
-                'config': _resolved(config, model),
-            },
-        ),
-    ]
-    dataset = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size)
-    reader = batches.read(dataset, done, config.data.workers)
-    stream = (jax.device_put(batch, sharding) for batch in reader)
-    stream = hooks.profiled(stream, done + 1, config.profile.start, config.profile.steps, workdir)
-    try:
-        with jax.transfer_guard('disallow'):
+            )
+
+        def about_state():
+            return {'tokens': meter.tokens, 'data': {'fingerprint': rows.fingerprint}, 'config': resolved}
+
+        saving = hooks.saving(config.checkpoint.every, checkpoints, lines, about_state)
+        done = about['step']
+        dataset = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size)
+        reader = closing.enter_context(contextlib.closing(batches.read(dataset, done, config.data.workers)))
+        stream = (jax.device_put(batch, sharding) for batch in reader)
+        stream = hooks.profiled(stream, done + 1, config.profile.start, config.profile.steps, workdir)
+        with jax.transfer_guard('disallow'), contextlib.closing(stream):
             state = train.fit(
                 state,
                 train_step,
                 stream,
-                hook_list,
+                [hooks.evaluation(config.eval.every, evaluate_weights, lines), saving],
                 first=done + 1,
                 last=config.num_steps,
                 meter=meter,
-                save=hook_list[-1][1],
+                save=saving[1],
                 stop=stop,
                 resume_hooks=about['open_line'] is not None,
             )
-    finally:
-        stream.close()
-        reader.close()
-        checkpoints.close()
-        lines.close()
-    first_batch = next(iter(batches.evaluation(eval_rows, eval_size)))
-    distance, count = jax.jit(functools.partial(steps.distance_step, model=model))(
-        state.params, jax.device_put(first_batch, sharding)
-    )
-    last_line = lines.lines[-1]
-    print(
-        record.summary_table(
-            last_line, last_line['layers/grad_norm'], (distance / count).tolist(), model.norm_position
-        ),
-        f'weights, metrics and configuration are in {workdir}',
-        sep='\n',
-        flush=True,
-    )
+            checkpoints.wait()
+        with stop.may_interrupt():
+            batch = jax.device_put(next(evaluation_batches()), sharding)
+            distance, count = jax.jit(functools.partial(steps.distance_step, model=model))(state.params, batch)
+            last, distances = lines.lines[-1], (distance / count).tolist()
+            print(record.summary_table(last, last['layers/grad_norm'], distances, model.norm_position))
+            print(f'weights, metrics and configuration are in {workdir}', flush=True)
 
 
 def _start_jax(config):
@@ -186,6 +139,11 @@ def _start_jax(config):
     if mesh.devices.flat[0].platform != 'cpu' and not jax.config.jax_compilation_cache_dir:
         cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mixln_jax' / 'xla'
         jax.config.update('jax_compilation_cache_dir', str(cache))
+    if config.batch_size % (config.accumulate * mesh.size):
+        raise UsageError(
+            f'config.batch_size={config.batch_size} does not divide by config.accumulate={config.accumulate} '
+            f'times {mesh.size} devices (config.mesh.data)'
+        )
     return mesh
 
 
@@ -200,29 +158,36 @@ def _resolved(config, model):
     return resolved
 
 
-def _open_workdir(workdir, resolved):
-    """Makes the folder and writes config.json; refuses the folder of another run.
+@contextlib.contextmanager
+def _open_workdir(workdir, resolved, devices):
+    """Makes the folder, keeps other processes out of it, writes environment.json; refuses the folder of another run.
 
-    Raises UsageError: not writable, or results of another configuration in it, naming the keys that differ.
+    Raises UsageError: not writable, in use, or results of another configuration in it, naming the keys that differ.
     """
     workdir = pathlib.Path(workdir).expanduser().absolute()
     path = workdir / 'config.json'
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         has_results = any((workdir / 'checkpoints').glob('[0-9]*')) or record.read_metrics(workdir / 'metrics.jsonl')
-        if has_results and path.exists():
-            before, now = (configs.flatten(each) for each in (json.loads(path.read_text()), resolved))
-            differ = [
-                f'{name} (was {before.get(name)}, is {now.get(name)})'
-                for name in sorted(before | now)
-                if before.get(name) != now.get(name) and not name.startswith(MAY_CHANGE)
-            ]
-            if differ:
-                raise UsageError(f'{workdir} holds a run of another configuration: {", ".join(differ)}')
-        record.write_json(path, resolved)
+        before = json.loads(path.read_text()) if has_results and path.exists() else resolved
+        lock = (workdir / '.lock').open('w')
+        record.write_json(workdir / 'environment.json', record.environment(devices))
     except (OSError, ValueError) as error:
         raise UsageError(f'the work directory {workdir} cannot be used: {error}') from None
-    return workdir
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f'the work directory {workdir} is in use by another process') from None
+        before, now = configs.flatten(before), configs.flatten(resolved)
+        differ = [
+            f'{name} (was {before.get(name)}, is {now.get(name)})'
+            for name in sorted(before | now)
+            if before.get(name) != now.get(name) and not name.startswith(MAY_CHANGE)
+        ]
+        if differ:
+            raise UsageError(f'{workdir} holds a run of another configuration: {", ".join(differ)}')
+        yield workdir
 
 
 def _finished(workdir, checkpoints, num_steps):
@@ -231,19 +196,53 @@ def _finished(workdir, checkpoints, num_steps):
     return checkpoints.latest() == num_steps and bool(lines) and lines[-1]['step'] == num_steps
 
 
-def _check_same_data(about, rows, workdir):
-    if about['data']['fingerprint'] != rows.fingerprint:
+def _open_data(config):
+    """(tokenizer, rows to train on, rows to evaluate on)."""
+    tokenizer = tokenizers.open_tokenizer(config.data)
+    rows = [
+        batches.open_rows(config.data, split, tokenizer, config.seq_length, config.model.vocab_size)
+        for split in (config.data.split, config.eval.split)
+    ]
+    return tokenizer, *rows
+
+
+def _first_state(config, model, optimizer, mesh, checkpoints, fingerprint):
+    """The newest good checkpoint's state and JSON object, or a fresh state.
+
+    Raises UsageError for a checkpoint that has seen other data.
+    """
+    init = functools.partial(steps.init_state, model, optimizer, param_dtype=config.param_dtype)
+    key, everywhere = jax.random.key(config.seed), meshes.replicated(mesh)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(init, key)
+    )
+    print(parameter_overview.get_parameter_overview(like.params, include_stats=False), flush=True)
+    restored = checkpoints.restore(like)
+    if not restored:
+        return jax.jit(init, out_shardings=everywhere)(key), {'step': 0, 'tokens': 0, 'open_line': None}
+    state, about = restored
+    if about['data']['fingerprint'] != fingerprint:
         raise UsageError(
-            f'{workdir} was trained on other data: data.fingerprint differs (the text, the tokenizer or its mode)'
+            f'the checkpoint of step {about["step"]} has seen other data: data.fingerprint differs (the text, the '
+            'tokenizer or its mode)'
         )
+    print(f'mixln_jax: goes on from step {about["step"]}', flush=True)
+    return state, about
 
 
-def _describe(config, model, rows, devices):
+def _flops_per_position(config, params):
+    sizes = config.model
+    embedding = sizes.vocab_size * sizes.hidden_size
+    num_params = llama.num_params(sizes, params)
+    return metrics.flops_per_position(num_params, embedding, sizes.num_layers, sizes.hidden_size, config.seq_length)
+
+
+def _describe(config, model, rows, mesh):
     """The start line and what follows from the keys."""
     per_step = config.batch_size * config.seq_length
     named = ', '.join(f'{name} x {end - first}' for name, first, end in norms.segments(model.norm_position))
     print(
-        f'{len(devices)} x {devices[0].device_kind}; placement {named}\n'
+        f'{mesh.size} x {mesh.devices.flat[0].device_kind}; placement {named}\n'
         f'{per_step:,} positions a step, {per_step * config.num_steps:,} in {config.num_steps:,} steps, '
         f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows',
         flush=True,
@@ -252,7 +251,7 @@ def _describe(config, model, rows, devices):
         print(f'mixln_jax: warning: {warning}', file=sys.stderr, flush=True)
 
 
-def _compile(config, model, optimizer, like, mesh):
+def _compile(config, model, optimizer, state, mesh):
     """The train step and the evaluation step, compiled."""
     sharding, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
 
@@ -272,8 +271,8 @@ def _compile(config, model, optimizer, like, mesh):
     train_step = jax.jit(train_step, donate_argnums=0, out_shardings=everywhere)
     eval_step = jax.jit(functools.partial(steps.eval_step, model=model), out_shardings=everywhere)
     return (
-        train_step.lower(like, batch(config.batch_size)).compile(),
-        eval_step.lower(like.params, batch(config.batch_size // config.accumulate)).compile(),
+        train_step.lower(state, batch(config.batch_size)).compile(),
+        eval_step.lower(state.params, batch(config.batch_size // config.accumulate)).compile(),
     )
 
 

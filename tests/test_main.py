@@ -149,7 +149,7 @@ class TestRecords:
 
 
 class TestResume:
-    # Looks 0, 1: start-up; 2, 3: steps 1, 2; 4-6: evaluation 3; 7: behind it; 8-9, 10-13, 14-17 likewise.
+    # Looks 0-1: start; 2-3: steps 1, 2; 4-6: evaluation 3; 7: behind it; 8-9, 10-13, 14-17 likewise; 18, 19: the table.
     @pytest.mark.parametrize('looks', [1, 2, 3, 4, 6, 7, 8, 12, 13, 14, 17])
     def test_a_signal_at_any_point_changes_nothing(self, corpus, finished, tmp_path, looks):
         """Wherever the run looks for a signal (start, compilation, step, evaluation, save) it may stop there."""
@@ -159,7 +159,7 @@ class TestResume:
         assert_same_run(tmp_path, finished)
 
     def test_no_look_is_left_out(self, corpus, tmp_path):
-        main.run(recipe(corpus), tmp_path, StopAfter(18))
+        main.run(recipe(corpus), tmp_path, StopAfter(20))
 
     def test_stop_in_an_evaluation_keeps_the_step(self, corpus, finished, tmp_path, monkeypatch):
         stop = exits.Stop()
