@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mixln_jax import record, trees
-from mixln_jax.exits import CheckpointError, NumericsError
+from mixln_jax.exits import CheckpointError, NumericsError, first_line
 
 
 class Checkpoints:
@@ -44,9 +45,9 @@ class Checkpoints:
                 )
         about = extra | {'step': step, 'versions': record.versions(), 'leaves': leaves}
         about |= {'digest': _digest(about)}
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
-        )
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        with jax.transfer_guard('allow'):  # orbax fetches the arrays in its own way
+            self._manager.save(step, args=arguments)
 
     def wait(self):
         """Returns when everything that was saved is on disk."""
@@ -75,21 +76,31 @@ class Checkpoints:
         for step in steps:
             try:
                 about = self.about(step)
-                stored, digest = about['leaves'], about.pop('digest')
-                state = self._restore_state(step, like, stored)
-                problem = _difference(stored, describe(state)) if digest == _digest(about) else 'its JSON has changed'
+                if about.pop('digest') != _digest(about):
+                    problem = 'its JSON has changed'
+                elif about['step'] != step:
+                    problem = f'it is step {about["step"]}'
+                else:
+                    state = self._restore_state(step, like, about['leaves'])
+                    problem = _difference(about['leaves'], describe(state))
             except (CheckpointError, MemoryError):
                 raise
             except Exception as error:  # a flipped byte can make orbax, zstd or JSON raise anything
-                if 'RESOURCE_EXHAUSTED' in str(error):
-                    raise
-                problem = f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
+                unreadable_now = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+                if unreadable_now or 'RESOURCE_EXHAUSTED' in str(error):
+                    raise  # says nothing about what is stored
+                problem = f'{type(error).__name__}: {first_line(error)}'
             if not problem:
                 return state, about
             self._set_aside(step, problem)
         if steps:
             raise CheckpointError(
                 f'{self._folder}: no checkpoint is readable ({", ".join(map(str, steps))} are damaged)'
+            )
+        if aside := sorted(path.name for path in self._folder.glob('*.corrupt')):
+            raise CheckpointError(
+                f'{self._folder}: no checkpoint but damaged ones ({", ".join(aside)}); rename one back to '
+                'try it again, or remove them to start from step 0'
             )
         return None
 
@@ -115,7 +126,7 @@ class Checkpoints:
         with contextlib.suppress(FileNotFoundError):
             folder.rename(aside)
         self._manager.reload()
-        print(f'mixln_jax: checkpoint {folder} is damaged ({problem}); now {aside.name}', flush=True)
+        record.say(f'mixln_jax: checkpoint {folder} is damaged ({problem}); now {aside.name}', file=sys.stderr)
 
 
 def describe(state):

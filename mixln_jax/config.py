@@ -33,10 +33,10 @@ class Model:
     """The network; `hidden_size` and the like are Hugging Face's names for LLaMA."""
 
     family: str = key('llama', 'architecture', choices=('llama',))
-    vocab_size: int = key(32000, 'size of the vocabulary', at_least=2)
-    hidden_size: int = key(768, 'width D of the residual stream', at_least=1)
-    intermediate_size: int = key(2048, 'width of the MLP', at_least=1)
-    num_layers: int = key(12, 'number of layers L', at_least=1)
+    vocab_size: int = key(32000, 'size of the vocabulary', at_least=2, at_most=2**24)
+    hidden_size: int = key(768, 'width D of the residual stream', at_least=1, at_most=2**18)
+    intermediate_size: int = key(2048, 'width of the MLP', at_least=1, at_most=2**20)
+    num_layers: int = key(12, 'number of layers L', at_least=1, at_most=10_000)
     num_heads: int = key(12, 'number of query heads', at_least=1)
     num_kv_heads: int = key(0, 'number of key and value heads; 0: as many as query heads', at_least=0)
     norm_position: str = key(
@@ -60,7 +60,8 @@ class Model:
     )
     scan_unroll: str = key(
         'auto',
-        'layers unrolled in the compiled loop; all runs a little faster and compiles longer; auto: all up to 12 layers',
+        'layers unrolled in the compiled loop; all: a little faster, compiles longer, defeats remat; '
+        'auto: all up to 12 layers without remat',
         choices=('auto', '1', 'all'),
     )
 
@@ -84,7 +85,7 @@ class Optim:
     """The optimiser and its learning-rate schedule."""
 
     name: str = key('adam', 'optimiser', choices=('adam', 'adamw', 'sgd'))
-    learning_rate: float = key(1e-3, 'peak learning rate', above=0.0)
+    learning_rate: float = key(1e-3, 'peak learning rate', above=0.0, at_most=1e38)
     min_ratio: float = key(0.1, 'last learning rate as a share of the peak', at_least=0.0, at_most=1.0)
     schedule: str = key('cosine', 'decay after the warm-up', choices=('cosine', 'linear', 'constant'))
     warmup_ratio: float = key(0.1, 'share of the steps that warm up', at_least=0.0, below=1.0)
@@ -132,9 +133,9 @@ class Config:
     """A whole run."""
 
     seed: int = key(0, 'seed of the initial weights', at_least=0, below=2**32)
-    batch_size: int = key(512, 'sequences in a batch, over all devices and accumulation', at_least=1)
-    seq_length: int = key(256, 'tokens in a sequence T', at_least=2)
-    num_steps: int = key(20_000, 'updates in the run', at_least=1)
+    batch_size: int = key(512, 'sequences in a batch, over all devices and accumulation', at_least=1, at_most=2**24)
+    seq_length: int = key(256, 'tokens in a sequence T', at_least=2, at_most=2**24)
+    num_steps: int = key(20_000, 'updates in the run', at_least=1, below=2**31)
     accumulate: int = key(1, 'micro-batches that make one batch', at_least=1)
     log_every: int = key(10, 'steps between progress lines', at_least=1)
     compute_dtype: str = key('bfloat16', 'type of activations', choices=('bfloat16', 'float32'))
@@ -176,12 +177,14 @@ def load(recipe, overrides=()):
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*([argument] if argument else []))
-    except Exception as error:  # a recipe is Python and may raise anything
+    except (Exception, SystemExit) as error:  # a recipe is Python and may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         line = getattr(error, 'lineno', None) or (lines[-1] if lines else None)
-        what = re.sub(r'Other fields present:.*\n', '', str(error), flags=re.DOTALL).replace('\\', '')
-        where = f'{file}:{line}' if line else str(file)
-        raise UsageError(f'{where}: {type(error).__name__}: {what}') from error
+        what = f'{type(error).__name__}: {error}'
+        if unknown := re.search(r'Key "(\w+)" does not exist', str(error)):
+            names = [name for path in flatten(Config()) for name in path.split('.')]
+            what = f'unknown key {unknown[1]}{nearest(unknown[1], names)}'
+        raise UsageError(f'{f"{file}:{line}" if line else file}: {what}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UsageError(f'{file}: get_config returned {type(config).__name__}, not the ConfigDict of config.default()')
     for path, text in overrides:
@@ -280,6 +283,8 @@ def _check_together(config):
         )
     if optim.weight_decay and optim.name == 'adam':
         raise UsageError('config.optim.weight_decay needs config.optim.name=adamw or sgd; adam has none')
+    if config.batch_size * config.seq_length >= 2**31:
+        raise UsageError('config.batch_size times config.seq_length must be below 2^31 positions')
     if config.mesh.data == 0:
         raise UsageError('config.mesh.data must be -1 (all devices) or a number of devices, not 0')
 

@@ -5,13 +5,14 @@ import jax
 from mixln_jax import metrics
 
 
-def evaluate(eval_step, params, batches, *, byte_lengths, num_tokens, sharding, check=lambda: None):
+def evaluate(eval_step, params, batches, *, at_a_time, byte_lengths, num_tokens, sharding, check=lambda: None):
     """Evaluates on batches until at least `num_tokens` target tokens have been seen or the batches end.
 
     Args:
         eval_step: (params, batch) -> (sum of losses, count), compiled.
         params: the weights.
         batches: iterable of {'inputs', 'targets', 'weights'}, numpy [B,T].
+        at_a_time: batches between looks at `num_tokens`, so that smaller batches see the same text.
         byte_lengths: [V], bytes of text that each token id stands for.
         num_tokens: when to stop.
         sharding: of the batches' arrays on devices.
@@ -28,6 +29,6 @@ def evaluate(eval_step, params, batches, *, byte_lengths, num_tokens, sharding, 
         num_bytes += float((byte_lengths[batch['targets']] * batch['weights']).sum())
         if len(sums) > 1:
             sums[-2] = jax.device_get(sums[-2])  # the batch before: keeps the device busy and its queue short
-        if tokens >= num_tokens:
+        if tokens >= num_tokens and len(sums) % at_a_time == 0:
             break
     return metrics.evaluation(float(sum(float(jax.device_get(total)) for total in sums)), tokens, num_bytes)

@@ -4,11 +4,16 @@ Imports nothing heavy, so that a command can answer a signal while it still impo
 """
 
 import contextlib
+import errno
 import os
+import re
 import signal
 import sys
+import traceback
 
 STOPPED = 75
+# A path that cannot be used as it should: what the user gave is at fault, not the program.
+UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC}
 
 
 class Exit(Exception):
@@ -73,6 +78,7 @@ class Stop:
     def install(self):
         """Takes over both signals. Until `started` is called a signal ends the process at once."""
         self._starting = True
+        sys.unraisablehook = _quiet_if_stopped
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
@@ -96,6 +102,16 @@ class Stop:
             self._interruptible = False
         self.check()  # a raise inside a callback may have been swallowed
 
+    @contextlib.contextmanager
+    def wait(self):
+        """Inside, also within `may_interrupt`, a signal waits: for what must not be cut short, such as a restore."""
+        before, self._interruptible = self._interruptible, False
+        try:
+            yield
+        finally:
+            self._interruptible = before
+        self.check()
+
     def _handle(self, number, frame):
         del frame
         again, self.requested = self.requested, signal.Signals(number).name
@@ -106,6 +122,12 @@ class Stop:
             self.check()
 
 
+def _quiet_if_stopped(unraisable, default=sys.unraisablehook):
+    """A Stopped that a garbage collector's callback swallowed is raised again by `check`; Python need not print it."""
+    if not isinstance(unraisable.exc_value, Stopped):
+        default(unraisable)
+
+
 def stopped_line(reason):
     """What a stopped command says last."""
     return f'mixln_jax: stopped by {reason}; run the same command again to continue'
@@ -114,10 +136,10 @@ def stopped_line(reason):
 stop = Stop()
 
 
-def call(job, *args, traceback=False):
+def call(job, *args, show_traceback=False):
     """Runs `job(*args)`, prints the one line that an error deserves and returns the exit code.
 
-    With `traceback` errors are not caught, so that Python shows where they come from.
+    With `show_traceback` Python's own report of where it comes from stands before it.
     """
     try:
         job(*args)
@@ -125,8 +147,8 @@ def call(job, *args, traceback=False):
         print(stopped_line(stop.requested), file=sys.stderr)
         return STOPPED
     except Exception as error:
-        if traceback:
-            raise
+        if show_traceback:
+            traceback.print_exception(error)
         error = _known(error)
         print(f'mixln_jax: {_one_line(error)}', file=sys.stderr)
         return error.code
@@ -137,12 +159,20 @@ def _known(error):
     """The Exit that an exception stands for; a defect of ours becomes exit 1."""
     if isinstance(error, Exit):
         return error
-    if 'RESOURCE_EXHAUSTED' in str(error) or isinstance(error, MemoryError):
-        return MemoryExhausted(
-            'out of memory: lower batch_size, raise accumulate or set model.remat=full '
-            f'({str(error).strip().splitlines()[0] if str(error).strip() else "MemoryError"})'
-        )
+    text = first_line(error)
+    if 'No space left on device' in str(error):
+        return UsageError(f'the disk is full: {text}')
+    if isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|[Oo]ut of memory', str(error)):
+        advice = 'lower batch_size, raise accumulate or set model.remat=full'
+        return MemoryExhausted(f'out of memory: {advice} ({text})')
+    if isinstance(error, OSError) and error.errno in UNUSABLE:
+        return UsageError(text)
     return Exit(f'internal error: {type(error).__name__}: {error} (--traceback shows where)')
+
+
+def first_line(error):
+    """The first line of an error's text, its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _one_line(error):

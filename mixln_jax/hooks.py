@@ -3,9 +3,13 @@
 A hook is (every, fn): fn(step, state) runs after every `every` steps (0: never) and after the last one.
 """
 
+import math
 import pathlib
 
 import jax
+
+from mixln_jax import record
+from mixln_jax.exits import NumericsError
 
 
 def evaluation(every, evaluate, metrics):
@@ -13,11 +17,12 @@ def evaluation(every, evaluate, metrics):
 
     def run(step, state):
         values = evaluate(state.params)
+        if not math.isfinite(values['eval/loss']):
+            raise NumericsError(f'step {step}: the evaluation loss is not finite')
         metrics.add(step, values)
-        print(
+        record.say(
             f'eval at step {step}: loss {values["eval/loss"]:.4f}  perplexity {values["eval/perplexity"]:.2f}  '
-            f'({values["eval/tokens"]:,} tokens)',
-            flush=True,
+            f'({values["eval/tokens"]:,} tokens)'
         )
 
     return every, run

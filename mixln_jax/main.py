@@ -12,11 +12,13 @@ import dataclasses
 import fcntl
 import functools
 import json
+import logging
 import os
 import pathlib
 import sys
 import time
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 from clu import parameter_overview
@@ -26,7 +28,7 @@ from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
 from mixln_jax import step as steps
 from mixln_jax.data import batches, tokenizers
-from mixln_jax.exits import UsageError
+from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import llama, norms
 
 # What may differ when a run goes on; everything else would make it another run.
@@ -54,17 +56,21 @@ def run(values, workdir, stop=None):
             mesh = _start_jax(config)
             model = llama.from_config(config.model, config.compute_dtype)
             resolved = _resolved(config, model)
-            workdir = closing.enter_context(_open_workdir(workdir, resolved, list(mesh.devices.flat)))
-            checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep)
-            closing.callback(checkpoints.close)
+            workdir = closing.enter_context(_open_workdir(workdir, resolved))
+            with stop.wait():
+                checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep)
+                closing.callback(checkpoints.close)
             if _finished(workdir, checkpoints, config.num_steps):
-                print(f'mixln_jax: {workdir} is already finished ({config.num_steps} steps)', flush=True)
+                record.say(f'mixln_jax: {workdir} is already finished ({config.num_steps} steps)')
                 return
             tokenizer, rows, eval_rows = _open_data(config)
             _describe(config, model, rows, mesh)
             optimizer = optim.optimizer(config.optim)
-            state, about = _first_state(config, model, optimizer, mesh, checkpoints, rows.fingerprint)
+            state, about = _first_state(config, model, optimizer, mesh, checkpoints, rows.fingerprint, stop)
+            if about['step'] == config.num_steps and about['open_line'] is None:
+                raise CheckpointError(f'{workdir} is trained to the end, but its metrics.jsonl lacks the last step')
             record.write_json(workdir / 'config.json', resolved)
+            record.write_json(workdir / 'environment.json', record.environment(list(mesh.devices.flat)))
             tokenizer.save(workdir / 'tokenizer')
             lines = record.Metrics(workdir, about['step'], about['open_line'])
             closing.callback(lines.close)
@@ -85,14 +91,12 @@ def run(values, workdir, stop=None):
             first_line={'perf/compile_sec': compile_sec},
         )
 
-        def evaluation_batches():
-            return batches.evaluation(eval_rows, config.batch_size // config.accumulate)
-
         def evaluate_weights(params):
             return evaluate.evaluate(
                 eval_step,
                 params,
-                evaluation_batches(),
+                batches.evaluation(eval_rows, config.batch_size // config.accumulate),
+                at_a_time=config.accumulate,
                 byte_lengths=tokenizer.byte_lengths,
                 num_tokens=config.eval.tokens,
                 sharding=sharding,
@@ -123,11 +127,14 @@ def run(values, workdir, stop=None):
             )
             checkpoints.wait()
         with stop.may_interrupt():
-            batch = jax.device_put(next(evaluation_batches()), sharding)
+            rows = -(-8 // mesh.size) * mesh.size  # eight, or one a device: every layer's stream is kept
+            batch = jax.device_put(next(batches.evaluation(eval_rows, rows)), sharding)
             distance, count = jax.jit(functools.partial(steps.distance_step, model=model))(state.params, batch)
             last, distances = lines.lines[-1], (distance / count).tolist()
-            print(record.summary_table(last, last['layers/grad_norm'], distances, model.norm_position))
-            print(f'weights, metrics and configuration are in {workdir}', flush=True)
+            record.say(
+                record.summary_table(last, last['layers/grad_norm'], distances, model.norm_position),
+                f'weights, metrics and configuration are in {workdir}',
+            )
 
 
 def _start_jax(config):
@@ -159,8 +166,8 @@ def _resolved(config, model):
 
 
 @contextlib.contextmanager
-def _open_workdir(workdir, resolved, devices):
-    """Makes the folder, keeps other processes out of it, writes environment.json; refuses the folder of another run.
+def _open_workdir(workdir, resolved):
+    """Makes the folder and keeps other processes out of it; refuses the folder of another run.
 
     Raises UsageError: not writable, in use, or results of another configuration in it, naming the keys that differ.
     """
@@ -170,28 +177,36 @@ def _open_workdir(workdir, resolved, devices):
         workdir.mkdir(parents=True, exist_ok=True)
         has_results = any((workdir / 'checkpoints').glob('[0-9]*')) or record.read_metrics(workdir / 'metrics.jsonl')
         before = json.loads(path.read_text()) if has_results and path.exists() else resolved
+        if not isinstance(before, dict):
+            raise ValueError(f'{path} is not a JSON object')
         lock = (workdir / '.lock').open('w')
-        record.write_json(workdir / 'environment.json', record.environment(devices))
     except (OSError, ValueError) as error:
         raise UsageError(f'the work directory {workdir} cannot be used: {error}') from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UsageError(f'the work directory {workdir} is in use by another process') from None
-        before, now = configs.flatten(before), configs.flatten(resolved)
-        differ = [
-            f'{name} (was {before.get(name)}, is {now.get(name)})'
-            for name in sorted(before | now)
-            if before.get(name) != now.get(name) and not name.startswith(MAY_CHANGE)
-        ]
-        if differ:
-            raise UsageError(f'{workdir} holds a run of another configuration: {", ".join(differ)}')
+        except OSError as error:  # some network file systems have no locks
+            record.say(f'mixln_jax: warning: {workdir} cannot be locked ({error})', file=sys.stderr)
+        _check_same_run(workdir, before, resolved)
         yield workdir
 
 
+def _check_same_run(where, before, now):
+    """Raises UsageError, naming the keys, where two resolved configs are not of one run."""
+    before, now = configs.flatten(configs.Config()) | configs.flatten(before), configs.flatten(now)
+    differ = [
+        f'{name} (was {before.get(name)}, is {now.get(name)})'
+        for name in sorted(before | now)
+        if before.get(name) != now.get(name) and not name.startswith(MAY_CHANGE)
+    ]
+    if differ:
+        raise UsageError(f'{where} holds a run of another configuration: {", ".join(differ)}')
+
+
 def _finished(workdir, checkpoints, num_steps):
-    """Whether the last step is saved and its evaluation recorded."""
+    """Whether the last step is saved and its metrics line complete."""
     lines = record.read_metrics(workdir / 'metrics.jsonl')
     return checkpoints.latest() == num_steps and bool(lines) and lines[-1]['step'] == num_steps
 
@@ -206,7 +221,7 @@ def _open_data(config):
     return tokenizer, *rows
 
 
-def _first_state(config, model, optimizer, mesh, checkpoints, fingerprint):
+def _first_state(config, model, optimizer, mesh, checkpoints, fingerprint, stop):
     """The newest good checkpoint's state and JSON object, or a fresh state.
 
     Raises UsageError for a checkpoint that has seen other data.
@@ -216,17 +231,19 @@ def _first_state(config, model, optimizer, mesh, checkpoints, fingerprint):
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(init, key)
     )
-    print(parameter_overview.get_parameter_overview(like.params, include_stats=False), flush=True)
-    restored = checkpoints.restore(like)
+    record.say(parameter_overview.get_parameter_overview(like.params, include_stats=False))
+    with stop.wait():  # cut short, a restore would look like damage
+        restored = checkpoints.restore(like)
     if not restored:
         return jax.jit(init, out_shardings=everywhere)(key), {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored
+    _check_same_run(f'checkpoint {about["step"]}', about['config'], _resolved(config, model))
     if about['data']['fingerprint'] != fingerprint:
         raise UsageError(
             f'the checkpoint of step {about["step"]} has seen other data: data.fingerprint differs (the text, the '
             'tokenizer or its mode)'
         )
-    print(f'mixln_jax: goes on from step {about["step"]}', flush=True)
+    record.say(f'mixln_jax: goes on from step {about["step"]}')
     return state, about
 
 
@@ -241,14 +258,13 @@ def _describe(config, model, rows, mesh):
     """The start line and what follows from the keys."""
     per_step = config.batch_size * config.seq_length
     named = ', '.join(f'{name} x {end - first}' for name, first, end in norms.segments(model.norm_position))
-    print(
+    record.say(
         f'{mesh.size} x {mesh.devices.flat[0].device_kind}; placement {named}\n'
         f'{per_step:,} positions a step, {per_step * config.num_steps:,} in {config.num_steps:,} steps, '
-        f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows',
-        flush=True,
+        f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows'
     )
     for warning in norms.warnings(model.norm_position, config.model.init, config.optim.warmup_ratio):
-        print(f'mixln_jax: warning: {warning}', file=sys.stderr, flush=True)
+        record.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
 
 
 def _compile(config, model, optimizer, state, mesh):
@@ -280,29 +296,30 @@ def parse(argv):
     """(options, ConfigDict) of the words behind the command. Raises UsageError; --help prints and exits with 0."""
     parser = argparse.ArgumentParser(
         prog='python -m mixln_jax.main',
+        usage='%(prog)s --config FILE[:ARG] [--workdir DIR] [--config.KEY=VALUE ...] [--traceback]',
         description='Trains what a recipe says. The same command again goes on where the run stopped.',
         epilog=f"keys of a recipe, with the Mix-LN paper's C4 recipe as defaults:\n{configs.help_text()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument('--config', metavar='FILE[:ARG]', required=True, help='a recipe, such as configs/quickstart.py')
+    parser.add_argument('--config', metavar='FILE[:ARG]', help='a recipe, such as configs/quickstart.py')
     parser.add_argument('--workdir', metavar='DIR', help='folder of the run [runs/<name of the recipe>]')
-    parser.add_argument('--config.KEY', metavar='VALUE', help='another value for a key of the recipe')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
-    def fail(message):
-        raise UsageError(message)
-
-    parser.error = fail
-    options, rest = parser.parse_known_args(argv)
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from None
+    if not options.config:
+        raise UsageError('--config FILE is missing; --help lists the keys')
     overrides, rest = [], iter(rest)
     for word in rest:
         key, equals, text = word.partition('=')
         if not key.startswith('--config.'):
             raise UsageError(f'unexpected argument {word!r}; --help lists them')
-        text = text if equals else next(rest, None)
-        if text is None:
+        text = text if equals else next(rest, '--')
+        if text.startswith('--') and not equals:
             raise UsageError(f'{key} needs a value')
         overrides.append((key.removeprefix('--config.'), text))
     options.workdir = options.workdir or f'runs/{pathlib.Path(options.config.partition(":")[0]).stem}'
@@ -314,9 +331,12 @@ def main(argv):
 
     def job():
         options, config = parse(argv)
+        if not options.traceback:  # the libraries' own reports of what ends as one line here
+            logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+            absl.logging.set_verbosity(absl.logging.FATAL)
         run(config, options.workdir, stop)
 
-    return exits.call(job, traceback='--traceback' in argv)
+    return exits.call(job, show_traceback='--traceback' in argv)
 
 
 if __name__ == '__main__':

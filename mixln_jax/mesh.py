@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mixln_jax.exits import DeviceError, UsageError
+from mixln_jax.exits import DeviceError, UsageError, first_line
 
 
 def devices(kind):
@@ -13,10 +13,8 @@ def devices(kind):
         jax.config.update('jax_platforms', 'cpu')  # has no effect, and needs none, once JAX is running
     try:
         return jax.devices(None if kind == 'auto' else kind)
-    except RuntimeError as error:
-        raise DeviceError(
-            f'config.device={kind}: there is no such device here ({str(error).splitlines()[0]})'
-        ) from None
+    except (RuntimeError, AssertionError) as error:  # the latter: JAX_PLATFORMS names what is not installed
+        raise DeviceError(f'config.device={kind}: there is no such device here ({first_line(error)})') from None
 
 
 def make_mesh(kind, data=-1):

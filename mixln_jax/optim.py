@@ -27,7 +27,7 @@ def optimizer(config: configs.Optim):
     chains = {
         'adam': [optax.scale_by_adam(config.b1, config.b2, config.eps)],
         'adamw': [optax.scale_by_adam(config.b1, config.b2, config.eps), *decay],
-        'sgd': [*decay, optax.trace(config.b1)],
+        'sgd': [optax.trace(config.b1), *decay],
     }
     return per_layer(optax.chain(*chains[config.name]))
 

@@ -16,6 +16,14 @@ from mixln_jax.exits import CheckpointError
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections', 'numpy')
 
 
+def say(*lines, file=None):
+    """Prints for a person. Nobody listening any more (`| head`) must not end a run."""
+    try:
+        print(*lines, sep='\n', file=file, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+
+
 def write_json(path, content):
     """Writes a JSON file so that a crash leaves the old one or the new one, never half."""
     _replace(path, json.dumps(content, indent=1) + '\n')
@@ -49,13 +57,14 @@ class Metrics:
         """Cuts what lies behind step `resume_from`; `open_line` is that step's own line where it was not complete."""
         self._path = pathlib.Path(workdir) / 'metrics.jsonl'
         self.lines = read_metrics(self._path)
-        kept = [line for line in self.lines if line['step'] < resume_from + (open_line is None)]
+        first = resume_from + (open_line is None)  # the first step whose line is still to come
+        kept = [line for line in self.lines if line['step'] < first]
         if self._path.exists():
             _replace(self._path, ''.join(json.dumps(line) + '\n' for line in kept))
         self.lines, self.open_line = kept, open_line
         self._file = self._path.open('a')
         # purge_step makes TensorBoard forget what a cut line had shown.
-        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=resume_from + 1, write_to_disk=True)
+        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=first, write_to_disk=True)
 
     def add(self, step, values):
         """Puts `values` into the line of `step`."""
@@ -70,9 +79,9 @@ class Metrics:
             self.lines.append(self.open_line)
             self._show(self.open_line)
             self.open_line = None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
 
     def close(self):
         """Closes both files; an open line is lost, as its step was not complete."""
@@ -98,6 +107,8 @@ def read_metrics(path):
         texts = pathlib.Path(path).read_text().splitlines(keepends=True)
     except FileNotFoundError:
         return []
+    except UnicodeDecodeError:
+        raise CheckpointError(f'{path} is not text') from None
     lines = []
     for number, text in enumerate(texts, 1):
         try:

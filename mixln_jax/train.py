@@ -47,6 +47,9 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
             except Stopped:
                 save(number, state, complete=False)
                 raise
+            except NumericsError:  # weights that an update has ruined show here first
+                meter.debug(number, state)
+                raise
             meter.flush()
             if stop.requested:
                 save(number, state)
@@ -89,8 +92,12 @@ class Meter:
         """Takes the metrics of a finished step. One that was not finite: writes debug/ and raises NumericsError."""
         values = jax.device_get(values)
         self._recent = [*self._recent[-1:], (step, batch, values)]
-        if values['bad_step']:
-            self._stop_bad(int(values['bad_step']), state)
+        if bad := int(values['bad_step']):
+            self.debug(bad, state)
+            raise NumericsError(
+                f'step {bad}: the loss or a gradient is not finite; weights are untouched since step {bad - 1}, '
+                f'{self._workdir}/debug holds the batches and the norms of every layer'
+            )
         tokens, positions = round(float(values['tokens'])), batch['inputs'].size
         self.tokens += tokens
         self._window_steps += 1
@@ -113,7 +120,7 @@ class Meter:
                 },
             )
             if step % self._log_every == 0 or step == self._num_steps:
-                print(record.progress_line(self._metrics.open_line, self._num_steps), flush=True)
+                record.say(record.progress_line(self._metrics.open_line, self._num_steps))
 
     def flush(self):
         """The line at hand is complete."""
@@ -151,12 +158,12 @@ class Meter:
         self._start_window()
         return speed
 
-    def _stop_bad(self, step, state):
+    def debug(self, step, state):
         """Writes debug/: the bad step, the last two batches, the norms of every layer's gradient and weights."""
         folder = self._workdir / 'debug'
         folder.mkdir(exist_ok=True)
         weights, _ = jax.device_get(jax.jit(measures.layer_norms)(state.params))
-        report = {'step': step, 'layers/weight_norm': weights.tolist(), 'steps': []}
+        report = {'step': step, 'layers/weight_norm': [repr(norm) for norm in weights.tolist()], 'steps': []}
         for number, batch, values in self._recent:
             np.savez(folder / f'batch_{number}.npz', **jax.device_get(batch))
             report['steps'].append(
@@ -169,10 +176,6 @@ class Meter:
             )
         (folder / 'report.json').write_text(json.dumps(report, indent=1))
         self._metrics.flush()
-        raise NumericsError(
-            f'step {step}: the loss or a gradient is not finite; weights are untouched since step {step - 1}, '
-            f'{folder} holds the batches and the norms of every layer'
-        )
 
 
 class _Timer:

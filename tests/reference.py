@@ -200,13 +200,13 @@ def adam(params, grads_list, lrs, b1, b2, eps):
     return adamw(params, grads_list, lrs, b1, b2, eps, 0.0)
 
 
-def sgd(params, grads_list, lrs, momentum):
-    """torch.optim.SGD: m = momentum m + g, p -= lr m. Sutskever et al., ICML 2013."""
+def sgd(params, grads_list, lrs, momentum, weight_decay):
+    """torch.optim.SGD: m = momentum m + g, p -= lr m (Sutskever et al., ICML 2013); decay as in SGDW, 1711.05101."""
     p = np.array(params, np.float64)
     m = np.zeros_like(p)
     for g, lr in zip(grads_list, lrs, strict=True):
         m = momentum * m + np.asarray(g, np.float64)
-        p = p - lr * m
+        p = p - lr * weight_decay * p - lr * m
     return p
 
 

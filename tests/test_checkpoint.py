@@ -1,5 +1,6 @@
 """Checksums, damaged checkpoints, and what is never saved."""
 
+import errno
 import functools
 import pathlib
 import shutil
@@ -72,7 +73,7 @@ def test_a_flipped_byte_is_named_and_the_step_before_taken(saved, where, capsys)
     state, about = checkpoint.Checkpoints(saved).restore(like(state_of()))
     assert about['step'] == 3
     assert_equal(state, state_of(3))
-    assert 'is damaged' in (out := capsys.readouterr().out) and str(saved / '5') in out
+    assert 'is damaged' in (out := capsys.readouterr().err) and str(saved / '5') in out
     assert (saved / '5.corrupt').is_dir() and not (saved / '5').exists()
     assert checkpoint.Checkpoints(saved).latest() == 3
 
@@ -107,7 +108,7 @@ def test_a_changed_value_is_named_by_its_leaf(saved, capsys):
             target.write_bytes(path.read_bytes())
     _, about = checkpoint.Checkpoints(saved).restore(like(state_of()))
     assert about['step'] == 3
-    assert 'checksum of params/kernel does not match' in capsys.readouterr().out
+    assert 'checksum of params/kernel does not match' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('item', ['about', 'state'])
@@ -118,6 +119,23 @@ def test_missing_files_take_the_step_before(saved, item):
     assert checkpoint.Checkpoints(saved).restore(like(state_of()))[1]['step'] == 3
 
 
+def test_changed_json_is_damage_too(saved):
+    path = saved / '5' / 'about' / 'metadata'
+    path.write_text(path.read_text().replace('64', '65'))
+    assert checkpoint.Checkpoints(saved).restore(like(state_of()))[1]['step'] == 3
+
+
+def test_a_passing_read_error_renames_nothing(saved, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, 'Input/output error')
+
+    checkpoints = checkpoint.Checkpoints(saved)
+    monkeypatch.setattr(checkpoints, 'about', fail)
+    with pytest.raises(OSError, match='Input/output'):
+        checkpoints.restore(like(state_of()))
+    assert (saved / '5').is_dir() and (saved / '3').is_dir()
+
+
 def test_no_good_step(saved):
     for step in ('3', '5'):
         file = array_files(saved / step)[0]
@@ -125,6 +143,13 @@ def test_no_good_step(saved):
     with pytest.raises(CheckpointError, match='no checkpoint is readable'):
         checkpoint.Checkpoints(saved).restore(like(state_of()))
     assert not (saved / '3').exists()
+    with pytest.raises(CheckpointError, match=r'no checkpoint but damaged ones .*3\.corrupt'):  # nor from scratch
+        checkpoint.Checkpoints(saved).restore(like(state_of()))
+
+
+def test_a_renamed_step_is_not_taken_for_another(saved):
+    (saved / '5').rename(saved / '50')
+    assert checkpoint.Checkpoints(saved).restore(like(state_of()))[1]['step'] == 3
 
 
 def test_another_structure_is_refused_and_nothing_renamed(saved):

@@ -89,6 +89,9 @@ def test_overrides_take_the_type_of_the_key():
         ('model.num_heads', '5', 'config.model.hidden_size=96 does not divide by config.model.num_heads=5'),
         ('model.num_heads', '96', 'must be even for rotary'),
         ('model.num_kv_heads', '2', 'does not divide by config.model.num_kv_heads=2'),
+        ('num_steps', str(10**20), 'config.num_steps must be below'),
+        ('batch_size', str(10**14), 'config.batch_size must be at most'),
+        ('optim.learning_rate', '1e39', 'config.optim.learning_rate must be at most'),
         ('num_steps', '0', 'config.num_steps must be at least 1'),
         ('num_steps', '-5', 'config.num_steps must be at least 1'),
         ('mesh.data', '0', 'config.mesh.data must be'),
@@ -105,9 +108,10 @@ def test_wrong_values_are_named(path, text, words):
         ('def get_config(:\n', r'recipe\.py:1: SyntaxError'),
         ('x = 3\n', 'no attribute .get_config'),
         ('def get_config():\n    return 3\n', 'get_config returned int'),
+        ('raise SystemExit(3)\n', r'recipe\.py:1: SystemExit'),
         (
-            'from mixln_jax import config\ndef get_config():\n    c = config.default()\n    c.modle = 3\n',
-            r'recipe\.py:4: AttributeError.*Did you mean "model"',
+            'from mixln_jax import config\ndef get_config():\n    c = config.default()\n    c.num_stes = 3\n',
+            r'recipe\.py:4: unknown key num_stes, did you mean num_steps\?',
         ),
         (
             'from mixln_jax import config\ndef get_config():\n    c = config.default()\n    c.num_steps = "x"\n',
@@ -149,7 +153,13 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         'words, message',
         [
-            ((), 'required: --config'),
+            ((), '--config FILE is missing'),
+            (('--config',), 'expected one argument'),
+            (
+                ('--config', str(RECIPES / 'quickstart.py'), '--config.seed', '--config.num_steps=3'),
+                'config.seed needs',
+            ),
+            (('--config', str(RECIPES / 'quickstart.py'), '--config.KEY=3'), 'unknown key config.KEY'),
             (('--config', 'nope.py'), 'there is no file nope.py'),
             (('--config', str(RECIPES / 'quickstart.py'), 'more'), "unexpected argument 'more'"),
             (('--config', str(RECIPES / 'quickstart.py'), '--workdri=x'), "unexpected argument '--workdri=x'"),

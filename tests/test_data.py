@@ -18,7 +18,7 @@ import pytest
 
 from mixln_jax import config
 from mixln_jax.data import batches, sources, stdlib, tokenizers
-from mixln_jax.exits import DataError
+from mixln_jax.exits import DataError, UsageError
 
 PAD, EOS = 256, 258
 
@@ -440,7 +440,7 @@ def test_open_rows(tmp_path):
     assert len(pad) == 20 and pad[0]['inputs'].shape == (64,) and 0 in pad[0]['weights']
     concat = batches.open_rows(dataclasses.replace(data, mode='concat'), 'train', tokenizer, 64, 259)
     assert len(concat) > 1 and 0 not in concat[0]['weights']
-    with pytest.raises(DataError, match=r'config.data.tokenizer=bytes .*259.*config.model.vocab_size=258'):
+    with pytest.raises(UsageError, match=r'config.data.tokenizer=bytes .*259.*config.model.vocab_size=258'):
         batches.open_rows(data, 'train', tokenizer, 64, 258)
 
 

@@ -1,9 +1,11 @@
 """Whole runs in this process: records, exact resume at every point where a run can stop, and bad input."""
 
+import fcntl
 import gzip
 import json
 import math
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -149,8 +151,8 @@ class TestRecords:
 
 
 class TestResume:
-    # Looks 0-1: start; 2-3: steps 1, 2; 4-6: evaluation 3; 7: behind it; 8-9, 10-13, 14-17 likewise; 18, 19: the table.
-    @pytest.mark.parametrize('looks', [1, 2, 3, 4, 6, 7, 8, 12, 13, 14, 17])
+    # Looks 0-3: start; 4-5: steps 1, 2; 6-8: evaluation 3; 9: behind it; 10-15, 16-19 likewise; 20-21: the table.
+    @pytest.mark.parametrize('looks', [2, 3, 4, 5, 6, 8, 9, 10, 14, 15, 16, 19])
     def test_a_signal_at_any_point_changes_nothing(self, corpus, finished, tmp_path, looks):
         """Wherever the run looks for a signal (start, compilation, step, evaluation, save) it may stop there."""
         with pytest.raises(Stopped):
@@ -159,7 +161,7 @@ class TestResume:
         assert_same_run(tmp_path, finished)
 
     def test_no_look_is_left_out(self, corpus, tmp_path):
-        main.run(recipe(corpus), tmp_path, StopAfter(20))
+        main.run(recipe(corpus), tmp_path, StopAfter(22))
 
     def test_stop_in_an_evaluation_keeps_the_step(self, corpus, finished, tmp_path, monkeypatch):
         stop = exits.Stop()
@@ -206,7 +208,7 @@ class TestResume:
 
     def test_damaged_checkpoint_takes_the_one_before(self, corpus, finished, tmp_path, capsys):
         with pytest.raises(Stopped):
-            main.run(recipe(corpus), tmp_path, StopAfter(8))
+            main.run(recipe(corpus), tmp_path, StopAfter(10))
         latest = latest_step(tmp_path)
         assert latest > 3
         arrays = (tmp_path / 'checkpoints' / str(latest)).glob('state/d/*')
@@ -215,7 +217,7 @@ class TestResume:
         content[len(content) // 2] ^= 1
         largest.write_bytes(content)
         main.run(recipe(corpus), tmp_path)
-        assert f'{latest}.corrupt' in capsys.readouterr().out
+        assert f'{latest}.corrupt' in capsys.readouterr().err
         assert_same_run(tmp_path, finished)
 
     @pytest.mark.parametrize(
@@ -224,12 +226,22 @@ class TestResume:
     )
     def test_what_may_change(self, corpus, finished, tmp_path, changes):
         with pytest.raises(Stopped):
-            main.run(recipe(corpus), tmp_path, StopAfter(9))
+            main.run(recipe(corpus), tmp_path, StopAfter(11))
         main.run(recipe(corpus, **changes), tmp_path)
         mine, theirs = lines_of(tmp_path)[-1], lines_of(finished)[-1]
         assert mine['tokens'] == theirs['tokens']
         assert mine['train/loss'] == pytest.approx(theirs['train/loss'], rel=1e-5)
         assert mine['eval/loss'] == pytest.approx(theirs['eval/loss'], rel=1e-5)
+
+    def test_evaluation_sees_the_same_text_under_accumulation(self, corpus, tmp_path):
+        changes = {'num_steps': 1, 'mesh.data': 1, 'eval.tokens': 60, 'checkpoint.every': 0}
+        ends = []
+        for accumulate in (1, 4):
+            workdir = tmp_path / str(accumulate)
+            main.run(recipe(corpus, accumulate=accumulate, **changes), workdir)
+            ends.append(lines_of(workdir)[-1])
+        assert ends[0]['eval/tokens'] == ends[1]['eval/tokens'] < 150  # not the whole split
+        assert ends[1]['eval/loss'] == pytest.approx(ends[0]['eval/loss'], rel=1e-6)
 
     def test_what_may_not_change_is_named(self, corpus, finished, tmp_path):
         changes = {'seed': 5, 'optim.learning_rate': 0.5, 'model.norm_position': 'pre', 'log_every': 1}
@@ -241,7 +253,7 @@ class TestResume:
 
     def test_other_data_is_refused(self, corpus, tmp_path):
         with pytest.raises(Stopped):
-            main.run(recipe(corpus), tmp_path / 'run', StopAfter(9))
+            main.run(recipe(corpus), tmp_path / 'run', StopAfter(11))
         same = tmp_path / 'same.json.gz'
         same.write_bytes(corpus.read_bytes())
         other = tmp_path / 'other.jsonl'
@@ -265,6 +277,15 @@ class TestBadSteps:
         assert latest_step(tmp_path) == 1
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights_of(tmp_path, 1)))
 
+    def test_weights_that_the_last_update_ruined(self, corpus, tmp_path):
+        """Finite, but no longer a model: no checkpoint, debug/, and never "finished"."""
+        changes = {'optim.learning_rate': 1e30, 'optim.warmup_ratio': 0.0, 'num_steps': 1}
+        for _ in range(2):
+            with pytest.raises(NumericsError, match='step 1: the evaluation loss is not finite'):
+                main.run(recipe(corpus, **changes), tmp_path)
+        assert json.loads((tmp_path / 'debug' / 'report.json').read_text())['step'] == 1
+        assert not list((tmp_path / 'checkpoints').glob('[0-9]*'))
+
 
 class TestBadInput:
     """One clear error before any compilation."""
@@ -282,7 +303,7 @@ class TestBadInput:
             ({'device': 'tpu'}, DeviceError, 'config.device=tpu: there is no such device'),
             ({'model.norm_position': 'foo'}, UsageError, "'foo' is not one of"),
             ({'model.norm_position': 'post*2'}, UsageError, 'lists 2 layers, config.model.num_layers is 3'),
-            ({'model.vocab_size': 258}, DataError, 'more than config.model.vocab_size=258'),
+            ({'model.vocab_size': 258}, UsageError, 'more than config.model.vocab_size=258'),
             ({'data.path': '/nope.jsonl'}, DataError, 'there is no file /nope.jsonl'),
             ({'data.source': 'tfds'}, DataError, 'tfds is not readable yet'),
         ],
@@ -308,6 +329,28 @@ class TestBadInput:
             main.run(recipe(corpus), tmp_path)
         with pytest.raises(TypeError):
             main.run(recipe(corpus, seed=9), tmp_path)
+
+    def test_a_workdir_in_use(self, corpus, tmp_path):
+        with (tmp_path / '.lock').open('w') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(UsageError, match='in use by another process'):
+                main.run(recipe(corpus), tmp_path)
+
+    def test_a_damaged_config_json(self, finished, corpus, tmp_path):
+        workdir = shutil.copytree(finished, tmp_path / 'run')
+        (workdir / 'config.json').write_text('[1]')
+        with pytest.raises(UsageError, match=r'config\.json is not a JSON object'):
+            main.run(recipe(corpus), workdir)
+        (workdir / 'config.json').unlink()
+        shutil.rmtree(workdir / 'checkpoints' / '7')
+        with pytest.raises(UsageError, match='seed'):  # the checkpoint knows its configuration too
+            main.run(recipe(corpus, seed=9), workdir)
+
+    def test_lost_metrics_of_a_finished_run(self, finished, corpus, tmp_path):
+        workdir = shutil.copytree(finished, tmp_path / 'run')
+        (workdir / 'metrics.jsonl').unlink()
+        with pytest.raises(exits.CheckpointError, match='lacks the last step'):
+            main.run(recipe(corpus), workdir)
 
     def test_damaged_records(self, corpus, tmp_path):
         (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\nnonsense\n{"step": 3}\n')

@@ -1,5 +1,6 @@
 """Every placement against an independent float64 reference and the authors' own numbers."""
 
+import json
 import pathlib
 import shutil
 
@@ -142,15 +143,18 @@ def test_remat_and_unrolling_change_no_number(changes):
     assert_gradients(others, grads, 2e-6)
 
 
-def test_remat_recomputes():
-    def dots(remat):
-        model = make('pre', remat=remat)
-        params = jax.eval_shape(model.init, jax.random.key(0))['params']
-        batch = text(np.random.default_rng(0))
-        return str(jax.make_jaxpr(jax.grad(lambda p: mean_loss(model, p, batch)))(params)).count('dot_general')
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_remat_saves_memory(remat):
+    """In the compiled program, at a depth where `scan_unroll=auto` would unroll without remat."""
 
-    assert dots('none') < dots('full')
-    assert dots('dots') < dots('full')
+    def temporary_bytes(remat):
+        model = make('pre', 6, remat=remat, intermediate_size=256)
+        params = jax.eval_shape(model.init, jax.random.key(0))['params']
+        batch = text(np.random.default_rng(0), B=8, T=64)
+        compiled = jax.jit(jax.grad(lambda p: mean_loss(model, p, batch))).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(remat) < 0.7 * temporary_bytes('none')
 
 
 @pytest.mark.parametrize('name', ['pre', 'post', 'mix', 'sandwich', 'lns'])
@@ -246,6 +250,41 @@ class TestFolders:
             hf.load(folder, 'mix')
         (folder / 'config.json').write_text('{')
         with pytest.raises(CheckpointError, match='JSON'):
+            hf.load(folder, 'mix')
+
+    @pytest.mark.parametrize(
+        'key, value',
+        [
+            ('hidden_act', 'gelu'),
+            ('model_type', 'gpt2'),
+            ('head_dim', 16),
+            ('rope_scaling', {'rope_type': 'llama3', 'factor': 8.0}),
+            ('rope_parameters', {'rope_type': 'yarn'}),
+            ('tie_word_embeddings', True),
+            ('hidden_size', '32'),
+            ('rope_theta', 'abc'),
+        ],
+    )
+    def test_what_is_not_modelled_is_named(self, tmp_path, key, value):
+        folder = self.copy(tmp_path)
+        config = json.loads((folder / 'config.json').read_text())
+        (folder / 'config.json').write_text(json.dumps(config | {key: value}))
+        with pytest.raises(CheckpointError, match=rf'config\.json: .*{key}'):
+            hf.load(folder, 'mix')
+
+    def test_rope_parameters_of_newer_files(self, tmp_path):
+        folder = self.copy(tmp_path)
+        config = json.loads((folder / 'config.json').read_text())
+        config['rope_parameters'] = {'rope_type': 'default', 'rope_theta': 5e5}
+        (folder / 'config.json').write_text(json.dumps(config))
+        assert hf.load(folder, ['post'] * 2 + ['pre'] * 6)[0].config.rope_theta == 5e5
+
+    def test_weights_that_are_not_numbers(self, tmp_path):
+        folder = self.copy(tmp_path)
+        tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+        tensors['model.norm.weight'][3] = np.nan
+        safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+        with pytest.raises(CheckpointError, match='model.norm.weight is not finite'):
             hf.load(folder, 'mix')
 
     def test_wrong_shape_names_the_tensor(self, tmp_path):

@@ -38,8 +38,10 @@ def start(workdir, **environment):
     command = [sys.executable, '-m', 'mixln_jax.main', '--config', 'configs/quickstart.py', '--workdir', str(workdir)]
     command += [f'--config.{name}={value}' for name, value in CHANGES.items()]
     log = workdir.with_suffix('.log')
+    # As users run it: one device, all of XLA's optimisations.
+    environment = os.environ | {'JAX_NUM_CPU_DEVICES': '1', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'} | environment
     with log.open('ab') as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=os.environ | environment)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=environment)
     return process, log
 
 
@@ -94,6 +96,7 @@ PHASES = {
     'start-up': 'placement',
     'compilation': 'Total:',
     'step': f'step  6/{LAST}',
+    'restore': 'Total:',
     'evaluation': f'step 10/{LAST}',
     'save': 'eval at step 20',
     'near the end': f'step 39/{LAST}',

@@ -23,7 +23,7 @@ from absl import flags
 from mixln_jax import config
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import Tokenizer
-from mixln_jax.exits import DataError
+from mixln_jax.exits import DataError, UsageError
 
 Batch = dict[str, np.ndarray]
 
@@ -79,10 +79,10 @@ class Concat:
 def open_rows(data: config.Data, split: str, tokenizer: Tokenizer, seq_length: int, vocab_size: int) -> Pad | Concat:
     """The rows of a split, as `data.mode` makes them; `vocab_size` is the model's.
 
-    Raises DataError where the tokenizer has more ids than the model, and as `open_source` and `Concat` do.
+    Raises UsageError where the tokenizer has more ids than the model, DataError as `open_source` and `Concat` do.
     """
     if tokenizer.vocab_size > vocab_size:
-        raise DataError(
+        raise UsageError(
             f'config.data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} ids, '
             f'more than config.model.vocab_size={vocab_size}'
         )

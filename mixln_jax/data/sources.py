@@ -50,7 +50,7 @@ def open_source(data: config.Data, split: str) -> Source:
     if data.source == 'tfds':
         raise DataError(
             "data.source=tfds is not readable yet; C4's own files are: "
-            "--config.data.source=jsonl --config.data.path='c4-train.*.json.gz'"
+            '--config.data.source=jsonl --config.data.path=c4-train.00000-of-01024.json.gz'
         )
     if data.source == 'stdlib':
         documents = ((name.encode(), text.encode()) for name, text in stdlib.gather())

@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.numpy
 
 from mixln_jax import config as configs
+from mixln_jax import trees
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import llama, norms, transformer
 
@@ -48,6 +49,17 @@ CONFIG_KEYS = {
 }
 
 
+FIXED = {  # what a config.json may say besides, and the only value that `llama` computes
+    'model_type': 'llama',
+    'hidden_act': 'silu',
+    'rope_scaling': None,
+    'rope_parameters.rope_type': 'default',
+    'attention_bias': False,
+    'mlp_bias': False,
+    'tie_word_embeddings': False,
+}
+
+
 def tensor_name(path, norm_position):
     """The tensor of a leaf `layers/<l>/...` (l from 0) or of one outside the layers, `path` joined by slashes."""
     if path in WHOLE:
@@ -65,7 +77,7 @@ def load(folder, norm_position=None, compute_dtype='float32'):
 
     Args:
         folder: holds config.json and model.safetensors.
-        norm_position: as in a config. None: what config.json says, or Pre-LN for stock LLaMA.
+        norm_position: as in a config, or a sequence of L names. None: what config.json says, or Pre-LN for stock LLaMA.
         compute_dtype: of the network; weights are float32.
 
     Returns:
@@ -81,11 +93,13 @@ def load(folder, norm_position=None, compute_dtype='float32'):
     tensors = _read_tensors(folder / 'model.safetensors')
 
     def take(path, leaf):
-        path = '/'.join(str(part.key if hasattr(part, 'key') else part.idx) for part in path)
+        path = trees.path_name(path)
         name = tensor_name(path, model.norm_position)
         if name not in tensors:
             raise CheckpointError(f'{folder}: no tensor {name}, which norm_position={config.norm_position} needs')
-        tensor = tensors.pop(name).astype(np.float32)
+        tensor = tensors.pop(name)
+        if tensor.dtype.kind in 'iub' or not np.isfinite(tensor := tensor.astype(np.float32)).all():
+            raise CheckpointError(f'{folder}: tensor {name} is not finite numbers ({tensor.dtype})')
         tensor = tensor.T if path.endswith('kernel') else tensor
         axis = {'embed/embedding': 0, 'head/kernel': 1}.get(path)
         expected = tuple(config.vocab_size if at == axis else size for at, size in enumerate(leaf.shape))
@@ -108,18 +122,33 @@ def read_config(folder, norm_position=None):
     path = folder / 'config.json'
     try:
         found = json.loads(path.read_text())
-        values = {ours: found[theirs] for ours, theirs in CONFIG_KEYS.items()}
     except FileNotFoundError:
         raise UsageError(f'{path} does not exist') from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f'{path} is not readable JSON: {error}') from None
-    except KeyError as error:
-        raise CheckpointError(f'{path} has no key {error}') from None
-    kv_heads = found.get('num_key_value_heads', values['num_heads'])
+    if not isinstance(found, dict):
+        raise CheckpointError(f'{path} is not a JSON object')
+    for name in CONFIG_KEYS.values():
+        if name not in found:
+            raise CheckpointError(f'{path} has no key {name}')
+    values = {ours: found[theirs] for ours, theirs in CONFIG_KEYS.items()}
+    rope = found.get('rope_parameters') or {}  # transformers 5; before it rope_theta and rope_scaling
+    for name, value in (found | {f'rope_parameters.{name}': value for name, value in rope.items()}).items():
+        if name in FIXED and value not in (None, FIXED[name]):
+            raise CheckpointError(f'{path}: {name}={value!r} is not modelled here, only {FIXED[name]!r}')
+    kv_heads = found.get('num_key_value_heads') or values['num_heads']
     values['num_kv_heads'] = 0 if kv_heads == values['num_heads'] else kv_heads
-    values['rope_theta'] = float(found.get('rope_theta', 10000.0))
+    values['rope_theta'] = rope.get('rope_theta', found.get('rope_theta', 10000.0))
     values['norm_position'] = norm_position or found.get('norm_position', 'pre')
-    return configs.build({'model': values}).model
+    if not isinstance(values['norm_position'], str):
+        values['norm_position'] = ','.join(values['norm_position'])
+    try:
+        config = configs.build({'model': values}).model
+    except UsageError as error:
+        raise CheckpointError(f'{path}: {error}') from None
+    if found.get('head_dim') not in (None, config.hidden_size // config.num_heads):
+        raise CheckpointError(f'{path}: head_dim={found["head_dim"]} is not hidden_size / num_attention_heads')
+    return config
 
 
 def _by_layer(params, norm_position):

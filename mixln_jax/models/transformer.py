@@ -147,10 +147,13 @@ class Stack(nn.Module):
 
     def segment(self, number, placement, length, capture):
         """`length` equal layers as one loop: (x, per_layer, angles) -> (x, the stream after every layer or None)."""
+        remat = self.config.remat
+        # Unrolled, XLA finds the recomputation equal to the computation and keeps the latter: no memory is saved.
+        auto = len(self.norm_position) <= UNROLL_UP_TO and remat == 'none'
+        unrolled = {'all': True, '1': False, 'auto': auto}[self.config.scan_unroll]
         layer = Layer
-        if self.config.remat != 'none':
-            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        unrolled = {'all': True, '1': False, 'auto': len(self.norm_position) <= UNROLL_UP_TO}[self.config.scan_unroll]
+        if remat != 'none':
+            layer = nn.remat(Layer, policy=REMAT_POLICIES[remat], prevent_cse=unrolled)
         loop = nn.scan(
             lambda layer, x, per_layer, angles: (y := layer(x, per_layer, angles), y if capture else None),
             variable_axes={'params': 0},
