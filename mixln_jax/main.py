@@ -127,8 +127,8 @@ def run(values, workdir, stop=None):
             )
             checkpoints.wait()
         with stop.may_interrupt():
-            rows = -(-8 // mesh.size) * mesh.size  # eight, or one a device: every layer's stream is kept
-            batch = jax.device_put(next(batches.evaluation(eval_rows, rows)), sharding)
+            few = -(-8 // mesh.size) * mesh.size  # eight, or one a device: every layer's stream is kept
+            batch = jax.device_put(next(batches.evaluation(eval_rows, few)), sharding)
             distance, count = jax.jit(functools.partial(steps.distance_step, model=model))(state.params, batch)
             last, distances = lines.lines[-1], (distance / count).tolist()
             record.say(

@@ -18,10 +18,11 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_c
 
 def say(*lines, file=None):
     """Prints for a person. Nobody listening any more (`| head`) must not end a run."""
+    file = file or sys.stdout
     try:
         print(*lines, sep='\n', file=file, flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+    except BrokenPipeError:  # from here on into nothing, also what Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def write_json(path, content):
