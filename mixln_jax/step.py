@@ -28,9 +28,14 @@ def init_state(model, optimizer, key, param_dtype='float32'):
     return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
 
+def trunk_inputs(batch):
+    """What `trunk` takes of a batch: the ids and, in a packed batch, where the documents of each row lie."""
+    return {'ids': batch['inputs']} | {key: batch[key] for key in ('positions', 'segments') if key in batch}
+
+
 def batch_loss(model, params, batch):
     """Next-token loss of a batch as (sum, count, aux); see losses.py."""
-    x, _ = model.apply({'params': params}, batch['inputs'], method='trunk')
+    x, _ = model.apply({'params': params}, **trunk_inputs(batch), method='trunk')
     kernel = params['head']['kernel']
     return losses.token_losses(x, kernel, batch['targets'], batch['weights'], model.config.vocab_size)
 
@@ -40,7 +45,7 @@ def train_step(state, batch, *, model, optimizer, schedule, clip_norm=0.0, accum
 
     Args:
         state: State; donate it.
-        batch: {'inputs', 'targets', 'weights'}, each [B,T].
+        batch: {'inputs', 'targets', 'weights'} and, packed, {'positions', 'segments'} (see `trunk`), each [B,T].
         model: a module with `trunk`.
         optimizer: from `optim.optimizer`.
         schedule: update number from 0 -> learning rate.
@@ -92,7 +97,7 @@ def eval_step(params, batch, *, model):
 
 def distance_step(params, batch, *, model):
     """Sum over real tokens of the angular distance across each layer [L], and their number."""
-    _, out = model.apply({'params': params}, batch['inputs'], capture=True, method='trunk')
+    _, out = model.apply({'params': params}, **trunk_inputs(batch), capture=True, method='trunk')
     return measures.neighbour_distances(out['hidden'], batch['weights'])
 
 

@@ -62,25 +62,29 @@ def rms_norm(x, gain, eps):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * gain
 
 
-def rotary(x, theta):
-    """x [..., T, heads, hd] -> same: x cos + rotate_half(x) sin, positions 0..T-1. Su et al., arXiv 2104.09864; HF."""
-    length, width = x.shape[-3], x.shape[-1]
-    angles = np.arange(length)[:, None] * theta ** (-2.0 * np.arange(width // 2) / width)
-    angles = np.concatenate([angles, angles], axis=-1)[:, None, :]
+def rotary(x, theta, positions):
+    """x [..., T, heads, hd], positions [..., T] -> x cos + rotate_half(x) sin. Su et al., arXiv 2104.09864; HF."""
+    width = x.shape[-1]
+    angles = positions[..., None] * theta ** (-2.0 * np.arange(width // 2) / width)
+    angles = np.concatenate([angles, angles], axis=-1)[..., None, :]
     rotated = np.concatenate([-x[..., width // 2 :], x[..., : width // 2]], axis=-1)
     return x * np.cos(angles) + rotated * np.sin(angles)
 
 
-def causal_attention(x, w, heads, kv_heads, theta):
-    """x [..., B, T, D] -> [..., B, T, D]; query head h reads kv head h // (H/K). Ainslie et al., arXiv 2305.13245."""
+def causal_attention(x, w, heads, kv_heads, theta, positions, segments):
+    """x [..., B, T, D] -> same; query head h reads kv head h // (H/K). Ainslie et al., arXiv 2305.13245.
+
+    A token reads those of its own segment up to itself.
+    """
     q, k, v = x @ w['q'], x @ w['k'], x @ w['v']
-    q = rotary(q.reshape(*q.shape[:-1], heads, -1), theta)
-    k = rotary(k.reshape(*k.shape[:-1], kv_heads, -1), theta)
+    q = rotary(q.reshape(*q.shape[:-1], heads, -1), theta, positions)
+    k = rotary(k.reshape(*k.shape[:-1], kv_heads, -1), theta, positions)
     v = v.reshape(*v.shape[:-1], kv_heads, -1)
     reads = np.arange(heads) // (heads // kv_heads)
     q, k, v = (np.swapaxes(a, -3, -2) for a in (q, k[..., reads, :], v[..., reads, :]))  # [..., B, H, T, hd]
     scores = q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1])
-    scores = np.where(np.tri(x.shape[-2], dtype=bool), scores, -np.inf)
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    scores = np.where(same & np.tri(x.shape[-2], dtype=bool), scores, -np.inf)
     p = np.exp(scores - scores.real.max(axis=-1, keepdims=True))
     p = p / p.sum(axis=-1, keepdims=True)
     h = np.swapaxes(p @ v, -3, -2)
@@ -109,23 +113,44 @@ def _double(a):
 
 
 def forward(
-    weights, ids, placements, *, heads, kv_heads, eps=1e-6, theta=10000.0, layer_index=None, depth=None, keep=None
+    weights,
+    ids,
+    placements,
+    *,
+    heads,
+    kv_heads,
+    eps=1e-6,
+    theta=10000.0,
+    layer_index=None,
+    depth=None,
+    keep=None,
+    positions=None,
+    segments=None,
 ):
     """ids [B, T] -> (L+1 arrays [..., B, T, D]: the raw residual stream, logits [..., B, T, V]). arXiv 2302.13971.
 
     layer_index (L numbers from 1) and depth replace l and L; where keep[0..L-1] is False the layer is the identity.
+    positions [B, T] replace 0..T-1; tokens of unequal segments [B, T] do not read each other.
     """
     weights, count = _map(_double, weights), len(weights['layers'])
     assert len(placements) == count, (placements, count)
     layer_index = range(1, count + 1) if layer_index is None else layer_index
     depth = count if depth is None else depth
     norm = partial(rms_norm, eps=eps)
+    attention = partial(
+        causal_attention,
+        heads=heads,
+        kv_heads=kv_heads,
+        theta=theta,
+        positions=np.arange(np.shape(ids)[1]) if positions is None else positions,
+        segments=np.zeros(np.shape(ids)) if segments is None else segments,
+    )
     x = weights['embed'][..., np.asarray(ids), :]
     hidden = [x]
     for i, (name, w) in enumerate(zip(placements, weights['layers'], strict=True)):
         if keep is None or keep[i]:
-            attention = partial(causal_attention, w=w, heads=heads, kv_heads=kv_heads, theta=theta)
-            x = PLACEMENTS[name](x, w, attention, partial(swiglu, w=w), norm, int(layer_index[i]), int(depth))
+            parts = partial(attention, w=w), partial(swiglu, w=w)
+            x = PLACEMENTS[name](x, w, *parts, norm, int(layer_index[i]), int(depth))
         hidden.append(x)
     return hidden, norm(x, weights['norm']) @ weights['head']
 

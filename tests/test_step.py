@@ -88,15 +88,15 @@ class TestLosses:
         )
         loss = lambda x, k, l, w: losses.token_losses(x, k, l, w, 500, chunk=16)[0]  # noqa: E731
         jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, kernel, labels, weights)
-        largest = max(np.prod(v.aval.shape) for e in jax.tree.leaves(list(_equations(jaxpr.jaxpr))) for v in e.outvars)
+        largest = max(np.prod(v.aval.shape) for e in jax.tree.leaves(list(equations(jaxpr.jaxpr))) for v in e.outvars)
         assert largest < 4 * 64 * 512
 
 
-def _equations(jaxpr):
+def equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from _equations(inner)
+            yield from equations(inner)
 
 
 def make_step(**changes):

@@ -32,30 +32,33 @@ class Llama(nn.Module):
         self.norm = transformer.RMSNorm(config.norm_eps, dtype)
         self.head = transformer.linear(rows, jnp.float32, None)
 
-    def trunk(self, ids, keep=None, capture=False):
+    def trunk(self, ids, keep=None, capture=False, positions=None, segments=None):
         """Everything below the head.
 
         Args:
             ids: [B,T] int.
             keep: [L] bool, traced: layers that are False are the identity. None: all are kept.
             capture: whether to return the residual stream.
+            positions: [B,T] int, of each token in its document. None: 0..T-1 in every row.
+            segments: [B,T] int, the number of each token's document in its row, which attention does not leave; padding
+                counts as a document. None: a row is one document.
 
         Returns:
             x [B,T,D] after the final norm, and a dict: with `capture`, `hidden` [L+1,B,T,D] is the raw residual
             stream, first what layer 1 sees, never after the final norm.
         """
         with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
-            positions = jnp.arange(ids.shape[1])
+            positions = jnp.arange(ids.shape[1]) if positions is None else positions
             head_dim = self.config.hidden_size // self.config.num_heads
             first = self.embed(ids)
-            last, hidden = self.layers(
-                first, transformer.rotary_angles(positions, head_dim, self.config.rope_theta), keep, capture
-            )
+            angles = transformer.rotary_angles(positions, head_dim, self.config.rope_theta)
+            mask = None if segments is None else transformer.document_mask(segments)
+            last, hidden = self.layers(first, angles, mask, keep, capture)
             return self.norm(last), {'hidden': jnp.concatenate([first[None], hidden])} if capture else {}
 
-    def __call__(self, ids, keep=None, capture=False):
+    def __call__(self, ids, keep=None, capture=False, positions=None, segments=None):
         """Logits [B,T,V] in float32, and what `trunk` gives besides."""
-        x, out = self.trunk(ids, keep, capture)
+        x, out = self.trunk(ids, keep, capture, positions, segments)
         with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
             return self.head(x)[..., : self.config.vocab_size], out
 

@@ -44,10 +44,15 @@ def rotary_angles(positions, head_dim, theta):
 
 def rotate(x_BTHd, angles):
     """Turns pair i of every head, (x_i, x_{i + d/2}), by its position's angle: the half-rotation of Hugging Face."""
-    cos, sin = (a[:, None, :] for a in angles)
+    cos, sin = (a[..., None, :] for a in angles)
     first, second = jnp.split(x_BTHd.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTHd.dtype)
+
+
+def document_mask(segments):
+    """[B,T] numbers of documents -> [B,1,T,T] bool, query by key: whether both lie in the same document."""
+    return segments[:, None, :, None] == segments[:, None, None, :]
 
 
 class Attention(nn.Module):
@@ -57,7 +62,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD, angles):
+    def __call__(self, x_BTD, angles, mask):
         D, H = self.config.hidden_size, self.config.num_heads
         K, head_dim = self.config.num_kv_heads or H, D // H
 
@@ -65,7 +70,7 @@ class Attention(nn.Module):
             return linear(count * head_dim, self.dtype, name)(x_BTD).reshape(*x_BTD.shape[:2], count, head_dim)
 
         q, k, v = rotate(heads('q', H), angles), rotate(heads('k', K), angles), heads('v', K)
-        y_BTHd = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        y_BTHd = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
         return linear(D, self.dtype, 'o')(y_BTHd.reshape(*x_BTD.shape[:2], H * head_dim))
 
 
@@ -95,13 +100,13 @@ class Layer(nn.Module):
     placement: norms.Layer
 
     @nn.compact
-    def __call__(self, x, per_layer, angles):
+    def __call__(self, x, per_layer, angles, mask):
         """One layer on the stream x [B,T,D]; `per_layer` holds its constants and, under `keep`, whether it is there."""
         attention = Attention(self.config, self.dtype, name='attention')
         mlp = MLP(self.config, self.dtype, name='mlp')
         constants = per_layer['constants']
         y = self.residual(
-            x, lambda h: attention(h, angles), self.placement.attention, constants['attention'], 'attention'
+            x, lambda h: attention(h, angles, mask), self.placement.attention, constants['attention'], 'attention'
         )
         y = self.residual(y, mlp, self.placement.mlp, constants['mlp'], 'mlp')
         return jnp.where(per_layer['keep'], y, x) if 'keep' in per_layer else y
@@ -131,22 +136,23 @@ class Stack(nn.Module):
     depth: int
 
     @nn.compact
-    def __call__(self, x, angles, keep=None, capture=False):
+    def __call__(self, x, angles, mask=None, keep=None, capture=False):
         """Runs the stream x [B,T,D] through the layers.
 
+        `mask` [B,1,T,T] bool says which keys a query sees of those before it, None: all of them.
         `keep` [L] (traced) removes layers: one that is False is the identity. With `capture` the second result is the
         stream after every layer [L,B,T,D], else None.
         """
         captured = []
         for number, (name, first, end) in enumerate(norms.segments(self.norm_position)):
             x, ys = self.segment(number, norms.PLACEMENTS[name], end - first, capture)(
-                x, self.per_layer(norms.PLACEMENTS[name], first, end, keep), angles
+                x, self.per_layer(norms.PLACEMENTS[name], first, end, keep), angles, mask
             )
             captured.append(ys)
         return x, jnp.concatenate(captured) if capture else None
 
     def segment(self, number, placement, length, capture):
-        """`length` equal layers as one loop: (x, per_layer, angles) -> (x, the stream after every layer or None)."""
+        """`length` equal layers as one loop: (x, per_layer, angles, mask) -> (x, stream after every layer or None)."""
         remat = self.config.remat
         # Unrolled, XLA finds the recomputation equal to the computation and keeps the latter: no memory is saved.
         auto = len(self.norm_position) <= UNROLL_UP_TO and remat == 'none'
@@ -155,10 +161,10 @@ class Stack(nn.Module):
         if remat != 'none':
             layer = nn.remat(Layer, policy=REMAT_POLICIES[remat], prevent_cse=unrolled)
         loop = nn.scan(
-            lambda layer, x, per_layer, angles: (y := layer(x, per_layer, angles), y if capture else None),
+            lambda layer, x, *others: (y := layer(x, *others), y if capture else None),
             variable_axes={'params': 0},
             split_rngs={'params': True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=length,
             unroll=length if unrolled else 1,
         )
