@@ -6,6 +6,7 @@ The defaults are the Mix-LN paper's C4 recipe (arXiv 2412.13795, section 4.1), s
 import dataclasses
 import difflib
 import importlib.util
+import json
 import math
 import pathlib
 import re
@@ -70,12 +71,23 @@ class Model:
 class Data:
     """Where the text comes from and how it becomes rows of tokens."""
 
-    source: str = key('tfds', 'kind of source', choices=('tfds', 'stdlib', 'text', 'jsonl'))
-    path: str = key('', 'files of a text or jsonl source: paths or globs, separated by commas')
+    source: str = key('tfds', 'kind of source', choices=('tfds', 'tokens', 'jsonl', 'text', 'stdlib'))
+    path: str = key(
+        '', 'files of a jsonl or text source: paths or globs, separated by commas; folder of prepared tokens'
+    )
     name: str = key('c4/en', 'name of a tfds data set')
-    split: str = key('train', 'split to train on', choices=('train', 'validation'))
-    tokenizer: str = key('sentencepiece', 'kind of tokenizer', choices=('sentencepiece', 'bytes'))
-    mode: str = key('pad', 'pad: one document a row; concat: documents end to end', choices=('pad', 'concat'))
+    data_dir: str = key('', 'folder or gs:// bucket that holds tfds data sets; empty: ~/tensorflow_datasets')
+    split: str = key('train', 'split to train on: train, validation, or what a tfds data set has')
+    tokenizer: str = key('sentencepiece', 'kind of tokenizer', choices=('sentencepiece', 'huggingface', 'bytes'))
+    tokenizer_path: str = key(
+        '', 'file or URL of a sentencepiece model or a huggingface tokenizer.json; empty: the T5 vocabulary'
+    )
+    mode: str = key(
+        'pad',
+        'pad: one document a row, cut and padded; pack: pieces of documents side by side, attention inside each; '
+        'concat: documents end to end',
+        choices=('pad', 'pack', 'concat'),
+    )
     workers: int = key(0, 'processes that prepare batches; 0: threads of this process', at_least=0)
     seed: int = key(0, 'seed of the order of the rows', at_least=0, below=2**32)
 
@@ -102,7 +114,7 @@ class Eval:
 
     every: int = key(1000, 'steps between evaluations; 0: only after the last step', at_least=0)
     tokens: int = key(10_000_000, 'target tokens of an evaluation, at least (or the whole split)', at_least=1)
-    split: str = key('validation', 'split to evaluate on', choices=('train', 'validation'))
+    split: str = key('validation', 'split to evaluate on: train, validation, or what a tfds data set has')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +230,19 @@ def build(values) -> Config:
     config = _build(Config, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values, 'config')
     _check_together(config)
     return config
+
+
+def read(path) -> Config:
+    """The Config of a run, from the config.json of its work directory, where the placement is spelled out.
+
+    Raises UsageError where there is none or it is not one.
+    """
+    try:
+        values = json.loads(pathlib.Path(path).read_text())
+        model = dict(values['model'], norm_position=','.join(values['model']['norm_position']))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f'{path} is not the configuration of a run: {error!r}') from error
+    return build(values | {'model': {name: model[name] for name in model if name not in ('layer_index', 'depth')}})
 
 
 def _build(cls, values, prefix):

@@ -3,12 +3,15 @@
 Imports nothing heavy, so that a command can answer a signal while it still imports JAX.
 """
 
+import argparse
 import contextlib
 import errno
+import multiprocessing
 import os
 import re
 import signal
 import sys
+import threading
 import traceback
 
 STOPPED = 75
@@ -134,6 +137,30 @@ def stopped_line(reason):
 
 
 stop = Stop()
+
+
+def parse(parser, argv):
+    """The options that argparse finds; UsageError in one line where it would print its usage. --help exits with 0."""
+    parser.exit_on_error = False
+
+    def error(message):
+        raise UsageError(f'{message} (--help lists the options)')
+
+    parser.error = error
+    try:
+        return parser.parse_args(argv)
+    except argparse.ArgumentError as problem:
+        error(str(problem))
+
+
+def end_with_parent():
+    """Lets a worker process end when the process that started it does; one that was killed tells nobody."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def call(job, *args, show_traceback=False):

@@ -20,21 +20,23 @@ import time
 
 import absl.logging
 import jax
-import jax.numpy as jnp
+import numpy as np
 from clu import parameter_overview
 
 from mixln_jax import checkpoint, evaluate, exits, hooks, metrics, optim, record, train
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
 from mixln_jax import step as steps
-from mixln_jax.data import batches, tokenizers
+from mixln_jax.data import batches
+from mixln_jax.data import rows as data_rows
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import llama, norms
 
 # What may differ when a run goes on; everything else would make it another run.
 MAY_CHANGE = (
     *('device', 'accumulate', 'log_every', 'model.scan_unroll', 'model.remat'),
-    *('eval.', 'checkpoint.', 'mesh.', 'profile.', 'data.workers', 'data.path'),
+    *('eval.', 'checkpoint.', 'mesh.', 'profile.'),
+    *('data.workers', 'data.path', 'data.data_dir', 'data.tokenizer_path'),  # to the same content
 )
 
 
@@ -70,12 +72,14 @@ def run(values, workdir, stop=None):
             if about['step'] == config.num_steps and about['open_line'] is None:
                 raise CheckpointError(f'{workdir} is trained to the end, but its metrics.jsonl lacks the last step')
             record.write_json(workdir / 'config.json', resolved)
-            record.write_json(workdir / 'environment.json', record.environment(list(mesh.devices.flat)))
+            record.write_json(
+                workdir / 'environment.json', record.environment(list(mesh.devices.flat)) | {'data': rows.fingerprint}
+            )
             tokenizer.save(workdir / 'tokenizer')
             lines = record.Metrics(workdir, about['step'], about['open_line'])
             closing.callback(lines.close)
             start = time.perf_counter()
-            train_step, eval_step = _compile(config, model, optimizer, state, mesh)
+            train_step, eval_step = _compile(config, model, optimizer, state, rows.layout, mesh)
             compile_sec = time.perf_counter() - start
 
         sharding = meshes.batch_sharding(mesh)
@@ -92,16 +96,18 @@ def run(values, workdir, stop=None):
         )
 
         def evaluate_weights(params):
-            return evaluate.evaluate(
-                eval_step,
-                params,
-                batches.evaluation(eval_rows, config.batch_size // config.accumulate),
-                at_a_time=config.accumulate,
-                byte_lengths=tokenizer.byte_lengths,
-                num_tokens=config.eval.tokens,
-                sharding=sharding,
-                check=stop.check,
-            )
+            dataset = batches.evaluation(eval_rows, config.batch_size // config.accumulate)
+            with contextlib.closing(batches.read(dataset, 0, workers=0)) as reader:
+                return evaluate.evaluate(
+                    eval_step,
+                    params,
+                    reader,
+                    at_a_time=config.accumulate,
+                    byte_lengths=tokenizer.byte_lengths,
+                    num_tokens=config.eval.tokens,
+                    sharding=sharding,
+                    check=stop.check,
+                )
 
         def about_state():
             return {'tokens': meter.tokens, 'data': {'fingerprint': rows.fingerprint}, 'config': resolved}
@@ -128,7 +134,7 @@ def run(values, workdir, stop=None):
             checkpoints.wait()
         with stop.may_interrupt():
             few = -(-8 // mesh.size) * mesh.size  # eight, or one a device: every layer's stream is kept
-            batch = jax.device_put(next(batches.evaluation(eval_rows, few)), sharding)
+            batch = jax.device_put(batches.evaluation(eval_rows, few)[0], sharding)
             distance, count = jax.jit(functools.partial(steps.distance_step, model=model))(state.params, batch)
             last, distances = lines.lines[-1], (distance / count).tolist()
             record.say(
@@ -213,9 +219,9 @@ def _finished(workdir, checkpoints, num_steps):
 
 def _open_data(config):
     """(tokenizer, rows to train on, rows to evaluate on)."""
-    tokenizer = tokenizers.open_tokenizer(config.data)
+    tokenizer = data_rows.open_tokenizer(config.data)
     rows = [
-        batches.open_rows(config.data, split, tokenizer, config.seq_length, config.model.vocab_size)
+        data_rows.open_rows(config.data, split, tokenizer, config.seq_length, config.model.vocab_size)
         for split in (config.data.split, config.eval.split)
     ]
     return tokenizer, *rows
@@ -238,11 +244,11 @@ def _first_state(config, model, optimizer, mesh, checkpoints, fingerprint, stop)
         return jax.jit(init, out_shardings=everywhere)(key), {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored
     _check_same_run(f'checkpoint {about["step"]}', about['config'], _resolved(config, model))
-    if about['data']['fingerprint'] != fingerprint:
-        raise UsageError(
-            f'the checkpoint of step {about["step"]} has seen other data: data.fingerprint differs (the text, the '
-            'tokenizer or its mode)'
-        )
+    differ = [
+        f'data.fingerprint.{part}' for part, seen in about['data']['fingerprint'].items() if fingerprint[part] != seen
+    ]
+    if differ:
+        raise UsageError(f'the checkpoint of step {about["step"]} has seen other data: {", ".join(differ)} differs')
     record.say(f'mixln_jax: goes on from step {about["step"]}')
     return state, about
 
@@ -267,14 +273,13 @@ def _describe(config, model, rows, mesh):
         record.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
 
 
-def _compile(config, model, optimizer, state, mesh):
+def _compile(config, model, optimizer, state, layout, mesh):
     """The train step and the evaluation step, compiled."""
     sharding, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
 
     def batch(size):
-        shape = size, config.seq_length
-        types = {'inputs': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32}
-        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
+        like = layout.batch(np.zeros((size, config.seq_length + 1)))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
 
     train_step = functools.partial(
         steps.train_step,

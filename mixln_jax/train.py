@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 import time
 
 import jax
@@ -9,7 +10,10 @@ import numpy as np
 
 from mixln_jax import measures, record
 from mixln_jax import metrics as formulas
-from mixln_jax.exits import NumericsError, Stopped
+from mixln_jax.exits import DataError, NumericsError, Stopped
+
+LONGEST_WAIT = 0.05  # share of the time; beyond it the input holds the device up
+PATIENCE = 30  # seconds of training before that is said
 
 
 def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_hooks=False):
@@ -33,7 +37,7 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
         The final State.
 
     Raises:
-        Stopped, NumericsError.
+        Stopped; NumericsError; DataError, after a checkpoint of the step before.
     """
 
     def due(number):
@@ -59,8 +63,15 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
         run_hooks(first - 1, state)
     previous = None
     for number in range(first, last + 1):
-        with meter.waiting():
-            batch = next(batches)
+        try:
+            with meter.waiting():
+                batch = next(batches)
+        except DataError:
+            if previous:
+                meter.add(*previous, state)
+            if number > first:
+                save(number - 1, state)  # what is trained is trained
+            raise
         state, values = step(state, batch)
         if previous:
             meter.add(*previous, state)
@@ -86,6 +97,8 @@ class Meter:
         self._num_steps, self._log_every, self._log_also = num_steps, log_every, log_also
         self._flops_per_position, self._devices, self._first_line = flops_per_position, devices, first_line
         self._recent = []  # the last two batches, for debug/
+        self._waited = None  # seconds in all, and of them waiting for data
+        self._warned = False
         self._start_window()
 
     def add(self, step, values, batch, state):
@@ -104,7 +117,8 @@ class Meter:
         self._window_tokens += tokens
         self._window_positions += positions
         if step % self._log_every == 0 or self._log_also(step):
-            loss = float(values['loss'])
+            loss, speed = float(values['loss']), self._speed()
+            self._warn_of_waiting(step, speed)
             self._metrics.add(
                 step,
                 {
@@ -115,7 +129,8 @@ class Meter:
                     'train/learning_rate': float(values['learning_rate']),
                     'train/tokens_per_step': tokens,
                     'train/positions_per_step': positions,
-                    **self._speed(),
+                    'train/real_token_frac': tokens / positions,
+                    **speed,
                     'layers/grad_norm': [float(norm) for norm in values['layer_grad_norm']],
                 },
             )
@@ -133,6 +148,22 @@ class Meter:
     def paused(self):
         """Leaves the time of hooks out of the speed."""
         return _Timer(self, '_window_paused')
+
+    def _warn_of_waiting(self, step, speed):
+        """Once, of all lines but the first, which may be the start of reading."""
+        if self._waited is None:
+            self._waited = np.zeros(2)
+            return
+        seconds = self._log_every * speed['perf/step_time']
+        self._waited += [seconds, seconds * speed['perf/data_wait_frac']]
+        share = self._waited[1] / self._waited[0]
+        if not self._warned and self._waited[0] >= PATIENCE and share > LONGEST_WAIT:
+            self._warned = True
+            record.say(
+                f'mixln_jax: warning: step {step}: {share:.0%} of the time goes into waiting for data: raise '
+                'config.data.workers, or prepare tokens once (python -m mixln_jax.data.prepare)',
+                file=sys.stderr,
+            )
 
     def _start_window(self):
         self._window_start = time.perf_counter()

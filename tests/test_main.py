@@ -167,9 +167,9 @@ class TestResume:
         stop = exits.Stop()
         evaluation = main.batches.evaluation
 
-        def signal_then(rows, size):
+        def signal_then(*args):
             stop.requested = 'SIGINT'
-            return evaluation(rows, size)
+            return evaluation(*args)
 
         monkeypatch.setattr(main.batches, 'evaluation', signal_then)
         with pytest.raises(Stopped):
@@ -305,7 +305,7 @@ class TestBadInput:
             ({'model.norm_position': 'post*2'}, UsageError, 'lists 2 layers, config.model.num_layers is 3'),
             ({'model.vocab_size': 258}, UsageError, 'more than config.model.vocab_size=258'),
             ({'data.path': '/nope.jsonl'}, DataError, 'there is no file /nope.jsonl'),
-            ({'data.source': 'tfds'}, DataError, 'tfds is not readable yet'),
+            ({'data.source': 'tfds', 'data.data_dir': '/nope'}, DataError, 'there is no data set /nope/c4/en'),
         ],
     )
     def test_is_named(self, corpus, tmp_path, changes, kind, words):

@@ -1,16 +1,12 @@
-"""Rows of tokens and the order in which training reads them.
+"""Batches of rows and the order in which training reads them.
 
-A row is a dict of `inputs` [T] int32, `targets` [T] int32 and `weights` [T] float32. targets[t] is the token after
-inputs[t], so the step shifts nothing; its weight is 1 if it is a real token, else 0. In a batch each is [B, T].
+A batch is a dict of arrays [B,T] (see layout.Layout.batch). The batch of step s follows from the rows, `data.seed` and
+s alone, so the place in the data is one integer, whatever reads ahead.
 """
 
 import atexit
-import hashlib
 import itertools
-import multiprocessing
-import os
 import signal
-import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,84 +16,66 @@ import grain
 import numpy as np
 from absl import flags
 
-from mixln_jax import config
-from mixln_jax.data.sources import Source, open_source
-from mixln_jax.data.tokenizers import Tokenizer
-from mixln_jax.exits import DataError, UsageError
+from mixln_jax import exits
+from mixln_jax.data.rows import Rows
 
 Batch = dict[str, np.ndarray]
+ROUNDS = 8  # of mixing in a permutation
 
 
-class Pad:
-    """One document a row, made when asked for: its first T-1 ids, eos, padding up to T; so at most T-1 targets."""
+def training(
+    rows: Rows, *, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> grain.MapDataset:
+    """Batches for training: `dataset[s]` is this process's part of the batch of step s (from 0).
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, seq_length: int):
-        self.fingerprint = _fingerprint(source, tokenizer, 'pad', seq_length)
-        self._source, self._tokenizer, self._length = source, tokenizer, seq_length
-
-    def __len__(self):
-        return len(self._source)
-
-    def __getitem__(self, i) -> Batch:
-        ids = self._tokenizer.encode(self._source[i])[: self._length - 1]
-        tokens = np.full(self._length + 1, self._tokenizer.pad_id, np.int32)
-        tokens[: len(ids)] = ids
-        tokens[len(ids)] = self._tokenizer.eos_id
-        weights = (np.arange(self._length) < len(ids)).astype(np.float32)
-        return {'inputs': tokens[:-1], 'targets': tokens[1:], 'weights': weights}
-
-
-class Concat:
-    """Documents end to end, eos after each, tokenised once and cut every T tokens; every weight is 1.
-
-    Row i holds tokens i*T .. i*T+T of the stream; what is left at its end is no row. Raises DataError where the text
-    does not fill one row.
+    Every row comes once an epoch, each epoch in another order; batches run over the border of epochs. `batch_size` is
+    that of all processes together; process p has rows p * B/P to (p+1) * B/P - 1 of it.
     """
-
-    def __init__(self, source: Source, tokenizer: Tokenizer, seq_length: int):
-        self.fingerprint = _fingerprint(source, tokenizer, 'concat', seq_length)
-        self._length = seq_length
-        dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        stream = bytearray()
-        for i in range(len(source)):
-            stream += np.append(tokenizer.encode(source[i]), tokenizer.eos_id).astype(dtype).tobytes()
-        self._stream = np.frombuffer(stream, dtype)
-        if len(self) < 1:
-            raise DataError(
-                f'{len(self._stream)} tokens of text are not enough for one row of config.seq_length={seq_length}'
-            )
-
-    def __len__(self):
-        return (len(self._stream) - 1) // self._length
-
-    def __getitem__(self, i) -> Batch:
-        i = range(len(self))[i]  # raises IndexError
-        tokens = self._stream[i * self._length : (i + 1) * self._length + 1].astype(np.int32)
-        return {'inputs': tokens[:-1], 'targets': tokens[1:], 'weights': np.ones(self._length, np.float32)}
+    part = batch_size // process_count
+    first = process_index * part
+    dataset = grain.MapDataset.range(2**62 // batch_size)  # as good as endless
+    return dataset.map(lambda s: rows.layout.batch(rows.tokens(order(rows, seed, s * batch_size + first, part))))
 
 
-def open_rows(data: config.Data, split: str, tokenizer: Tokenizer, seq_length: int, vocab_size: int) -> Pad | Concat:
-    """The rows of a split, as `data.mode` makes them; `vocab_size` is the model's.
+def order(rows: Rows, seed: int, start: int, count: int) -> np.ndarray:
+    """The numbers [count] of the rows at places start, start+1, ... of the endless stream of epochs."""
+    epochs, places = np.divmod(np.arange(start, start + count), len(rows))
+    numbers = np.empty(count, np.int64)
+    for epoch in range(epochs[0], epochs[-1] + 1):
+        numbers[epochs == epoch] = permuted(places[epochs == epoch], len(rows), seed, epoch)
+    return numbers
 
-    Raises UsageError where the tokenizer has more ids than the model, DataError as `open_source` and `Concat` do.
+
+def permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """The images of `places` under one permutation of range(n), drawn by seed and epoch, at no cost in memory.
+
+    Rounds of multiply, add and xor-shift permute range(2^k), the smallest one with at least n members; what lands
+    outside of range(n) is sent on until it is inside ("cycle walking", Black and Rogaway 2002).
     """
-    if tokenizer.vocab_size > vocab_size:
-        raise UsageError(
-            f'config.data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} ids, '
-            f'more than config.model.vocab_size={vocab_size}'
-        )
-    rows = {'pad': Pad, 'concat': Concat}[data.mode]
-    return rows(open_source(data, split), tokenizer, seq_length)
+    bits = max(2, (n - 1).bit_length())
+    mask, half = np.uint64(2**bits - 1), np.uint64((bits + 1) // 2)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(2 * ROUNDS, np.uint64)
+    images, outside = places.astype(np.uint64), np.arange(len(places))
+    while len(outside):
+        image = images[outside]
+        for factor, offset in zip(keys[::2] | np.uint64(1), keys[1::2], strict=True):
+            image = (image * factor + offset) & mask
+            image ^= image >> half
+        images[outside] = image
+        outside = outside[image >= n]
+    return images.astype(np.int64)
 
 
-def training(rows: Pad | Concat, *, seed: int, batch_size: int) -> grain.MapDataset:
-    """Batches for training: `dataset[s]` is the batch of step s (from 0) and follows from rows, seed and s alone.
+def evaluation(rows: Rows, batch_size: int, process_index: int = 0, process_count: int = 1) -> grain.MapDataset:
+    """All rows once, in order; the last batch is filled up with rows of weight 0."""
+    part = batch_size // process_count
 
-    Every row comes once an epoch, each epoch in another order; batches run over the border of epochs.
-    """
-    epochs = 2**62 // len(rows)  # as good as endless; for endless ones grain cannot count batches of one row
-    shuffled = grain.MapDataset.source(rows).seed(seed).shuffle()
-    return shuffled.repeat(epochs, reseed_each_epoch=True).batch(batch_size)
+    def batch(number):
+        wanted = np.arange(part) + number * batch_size + process_index * part
+        made = rows.layout.batch(rows.tokens(np.where(wanted < len(rows), wanted, 0)))
+        return made | {'weights': made['weights'] * (wanted < len(rows))[:, None].astype(np.float32)}
+
+    return grain.MapDataset.range(-(-len(rows) // batch_size)).map(batch)
 
 
 def read(dataset: grain.MapDataset, start: int, workers: int) -> Iterator[Batch]:
@@ -144,22 +122,4 @@ def _close_all():
 
 def _start_worker(index, count):
     del index, count
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    multiprocessing.parent_process().join()  # a parent that was killed tells nobody
-    os._exit(1)
-
-
-def evaluation(rows: Pad | Concat, batch_size: int) -> Iterator[Batch]:
-    """All rows once, in order; the last batch is filled up with rows of weight 0."""
-    for start in range(0, len(rows), batch_size):
-        batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        batch += [batch[0] | {'weights': np.zeros_like(batch[0]['weights'])}] * (batch_size - len(batch))
-        yield {name: np.stack([row[name] for row in batch]) for name in batch[0]}
-
-
-def _fingerprint(source, tokenizer, mode, seq_length):
-    parts = f'{source.fingerprint} {tokenizer.fingerprint} {mode} {seq_length}'
-    return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+    exits.end_with_parent()

@@ -1,34 +1,34 @@
-"""Sources of documents: plain text, by number, in memory.
+"""Sources of documents: plain text, by number.
 
-Every source has a train and a validation split. A document's side follows from a hash of its text (stdlib: of the name
-of its module), never from the order of files: 1 % (stdlib: 5 %) goes to validation, but at least 20 texts, or half of
-fewer than 40. So equal texts are on the same side, and adding files to a large source moves no document.
+A source in memory has a train and a validation split. A document's side follows from a hash of its text (stdlib: of the
+name of its module), never from the order of files: 1 % (stdlib: 5 %) goes to validation, but at least 20 texts, or half
+of fewer than 40. So equal texts are on the same side, and adding files to a large source moves no document.
 """
 
 import array
-import dataclasses
-import glob
-import gzip
+import bisect
+import functools
 import hashlib
-import json
 import os
 import platform
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from mixln_jax import config
-from mixln_jax.data import stdlib
+from mixln_jax.data import files, stdlib
 from mixln_jax.exits import DataError
 
-LARGEST = 10**9  # bytes of text
-PIECE = 2000  # characters of a text document, at least
+LARGEST = 10**9  # bytes of text in memory
+HELD_OUT = {'stdlib': 20, 'jsonl': 100, 'text': 100}  # one in so many documents is for validation
 
 
 class Source(Protocol):
-    """Documents by number. `fingerprint` names their content: equal fingerprints, equal documents in equal order."""
+    """Documents by number. `fingerprint` names their content: other documents, or another order, have another.
+
+    That of a data set rests on its shape and a sample.
+    """
 
     fingerprint: str
 
@@ -36,138 +36,128 @@ class Source(Protocol):
 
     def __getitem__(self, i: int) -> str: ...
 
+    def __getitems__(self, indices: Sequence[int]) -> list[str]:
+        """Several documents at once. Raises DataError, naming file and record, for one that cannot be read."""
+
+    def origin(self, i: int) -> str:
+        """Where a document stands, for people: file and line or record."""
+
 
 def open_source(data: config.Data, split: str) -> Source:
-    """The documents of `data.source` in `split`, 'train' or 'validation'.
+    """The documents of `data.source` in `split`, 'train' or 'validation'; a data set may have others.
 
-    stdlib is the embedded corpus. jsonl reads one JSON object a line with a field `text`, as C4's own files are; text
-    cuts each file at blank lines into documents of at least 2,000 characters that, put together, are the file. Files
-    come from `data.path`, in sorted order, through gzip if they end in .gz. Documents without text are left out.
+    tfds is a TensorFlow data set (see datasets.py). stdlib is the embedded corpus; jsonl and text are the files of
+    `data.path`, see files.py.
 
-    Raises DataError, naming file and line, for what is missing, unreadable or malformed; for more than 1 GB of text;
-    and for fewer than two different documents, which cannot be split.
+    Raises DataError, naming file and line, for what is missing, unreadable or malformed; for more than 1 GB of text to
+    hold in memory; and for fewer than two different documents, which cannot be split.
     """
     if data.source == 'tfds':
-        raise DataError(
-            "data.source=tfds is not readable yet; C4's own files are: "
-            '--config.data.source=jsonl --config.data.path=c4-train.00000-of-01024.json.gz'
-        )
-    if data.source == 'stdlib':
-        documents = ((name.encode(), text.encode()) for name, text in stdlib.gather())
-        source = _split(documents, split, one_in=20)
-        return dataclasses.replace(source, fingerprint=f'python-{platform.python_version()}-{source.fingerprint}')
-    read = {'text': _text, 'jsonl': _jsonl}[data.source]
-    texts = (text.encode() for path in _paths(data) for text in _not_empty(path, read(path)))
-    return _split(((text, text) for text in texts), split, one_in=100)
+        from mixln_jax.data import datasets  # takes a second that nobody else need wait for
+
+        return datasets.Dataset(data.name, split, data.data_dir)
+    if split not in ('train', 'validation'):
+        raise DataError(f'data.source={data.source} has no split {split} (there is train, validation)')
+    state = None
+    if data.source != 'stdlib':
+        state = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files.paths(data.path))
+    gathered, first = _gather(data.source, state)
+    validation = gathered.ranks < np.uint64(first)
+    return Texts(gathered, np.flatnonzero(validation if split == 'validation' else ~validation))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Texts:
+class Texts:
     """Documents as one blob of UTF-8, so that each costs little more than its bytes."""
 
-    blob: bytearray
-    spans: np.ndarray  # [documents, 2] int64: first byte and end of each
-    fingerprint: str
+    def __init__(self, gathered, numbers):
+        self._gathered, self._numbers = gathered, numbers
+        digest = hashlib.blake2b(np.diff(gathered.ends, prepend=0)[numbers].tobytes(), digest_size=16)
+        for i in range(len(self)):
+            digest.update(self._bytes(i))
+        self.fingerprint = gathered.prefix + digest.hexdigest()
 
     def __len__(self):
-        return len(self.spans)
+        return len(self._numbers)
 
     def __getitem__(self, i):
-        start, end = self.spans[i]
-        return self.blob[start:end].decode()
+        return self._bytes(i).decode()
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+    def origin(self, i):
+        number = self._numbers[i]
+        file = self._gathered.names[self._gathered.places[number, 0]]
+        return f'{file}:{self._gathered.places[number, 1]}'
+
+    def _bytes(self, i):
+        number = self._numbers[i]
+        start = self._gathered.ends[number - 1] if number else 0
+        return self._gathered.blob[start : self._gathered.ends[number]]
 
 
-def _split(documents: Iterable[tuple[bytes, bytes]], split, one_in) -> _Texts:
-    """The texts of `documents`, pairs (unit, text), whose unit falls into `split`."""
-    blob, ends, ranks = bytearray(), array.array('q', [0]), array.array('Q')
-    for unit, text in documents:
-        blob += text
-        ends.append(len(blob))
-        ranks.append(int.from_bytes(hashlib.blake2b(unit, digest_size=8).digest(), 'big'))
-        if len(blob) > LARGEST:
-            raise DataError(f'config.data.path holds more than {LARGEST / 1e9:g} GB of text; name fewer files')
-    ranks = np.array(ranks, np.uint64)
-    distinct = np.unique(ranks)
-    if len(distinct) < 2:
-        raise DataError(
-            'config.data.path holds one document only: nothing to validate on; two different ones are needed'
-        )
-    held_out = max(np.searchsorted(distinct, np.uint64(2**64 // one_in)), min(20, len(distinct) // 2))
-    last = distinct[min(held_out, len(distinct) - 1) - 1]  # both sides get a document, however the hashes fall
-    spans = np.stack([ends[:-1], ends[1:]], axis=1)[(ranks <= last) == (split == 'validation')]
-    digest = hashlib.blake2b(np.diff(spans).tobytes(), digest_size=16)
-    for start, end in spans:
-        digest.update(blob[start:end])
-    return _Texts(blob, spans, digest.hexdigest())
+class _Gathered:
+    """Every document of a source, both splits: `blob`, `ends` [n] in it, `ranks` [n], `places` [n, 2] (file, line)."""
+
+    def __init__(self, prefix=''):
+        self.prefix, self.blob, self.names = prefix, bytearray(), []
+        self._ends, self._ranks, self._places = array.array('q'), array.array('Q'), array.array('q')
+
+    def add(self, text, unit, file, line):
+        if file not in self.names[-1:]:
+            self.names.append(file)
+        self.blob += text
+        if len(self.blob) > LARGEST:
+            raise DataError(
+                f'config.data.path holds more than {LARGEST / 1e9:g} GB of text, too much for the memory of a run: '
+                'make it a data set once with python -m mixln_jax.data.prepare, or name fewer files'
+            )
+        self._ends.append(len(self.blob))
+        self._ranks.append(rank(unit))
+        self._places.extend((len(self.names) - 1, line))
+
+    def close(self):
+        self.ends, self.ranks = np.array(self._ends, np.int64), np.array(self._ranks, np.uint64)
+        self.places = np.array(self._places, np.int64).reshape(-1, 2)
+        del self._ends, self._ranks, self._places
 
 
-def _paths(data):
-    patterns = [os.path.expanduser(part.strip()) for part in data.path.split(',') if part.strip()]
-    if not patterns:
-        raise DataError(f'config.data.path is empty; data.source={data.source} needs files')
-    paths = set()
-    for pattern in patterns:
-        found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-        if not found:
-            raise DataError(f'config.data.path: there is no file {pattern}')
-        for path in found:
-            if os.path.isdir(path):
-                raise DataError(f'config.data.path: {path} is a folder; name its files, for instance {path}/*')
-        paths.update(found)
-    return sorted(paths)
+@functools.lru_cache(maxsize=1)  # both splits come from one reading
+def _gather(kind, state):
+    """All documents of a source and the rank at which the training ones begin."""
+    if kind == 'stdlib':
+        gathered = _Gathered(f'python-{platform.python_version()}-')
+        for name, text in stdlib.gather():
+            gathered.add(text.encode(), name.encode(), name, 1)
+    else:
+        gathered = _Gathered()
+        for path, _, _ in state:
+            for line, record in files.Reader(kind, path):
+                text = record['text'].encode()
+                gathered.add(text, text, path, line)
+    gathered.close()
+    return gathered, first_for_training((int(number) for number in gathered.ranks), HELD_OUT[kind])
 
 
-def _not_empty(path, texts):
-    empty = True
-    for text in texts:
-        if text.strip():
-            empty = False
-            yield text
-    if empty:
-        raise DataError(f'{path}: no text in this file')
+def rank(unit: bytes) -> int:
+    """The hash, below 2^64, that sends what belongs together to one split."""
+    return int.from_bytes(hashlib.blake2b(unit, digest_size=8).digest(), 'big')
 
 
-def _lines(path):
-    """Pairs (line number from 1, line with its end)."""
-    number = 0
-    try:
-        with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f'{path}:{number}: not UTF-8: {error.reason} at byte {error.start} of the line') from error
-    except (OSError, EOFError, zlib.error) as error:
-        where = f'{path}:{number + 1}' if number else path
-        raise DataError(f'{where}: cannot be read: {error}') from error
+def first_for_training(ranks: Iterable[int], one_in: int) -> int:
+    """The rank below which documents are for validation: one in `one_in`, but at least 20, or half of fewer than 40.
 
-
-def _text(path):
-    """Pieces of a file; the last, shorter than the others, joins the one before it."""
-    before, piece = '', ''
-    for _, line in _lines(path):
-        piece += line
-        if (len(piece) >= PIECE and not line.strip()) or len(piece) > LARGEST:  # the latter ends in an error
-            if before:
-                yield before
-            before, piece = piece, ''
-    yield before + piece
-
-
-def _jsonl(path):
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f'{path}:{number}'
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f'{where}: not JSON: {str(error).partition(":")[0]}') from error
-        if not isinstance(record, dict):
-            raise DataError(f'{where}: a JSON object with a field `text` is needed, not {type(record).__name__}')
-        if not isinstance(record.get('text'), str):
-            raise DataError(f'{where}: no field `text` that is a string (fields: {", ".join(record) or "none"})')
-        try:
-            record['text'].encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f'{where}: `text` is not valid Unicode: {error.reason}') from error
-        yield record['text']
+    Reads no further than the answer needs. Raises DataError for fewer than two different ranks.
+    """
+    share, smallest = 2**64 // one_in, []
+    for number in ranks:
+        at = bisect.bisect_left(smallest, number)
+        if at < 40 and smallest[at : at + 1] != [number]:
+            smallest.insert(at, number)
+            del smallest[40:]
+            if len(smallest) >= 20 and smallest[19] < share:
+                return share
+    if len(smallest) < 2:
+        raise DataError('config.data.path holds one document only; two different ones are needed, one to validate on')
+    held_out = max(bisect.bisect_left(smallest, share), min(20, len(smallest) // 2))
+    return smallest[min(held_out, len(smallest) - 1) - 1] + 1

@@ -1,23 +1,51 @@
-"""Text to token ids and back."""
+"""Text to token ids and back: sentencepiece models, Hugging Face tokenizer.json files, bytes."""
 
+import contextlib
+import functools
 import hashlib
+import http.client
 import json
+import os
 import pathlib
+import queue
+import re
+import tempfile
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
 from typing import Protocol
 
 import numpy as np
+import sentencepiece
+import tokenizers
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from mixln_jax import config
-from mixln_jax.exits import DataError
+from mixln_jax.exits import DataError, UsageError, first_line
+
+T5 = 'gs://t5-data/vocabs/cc_all.32000/sentencepiece.model'
+TIMEOUT = 25  # seconds until a server must answer, and between two pieces of what it sends
+LONGEST = 10_000  # characters that are encoded at once: memory, and the time up to a limit, stay bounded
+COMMON = {
+    'eos': ('</s>', '<|endoftext|>', '<|end_of_text|>', '<eos>', '<|im_end|>', '<|eot_id|>', '[EOS]', '[SEP]'),
+    'bos': ('<s>', '<|begin_of_text|>', '<bos>', '<|startoftext|>', '[BOS]', '[CLS]'),
+    'pad': ('<pad>', '<|pad|>', '<|padding|>', '[PAD]'),
+}
 
 
 class Tokenizer(Protocol):
-    """What every kind of tokenizer offers.
+    """What every kind of tokenizer offers. `kind` is the value of `config.data.tokenizer` that opens it.
 
-    `byte_lengths` [vocab_size] int32 is how many bytes of text each id stands for (0 for specials): with it a loss in
-    nats a token becomes bits a byte. Equal `fingerprint`s (hex), equal ids for every text.
+    `byte_lengths` [vocab_size] int32 is how many bytes of text each id stands for (0 for specials, 1 for what the
+    vocabulary does not know): with it a loss in nats a token becomes bits a byte. Equal `fingerprint`s (hex), equal ids
+    for every text. All ids, the three special ones too, are in 0..vocab_size - 1; a vocabulary without a token for
+    padding or for the beginning uses `eos_id` there. Pickles are the files it was made of.
     """
 
+    kind: str
     vocab_size: int
     pad_id: int
     bos_id: int
@@ -25,19 +53,25 @@ class Tokenizer(Protocol):
     byte_lengths: np.ndarray
     fingerprint: str
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, [n] int32, without specials."""
+    def encode(self, text: str, limit: int | None = None) -> np.ndarray:
+        """The ids of a text, [n] int32, without specials, perhaps read-only; with `limit` the first `limit` of them.
+
+        A text that spells a special token gets the ids of its letters. Texts of more than 10,000 characters are
+        encoded in pieces that end before a space or a line end. That gives the ids of the text as a whole, unless there
+        is none to cut at, or two ways to read a word are equally likely and the sum over a long text rounds otherwise.
+        """
 
     def decode(self, ids) -> str:
         """The text of ids [n]; specials are dropped, broken characters become U+FFFD."""
 
     def save(self, folder):
-        """Writes the tokenizer into `folder`, which is made if need be."""
+        """Writes the tokenizer into `folder`, which is made if need be, for `load`."""
 
 
 class Bytes:
     """UTF-8 bytes as ids 0..255."""
 
+    kind = 'bytes'
     vocab_size, pad_id, bos_id, eos_id = 259, 256, 257, 258
     byte_lengths = np.array([1] * 256 + [0] * 3, np.int32)
 
@@ -45,25 +79,322 @@ class Bytes:
     def fingerprint(self) -> str:
         return hashlib.blake2b(json.dumps(self._description()).encode(), digest_size=16).hexdigest()
 
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    def encode(self, text: str, limit: int | None = None) -> np.ndarray:
+        return np.frombuffer(text[:limit].encode()[:limit], np.uint8).astype(np.int32)
 
     def decode(self, ids) -> str:
         ids = np.asarray(ids)
         return ids[ids < 256].astype(np.uint8).tobytes().decode(errors='replace')
 
     def save(self, folder):
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'tokenizer.json').write_text(json.dumps(self._description(), indent=2) + '\n')
+        _save(self, folder, {'tokenizer.json': json.dumps(self._description(), indent=2).encode() + b'\n'})
 
     def _description(self):
         names = ('vocab_size', 'pad_id', 'bos_id', 'eos_id')
         return {'kind': 'bytes'} | {name: getattr(self, name) for name in names}
 
 
+class _Learned:
+    """What vocabularies learned from text share. `files` are the contents of `FILES`, `where` names them in errors."""
+
+    def __init__(self, files: dict[str, bytes], where: str):
+        self._files, self._where = files, where
+        self._open()
+        # Most tokens begin with their space, so a text is cut before one. Where encoding puts a space before every text
+        # (LLaMA's sentencepiece model), that fails the trial, and the space at the cut has to go.
+        trials = {space: [*self._ids('one'), *self._ids(f'{space}two')] for space in ' \n'}
+        cuts = ''.join(space for space, ids in trials.items() if ids == [*self._ids(f'one{space}two')])
+        self._dropped = 0 if cuts else 1
+        self._cut = re.compile(rf'.*\w(?=[{cuts or " "}])', re.DOTALL)
+
+    def __reduce__(self):
+        return type(self), (self._files, self._where)
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(self.kind.encode(), digest_size=16)
+        for body in self._files.values():
+            digest.update(hashlib.blake2b(body).digest())
+        return digest.hexdigest()
+
+    def encode(self, text: str, limit: int | None = None) -> np.ndarray:
+        if len(text) <= LONGEST:
+            return self._ids(text)[:limit]
+        parts, count = [], 0
+        for piece in self._pieces(text):
+            parts.append(self._ids(piece))
+            count += len(parts[-1])
+            if limit is not None and count >= limit:
+                break
+        return np.concatenate(parts)[:limit]
+
+    def save(self, folder):
+        _save(self, folder, self._files)
+
+    def _pieces(self, text):
+        start = 0
+        while len(text) - start > LONGEST:
+            found = self._cut.match(text, start, start + LONGEST)
+            end = found.end() if found else start + LONGEST
+            yield text[start:end]
+            start = end + (self._dropped if found else 0)
+        yield text[start:]
+
+    def _set_specials(self, pad, bos, eos, missing):
+        """Special ids; -1 is none."""
+        if eos < 0:
+            raise DataError(f'{self._where}: no token for the end of a document: {missing}')
+        self.pad_id, self.bos_id, self.eos_id = (eos if number < 0 else number for number in (pad, bos, eos))
+        if not max(self.pad_id, self.bos_id, self.eos_id) < self.vocab_size:
+            raise DataError(f'{self._where}: a special id is not below the vocabulary size {self.vocab_size}')
+
+
+class SentencePiece(_Learned):
+    """A sentencepiece model, as T5, LLaMA 2 and Gemma have."""
+
+    kind = 'sentencepiece'
+    FILES = ('tokenizer.model',)
+
+    def _open(self):
+        model = self._files['tokenizer.model']
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            # Pieces, trainer, normaliser, in this order: what is cut off between two pieces loads without a word.
+            whole = {field.field_number for field in UnknownFieldSet(Empty.FromString(model))} >= {1, 2, 3}
+        except (DecodeError, RuntimeError):
+            whole = False
+        if not whole:
+            raise DataError(f'{self._where}: not a sentencepiece model, or not whole')
+        self.vocab_size = self._processor.vocab_size()
+        pad, bos, eos = self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id()
+        self._set_specials(pad, bos, eos, missing='the model has no eos piece')
+
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([self._bytes(i) for i in range(self.vocab_size)], np.int32)
+
+    def decode(self, ids) -> str:
+        ids = np.asarray(ids)
+        return self._processor.decode(ids[ids < self.vocab_size].tolist())
+
+    def _ids(self, text):
+        return self._processor.encode(text, return_type='numpy')
+
+    def _bytes(self, i):
+        if self._processor.is_control(i) or self._processor.is_unused(i):
+            return 0
+        if self._processor.is_unknown(i) or self._processor.is_byte(i):
+            return 1
+        return len(self._processor.id_to_piece(i).replace('▁', ' ').encode())
+
+
+class HuggingFace(_Learned):
+    """A tokenizer.json of the package `tokenizers`.
+
+    The special tokens are those of a tokenizer_config.json beside it, else those with a common name. A file that cuts
+    or pads what it encodes does neither here.
+    """
+
+    kind = 'huggingface'
+    FILES = ('tokenizer.json', 'tokenizer_config.json')
+
+    def _open(self):
+        try:
+            tokenizer = self._tokenizer = tokenizers.Tokenizer.from_buffer(self._files['tokenizer.json'])
+        except ValueError as error:
+            raise DataError(f'{self._where}: not a tokenizer.json, or not whole: {first_line(error)}') from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # as ordinary text
+        if isinstance(tokenizer.model, tokenizers.models.BPE):
+            tokenizer.model.dropout = None  # equal texts, equal ids
+        self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        names = self._names()
+        ids = (tokenizer.token_to_id(names[role]) if role in names else -1 for role in ('pad', 'bos', 'eos'))
+        common = ' '.join(COMMON['eos'])
+        self._set_specials(*ids, f'none in a tokenizer_config.json beside it, none of {common} in the vocabulary')
+        names = {'pad': names['eos'], 'bos': names['eos']} | names
+        settings = {f'{role}_token': name for role, name in sorted(names.items())}
+        self._files = self._files | {'tokenizer_config.json': json.dumps(settings, indent=2).encode() + b'\n'}
+        tokenizer.add_special_tokens(list(names.values()))  # they may stand in the file as ordinary tokens
+        self._guard()
+        if self.eos_id in self._ids(eos := names['eos']):
+            raise DataError(f'{self._where}: a text that spells {eos!r} cannot be told from the end of a document')
+
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        spec = json.loads(self._files['tokenizer.json'])
+        model, added = spec['model'], self._tokenizer.get_added_tokens_decoder()
+        # In the byte alphabet every character stands for one byte.
+        byte_level = '"ByteLevel"' in json.dumps(
+            [spec.get(part) for part in ('normalizer', 'pre_tokenizer', 'decoder')]
+        )
+        prefix, suffix = model.get('continuing_subword_prefix') or '', model.get('end_of_word_suffix') or ''
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for token, i in self._tokenizer.get_vocab().items():
+            if i in added:
+                lengths[i] = 0 if added[i].special else len(token.encode())
+            elif re.fullmatch('<0x[0-9A-F]{2}>', token):
+                lengths[i] = 1
+            else:
+                token = token.removeprefix(prefix).removesuffix(suffix)
+                lengths[i] = len(token if byte_level else token.replace('▁', ' ').encode())
+        unknown = model.get('unk_id')  # of Unigram; the others name the token
+        if model.get('unk_token') is not None:
+            unknown = self._tokenizer.token_to_id(model['unk_token'])
+        if unknown not in (None, self.pad_id, self.bos_id, self.eos_id):
+            lengths[unknown] = 1
+        return lengths
+
+    def decode(self, ids) -> str:
+        return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+
+    def _ids(self, text):
+        # The batch of one is a fifth faster than `encode`: it does not look for where in the text each token stands.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, np.int32)
+
+    def _names(self):
+        """The special tokens by role."""
+        try:
+            settings = json.loads(self._files['tokenizer_config.json'])
+            names = {role: settings.get(f'{role}_token') for role in COMMON}
+        except (ValueError, AttributeError) as error:
+            raise DataError(f'{self._where}: the tokenizer_config.json beside it is not a JSON object') from error
+        for role, name in names.items():
+            name = name.get('content') if isinstance(name, dict) else name
+            if name is None:
+                name = next((name for name in COMMON[role] if self._tokenizer.token_to_id(name) is not None), None)
+            elif not isinstance(name, str) or self._tokenizer.token_to_id(name) is None:
+                named = f'the tokenizer_config.json beside it names {role}_token {name!r}'
+                raise DataError(f'{self._where}: {named}, which the vocabulary lacks')
+            names[role] = name
+        return {role: name for role, name in names.items() if name is not None}
+
+    def _guard(self):
+        """Cuts up in texts what the model, as T5's does, would read as a special token that is in its vocabulary."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        tokens = [token.content for i, token in added.items() if token.special and i in self._ids(token.content)]
+        pattern = '|'.join(f'{re.escape(token[0])}(?={re.escape(token[1:])})' for token in tokens if token[1:])
+        if not pattern:
+            return
+        cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), 'merged_with_previous')
+        before = [self._tokenizer.pre_tokenizer] if self._tokenizer.pre_tokenizer else []
+        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*before, cut])
+
+
+KINDS = {kind.kind: kind for kind in (SentencePiece, HuggingFace)}
+
+
 def open_tokenizer(data: config.Data) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`; DataError for a kind that this version cannot read."""
-    if data.tokenizer == 'sentencepiece':
-        raise DataError('data.tokenizer=sentencepiece is not readable yet; use --config.data.tokenizer=bytes')
-    return Bytes()
+    """The tokenizer of `data.tokenizer` and `data.tokenizer_path`.
+
+    What a URL (http, https, gs) names is fetched once into $XDG_CACHE_HOME/mixln_jax/tokenizers (or ~/.cache/...).
+
+    Raises UsageError for a huggingface tokenizer without a path; DataError, naming file or URL, for what is missing,
+    cannot be fetched or is not a whole tokenizer with a token for the end of a document.
+    """
+    if data.tokenizer == 'bytes':
+        return Bytes()
+    if data.tokenizer == 'huggingface' and not data.tokenizer_path:
+        raise UsageError('config.data.tokenizer_path is empty; data.tokenizer=huggingface needs a tokenizer.json')
+    kind, path = KINDS[data.tokenizer], data.tokenizer_path or T5
+    if path.startswith('gs://'):
+        path = f'https://storage.googleapis.com/{urllib.parse.quote(path.removeprefix("gs://"))}'
+    if path.startswith(('http://', 'https://')):
+        return _fetch(kind, path)
+    path = pathlib.Path(path).expanduser()
+    first, *beside = kind.FILES
+    files = {first: _read(path)}
+    for name in beside:
+        file = path.with_name(name)
+        files[name] = _read(file) if file.exists() else b'{}'
+    return kind(files, str(path))
+
+
+def load(folder) -> Tokenizer:
+    """The tokenizer that `save(folder)` wrote. Raises DataError, naming the folder, where that is not there, whole."""
+    folder = pathlib.Path(folder)
+    try:
+        saved = json.loads((folder / 'fingerprint.json').read_bytes())
+        kind = KINDS.get(saved['kind'])
+        files = {name: (folder / name).read_bytes() for name in kind.FILES} if kind else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{folder}: no tokenizer is saved here, or not whole: {first_line(error)}') from error
+    tokenizer = kind(files, str(folder)) if kind else Bytes()
+    if saved != _summary(tokenizer):
+        raise DataError(f'{folder}: the saved tokenizer is damaged: its content has another fingerprint')
+    return tokenizer
+
+
+def write(path, body: bytes):
+    """Writes a file whole or not at all, also when several processes do so at once; makes its folder."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = pathlib.Path(folder, path.name)
+        whole.write_bytes(body)
+        os.replace(whole, path)
+
+
+def _save(tokenizer, folder, files):
+    for name, body in files.items():
+        write(pathlib.Path(folder, name), body)
+    # Last, so that what a kill leaves behind has no fingerprint or not the right one.
+    write(pathlib.Path(folder, 'fingerprint.json'), json.dumps(_summary(tokenizer)).encode() + b'\n')
+
+
+def _summary(tokenizer):
+    return {'kind': tokenizer.kind, 'fingerprint': tokenizer.fingerprint}
+
+
+def _read(path):
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f'config.data.tokenizer_path: there is no file {path}') from error
+    except OSError as error:
+        raise DataError(f'config.data.tokenizer_path: {path} cannot be read: {error.strerror}') from error
+
+
+def _fetch(kind, url):
+    """The tokenizer at a URL. Only what has been opened goes into the cache, so a login page sent for it never does."""
+    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mixln_jax' / 'tokenizers'
+    cache /= hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
+    with contextlib.suppress(DataError):  # absent or damaged: fetched anew
+        return load(cache)
+    first, *beside = kind.FILES
+    files = {first: _download(url)}
+    files |= {name: _download(urllib.parse.urljoin(url, name), absent=b'{}') for name in beside}
+    tokenizer = kind(files, url)
+    tokenizer.save(cache)
+    return tokenizer
+
+
+def _download(url, absent=None):
+    """What a URL holds; `absent`, if given, where the server says that there is nothing."""
+    answers = queue.SimpleQueue()
+
+    def ask():
+        try:
+            answers.put(urllib.request.urlopen(url, timeout=TIMEOUT))
+        except Exception as error:
+            answers.put(error)
+
+    # In a thread, as looking up a name and trying its addresses one by one know no time-out.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=TIMEOUT)
+        if isinstance(answer, Exception):
+            raise answer
+        with answer:
+            return answer.read()
+    except urllib.error.HTTPError as error:
+        if absent is not None and error.code in (403, 404, 410):  # 403: buckets that do not list their objects
+            return absent
+        reason = f'{error.code} {error.reason}'
+    except queue.Empty:
+        reason = f'no answer in {TIMEOUT} s'
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = first_line(error)
+    raise DataError(f'{url} cannot be fetched: {reason}; fetch it elsewhere, then --config.data.tokenizer_path=FILE')

@@ -1,0 +1,108 @@
+"""Speed of the way from text to batches, in tokens a second and core, beside the bare tokenizer as the ceiling.
+
+python -m benchmarks.data --path books.jsonl.gz --tokenizer-path t5.model [--documents 20000] [--rounds 5]
+"""
+
+import argparse
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+import sentencepiece
+
+from mixln_jax import config
+from mixln_jax.data import batches, files, rows, tokenizers
+from mixln_jax.data.prepare import prepare
+
+LENGTH, BATCH = 256, 512
+
+
+def seconds(job):
+    """CPU time of this process for `job()`: other programs on a shared machine count less."""
+    start = time.process_time()
+    job()
+    return time.process_time() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--path', required=True)
+    parser.add_argument('--tokenizer-path', required=True)
+    parser.add_argument('--documents', type=int, default=20_000)
+    parser.add_argument('--rounds', type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(options, pathlib.Path(folder))
+
+
+def measure(options, folder):
+    sample = folder / 'sample.jsonl.gz'
+    records = (record for path in files.paths(options.path) for _, record in files.Reader('jsonl', path))
+    texts = [record['text'] for record in itertools.islice(records, options.documents)]
+    with gzip.open(sample, 'wt') as file:
+        file.writelines(json.dumps({'text': text}) + '\n' for text in texts)
+    data = config.Data(source='jsonl', path=str(sample), tokenizer_path=options.tokenizer_path)
+    tokenizer = tokenizers.open_tokenizer(data)
+    processor = sentencepiece.SentencePieceProcessor(model_file=options.tokenizer_path)
+    count = sum(len(tokenizer.encode(text)) for text in texts)
+    rounds = itertools.count()
+
+    def make(format, mode):
+        out = folder / f'{format}-{mode}-{next(rounds)}'
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            of = config.Data(source='jsonl', path=str(sample), tokenizer_path=options.tokenizer_path, mode=mode)
+            prepare(of, str(out), format=format, seq_length=LENGTH, workers=1)
+        return out
+
+    def bare():
+        for text in texts:
+            processor.encode(text)
+
+    jobs = {
+        'the bare tokenizer': bare,
+        'prepare --format tokens --mode pack': lambda: make('tokens', 'pack'),
+        'prepare --format tokens --mode concat': lambda: make('tokens', 'concat'),
+        'prepare --format tfds': lambda: make('tfds', 'pad'),
+    }
+    table(jobs, dict.fromkeys(jobs, count), options.rounds)
+
+    tfds = make('tfds', 'pad')
+    sources = {
+        'tfds, pad': config.Data(data_dir=str(tfds), tokenizer_path=options.tokenizer_path),
+        'jsonl, pad': data,
+        **{
+            f'tokens, {mode}': config.Data(source='tokens', path=str(make('tokens', mode)), mode=mode)
+            for mode in ('pad', 'pack', 'concat')
+        },
+    }
+    jobs, counts = {'the bare tokenizer': bare}, {'the bare tokenizer': count}
+    for name, of in sources.items():
+        made = rows.open_rows(of, 'train', tokenizer, LENGTH, tokenizer.vocab_size)
+        dataset, steps = batches.training(made, seed=0, batch_size=BATCH), 200 if of.source == 'tokens' else 8
+        jobs[name] = lambda dataset=dataset, steps=steps: [dataset[s] for s in range(steps)]
+        counts[name] = int(sum(dataset[s]['weights'].sum() for s in range(steps)))
+    table(jobs, counts, options.rounds)
+
+
+def table(jobs, tokens, rounds):
+    """Takes all jobs in turn, several times, and prints the best of each and its ratio to the first."""
+    times = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            times[name].append(seconds(job))
+    best = {name: tokens[name] / min(spent) for name, spent in times.items()}
+    ceiling = next(iter(best.values()))
+    print('\n| | real tokens/s/core | of the bare tokenizer | spread |\n|---|---|---|---|')
+    for name, speed in best.items():
+        spread = np.ptp(times[name]) / min(times[name])
+        print(f'| {name} | {speed:,.0f} | {speed / ceiling:.2f} x | {spread:.0%} |')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,212 @@
+"""TensorFlow data sets as a source, read without TensorFlow: ArrayRecord shards or parquet, local or in a bucket."""
+
+import hashlib
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
+from etils import epath
+
+from mixln_jax.data import files
+from mixln_jax.exits import DataError, first_line
+
+TIME_OUT = 20  # seconds for the first answer of a bucket
+IN_MEMORY = 10**9  # bytes; TFDS reads parquet whole
+
+
+class Dataset:
+    """One split of a data set that lies in `data_dir`/<name>/<version>, TFDS's own layout; see sources.Source.
+
+    Args:
+        name: 'c4/en', or 'c4/en:3.1.0' for one version; without it the newest.
+        split: its split, or a slice of one as TFDS spells it: 'train[10%:]'.
+        data_dir: folder or gs:// address; empty: TFDS's default (~/tensorflow_datasets or $TFDS_DATA_DIR).
+
+    Raises DataError, naming folder or file: no such data set, version or split, a bucket that does not answer within 20
+    seconds, a shard that is missing or cut short, a file format without random access, no field with text.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str = ''):
+        root = data_dir or str(tfds.core.constants.DATA_DIR)
+        try:
+            if '://' in root:
+                _within_time(lambda: list(epath.Path(root).iterdir()), root)
+            builder = tfds.builder_from_directory(_folder(epath.Path(root).expanduser(), name))
+            info, self.folder = builder.info, str(builder.data_path)
+            parts = _parts(info, split)
+            self._files = [part.filename for part in parts]
+            self._skipped = [part.skip for part in parts]
+            self.ends = np.cumsum([part.take for part in parts])  # number of the record behind each shard
+            self.num_bytes = info.splits[split].num_bytes
+            files.allow_open(2 * len(self._files))
+            _check_shards(info, parts)
+            self._field = _text_field(info)
+            self._features = tfds.features.FeaturesDict({self._field: tfds.features.Text()})
+            self._records = builder.as_data_source(
+                split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            )
+            if len(self) != self.ends[-1]:
+                raise DataError(f'{self.folder}: split {split} has {len(self)} records, not {self.ends[-1]}')
+            self.fingerprint = self._digest()
+        except DataError:
+            raise
+        except Exception as error:  # whatever TFDS, ArrayRecord, Arrow or a file system may say
+            raise DataError(f'data set {name} in {root} cannot be read: {first_line(error)}') from error
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, i):
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices):
+        try:
+            records = self._records.__getitems__(list(indices))
+        except Exception:  # which of them was it?
+            records = [self._record(i) for i in indices]
+        return [self._text(i, record) for i, record in zip(indices, records, strict=True)]
+
+    def origin(self, i):
+        i = range(len(self))[i]
+        shard = int(np.searchsorted(self.ends, i, side='right'))
+        first = self.ends[shard - 1] if shard else 0
+        return f'{self._files[shard]}, record {i - first + self._skipped[shard]}'
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        files.allow_open(2 * len(self._files))
+
+    def _record(self, i):
+        try:
+            return self._records[i]
+        except Exception as error:
+            raise DataError(f'{self.origin(i)}: cannot be read: {first_line(error)}') from error
+
+    def _text(self, i, record):
+        if not record:
+            raise DataError(f'{self.origin(i)}: cannot be read: nothing is there')
+        try:
+            return self._features.deserialize_example_np(record)[self._field].decode()
+        except Exception as error:  # protobuf's own errors, a missing field, bytes that are no UTF-8
+            raise DataError(f'{self.origin(i)}: no text in `{self._field}`: {first_line(error)}') from error
+
+    def _digest(self):
+        """Of the shape and of 16 records spread over all: reading everything would take hours."""
+        digest = hashlib.blake2b(f'{self.ends.tolist()} {self.num_bytes}'.encode(), digest_size=16)
+        for text in self.__getitems__(np.unique(np.linspace(0, len(self) - 1, 16).astype(int)).tolist()):
+            digest.update(hashlib.blake2b(text.encode()).digest())
+        return digest.hexdigest()
+
+
+def _folder(root, name):
+    """The folder of a version, the newest if none is named."""
+    name, _, version = name.partition(':')
+    folder = root / name
+    versions = {}
+    if folder.exists():
+        for path in folder.iterdir():
+            if tfds.core.Version.is_valid(path.name) and (path / 'dataset_info.json').exists():
+                versions[tfds.core.Version(path.name)] = path
+    if version:
+        versions = {number: path for number, path in versions.items() if str(number) == version}
+    if not versions:
+        there = ', '.join(sorted(path.name for path in folder.iterdir())) if folder.exists() else 'nothing'
+        raise DataError(
+            f'there is no data set {folder / (version or "<version>")}/dataset_info.json (there is {there}); '
+            'config.data.data_dir is the folder above it, python -m mixln_jax.data.prepare makes it (docs/c4.md)'
+        )
+    return versions[max(versions)]
+
+
+def _parts(info, split):
+    """What TFDS reads for a split or a slice of one, a file each. Raises DataError for what has no random access."""
+    kind, where = info.file_format.value, info.data_dir
+    if kind not in ('array_record', 'parquet'):
+        raise DataError(
+            f'{where}: {kind} files cannot be read in any order; convert them once: '
+            f'tfds convert_format --dataset_dir={where} --out_file_format=array_record'
+        )
+    if kind == 'parquet' and sum(split.num_bytes for split in info.splits.values()) > IN_MEMORY:
+        raise DataError(f'{where}: parquet is read into memory whole, over 1 GB; convert it to array_record')
+    try:
+        parts = [part for part in info.splits[split].file_instructions if part.take]
+    except (KeyError, ValueError) as error:
+        raise DataError(f'{where}: no split {split} (there is {", ".join(info.splits) or "none"})') from error
+    if not parts:
+        raise DataError(f'{where}: split {split} has no records')
+    return parts
+
+
+def _text_field(info):
+    texts = [name for name, feature in info.features.items() if isinstance(feature, tfds.features.Text)]
+    if 'text' in texts or len(texts) == 1:
+        return 'text' if 'text' in texts else texts[0]
+    raise DataError(f'{info.data_dir}: no field `text` (fields: {", ".join(sorted(info.features))})')
+
+
+def _check_shards(info, parts):
+    """All shards are there with all their records; else training would find out days later."""
+
+    def check(part):
+        if not epath.Path(part.filename).exists():
+            raise DataError(f'{part.filename}: missing')
+        if info.file_format.value == 'parquet':
+            return
+        try:
+            reader = ArrayRecordReader(str(part.filename))
+            found = reader.num_records()
+            reader.close()
+        except Exception as error:
+            raise DataError(f'{part.filename}: cut short or damaged: {first_line(error)}') from error
+        if found != part.examples_in_shard:
+            raise DataError(
+                f'{part.filename}: {found} records, not the {part.examples_in_shard} that dataset_info.json tells of'
+            )
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(check, parts))
+
+
+def _within_time(call, where):
+    """Runs `call` and gives up after TIME_OUT: file systems of buckets retry for minutes where there is no network."""
+    ended = threading.Event()
+    problem = []
+
+    def run():
+        try:
+            call()
+        except BaseException as error:
+            problem.append(error)
+        ended.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    if not ended.wait(TIME_OUT):
+        raise DataError(f'config.data.data_dir={where}: no answer within {TIME_OUT} s; is there a network?')
+    if problem:
+        raise DataError(f'config.data.data_dir={where}: {first_line(problem[0])}')
+
+
+def write_description(folder: str, name: str, fields: Iterable[str], splits: dict[str, list[dict]]):
+    """Makes a folder of ArrayRecord shards a data set: writes dataset_info.json and features.json.
+
+    `splits` holds of every shard, in order, how many `documents` and `bytes` of examples it has.
+    """
+    path = epath.Path(folder)
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[shard['documents'] for shard in shards],
+            num_bytes=sum(shard['bytes'] for shard in shards),
+            filename_template=tfds.core.ShardedFileTemplate(
+                dataset_name=name, data_dir=path, filetype_suffix='array_record', split=split
+            ),
+        )
+        for split, shards in splits.items()
+    ]
+    features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in fields})
+    tfds.folder_dataset.write_metadata(
+        data_dir=path, features=features, split_infos=infos, version=path.name, check_data=False
+    )

@@ -1,0 +1,136 @@
+"""Documents from files: JSON lines and plain text, through gzip if the name ends in .gz, one after the other."""
+
+import glob
+import json
+import os
+import resource
+from collections.abc import Iterator
+
+from isal import igzip, isal_zlib
+
+from mixln_jax.exits import DataError
+
+PIECE = 2000  # characters of a text document, at least
+LONGEST = 10**7  # characters after which a text document without a blank line ends with the next line
+
+
+def paths(patterns: str) -> list[str]:
+    """The files that comma-separated paths and globs name, sorted. Raises DataError for one that names none."""
+    parts = [os.path.expanduser(part.strip()) for part in patterns.split(',') if part.strip()]
+    if not parts:
+        raise DataError('config.data.path is empty; this source needs files')
+    found = set()
+    for pattern in parts:
+        matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+        if not matches:
+            raise DataError(f'config.data.path: there is no file {pattern}')
+        for path in matches:
+            if os.path.isdir(path):
+                raise DataError(f'config.data.path: {path} is a folder; name its files, for instance {path}/*')
+        found.update(matches)
+    return sorted(found)
+
+
+def allow_open(count: int):
+    """Lets this process hold `count` files open: data sets keep theirs so, and C4 has 1,024, many systems' limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 1024 if hard == resource.RLIM_INFINITY else min(hard, count + 1024)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+class Reader:
+    """The documents of one file, in order, as pairs (line number from 1, record); record['text'] is never blank.
+
+    jsonl is one JSON object a line with a field `text`, as C4's own files are. text is cut at blank lines into
+    documents of at least 2,000 characters that, put together, are the file.
+
+    After (and during) the iteration `empty` counts documents without text, `bad` the lines that were skipped because
+    they could not be read, and `position` is how far the file has been read, in bytes as stored.
+
+    Iterating raises DataError, naming file and line, for what is unreadable, for the line after the first `skip_bad`
+    that are malformed, and for a file without any text. What gzip cannot unpack is never skipped.
+    """
+
+    def __init__(self, kind: str, path: str, skip_bad: int = 0):
+        self.empty = self.bad = self.position = 0
+        self.skipped = []  # why, for the first few
+        self._path, self._skip_bad = path, skip_bad
+        self._records = {'jsonl': self._jsonl, 'text': self._text}[kind]
+
+    def __iter__(self) -> Iterator[tuple[int, dict]]:
+        nothing = True
+        for number, record in self._records():
+            if not record['text'].strip():
+                self.empty += 1
+                continue
+            nothing = False
+            yield number, record
+        if nothing:
+            raise DataError(f'{self._path}: no text in this file')
+
+    def _lines(self):
+        """Pairs (line number from 1, line with its end), UTF-8."""
+        number = 0
+        try:
+            with open(self._path, 'rb') as raw, igzip.open(raw) if self._path.endswith('.gz') else raw as lines:
+                for number, line in enumerate(lines, 1):
+                    self.position = raw.tell()
+                    try:
+                        text = line.removeprefix(b'\xef\xbb\xbf').decode() if number == 1 else line.decode()
+                    except UnicodeDecodeError as error:
+                        self._skip(number, f'not UTF-8: {error.reason} at byte {error.start} of the line')
+                        continue
+                    yield number, text
+        except (OSError, EOFError, isal_zlib.error) as error:
+            where = f'{self._path}:{number + 1}' if number else self._path
+            raise DataError(f'{where}: cannot be read: {error}') from error
+
+    def _skip(self, number, problem):
+        if self.bad >= self._skip_bad:
+            raise DataError(f'{self._path}:{number}: {problem}')
+        self.bad += 1
+        self.skipped = [*self.skipped, f'{self._path}:{number}: {problem}'][:5]
+
+    def _text(self):
+        """Pieces of the file; the last, shorter than the others, joins the one before it."""
+        before, piece, first = None, [], 1
+        length = 0
+        for number, line in self._lines():
+            piece.append(line)
+            length += len(line)
+            if length >= PIECE and (not line.strip() or length >= LONGEST):
+                if before:
+                    yield before
+                before = first, {'text': ''.join(piece)}
+                piece, first, length = [], number + 1, 0
+        rest = ''.join(piece)
+        if before:
+            first, rest = before[0], before[1]['text'] + rest
+        yield first, {'text': rest}
+
+    def _jsonl(self):
+        for number, line in self._lines():
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                self._skip(number, f'not JSON: {str(error).partition(":")[0]}')
+                continue
+            if problem := _problem(record):
+                self._skip(number, problem)
+                continue
+            yield number, record
+
+
+def _problem(record):
+    if not isinstance(record, dict):
+        return f'a JSON object with a field `text` is needed, not {type(record).__name__}'
+    if not isinstance(record.get('text'), str):
+        return f'no field `text` that is a string (fields: {", ".join(record) or "none"})'
+    try:
+        record['text'].encode()
+    except UnicodeEncodeError as error:
+        return f'`text` is not valid Unicode: {error.reason}'
+    return None

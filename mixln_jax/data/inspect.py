@@ -1,0 +1,89 @@
+"""`python -m mixln_jax.data.inspect --workdir DIR --step N`: the texts, ids and masks that step N of a run sees."""
+
+import argparse
+import itertools
+import json
+import pathlib
+import sys
+
+from mixln_jax import config as configs
+from mixln_jax import exits, record
+from mixln_jax.data import batches, rows, tokenizers
+from mixln_jax.exits import DataError, UsageError
+
+
+def inspect(workdir: str, step: int, num_rows: int | None = None):
+    """The first `num_rows` rows (None: all) of the batch of step `step` (from 1) of the run in `workdir`, one by one.
+
+    Each is a dict: `row` in the batch, `origin` (file and record), `text` (a list, one piece of text for each document
+    in the row), and `inputs`, `targets`, `weights`, for packed rows `segments` and `positions`, each a list of T.
+
+    Raises:
+        UsageError: no run in `workdir`, no such step.
+        DataError: the data cannot be read, or is not what the run saw, naming what differs.
+    """
+    workdir = pathlib.Path(workdir).expanduser()
+    config = configs.read(workdir / 'config.json')
+    if step < 1:
+        raise UsageError('--step counts from 1')
+    tokenizer = tokenizers.load(workdir / 'tokenizer')
+    of = rows.open_rows(config.data, config.data.split, tokenizer, config.seq_length, config.model.vocab_size)
+    seen = json.loads((workdir / 'environment.json').read_text())['data']
+    if differ := [part for part in seen if of.fingerprint[part] != seen[part]]:
+        raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs')
+    numbers = batches.order(of, config.data.seed, (step - 1) * config.batch_size, config.batch_size)[:num_rows]
+    batch = of.layout.batch(of.tokens(numbers))
+    for i, number in enumerate(numbers.tolist()):
+        row = {name: values[i].tolist() for name, values in batch.items()}
+        yield {'row': i, 'origin': of.origin(number), 'text': _texts(row, tokenizer), **row}
+
+
+def _texts(row, tokenizer):
+    """The text of each document of a row; what is padding has none."""
+    segments = row.get('segments', [1] * len(row['inputs']))
+    tokens = zip(segments, row['inputs'], strict=True)
+    return [
+        tokenizer.decode([token for _, token in piece])
+        for segment, piece in itertools.groupby(tokens, key=lambda pair: pair[0])
+        if segment
+    ]
+
+
+def show(row):
+    """The lines that a person reads of one row."""
+    lines = [f'row {row["row"]}: {row["origin"]}: {int(sum(row["weights"]))} of {len(row["weights"])} targets are real']
+    lines += [f'  text    {text!r}' for text in row['text']]
+    for name in ('inputs', 'targets', 'weights', 'segments', 'positions'):
+        if name in row:
+            lines.append(f'  {name:<9} {_runs(row[name])}')
+    return lines
+
+
+def _runs(values):
+    """Numbers with a space between; equal neighbours, from four on, as 0*17."""
+    words = []
+    for value, group in itertools.groupby(values):
+        count, word = len(list(group)), f'{value:g}'
+        words += [f'{word}*{count}'] if count > 3 else [word] * count
+    return ' '.join(words)
+
+
+def main(argv):
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.inspect', description=__doc__, allow_abbrev=False)
+    parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of a run')
+    parser.add_argument('--step', required=True, type=int, metavar='N', help='step, from 1; it need not have come yet')
+    parser.add_argument('--rows', default=4, type=int, metavar='K', help='rows to show; 0: the whole batch [4]')
+    parser.add_argument('--json', action='store_true', help='a JSON object a row')
+    parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
+
+    def job():
+        options = exits.parse(parser, argv)
+        for row in inspect(options.workdir, options.step, options.rows or None):
+            record.say(*([json.dumps(row)] if options.json else show(row)))
+
+    return exits.call(job, show_traceback='--traceback' in argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,269 @@
+"""`python -m mixln_jax.data.prepare`: text to a TFDS data set, or to rows of tokens, once, on one host or on many.
+
+A file of the input is one shard of the output: the unit of work of a process, of what a rerun leaves out, and of what
+`--shards` gives to a host. A shard's bytes follow from its file and the options alone.
+"""
+
+from mixln_jax.exits import stop
+
+if __name__ == '__main__':
+    stop.install()  # before the imports, which take seconds
+
+# ruff: noqa: E402
+import argparse
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import queue
+import shutil
+import sys
+import tempfile
+import time
+
+import tqdm
+
+from mixln_jax import config, exits, record
+from mixln_jax.data import shards, tokenizers
+from mixln_jax.data.sources import HELD_OUT, first_for_training, rank
+from mixln_jax.exits import MemoryExhausted, UsageError
+
+SAMPLE = 2_000_000  # bytes of text from which the size of the output is foretold
+MARGIN = 1.1  # of that forecast
+PAUSE = 0.2  # seconds between reports of progress
+
+
+def prepare(
+    data: config.Data,
+    out: str,
+    *,
+    format: str,
+    seq_length: int = 256,
+    validation: str = '',
+    only: slice = slice(None),
+    workers: int = 1,
+    skip_bad: int = 0,
+) -> bool:
+    """Prepares `data` into `out`; see the command's help for the arguments. Whether the data set is complete now.
+
+    Raises:
+        UsageError: `out` holds another preparation, is being prepared, or has no room.
+        DataError: as sources and tokenizers do.
+        MemoryExhausted: a worker process was killed.
+    """
+    units = shards.units(data, validation)
+    tokenizer = tokenizers.open_tokenizer(data) if format == 'tokens' else None
+    first = None if any(unit.split for unit in units) else _first_for_training(units, data)
+    folder = shards.folder(out, format, data.name)
+    job = shards.Job(data, format, out, str(folder), tokenizer, seq_length, first, skip_bad)
+    job.check_plan(units)
+    # What to validate on is little: the host with the first shard makes all of it.
+    mine = [
+        unit
+        for unit in units
+        if (not only.start if unit.split == 'validation' else unit.number in range(*only.indices(unit.count)))
+    ]
+    pending = [unit for unit in mine if not job.result(unit)]
+    if pending:
+        _check_room(job, pending)
+        record.say(f'{len(pending)} of {len(units)} shards to prepare into {folder}, {workers} processes')
+        _write_all(job, pending, min(workers, len(pending)))
+    results = [job.result(unit) for unit in units]
+    missing = [unit.name for unit, result in zip(units, results, strict=True) if not result]
+    if missing:
+        named = ', '.join(missing[:8] + ['...'] * (len(missing) > 8))
+        record.say(f'mixln_jax: {folder} still lacks {len(missing)} of {len(units)} shards: {named}')
+        return False
+    job.finish(results)
+    _summarise(job, results)
+    return True
+
+
+def _first_for_training(units, data):
+    """Reads as far as is needed to know: for C4 some thousand documents."""
+    documents = (pair for unit in units for pair in shards.reading(data, unit, skip_bad=sys.maxsize))
+    ranks = (rank(decides.encode()) for decides, _ in documents)
+    return first_for_training(ranks, HELD_OUT[data.source])
+
+
+def _check_room(job, pending):
+    """Writes the first documents into a temporary folder and scales their size up."""
+    free = shutil.disk_usage(job.folder).free
+    with tempfile.TemporaryDirectory(dir=job.folder, prefix='.sample-') as folder:
+        sample = dataclasses.replace(job, folder=folder)
+        seen = shards.write(sample, pending[0], lambda *_: None, limit=SAMPLE)
+        written = sum(path.stat().st_size for path in pathlib.Path(folder).glob('*-of-*'))
+    needed = int(MARGIN * written * sum(unit.size for unit in pending) / max(seen['position'], 1))
+    record.say(f'about {needed / 1e9:,.2f} GB to write, {free / 1e9:,.1f} GB are free')
+    if needed > free:
+        raise UsageError(
+            f'{job.folder} has room for {free / 1e9:,.2f} GB, about {needed / 1e9:,.2f} GB are needed; nothing '
+            'was written'
+        )
+
+
+def _write_all(job, pending, workers):
+    total = sum(unit.size for unit in pending)
+    slow = not sys.stderr.isatty()
+    with tqdm.tqdm(total=total, unit='B', unit_scale=True, mininterval=10 if slow else 0.2, smoothing=0.05) as bar:
+        counts, start = [0, 0], time.perf_counter()
+
+        def report(position, num_documents, num_bytes):
+            counts[0] += num_documents
+            counts[1] += num_bytes
+            seconds = max(time.perf_counter() - start, 1e-9)
+            bar.set_postfix_str(f'{counts[0] / seconds:,.0f} docs/s, {counts[1] / seconds / 1e6:,.1f} MB/s', False)
+            bar.update(position)
+
+        if workers == 1:
+            for unit in pending:
+                _write(job, unit, report)
+        else:
+            _write_with_processes(job, pending, workers, report)
+
+
+def _write(job, unit, report):
+    """Writes a shard; `report` gets what it advanced, every PAUSE seconds and at its end."""
+    before, due, totals = (0, 0, 0), 0.0, (0, 0, 0)
+
+    def step(*now):
+        nonlocal before, due, totals
+        totals = now
+        if time.monotonic() >= due:
+            due = time.monotonic() + PAUSE
+            report(*(a - b for a, b in zip(now, before, strict=True)))
+            before = now
+
+    shards.write(job, unit, step)
+    report(*(a - b for a, b in zip(totals, before, strict=True)))
+
+
+def _write_with_processes(job, pending, workers, report):
+    context = multiprocessing.get_context('spawn')
+    reports = context.Queue()
+    others = multiprocessing.active_children()
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (reports,))
+    try:
+        running = {pool.submit(_write_in_worker, job, unit) for unit in pending}
+        while running:
+            done, running = concurrent.futures.wait(running, PAUSE, concurrent.futures.FIRST_COMPLETED)
+            report(0, 0, 0)
+            while True:
+                try:
+                    report(*reports.get_nowait())
+                except queue.Empty:
+                    break
+            for future in done:
+                future.result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise MemoryExhausted(
+            'a worker process was killed, most often for lack of memory: take fewer --workers; finished shards are kept'
+        ) from error
+    finally:
+        for worker in multiprocessing.active_children():  # after an error, or a signal, in the middle of a shard
+            if worker not in others:
+                worker.kill()
+        pool.shutdown(cancel_futures=True)
+        reports.close()
+
+
+def _start_worker(reports):
+    exits.end_with_parent()
+    global _reports
+    _reports = reports
+
+
+def _write_in_worker(job, unit):
+    _write(job, unit, lambda *step: _reports.put(step))
+
+
+def _summarise(job, results):
+    for split in ('train', 'validation'):
+        of = [result[split] for result in results if split in result]
+        record.say(
+            f'{split}: {sum(shard["documents"] for shard in of):,} documents in {len(of)} shards'
+            + (f', {sum(shard["rows"] for shard in of):,} rows' if job.format == 'tokens' else '')
+        )
+    empty, bad = (sum(result[name] for result in results) for name in ('empty', 'bad'))
+    record.say(f'{empty:,} documents without text and {bad:,} bad records were left out')
+    for line in [line for result in results for line in result['skipped']][:5]:
+        record.say(f'  {line}')
+    record.say(f'mixln_jax: complete: {job.usage()}')
+
+
+def parse(argv):
+    """The options of the command. Raises UsageError; --help prints and exits with 0."""
+    choices = {field.name: field.metadata['choices'] for field in dataclasses.fields(config.Data)}
+    parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.prepare', description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add('--source', required=True, choices=[kind for kind in choices['source'] if kind != 'tokens'])
+    add('--path', default='', metavar='FILES', help='jsonl, text: paths or globs, separated by commas')
+    add('--out', required=True, metavar='DIR', help='for tfds the later config.data.data_dir, for tokens data.path')
+    add('--format', required=True, choices=('tfds', 'tokens'), help='text as ArrayRecord shards, or rows of tokens')
+    add(
+        '--validation',
+        default='',
+        metavar='FILES',
+        help='files to validate on, else 1 %% by a hash of the text; --source tfds: its split',
+    )
+    add('--name', default='c4/en', metavar='NAME', help='data set to write, or to read with --source tfds [c4/en]')
+    add('--data-dir', default='', metavar='DIR', help='--source tfds: folder or gs:// address above it')
+    add('--tokenizer', default='sentencepiece', choices=choices['tokenizer'], help='tokens: [sentencepiece]')
+    add('--tokenizer-path', default='', metavar='FILE', help='tokens: as config.data.tokenizer_path [T5 vocabulary]')
+    add('--mode', default='pad', choices=choices['mode'], help='tokens: how documents fill rows [pad]')
+    add('--seq-length', type=int, default=256, metavar='T', help='tokens: positions in a row [256]')
+    add('--shards', default=':', metavar='A:B', help='only these of the shards, so that hosts share the work [all]')
+    add('--workers', type=int, default=os.cpu_count(), metavar='N', help='processes, a shard each [one a core]')
+    add('--skip-bad', type=int, default=0, metavar='N', help='malformed records to leave out in each file [0]')
+    add('--traceback', action='store_true', help='show where an error comes from')
+    options = exits.parse(parser, argv)
+    try:
+        start, colon, end = options.shards.partition(':')
+        options.shards = slice(int(start or 0), int(end) if end else None)
+        if not colon or options.shards.start < 0 or (end and int(end) <= options.shards.start):
+            raise ValueError
+    except ValueError:
+        raise UsageError('--shards is A:B, such as 0:8; A is the first, B the one behind the last') from None
+    for name, least in (('workers', 1), ('skip_bad', 0), ('seq_length', 2)):
+        if getattr(options, name) < least:
+            raise UsageError(f'--{name.replace("_", "-")} must be at least {least}')
+    if options.source == 'tfds' and options.format == 'tfds':
+        raise UsageError('--source tfds goes with --format tokens')
+    if options.source == 'stdlib' and options.validation:
+        raise UsageError('--validation does not go with --source stdlib, which has its own')
+    return options
+
+
+def main(argv):
+    """The command; returns its exit code."""
+
+    def job():
+        options = parse(argv)
+        data = config.Data(
+            source=options.source,
+            path=options.path,
+            name=options.name,
+            data_dir=options.data_dir,
+            tokenizer=options.tokenizer,
+            tokenizer_path=options.tokenizer_path,
+            mode=options.mode,
+        )
+        with stop.may_interrupt():
+            prepare(
+                data,
+                options.out,
+                format=options.format,
+                seq_length=options.seq_length,
+                validation=options.validation,
+                only=options.shards,
+                workers=options.workers,
+                skip_bad=options.skip_bad,
+            )
+
+    return exits.call(job, show_traceback='--traceback' in argv)
+
+
+if __name__ == '__main__':
+    stop.started()
+    sys.exit(main(sys.argv[1:]))

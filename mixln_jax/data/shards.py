@@ -1,0 +1,380 @@
+"""The units of `data.prepare`: what a shard is made of, how it is written so that a kill leaves it whole or absent, and
+how whole shards become a data set."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+
+from mixln_jax import config, record
+from mixln_jax.data import files, layout, prepared, stdlib
+from mixln_jax.data.sources import rank
+from mixln_jax.data.tokenizers import Tokenizer
+from mixln_jax.exits import DataError, UsageError
+
+NOTES = '.prepare'  # folder with the plan and one file a finished shard
+FIELDS = ('text', 'url', 'timestamp', 'content-type', 'content-length')  # C4's in TFDS
+READ_AT_ONCE = 256  # records of a data set
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What one process turns into shard `number` of `count` of a split, or of both where the hash of a text decides."""
+
+    split: str | None
+    number: int
+    count: int
+    path: str  # of a file; the split of a data set
+    size: int  # bytes as stored
+    records: tuple[int, int] = (0, 0)  # of a data set
+
+    @property
+    def name(self):
+        return f'{self.split or "both"}-{self.number:05}'
+
+    @property
+    def splits(self):
+        return (self.split,) if self.split else ('train', 'validation')
+
+
+def units(data: config.Data, validation: str) -> list[Unit]:
+    """The shards that a source makes: a file each; of a data set its own; one of the embedded corpus."""
+    if data.source == 'stdlib':
+        return [Unit(None, 0, 1, 'stdlib', sum(len(text) for _, text in stdlib.gather()))]
+    if data.source == 'tfds':
+        sides = {'train': data.split, 'validation': validation or 'validation'}
+        return [unit for split, of in sides.items() for unit in _units_of(_dataset(data, of), split, of)]
+    made = []
+    for split, patterns in ((('train' if validation else None), data.path), ('validation', validation)):
+        paths = files.paths(patterns) if patterns or split != 'validation' else []
+        made += [Unit(split, i, len(paths), path, os.path.getsize(path)) for i, path in enumerate(paths)]
+    return made
+
+
+def _units_of(dataset, split, of):
+    starts = [0, *dataset.ends[:-1].tolist()]
+    for i, records in enumerate(zip(starts, dataset.ends.tolist(), strict=True)):
+        size = dataset.num_bytes * (records[1] - records[0]) // len(dataset)
+        yield Unit(split, i, len(starts), of, max(size, 1), records)
+
+
+class _FromFile(files.Reader):
+    """A file's documents; their text decides the split."""
+
+    def __iter__(self):
+        return ((record['text'], record) for _, record in super().__iter__())
+
+
+class _FromStdlib:
+    """The embedded corpus; a module is on one side."""
+
+    def __init__(self):
+        self.empty = self.bad = self.position = 0
+        self.skipped = []
+
+    def __iter__(self):
+        for name, text in stdlib.gather():
+            self.position += len(text)
+            yield name, {'text': text}
+
+
+class _FromDataset:
+    """A shard of a data set, which has its split."""
+
+    def __init__(self, data, unit, skip_bad):
+        self.empty = self.bad = self.position = 0
+        self.skipped = []
+        self._dataset, self._unit, self._skip_bad = _dataset(data, unit.path), unit, skip_bad
+
+    def __iter__(self):
+        first, end = self._unit.records
+        for start in range(first, end, READ_AT_ONCE):
+            numbers = range(start, min(start + READ_AT_ONCE, end))
+            try:
+                texts = self._dataset.__getitems__(numbers)
+            except DataError:
+                texts = [self._one(number) for number in numbers]
+            self.position = self._unit.size * (numbers[-1] + 1 - first) // (end - first)
+            for text in texts:
+                if text is not None and not text.strip():
+                    self.empty += 1
+                elif text is not None:
+                    yield text, {'text': text}
+
+    def _one(self, number):
+        try:
+            return self._dataset[number]
+        except DataError as error:
+            if self.bad >= self._skip_bad:
+                raise
+            self.bad += 1
+            self.skipped = [*self.skipped, str(error)][:5]
+
+
+@functools.lru_cache(maxsize=2)  # train and validation
+def _open_dataset(name, split, data_dir):
+    from mixln_jax.data import datasets  # takes a second that others need not wait for
+
+    return datasets.Dataset(name, split, data_dir)
+
+
+def _dataset(data, split):
+    return _open_dataset(data.name, split, data.data_dir)
+
+
+def reading(data: config.Data, unit: Unit, skip_bad: int):
+    """An iterable of pairs (what decides the split, record with `text`), with files.Reader's counters."""
+    if data.source == 'stdlib':
+        return _FromStdlib()
+    if data.source == 'tfds':
+        return _FromDataset(data, unit, skip_bad)
+    return _FromFile(data.source, unit.path, skip_bad)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to make of units, and where. `first` is the rank from which on a document is for training."""
+
+    data: config.Data
+    format: str
+    out: str
+    folder: str
+    tokenizer: Tokenizer | None
+    seq_length: int
+    first: int | None
+    skip_bad: int
+
+    def check_plan(self, units):
+        """Makes the folder. Raises UsageError where it holds another preparation, naming what differs."""
+        notes = pathlib.Path(self.folder, NOTES)
+        notes.mkdir(parents=True, exist_ok=True)
+        plan = {
+            'source': self.data.source,
+            'files': [[pathlib.Path(unit.path).name, unit.split] for unit in units],
+            'format': self.format,
+            'first for training': self.first,
+            'skip-bad': self.skip_bad,
+        }
+        if self.data.source == 'tfds':
+            plan['data set'] = {unit.path: _dataset(self.data, unit.path).fingerprint for unit in units}
+        if self.tokenizer:
+            plan |= {'tokenizer': self.tokenizer.fingerprint, 'mode': self.data.mode, 'seq-length': self.seq_length}
+        path = notes / 'plan.json'
+        if path.exists():
+            before = json.loads(path.read_text())
+            differ = [name for name in plan | before if plan.get(name) != before.get(name)]
+            if differ:
+                raise UsageError(
+                    f'{self.folder} holds another preparation: {", ".join(differ)} differs; take another --out'
+                )
+        record.write_json(path, plan)
+
+    def file(self, unit, split):
+        """The name of a unit's shard of `split`."""
+        shard = f'{unit.number:05}-of-{unit.count:05}'
+        if self.format == 'tokens':
+            return f'{split}-{shard}.bin'
+        return f'{dataset_name(self.data.name)}-{split}.array_record-{shard}'
+
+    def result(self, unit):
+        """What a finished unit counted; None where its input has another size since, or a shard is not whole."""
+        try:
+            result = json.loads(pathlib.Path(self.folder, NOTES, f'{unit.name}.json').read_text())
+            whole = [
+                pathlib.Path(self.folder, result[split]['file']).stat().st_size == result[split]['size']
+                for split in unit.splits
+            ]
+        except (OSError, ValueError, KeyError):
+            return None
+        return result if all(whole) and result['input_size'] == unit.size else None
+
+    def finish(self, results):
+        """Writes what makes the shards a data set."""
+        if self.format == 'tfds':
+            from mixln_jax.data import datasets
+
+            datasets.write_description(self.folder, dataset_name(self.data.name), FIELDS, _of_splits(results))
+            return
+        self.tokenizer.save(pathlib.Path(self.folder, 'tokenizer'))
+        about = {
+            'mode': self.data.mode,
+            'seq_length': self.seq_length,
+            'dtype': layout.dtype_for(self.tokenizer.vocab_size).str,
+            'pad_id': self.tokenizer.pad_id,
+            'eos_id': self.tokenizer.eos_id,
+            'tokenizer': self.tokenizer.fingerprint,
+            'splits': _of_splits(results),
+        }
+        record.write_json(pathlib.Path(self.folder, prepared.DESCRIPTION), about)
+
+    def usage(self):
+        """The keys that train on the data set."""
+        if self.format == 'tfds':
+            return f'--config.data.source=tfds --config.data.name={self.data.name} --config.data.data_dir={self.out}'
+        return (
+            f'--config.data.source=tokens --config.data.path={self.out} --config.data.tokenizer={self.tokenizer.kind} '
+            f'--config.data.mode={self.data.mode} --config.seq_length={self.seq_length}'
+        )
+
+
+def _of_splits(results):
+    """{split: what is known of its shards, in order}."""
+    return {split: [result[split] for result in results if split in result] for split in ('train', 'validation')}
+
+
+def dataset_name(name):
+    """The first part of a data set's name, which its files bear: 'c4' of 'c4/en:3.1.0'."""
+    return name.partition(':')[0].partition('/')[0]
+
+
+def folder(out: str, format: str, name: str) -> pathlib.Path:
+    """Where the shards lie: tokens in `out`, a data set in TFDS's layout below it, as version 3.1.0 if none is named
+    (C4's, under which TFDS knows it)."""
+    out = pathlib.Path(out).expanduser()
+    name, _, version = name.partition(':')
+    return out / name / (version or '3.1.0') if format == 'tfds' else out
+
+
+def write(job: Job, unit: Unit, report: Callable, limit: int | None = None) -> dict:
+    """Writes the shards of a unit and returns what it counted.
+
+    Every shard is written under another name, then renamed; the counts, written last, make the unit finished.
+
+    Args:
+        report: called with the totals so far (bytes as stored, documents, bytes of text); may raise to stop.
+        limit: bytes of text after which to stop, for a sample.
+
+    Raises:
+        DataError as the source does; UsageError where another process writes the same unit.
+    """
+    with _locked(pathlib.Path(job.folder, NOTES), unit.name):
+        if result := job.result(unit):
+            return result
+        documents = reading(job.data, unit, job.skip_bad)
+        num_documents = num_bytes = 0
+        with contextlib.ExitStack() as closing:
+            writers = {
+                split: closing.enter_context(_WRITERS[job.format](job, pathlib.Path(job.folder, job.file(unit, split))))
+                for split in unit.splits
+            }
+            for decides, document in documents:
+                split = unit.split or ('validation' if rank(decides.encode()) < job.first else 'train')
+                writers[split].add(document)
+                num_documents += 1
+                num_bytes += len(document['text'])
+                report(documents.position, num_documents, num_bytes)
+                if limit and num_bytes > limit:
+                    break
+            result = {split: writer.finish() for split, writer in writers.items()}
+        result |= {'input_size': unit.size} | {
+            name: getattr(documents, name) for name in ('empty', 'bad', 'skipped', 'position')
+        }
+        report(documents.position, num_documents, num_bytes)
+        record.write_json(pathlib.Path(job.folder, NOTES, f'{unit.name}.json'), result)
+        return result
+
+
+@contextlib.contextmanager
+def _locked(notes, name):
+    notes.mkdir(exist_ok=True)
+    path = notes / f'{name}.lock'
+    with path.open('w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f'{path}: another process prepares this shard') from None
+        yield
+        path.unlink(missing_ok=True)
+
+
+class _Shard:
+    """A file that has its name only when it is whole."""
+
+    def __init__(self, job, path):
+        self._job, self._path, self._partial = job, path, path.with_name(f'{path.name}.partial')
+        self._documents = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._partial.unlink(missing_ok=True)
+
+    def _close(self, **counts):
+        descriptor = os.open(self._partial, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        size = self._partial.stat().st_size
+        self._partial.rename(self._path)
+        return {'file': self._path.name, 'size': size, 'documents': self._documents} | counts
+
+
+class _Records(_Shard):
+    """An ArrayRecord shard of TFDS examples, one record a chunk as random access wants it."""
+
+    def __init__(self, job, path):
+        import tensorflow_datasets as tfds
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        super().__init__(job, path)
+        self._features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in FIELDS})
+        self._writer = ArrayRecordWriter(str(self._partial), 'group_size:1')
+        self._bytes = 0
+
+    def add(self, document):
+        values = {name: value if isinstance(value := document.get(name), str) else '' for name in FIELDS}
+        example = self._features.serialize_example(values)
+        self._writer.write(example)
+        self._documents += 1
+        self._bytes += len(example)
+
+    def finish(self):
+        self._writer.close()
+        return self._close(bytes=self._bytes)
+
+    def __exit__(self, *error):
+        if self._writer.is_open():
+            self._writer.close()
+        super().__exit__(*error)
+
+
+class _Tokens(_Shard):
+    """Rows of tokens."""
+
+    def __init__(self, job, path):
+        super().__init__(job, path)
+        tokenizer = job.tokenizer
+        of = layout.Layout(job.data.mode, tokenizer.pad_id, tokenizer.eos_id)
+        self._fill = layout.FILL[job.data.mode](job.seq_length, of, self._write)
+        self._dtype = layout.dtype_for(tokenizer.vocab_size)
+        self._limit = job.seq_length - 1 if job.data.mode == 'pad' else None
+        self._file = self._partial.open('wb')
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._rows = 0
+
+    def add(self, document):
+        self._fill.add(self._job.tokenizer.encode(document['text'], self._limit))
+        self._documents += 1
+
+    def finish(self):
+        self._fill.close()
+        self._file.close()
+        return self._close(rows=self._rows, digest=self._digest.hexdigest())
+
+    def __exit__(self, *error):
+        self._file.close()
+        super().__exit__(*error)
+
+    def _write(self, block):
+        content = block.astype(self._dtype).tobytes()
+        self._file.write(content)
+        self._digest.update(content)
+        self._rows += len(block)
+
+
+_WRITERS = {'tfds': _Records, 'tokens': _Tokens}

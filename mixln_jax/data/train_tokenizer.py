@@ -1,0 +1,124 @@
+"""Trains a byte-level BPE: `python -m mixln_jax.data.train_tokenizer --source ... --vocab-size N --out DIR`."""
+
+from mixln_jax.exits import stop
+
+if __name__ == '__main__':
+    stop.install()  # before the imports, and for good: there is nothing to save before the end
+
+# ruff: noqa: E402
+import argparse
+import pathlib
+import sys
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mixln_jax import config, exits
+from mixln_jax.data.sources import Source, open_source
+from mixln_jax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer, write
+from mixln_jax.exits import UsageError
+
+SPECIALS = ['<pad>', '</s>', '<s>']  # 0, 1, 2; bytes need no token for the unknown
+SMALLEST = len(SPECIALS) + 256 + 1  # specials, bytes and a merge
+MEASURED = 10**7  # bytes of text on which the mean is taken
+
+
+def train(source: Source, vocab_size: int) -> bytes:
+    """The tokenizer.json of a byte-level BPE of at most `vocab_size` ids, fewer where too few pairs occur twice.
+
+    Equal texts give equal bytes. Documents are read one after the other; what stays in memory are their different
+    words.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((source[i] for i in range(len(source))), trainer)
+    return tokenizer.to_str(pretty=True).encode() + b'\n'
+
+
+def bytes_per_token(source: Source, tokenizer: Tokenizer) -> tuple[float, int]:
+    """The mean over the first documents, 10 MB or all if that is less, and the bytes of those documents."""
+    size = ids = 0
+    for i in range(len(source)):
+        text = source[i]
+        size += len(text.encode())
+        ids += len(tokenizer.encode(text))
+        if size >= MEASURED:
+            break
+    return size / ids, size
+
+
+def run(options):
+    """Trains on what `options`, of `parse`, name, writes the tokenizer and prints what came out."""
+    data = config.Data(source=options.source, path=options.path, name=options.name, data_dir=options.data_dir)
+    source = open_source(data, 'train')
+    out = pathlib.Path(options.out).expanduser()
+    path = out if out.suffix == '.json' else out / 'tokenizer.json'
+    path.parent.mkdir(parents=True, exist_ok=True)  # or fails before the work, not after it
+    print(f'training on {len(source):,} documents', flush=True)
+    body = train(source, options.vocab_size)
+    if path == out:
+        write(path, body)
+        tokenizer = open_tokenizer(config.Data(tokenizer='huggingface', tokenizer_path=str(path)))
+    else:
+        tokenizer = HuggingFace({'tokenizer.json': body, 'tokenizer_config.json': b'{}'}, str(out))
+        tokenizer.save(out)
+    if tokenizer.vocab_size < options.vocab_size:
+        print(
+            f'mixln_jax: warning: only {tokenizer.vocab_size:,} of {options.vocab_size:,} ids: no other pair of tokens '
+            'occurs twice in a word of this text',
+            file=sys.stderr,
+        )
+    mean, size = bytes_per_token(source, tokenizer)
+    print(
+        f'{tokenizer.vocab_size:,} ids, {mean:.2f} bytes a token on the first {size / 1e6:.1f} MB of the text',
+        f'written to {out}; to use it:',
+        f'--config.data.tokenizer=huggingface --config.data.tokenizer_path={path} '
+        f'--config.model.vocab_size={tokenizer.vocab_size}',
+        sep='\n',
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f'{message}; --help lists the options')
+
+
+def parse(argv):
+    """The options behind the command. Raises UsageError; --help prints and exits with 0."""
+    parser = _Parser(
+        prog='python -m mixln_jax.data.train_tokenizer',
+        description='Trains a byte-level BPE vocabulary on the training split of a source.',
+        allow_abbrev=False,
+    )
+    defaults = config.Data()
+    sources = 'stdlib', 'jsonl', 'text', 'tfds'
+    parser.add_argument('--source', required=True, choices=sources, help='kind of source, as config.data.source')
+    parser.add_argument('--path', default='', metavar='FILES', help='files of jsonl or text: paths or globs, commas')
+    parser.add_argument('--name', default=defaults.name, help='name of a tfds data set [%(default)s]')
+    parser.add_argument('--data-dir', default='', metavar='DIR', help='folder or gs:// bucket of tfds data sets')
+    parser.add_argument('--vocab-size', required=True, type=int, metavar='N', help=f'ids, at least {SMALLEST}')
+    parser.add_argument('--out', required=True, metavar='DIR|FILE.json', help='folder, or the tokenizer.json alone')
+    parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
+    options = parser.parse_args(argv)
+    if options.vocab_size < SMALLEST:
+        raise UsageError(f'--vocab-size {options.vocab_size} is too small: specials, bytes and a merge are {SMALLEST}')
+    if options.source in ('jsonl', 'text') and not options.path:
+        raise UsageError(f'--path FILES is missing; --source {options.source} needs it')
+    return options
+
+
+def main(argv):
+    """The command; returns its exit code."""
+    return exits.call(lambda: run(parse(argv)), show_traceback='--traceback' in argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,258 @@
+"""Whole runs on prepared data: the path that C4 takes, a record that fails, what may not change, inspect."""
+
+import json
+import pathlib
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mixln_jax import config as configs
+from mixln_jax import exits, main
+from mixln_jax.data import batches, datasets, inspect, prepare, train_tokenizer
+from mixln_jax.exits import DataError, Stopped, UsageError
+
+WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    """A JSONL file."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp('data') / 'c4.jsonl'
+    texts = (f'{number} ' + ' '.join(rng.choice(WORDS, rng.integers(2, 12))) for number in range(120))
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    return path
+
+
+@pytest.fixture(scope='module')
+def dataset(corpus, tmp_path_factory):
+    """A data_dir with c4/en in it."""
+    out = tmp_path_factory.mktemp('tfds')
+    prepare.prepare(configs.Data(source='jsonl', path=str(corpus)), str(out), format='tfds')
+    return out
+
+
+def tokens(corpus, out, mode, tokenizer_path=''):
+    """A folder of prepared rows."""
+    kind = 'huggingface' if tokenizer_path else 'bytes'
+    data = configs.Data(source='jsonl', path=str(corpus), mode=mode, tokenizer=kind, tokenizer_path=tokenizer_path)
+    prepare.prepare(data, str(out), format='tokens', seq_length=16)
+    return out
+
+
+def recipe(**changes):
+    """A tiny network that reads c4/en, as the paper recipes do."""
+    config = configs.load(str(pathlib.Path(__file__).parents[1] / 'configs' / 'llama_9m.py'))
+    config.batch_size, config.seq_length, config.num_steps, config.log_every = 8, 16, 6, 1
+    config.compute_dtype, config.device = 'float32', 'cpu'
+    config.model.update(vocab_size=300, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
+    config.data.tokenizer = 'bytes'
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+def lines_of(workdir):
+    lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+    return [{name: value for name, value in line.items() if not name.startswith('perf/')} for line in lines]
+
+
+def stop_at(step, config, workdir):
+    """Runs until a signal comes behind `step`."""
+    stop, evaluation = exits.Stop(), main.hooks.evaluation
+    main.hooks.evaluation = lambda *args: (step, lambda number, state: setattr(stop, 'requested', 'SIGTERM'))
+    try:
+        with pytest.raises(Stopped):
+            main.run(config, workdir, stop)
+    finally:
+        main.hooks.evaluation = evaluation
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Every training batch that a run takes, in order."""
+    taken, read = [], main.batches.read
+
+    def watched(dataset, start, workers):
+        for batch in read(dataset, start, workers):
+            taken.append(batch)
+            yield batch
+
+    monkeypatch.setattr(main.batches, 'read', watched)
+    return taken
+
+
+class TestSources:
+    def test_tokens_train_as_text_does(self, corpus, dataset, tmp_path):
+        main.run(recipe(**{'data.data_dir': str(dataset)}), tmp_path / 'text')
+        made = tokens(corpus, tmp_path / 'tokens', 'pad')
+        main.run(recipe(**{'data.source': 'tokens', 'data.path': str(made)}), tmp_path / 'rows')
+        assert lines_of(tmp_path / 'text') == lines_of(tmp_path / 'rows')
+        shares = [line['train/real_token_frac'] for line in lines_of(tmp_path / 'text')]
+        assert all(0.2 < share <= 15 / 16 for share in shares)
+
+    @pytest.mark.parametrize('mode', ['pack', 'concat'])
+    def test_modes_resume_exactly(self, corpus, tmp_path, mode):
+        made = tokens(corpus, tmp_path / 'tokens', mode)
+        config = recipe(**{'data.source': 'tokens', 'data.path': str(made), 'data.mode': mode})
+        main.run(config, tmp_path / 'whole')
+        stop_at(3, config, tmp_path / 'stopped')
+        assert len(lines_of(tmp_path / 'stopped')) == 3
+        main.run(config, tmp_path / 'stopped')
+        assert lines_of(tmp_path / 'stopped') == lines_of(tmp_path / 'whole')
+
+    def test_a_wait_for_data_is_told_once(self, dataset, tmp_path, monkeypatch, capsys):
+        read = main.batches.read
+
+        def slow(dataset, start, workers):
+            for batch in read(dataset, start, workers):
+                time.sleep(0.3)
+                yield batch
+
+        monkeypatch.setattr(main.batches, 'read', slow)
+        monkeypatch.setattr(main.train, 'PATIENCE', 0.5)
+        main.run(recipe(**{'data.data_dir': str(dataset)}), tmp_path)
+        [warning] = [line for line in capsys.readouterr().err.splitlines() if 'waiting for data' in line]
+        assert 'data.workers' in warning and 'data.prepare' in warning
+
+
+class TestAFailingRecord:
+    def test_names_it_keeps_what_is_trained_and_goes_on_when_it_is_mended(self, dataset, tmp_path):
+        data_dir = shutil.copytree(dataset, tmp_path / 'data')
+        config = recipe(**{'data.data_dir': str(data_dir), 'num_steps': 12})
+        main.run(config, tmp_path / 'whole')
+
+        [shard] = (data_dir / 'c4/en/3.1.0').glob('c4-train*')
+        whole = shard.read_bytes()
+        for at in range(3000, len(whole), 97):  # until a flipped byte breaks just one record, and not an early one
+            shard.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+            broken = unreadable(data_dir)
+            of = [s for s in range(2, 12) if len(broken) == 1 and broken[0] in batches.order(range(100), 0, s * 8, 8)]
+            if of:
+                break
+        [number], step = broken, of[0] + 1
+        with pytest.raises(DataError, match=f'{shard.name}, record {number}: cannot be read'):
+            main.run(config, tmp_path / 'run')
+        assert [line['step'] for line in lines_of(tmp_path / 'run')] == list(range(1, step))
+        assert (tmp_path / 'run' / 'checkpoints' / str(step - 1)).is_dir()
+        shard.write_bytes(whole)
+        main.run(config, tmp_path / 'run')
+        assert lines_of(tmp_path / 'run') == lines_of(tmp_path / 'whole')
+
+
+def unreadable(data_dir):
+    """Numbers of the records that cannot be read; none where the damage shows before."""
+    broken = []
+    try:
+        of = datasets.Dataset('c4/en', 'train', str(data_dir))
+    except DataError:
+        return broken
+    for i in range(len(of)):
+        try:
+            of[i]
+        except DataError:
+            broken.append(i)
+    return broken
+
+
+@pytest.fixture(scope='module')
+def stopped(dataset, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('run')
+    stop_at(2, recipe(**{'data.data_dir': str(dataset)}), workdir)
+    return workdir
+
+
+class TestRefusals:
+    """A run goes on with the data that it has seen, or not at all."""
+
+    @pytest.mark.parametrize(
+        'key, value',
+        [('data.mode', 'concat'), ('data.seed', 1), ('data.name', 'c4'), ('seq_length', 8), ('batch_size', 16)],
+    )
+    def test_configuration(self, dataset, stopped, tmp_path, key, value):
+        workdir = shutil.copytree(stopped, tmp_path / 'run')
+        with pytest.raises(UsageError, match=f'another configuration: {key} '):
+            main.run(recipe(**{'data.data_dir': str(dataset), key: value}), workdir)
+
+    def test_text(self, corpus, stopped, tmp_path):
+        workdir = shutil.copytree(stopped, tmp_path / 'run')
+        other = tmp_path / 'other.jsonl'
+        other.write_text(corpus.read_text().replace('queen', 'kings'))
+        prepare.prepare(configs.Data(source='jsonl', path=str(other)), str(tmp_path), format='tfds')
+        with pytest.raises(UsageError, match='seen other data: data.fingerprint.source differs'):
+            main.run(recipe(**{'data.data_dir': str(tmp_path)}), workdir)
+
+    def test_vocabulary(self, corpus, dataset, tmp_path):
+        for number, text in enumerate(['the quick brown fox', 'another text that has other pairs']):
+            vocabulary = train_tokenizer.train([text] * 20, 262)
+            (tmp_path / f'{number}.json').write_bytes(vocabulary)
+        config = recipe(**{'data.data_dir': str(dataset), 'data.tokenizer': 'huggingface'})
+        config.data.tokenizer_path = str(tmp_path / '0.json')
+        stop_at(2, config, tmp_path / 'run')
+        config.data.tokenizer_path = str(tmp_path / '1.json')
+        with pytest.raises(UsageError, match='seen other data: data.fingerprint.tokenizer differs'):
+            main.run(config, tmp_path / 'run')
+
+
+class TestInspect:
+    @pytest.mark.parametrize('mode', ['pad', 'pack', 'concat'])
+    def test_shows_what_the_step_saw(self, corpus, tmp_path, seen, mode, capsys):
+        made = tokens(corpus, tmp_path / 'tokens', mode)
+        config = recipe(**{'data.source': 'tokens', 'data.path': str(made), 'data.mode': mode, 'data.seed': 5})
+        main.run(config, tmp_path / 'run')
+        training = seen[:6]
+        for step in (1, 4, 6):
+            shown = list(inspect.inspect(tmp_path / 'run', step))
+            assert len(shown) == 8
+            for name, values in training[step - 1].items():
+                np.testing.assert_array_equal([row[name] for row in shown], values)
+            assert all('train-00000-of-00001.bin, row ' in row['origin'] for row in shown)
+        assert inspect.main(['--workdir', str(tmp_path / 'run'), '--step', '10000000', '--rows', '1', '--json']) == 0
+        [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith('{')]
+        assert json.loads(row)['row'] == 0
+
+    def test_texts_are_the_documents(self, dataset, tmp_path, capsys):
+        main.run(recipe(**{'data.data_dir': str(dataset), 'num_steps': 1}), tmp_path)
+        of = datasets.Dataset('c4/en', 'train', str(dataset))
+        for row in inspect.inspect(tmp_path, 3):
+            number = int(row['origin'].rpartition(' ')[2])
+            assert row['text'] == [of[number].encode()[:15].decode()]
+        capsys.readouterr()
+        assert inspect.main(['--workdir', str(tmp_path), '--step', '3', '--rows', '2']) == 0
+        shown = capsys.readouterr().out
+        assert shown.count('targets are real') == 2 and 'weights   1*15 0' in shown
+
+    def test_bad_input(self, dataset, tmp_path, capsys):
+        data_dir = shutil.copytree(dataset, tmp_path / 'data')
+        run = tmp_path / 'run'
+        main.run(recipe(**{'data.data_dir': str(data_dir), 'num_steps': 1}), run)
+        capsys.readouterr()
+        other = tmp_path / 'other.jsonl'
+        other.write_text(''.join(json.dumps({'text': f'other {i}'}) + '\n' for i in range(120)))
+        for words, code, message in (
+            (['--workdir', str(tmp_path / 'none'), '--step', '1'], 2, 'none/config.json is not the configuration'),
+            (['--workdir', str(run), '--step', '0'], 2, '--step counts from 1'),
+            (['--workdir', str(run), '--step', 'x'], 2, '--step'),
+            (['--workdir', str(run)], 2, '--step'),
+        ):
+            assert inspect.main(words) == code
+            error = capsys.readouterr().err
+            assert message in error and error.count('\n') == 1
+        shutil.rmtree(data_dir)
+        prepare.prepare(configs.Data(source='jsonl', path=str(other)), str(data_dir), format='tfds')
+        capsys.readouterr()
+        assert inspect.main(['--workdir', str(run), '--step', '1']) == 4
+        assert 'the data is not what the run in' in capsys.readouterr().err
+
+
+def test_config_of_a_run_is_read_back(dataset, tmp_path):
+    config = recipe(**{'data.data_dir': str(dataset), 'num_steps': 1, 'model.num_layers': 2})
+    main.run(config, tmp_path)
+    read = configs.read(tmp_path / 'config.json')
+    built = configs.build(config)
+    assert read.model.norm_position == 'post,pre'
+    assert jax.tree.map(str, configs.flatten(read) | {'model.norm_position': 'mix'}) == jax.tree.map(
+        str, configs.flatten(built)
+    )

@@ -1,0 +1,435 @@
+"""Rows: how documents fill them, and the three kinds that have them by number."""
+
+import dataclasses
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from mixln_jax import config
+from mixln_jax.data import layout, prepare, prepared, rows, tokenizers
+from mixln_jax.data.layout import Layout
+from mixln_jax.exits import DataError, UsageError
+
+PAD, EOS = 0, 1
+T = 8
+EDGES = [0, 1, 2, T - 1, T, T + 1, 2 * T, 3 * T + 1]
+
+
+class Texts(list):
+    """The simplest source."""
+
+    fingerprint = '0'
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+    def origin(self, i):
+        return f'text {i}'
+
+
+def distinct(lengths):
+    """Documents of these lengths in which no id comes twice; none is PAD or EOS."""
+    ends = 2 + np.cumsum([0, *lengths])
+    return [np.arange(start, start + length) for start, length in zip(ends, lengths, strict=False)]
+
+
+def random_lengths(seed, count=1000):
+    rng = np.random.default_rng(seed)
+    return [*EDGES, *rng.integers(0, 3 * T, count // 4), *rng.integers(T // 2 + 1, T, count)]
+
+
+def fill(mode, documents, of=None, length=T):
+    """The rows [n, T+1] that documents fill."""
+    rows = [np.empty((0, length + 1), int)]
+    filling = layout.FILL[mode](length, of or Layout(mode, PAD, EOS), lambda block: rows.append(block.copy()))
+    for ids in documents:
+        filling.add(ids)
+    filling.close()
+    return np.concatenate(rows)
+
+
+def batch(mode, documents):
+    return Layout(mode, PAD, EOS).batch(fill(mode, documents))
+
+
+def pieces_of(ids):
+    tokens = [*ids, EOS]
+    return [tokens[start : start + T + 1] for start in range(0, len(tokens) - 1, T)]
+
+
+def packed(documents, num_open):
+    """What `pack` says, as rows of pieces."""
+    done, open_rows = [], [[] for _ in range(num_open)]
+    for ids in documents:
+        *whole, last = pieces_of(ids) or [None]
+        done += [[piece] for piece in whole]
+        if last is None:
+            continue
+        used = [sum(map(len, row)) for row in open_rows]
+        room = [i for i in range(num_open) if used[i] + len(last) <= T + 1]
+        at = room[0] if room else used.index(max(used))
+        if not room:
+            done.append(open_rows[at])
+            open_rows[at] = []
+        open_rows[at].append(last)
+    return done + [row for row in open_rows if row]
+
+
+def expected(row):
+    """The batch of a row of pieces, token by token."""
+    made = {name: [0] * T for name in ('inputs', 'targets', 'weights', 'segments', 'positions')}
+    tokens = [token for piece in row for token in piece]
+    tokens += [PAD] * (T + 1 - len(tokens))
+    made['inputs'], made['targets'] = tokens[:-1], tokens[1:]
+    at = 0
+    for segment, piece in enumerate(row, 1):
+        for position in range(len(piece)):
+            if at < T:  # the last token of all is a target only
+                made['segments'][at], made['positions'][at] = segment, position
+                made['weights'][at] = float(position + 1 < len(piece))
+            at += 1
+    return made
+
+
+def pairs(batch):
+    """All (input, target) that count, sorted."""
+    real = batch['weights'] == 1
+    return sorted(zip(batch['inputs'][real].tolist(), batch['targets'][real].tolist(), strict=True))
+
+
+def assert_same(got, wanted):
+    assert got.keys() == wanted.keys()
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(got[name], values, err_msg=name)
+
+
+class TestLayout:
+    @pytest.mark.parametrize('pad_id', [PAD, EOS])
+    @pytest.mark.parametrize('length', EDGES)
+    def test_pad(self, length, pad_id):
+        [ids] = distinct([length])
+        of = Layout('pad', pad_id, EOS)
+        tokens = fill('pad', [ids], of)
+        kept = [*ids[: T - 1].tolist(), EOS]
+        wanted = kept + [pad_id] * (T + 1 - len(kept))
+        assert tokens.tolist() == [wanted]
+        weights = [[1.0] * (len(kept) - 1) + [0.0] * (T - len(kept) + 1)]
+        assert_same(of.batch(tokens), {'inputs': [wanted[:-1]], 'targets': [wanted[1:]], 'weights': weights})
+
+    @pytest.mark.parametrize('num_open', [1, 3, layout.OPEN_ROWS])
+    @pytest.mark.parametrize('seed', range(3))
+    def test_pack(self, monkeypatch, seed, num_open):
+        monkeypatch.setattr(layout, 'OPEN_ROWS', num_open)
+        documents = distinct(random_lengths(seed))
+        wanted = [expected(row) for row in packed(documents, num_open)]
+        assert_same(batch('pack', documents), {name: np.array([row[name] for row in wanted]) for name in wanted[0]})
+
+    def test_pack_with_one_id_for_padding_and_ends(self):
+        documents = distinct(random_lengths(3))
+        of = Layout('pack', EOS, EOS)
+        got, wanted = of.batch(fill('pack', documents, of)), batch('pack', documents)
+        wanted |= {name: np.where(wanted[name] == PAD, EOS, wanted[name]) for name in ('inputs', 'targets')}
+        assert_same(got, wanted)
+
+    @pytest.mark.parametrize('seed', range(3))
+    def test_pack_has_every_token_but_a_first_as_a_target_once(self, seed):
+        documents = distinct(random_lengths(seed))
+        wanted = [pair for ids in documents for pair in zip(ids.tolist(), [*ids.tolist(), EOS][1:], strict=True)]
+        assert pairs(batch('pack', documents)) == sorted(wanted)
+
+    def test_packing_wastes_little(self):
+        lengths = np.random.default_rng(0).lognormal(5.5, 1, 2000).astype(int)  # C4's are much like that
+        assert np.mean(fill('pack', distinct(lengths), length=256) == PAD) < 0.05
+
+    @pytest.mark.parametrize('block', [1, layout.BLOCK])
+    @pytest.mark.parametrize('seed', range(3))
+    def test_concat(self, monkeypatch, seed, block):
+        monkeypatch.setattr(layout, 'BLOCK', block)
+        documents = distinct(random_lengths(seed))
+        stream = [token for ids in documents for token in (*ids.tolist(), EOS)]
+        wanted = [stream[start : start + T + 1] for start in range(0, len(stream) - T, T)]
+        assert fill('concat', documents).tolist() == wanted and len(wanted) > layout.BLOCK
+        got = batch('concat', documents)
+        assert pairs(got) == sorted(zip(stream, stream[1 : T * len(wanted) + 1], strict=False))
+        assert got.keys() == {'inputs', 'targets', 'weights'} and (got['weights'] == 1).all()
+
+    @pytest.mark.parametrize('mode', layout.FILL)
+    def test_types(self, mode):
+        tokens = fill(mode, distinct([5, 20])).astype('<u2')
+        types = {name: (values.dtype, values.shape) for name, values in Layout(mode, PAD, EOS).batch(tokens).items()}
+        assert types.pop('weights') == (np.float32, (len(tokens), T))
+        assert set(types.values()) == {(np.dtype(np.int32), (len(tokens), T))}
+
+    @pytest.mark.parametrize('mode', layout.FILL)
+    def test_no_documents(self, mode):
+        assert len(fill(mode, [])) == 0
+
+    def test_dtype(self):
+        assert [layout.dtype_for(size).str for size in (259, 2**16, 2**16 + 1)] == ['<u2', '<u2', '<u4']
+
+
+TEXTS = Texts(['abc', '', 'größer', 'x' * 100, 'y', *(f'text {i}' for i in range(40))])
+
+
+def all_tokens(of):
+    return of.tokens(np.arange(len(of)))
+
+
+def make(mode, source=TEXTS, tokenizer=None, seq_length=T):
+    tokenizer = tokenizer or tokenizers.Bytes()
+    if mode == 'pad':
+        return rows.Documents(source, tokenizer, seq_length)
+    return rows.InMemory(source, tokenizer, mode, seq_length)
+
+
+class Large(tokenizers.Bytes):
+    """Bytes among many ids that no text has."""
+
+    vocab_size, pad_id, eos_id, fingerprint = 10**6, 10**6 - 2, 10**6 - 1, 'large'
+
+
+class TestRows:
+    @pytest.mark.parametrize('mode', layout.FILL)
+    @pytest.mark.parametrize('tokenizer', [tokenizers.Bytes(), Large()])
+    def test_tokens(self, mode, tokenizer):
+        made = make(mode, tokenizer=tokenizer)
+        wanted = fill(mode, [np.array([*text.encode()], int) for text in TEXTS], made.layout)
+        assert made.layout == Layout(mode, tokenizer.pad_id, tokenizer.eos_id)
+        np.testing.assert_array_equal(all_tokens(made), wanted)
+        np.testing.assert_array_equal(made.tokens([3, 0, 3]), [wanted[3], wanted[0], wanted[3]])
+
+    def test_origin(self):
+        assert make('pad').origin(3) == 'text 3'
+        assert make('pack').origin(3) == 'row 3'
+        with pytest.raises(IndexError):
+            make('pack').origin(1000)
+
+    def test_documents_ask_for_no_more_ids_than_a_row_has(self):
+        class Counting(tokenizers.Bytes):
+            def encode(self, text, limit=None):
+                assert limit == T - 1
+                return super().encode(text, limit)
+
+        make('pad', tokenizer=Counting()).tokens([0, 3])
+
+    @pytest.mark.parametrize('mode', layout.FILL)
+    def test_pickle(self, mode):
+        made = make(mode)
+        copy = pickle.loads(pickle.dumps(made))
+        np.testing.assert_array_equal(all_tokens(copy), all_tokens(made))
+        assert (copy.layout, copy.fingerprint) == (made.layout, made.fingerprint)
+
+    @pytest.mark.parametrize('mode', layout.FILL)
+    def test_fingerprint(self, mode):
+        other = Texts(TEXTS)
+        other.fingerprint = 'other'
+        first = make(mode).fingerprint
+        assert first == {'source': '0', 'tokenizer': tokenizers.Bytes().fingerprint, 'mode': mode, 'seq_length': T}
+        assert make(mode, other).fingerprint == first | {'source': 'other'}
+        assert make(mode, tokenizer=Large()).fingerprint == first | {'tokenizer': 'large'}
+        assert make(mode, seq_length=T + 1).fingerprint == first | {'seq_length': T + 1}
+
+    @pytest.mark.parametrize('mode, texts', [('concat', ['abc', 'defg'[:3]]), ('pack', ['', ''])])
+    def test_not_enough_text(self, mode, texts):
+        with pytest.raises(DataError, match='not enough for one row of config.seq_length=8'):
+            make(mode, Texts(texts))
+        assert len(make(mode, Texts([*texts, 'a']))) == 1
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two files of text."""
+    for name in 'ab':
+        lines = [json.dumps({'text': f'{name}{i} ' * (i % 7 + 1)}) + '\n' for i in range(60)]
+        (tmp_path / f'{name}.jsonl').write_text(''.join(lines))
+    return config.Data(source='jsonl', path=f'{tmp_path}/*.jsonl', tokenizer='bytes')
+
+
+def prepare_to(folder, data, mode='pad', **changes):
+    """Prepares `data`; the keys that then read it."""
+    data = dataclasses.replace(data, mode=mode)
+    assert prepare.prepare(data, str(folder), format='tokens', seq_length=T, **changes)
+    return dataclasses.replace(data, source='tokens', path=str(folder))
+
+
+def describe(folder, **changes):
+    path = folder / 'tokens.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def open_(data, split='train', **changes):
+    tokenizer = rows.open_tokenizer(data)
+    return rows.open_rows(data, split, tokenizer, **{'seq_length': T, 'vocab_size': 300} | changes)
+
+
+class TestPrepared:
+    @pytest.fixture
+    def folder(self, tmp_path, data):
+        prepare_to(tmp_path / 'out', data)
+        return tmp_path / 'out'
+
+    @pytest.mark.parametrize('mode', layout.FILL)
+    @pytest.mark.parametrize('split', ['train', 'validation'])
+    def test_rows_are_those_of_the_text(self, tmp_path, data, mode, split):
+        data = dataclasses.replace(data, mode=mode, path=f'{tmp_path}/a.jsonl')
+        made, wanted = open_(prepare_to(tmp_path / 'out', data, mode), split), open_(data, split)
+        np.testing.assert_array_equal(all_tokens(made), all_tokens(wanted))
+        assert made.layout == wanted.layout
+        assert made.fingerprint == wanted.fingerprint | {'source': made.fingerprint['source']}
+
+    def test_origin(self, tmp_path, data, folder):
+        made = prepared.Prepared(str(folder), 'train')
+        shards = sorted(folder.glob('train-*.bin'))
+        found = np.concatenate([np.fromfile(shard, '<u2').reshape(-1, T + 1) for shard in shards])
+        np.testing.assert_array_equal(all_tokens(made), found)
+        count = os.path.getsize(shards[0]) // (2 * (T + 1))
+        assert made.origin(count - 1) == f'{shards[0]}, row {count - 1}'
+        assert made.origin(count) == f'{shards[1]}, row 0'
+        with pytest.raises(IndexError):
+            made.origin(len(made))
+
+    def test_pickle(self, folder):
+        made = prepared.Prepared(str(folder), 'train')
+        wanted = all_tokens(made)
+        copy = pickle.loads(pickle.dumps(made))
+        np.testing.assert_array_equal(all_tokens(copy), wanted)
+        assert copy.fingerprint == made.fingerprint
+        copy = pickle.loads(pickle.dumps(made))
+        for shard in folder.glob('*.bin'):
+            shard.unlink()
+        with pytest.raises(DataError, match='cannot be read'):  # in its process it opens the files itself
+            copy.tokens([0])
+
+    def test_fingerprint(self, tmp_path, data, folder):
+        def fingerprint(name, split='train'):
+            return prepared.Prepared(str(tmp_path / name), split).fingerprint['source']
+
+        prepare_to(tmp_path / 'again', data)
+        (tmp_path / 'b.jsonl').write_text((tmp_path / 'b.jsonl').read_text().replace('b1 ', 'c1 '))
+        prepare_to(tmp_path / 'other', data)
+        assert fingerprint('again') == fingerprint('out') != fingerprint('other')
+        assert fingerprint('out', 'validation') != fingerprint('out')
+
+    def test_home(self, tmp_path, monkeypatch, folder):
+        monkeypatch.setenv('HOME', str(tmp_path))
+        data = config.Data(source='tokens', path='~/out', tokenizer='bytes')
+        assert len(open_(data)) == len(prepared.Prepared(str(folder), 'train'))
+
+    def test_no_description(self, folder):
+        (folder / 'tokens.json').unlink()
+        for open_it in (lambda: prepared.Prepared(str(folder), 'train'), lambda: prepared.open_tokenizer(str(folder))):
+            with pytest.raises(DataError, match=f'config.data.path={folder}: no tokens.json; .*data.prepare'):
+                open_it()
+
+    @pytest.mark.parametrize('content', [b'', b'{"mode": "pad", ', b'\xff', b'[]', b'{}', b'{"splits": {}}'])
+    def test_bad_description(self, folder, content):
+        (folder / 'tokens.json').write_bytes(content)
+        with pytest.raises(DataError, match=f'{folder}/tokens.json: not what data.prepare writes'):
+            prepared.Prepared(str(folder), 'train')
+
+    @pytest.mark.parametrize(
+        'changes',
+        [{'dtype': 'x'}, {'seq_length': None}, {'splits': {'train': [{'file': 'a'}]}}, {'splits': {'train': []}}],
+    )
+    def test_bad_values(self, folder, changes):
+        describe(folder, **changes)
+        with pytest.raises(DataError, match=f'{folder}'):
+            prepared.Prepared(str(folder), 'train')
+
+    def test_no_rows(self, tmp_path, data):
+        (tmp_path / 'short.jsonl').write_text('{"text": "a"}\n')
+        data = prepare_to(tmp_path / 'out', data, 'concat', validation=f'{tmp_path}/short.jsonl')
+        assert len(open_(data)) > 0
+        with pytest.raises(DataError, match='out: no rows in split validation'):
+            open_(data, 'validation')
+
+    @pytest.mark.parametrize('size', [0, 1000])
+    def test_shard_of_another_size(self, folder, size):
+        shard = folder / 'train-00001-of-00002.bin'
+        wanted = shard.stat().st_size
+        os.truncate(shard, size)
+        with pytest.raises(DataError, match=f'^{shard}: {size} bytes, not {wanted}$'):
+            prepared.Prepared(str(folder), 'train')
+        shard.unlink()
+        with pytest.raises(DataError, match=f'^{shard}: missing$'):
+            prepared.Prepared(str(folder), 'train')
+
+    def test_shard_that_is_cut_short_while_open(self, folder):
+        made = prepared.Prepared(str(folder), 'train')
+        last = len(made) - 1
+        made.tokens([last])
+        shard = folder / 'train-00001-of-00002.bin'
+        os.truncate(shard, shard.stat().st_size - 1)
+        made.tokens([0, last - 1])
+        with pytest.raises(DataError, match=rf'^{made.origin(last)}: cut short$'):
+            made.tokens([0, last, 1])
+
+    def test_shard_that_goes_away(self, folder):
+        made = prepared.Prepared(str(folder), 'train')
+        (folder / 'train-00001-of-00002.bin').unlink()
+        made.tokens([0])
+        with pytest.raises(DataError, match='train-00001-of-00002.bin, row .*: cannot be read: No such file'):
+            made.tokens([0, len(made) - 1])
+
+    def test_disk_that_fails(self, folder, monkeypatch):
+        made = prepared.Prepared(str(folder), 'train')
+
+        def fail(*args):
+            raise OSError(5, 'Input/output error')
+
+        monkeypatch.setattr(prepared.os, 'pread', fail)
+        with pytest.raises(DataError, match='train-00000-of-00002.bin'):
+            made.tokens([0])
+
+    def test_other_tokenizer(self, folder):
+        assert prepared.open_tokenizer(str(folder)).kind == 'bytes'
+        describe(folder, tokenizer='another')
+        with pytest.raises(DataError, match=f'{folder}/tokenizer is not the tokenizer that made the rows'):
+            prepared.open_tokenizer(str(folder))
+        (folder / 'tokenizer/fingerprint.json').unlink()
+        with pytest.raises(DataError, match=f'{folder}/tokenizer'):
+            prepared.open_tokenizer(str(folder))
+
+
+class TestOpenRows:
+    @pytest.mark.parametrize(
+        'mode, kind', [('pad', rows.Documents), ('pack', rows.InMemory), ('concat', rows.InMemory)]
+    )
+    def test_text(self, data, mode, kind):
+        data = dataclasses.replace(data, mode=mode)
+        validation, train = open_(data, 'validation'), open_(data)
+        assert isinstance(train, kind) and train.layout.mode == mode
+        assert len(validation) < len(train)
+        assert validation.fingerprint['source'] != train.fingerprint['source']
+
+    def test_vocabulary(self, tmp_path, data):
+        for asked in (data, prepare_to(tmp_path / 'out', data)):
+            open_(asked, vocab_size=259)
+            with pytest.raises(UsageError, match='config.data.tokenizer=bytes has 259 ids.*vocab_size=258'):
+                open_(asked, vocab_size=258)
+
+    def test_prepared_otherwise(self, tmp_path, data):
+        data = prepare_to(tmp_path / 'out', data, 'pack')
+        assert isinstance(open_(data), prepared.Prepared)
+        with pytest.raises(UsageError, match='out holds rows of config.data.mode=pack, not pad'):
+            open_(dataclasses.replace(data, mode='pad'))
+        with pytest.raises(UsageError, match='out holds rows of config.seq_length=8, not 9'):
+            open_(data, seq_length=9)
+        with pytest.raises(UsageError, match='out was prepared with .*tokenizer=bytes, not huggingface'):
+            open_(dataclasses.replace(data, tokenizer='huggingface'))
+
+    def test_prepared_with_another_file(self, tmp_path, data, monkeypatch):
+        data = dataclasses.replace(prepare_to(tmp_path / 'out', data), tokenizer_path='vocabulary')
+        open_(data)
+        monkeypatch.setattr(tokenizers, 'open_tokenizer', lambda data: Large())
+        with pytest.raises(UsageError, match='another tokenizer than config.data.tokenizer_path'):
+            open_(data)
+
+    @pytest.mark.parametrize('mode', ['pack', 'concat'])
+    def test_data_sets_are_prepared_first(self, mode):
+        data = config.Data(tokenizer='bytes', mode=mode)
+        with pytest.raises(DataError, match=f'--source tfds --name c4/en --mode {mode} --seq-length {T}'):
+            open_(data)

@@ -1,0 +1,735 @@
+"""Tokenizers: ids, specials, long texts, files, downloads, training one."""
+
+import concurrent.futures
+import functools
+import http.server
+import io
+import json
+import os
+import pathlib
+import pickle
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers as library
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from mixln_jax import config
+from mixln_jax.data import tokenizers, train_tokenizer
+from mixln_jax.exits import DataError, UsageError
+
+T5 = {'pad_id': 0, 'eos_id': 1, 'unk_id': 2, 'bos_id': -1, 'model_type': 'unigram'}
+LLAMA = {
+    'model_type': 'bpe',
+    'byte_fallback': True,
+    'normalization_rule_name': 'identity',
+    'remove_extra_whitespaces': False,
+}
+KINDS = 't5', 'llama', 'byte_level', 'unigram', 'wordpiece'
+TEXTS = '', 'plain', 'one  two\n three', 'nul\0nul', 'größer 日本語', '🙂👩\u200d🚀', '</s> <pad><s>'
+
+
+@functools.cache
+def words():
+    rng = random.Random(0)
+    syllables = [a + b for a in 'bdfgklmnprstvz' for b in 'aeiou']
+    return [''.join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(400)]
+
+
+def prose(lines, seed=0):
+    """Lines of invented words, punctuation and numbers."""
+    rng, made = random.Random(seed), []
+    for _ in range(lines):
+        line = [rng.choice(words()) + rng.choice(['', '', '', ',', '. ', '\t', '!', f' {rng.randrange(999)}'])]
+        made.append(' '.join(line + rng.choices(words(), k=rng.randint(3, 14))))
+    return made
+
+
+@functools.cache
+def sentencepiece_model(**options):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(prose(400)), model_writer=model, vocab_size=320, minloglevel=2, **options
+    )
+    return model.getvalue()
+
+
+@functools.cache
+def byte_level():
+    return train_tokenizer.train(prose(400), 400)
+
+
+@functools.cache
+def unigram():
+    """As T5's tokenizer.json: the specials are pieces of the model too, where they have the best score of all."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(**T5))
+    vocabulary = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
+    tokenizer = library.Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(['<pad>', '</s>', '<unk>'])
+    return tokenizer.to_str().encode()
+
+
+def wordpiece():
+    pieces = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', *'abcdefghijklmnopqrstuvwxyz0123456789', '##ab', 'ba']
+    pieces += [f'##{letter}' for letter in 'abcdefghijklmnopqrstuvwxyz0123456789']
+    tokenizer = library.Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token='[UNK]'))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tokenizer.add_special_tokens(['[PAD]', '[UNK]', '[CLS]', '[SEP]'])
+    return tokenizer.to_str().encode()
+
+
+def content(name):
+    """The file of one of KINDS."""
+    if name in ('t5', 'llama'):
+        return sentencepiece_model(**(T5 if name == 't5' else LLAMA))
+    return {'byte_level': byte_level, 'unigram': unigram, 'wordpiece': wordpiece}[name]()
+
+
+def kind_of(name):
+    return 'sentencepiece' if name in ('t5', 'llama') else 'huggingface'
+
+
+def open_file(path, kind='huggingface'):
+    return tokenizers.open_tokenizer(config.Data(tokenizer=kind, tokenizer_path=str(path)))
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens one of KINDS, or bytes."""
+
+    def open_named(name):
+        if name == 'bytes':
+            return tokenizers.open_tokenizer(config.Data(tokenizer='bytes'))
+        path = tmp_path / name
+        path.write_bytes(content(name))
+        return open_file(path, kind_of(name))
+
+    return open_named
+
+
+def changed(body, **values):
+    """A tokenizer.json with other values at its top."""
+    return json.dumps(json.loads(body) | values).encode()
+
+
+# bytes
+
+
+@pytest.mark.parametrize('text', ['', 'plain', 'größer\r\n\0', '日本語', '🙂👩\u200d🚀'])
+def test_bytes_round_trip(text, opened):
+    tokenizer = opened('bytes')
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32 and ids.tolist() == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([257, *ids, 258, 256]) == text
+    assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
+
+
+def test_bytes():
+    tokenizer = tokenizers.Bytes()
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (259, 256, 257, 258)
+    assert tokenizer.byte_lengths.dtype == np.int32 and tokenizer.byte_lengths.tolist() == [1] * 256 + [0] * 3
+    assert tokenizer.decode([0xE2, 0x82, ord('a')]) == '\ufffda'
+    assert int(tokenizer.fingerprint, 16)
+
+
+def test_bytes_save(tmp_path):
+    tokenizers.Bytes().save(tmp_path / 'run/tokenizer')
+    saved = json.loads((tmp_path / 'run/tokenizer/tokenizer.json').read_text())
+    assert saved == {'kind': 'bytes', 'vocab_size': 259, 'pad_id': 256, 'bos_id': 257, 'eos_id': 258}
+
+
+# every kind
+
+
+@pytest.mark.parametrize('name', ['bytes', *KINDS])
+def test_encode(name, opened):
+    tokenizer = opened(name)
+    specials = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
+    assert tokenizer.kind == ('bytes' if name == 'bytes' else kind_of(name))
+    assert all(0 <= i < tokenizer.vocab_size for i in specials)
+    for text in [*TEXTS, *prose(20, seed=1)]:
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.int32 and ids.ndim == 1 and bool(len(ids)) == bool(text)
+        assert all(0 <= i < tokenizer.vocab_size for i in ids) and not specials & set(ids.tolist())
+        for limit in (0, 1, 3, 1000):
+            assert tokenizer.encode(text, limit).tolist() == ids[:limit].tolist()
+    assert tokenizer.byte_lengths.shape == (tokenizer.vocab_size,) and tokenizer.byte_lengths.dtype == np.int32
+    assert not any(tokenizer.byte_lengths[i] for i in specials)
+
+
+@pytest.mark.parametrize('name', ['llama', 'byte_level'])
+@pytest.mark.parametrize('text', TEXTS)
+def test_nothing_is_lost(name, text, opened):
+    tokenizer = opened(name)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([tokenizer.eos_id, *ids, tokenizer.eos_id]) == text
+    space = 1 if name == 'llama' and text else 0  # sentencepiece puts one before the text
+    assert tokenizer.byte_lengths[ids].sum() == len(text.encode()) + space
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_decode(name, opened):
+    tokenizer = opened(name)
+    text = ' '.join(words()[:20])
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) == text
+    assert tokenizer.decode([tokenizer.pad_id, *ids, tokenizer.eos_id, tokenizer.vocab_size + 5]) == text
+    assert tokenizer.decode([]) == ''
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_pickle(name, opened):
+    tokenizer = opened(name)
+    tokenizer.encode('a'), tokenizer.byte_lengths  # what they leave behind is not sent along
+    text = '\n'.join(prose(300))
+    body = pickle.dumps(tokenizer)
+    assert len(body) < len(content(name)) + 1000
+    again = pickle.loads(body)
+    assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+    assert again.fingerprint == tokenizer.fingerprint and again.eos_id == tokenizer.eos_id
+
+
+# long texts
+
+
+def whole(tokenizer, text):
+    """The ids of a text that is not cut."""
+    if tokenizer.kind == 'sentencepiece':
+        return sentencepiece.SentencePieceProcessor(model_proto=content_of(tokenizer)).encode(text)
+    bare = library.Tokenizer.from_buffer(content_of(tokenizer))
+    return bare.encode(text, add_special_tokens=False).ids
+
+
+def content_of(tokenizer):
+    [body, *_] = tokenizer._files.values()
+    return body
+
+
+@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('joint', [' ', '\n', '\n\n  ', '. '])
+def test_long_texts_have_the_same_ids(name, joint, opened, monkeypatch):
+    monkeypatch.setattr(tokenizers, 'LONGEST', 200)
+    tokenizer = opened(name)
+    text = joint.join(prose(60, seed=2))
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32 and ids.tolist() == whole(tokenizer, text)
+    for limit in (0, 1, 100, 777):
+        assert tokenizer.encode(text, limit).tolist() == ids[:limit].tolist()
+    assert len(text) > 15 * tokenizers.LONGEST
+
+
+@pytest.mark.parametrize('name', ['t5', 'byte_level', 'wordpiece'])
+def test_long_texts_of_lines_have_the_same_ids(name, opened, monkeypatch):
+    monkeypatch.setattr(tokenizers, 'LONGEST', 50)
+    tokenizer, text = opened(name), '\n'.join(words())
+    assert tokenizer.encode(text).tolist() == whole(tokenizer, text)
+
+
+@pytest.mark.parametrize('name', ['llama', 'byte_level'])
+@pytest.mark.parametrize('text', ['x' * 25_000, 'ab\tcd' * 6000, 'a ' + 'b' * 30_000 + ' c'])
+def test_long_texts_without_spaces(name, text, opened, monkeypatch):
+    tokenizer = opened(name)
+    sizes, encode = [], tokenizer._ids
+    monkeypatch.setattr(tokenizer, '_ids', lambda piece: sizes.append(len(piece)) or encode(piece))
+    ids = tokenizer.encode(text)
+    assert max(sizes) <= tokenizers.LONGEST and len(sizes) >= 3
+    if name == 'byte_level':
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode(text, 5).tolist() == ids[:5].tolist()
+
+
+def test_a_limit_saves_work(opened, monkeypatch):
+    tokenizer = opened('t5')
+    sizes, encode = [], tokenizer._ids
+    monkeypatch.setattr(tokenizer, '_ids', lambda piece: sizes.append(len(piece)) or encode(piece))
+    text = '\n'.join(prose(2000))
+    tokenizer.encode(text, 256)
+    assert len(sizes) == 1 and len(text) > 10 * tokenizers.LONGEST
+    tokenizer.encode(text)
+    assert len(text) - 100 < sum(sizes[1:]) <= len(text)
+
+
+# sentencepiece
+
+
+def test_sentencepiece_specials(opened):
+    t5, llama = opened('t5'), opened('llama')
+    assert (t5.vocab_size, t5.pad_id, t5.bos_id, t5.eos_id) == (320, 0, 1, 1)  # no bos: eos
+    assert (llama.vocab_size, llama.pad_id, llama.bos_id, llama.eos_id) == (320, 2, 1, 2)  # no pad: eos
+    bare = sentencepiece.SentencePieceProcessor(model_proto=content('t5'))
+    assert t5.encode('bade kilo').tolist() == bare.encode('bade kilo')
+
+
+def test_sentencepiece_byte_lengths(opened):
+    tokenizer = opened('llama')
+    bare = sentencepiece.SentencePieceProcessor(model_proto=content('llama'))
+    lengths = tokenizer.byte_lengths
+    assert lengths[:3].tolist() == [1, 0, 0]  # unknown, bos, eos
+    assert [lengths[bare.piece_to_id(piece)] for piece in ('<0xE2>', '▁', 'a')] == [1, 1, 1]
+    longest = max(range(259, 320), key=lambda i: len(bare.id_to_piece(i)))  # behind specials and bytes
+    assert lengths[longest] == len(bare.id_to_piece(longest)) >= 3  # one byte for the space too
+
+
+def test_sentencepiece_without_end(tmp_path):
+    (tmp_path / 'a.model').write_bytes(sentencepiece_model(**(T5 | {'eos_id': -1})))
+    with pytest.raises(DataError, match=r'a\.model: no token for the end .* no eos piece'):
+        open_file(tmp_path / 'a.model', 'sentencepiece')
+
+
+def test_sentencepiece_cut_off(tmp_path):
+    """Wherever it ends: between two pieces the library itself notices nothing."""
+    model, loaded = content('t5'), 0
+    for size in range(0, 5000, 3):
+        with pytest.raises(DataError, match='where: not a'):
+            tokenizers.SentencePiece({'tokenizer.model': model[:size]}, 'where')
+        try:
+            sentencepiece.SentencePieceProcessor(model_proto=model[:size])
+            loaded += size > 0
+        except RuntimeError:
+            pass
+    assert loaded
+
+
+# wrong files
+
+
+@pytest.mark.parametrize('kind', ['sentencepiece', 'huggingface'])
+def test_wrong_files(kind, tmp_path):
+    whole_file = content('t5' if kind == 'sentencepiece' else 'byte_level')
+    other = content('byte_level' if kind == 'sentencepiece' else 't5')
+    html = b'<!DOCTYPE html><html><body>404</body></html>'
+    for body in (b'', html, whole_file[: len(whole_file) // 2], other, b'{}', b'null', b'\0' * 100):
+        (tmp_path / 'a.file').write_bytes(body)
+        with pytest.raises(DataError, match=r'a\.file: not a '):
+            open_file(tmp_path / 'a.file', kind)
+    with pytest.raises(DataError, match=r'tokenizer_path: there is no file .*b\.file'):
+        open_file(tmp_path / 'b.file', kind)
+    with pytest.raises(DataError, match=r'tokenizer_path: .*folder cannot be read: Is a directory'):
+        (tmp_path / 'folder').mkdir()
+        open_file(tmp_path / 'folder', kind)
+
+
+def test_huggingface_needs_a_path():
+    with pytest.raises(UsageError, match=r'config\.data\.tokenizer_path is empty'):
+        tokenizers.open_tokenizer(config.Data(tokenizer='huggingface'))
+
+
+# huggingface
+
+
+def specials(tokenizer):
+    return tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id
+
+
+def with_settings(tmp_path, body, settings):
+    tmp_path.joinpath('tokenizer.json').write_bytes(body)
+    tmp_path.joinpath('tokenizer_config.json').write_text(json.dumps(settings))
+    return open_file(tmp_path / 'tokenizer.json')
+
+
+def test_huggingface_specials(tmp_path, opened):
+    assert specials(opened('byte_level')) == (0, 2, 1)
+    assert specials(opened('unigram')) == (0, 1, 1)
+    assert specials(opened('wordpiece')) == (0, 2, 3)
+    settings = {'eos_token': {'content': '<s>', 'lstrip': False}, 'pad_token': '</s>', 'bos_token': None}
+    assert specials(with_settings(tmp_path, byte_level(), settings)) == (1, 2, 2)
+
+
+def test_huggingface_other_settings(tmp_path):
+    named = r'tokenizer\.json: the tokenizer_config\.json beside it'
+    for eos in ('<end>', {'content': '<end>'}, {'other': 1}, 7):
+        if eos == {'other': 1}:  # as if it were not there
+            assert specials(with_settings(tmp_path, byte_level(), {'eos_token': eos}))[2] == 1
+            continue
+        with pytest.raises(DataError, match=f'{named} names eos_token .*, which the vocabulary lacks'):
+            with_settings(tmp_path, byte_level(), {'eos_token': eos})
+    with pytest.raises(DataError, match=f'{named} is not a JSON object'):
+        with_settings(tmp_path, byte_level(), ['</s>'])
+    (tmp_path / 'tokenizer_config.json').write_text('<html>')
+    with pytest.raises(DataError, match=f'{named} is not a JSON object'):
+        open_file(tmp_path / 'tokenizer.json')
+
+
+def test_huggingface_without_end(tmp_path):
+    tokenizer = library.Tokenizer(models.BPE({'a': 0, '<pad>': 1}, []))
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    with pytest.raises(DataError, match=r'tokenizer\.json: no token for the end .*tokenizer_config\.json.*</s>'):
+        open_file(tmp_path / 'tokenizer.json')
+
+
+def test_huggingface_neither_cuts_nor_pads_nor_drops(tmp_path, opened):
+    plain = opened('byte_level')
+    body = json.loads(byte_level())
+    truncation = {'direction': 'Right', 'max_length': 4, 'strategy': 'LongestFirst', 'stride': 0}
+    padding = {'strategy': {'Fixed': 64}, 'direction': 'Right', 'pad_to_multiple_of': None}
+    padding |= {'pad_id': 0, 'pad_type_id': 0, 'pad_token': '<pad>'}
+    body['model']['dropout'] = 0.5
+    (tmp_path / 'tokenizer.json').write_bytes(changed(json.dumps(body), truncation=truncation, padding=padding))
+    tokenizer = open_file(tmp_path / 'tokenizer.json')
+    for text in ('a', *prose(5)):
+        assert tokenizer.encode(text).tolist() == plain.encode(text).tolist()
+
+
+@pytest.mark.parametrize('name', ['byte_level', 'unigram', 'wordpiece'])
+def test_spelled_specials_are_text(name, tmp_path, opened):
+    tokenizer = opened(name)
+    bare = library.Tokenizer.from_buffer(content(name))
+    token = bare.id_to_token(tokenizer.eos_id)
+    assert tokenizer.eos_id in bare.encode(f'ba {token} ba').ids  # what would happen
+    for text in (token, f'ba {token} ba', f'ba{token}{token}ba', f'ba {bare.id_to_token(tokenizer.pad_id)}'):
+        assert not {tokenizer.eos_id, tokenizer.pad_id} & set(tokenizer.encode(text).tolist())
+    if name == 'byte_level':
+        assert tokenizer.decode(tokenizer.encode(f'ba {token} ba')) == f'ba {token} ba'
+
+
+def test_specials_that_the_file_calls_ordinary(tmp_path):
+    added = [entry | {'special': False} for entry in json.loads(byte_level())['added_tokens']]
+    (tmp_path / 'tokenizer.json').write_bytes(changed(byte_level(), added_tokens=added))
+    tokenizer = open_file(tmp_path / 'tokenizer.json')
+    ids = tokenizer.encode('ba</s>')
+    assert tokenizer.eos_id not in ids and tokenizer.decode([*ids, tokenizer.eos_id]) == 'ba</s>'
+    assert tokenizer.byte_lengths[tokenizer.eos_id] == 0
+
+
+def test_an_end_that_is_ordinary_text(tmp_path):
+    with pytest.raises(DataError, match=r"tokenizer\.json: a text that spells 'a' cannot be told"):
+        with_settings(tmp_path, unigram(), {'eos_token': 'a'})
+
+
+def test_huggingface_byte_lengths(opened, tmp_path):
+    tokenizer = library.Tokenizer.from_buffer(byte_level())
+    tokenizer.add_tokens(['größer'])
+    assert tokenizer.token_to_id('größer') == 400
+    (tmp_path / 'tokenizer.json').write_bytes(tokenizer.to_str().encode())
+    opened_file = open_file(tmp_path / 'tokenizer.json')
+    lengths = opened_file.byte_lengths
+    assert opened_file.vocab_size == 401 and lengths[400] == 8
+    assert lengths[:3].tolist() == [0, 0, 0] and (lengths[3:259] == 1).all() and (lengths[259:] > 1).all()
+
+    lengths = opened('wordpiece').byte_lengths
+    bare = library.Tokenizer.from_buffer(wordpiece())
+    sizes = {'[UNK]': 1, '[SEP]': 0, 'ba': 2, '##ab': 2, '##a': 1, 'a': 1}
+    assert {token: lengths[bare.token_to_id(token)] for token in sizes} == sizes
+
+    lengths = opened('unigram').byte_lengths
+    assert lengths.tolist() == opened('t5').byte_lengths.tolist()
+
+
+def test_byte_pieces(tmp_path):
+    vocabulary = {'</s>': 0, '<0xE2>': 1, '▁': 2, '▁é': 3, '<0x82>': 4, '<0xAC>': 5, '<unk>': 6, 'x': 9}
+    tokenizer = library.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token='<unk>'))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(['</s>', '<unk>'])
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    tokenizer = open_file(tmp_path / 'tokenizer.json')
+    assert tokenizer.byte_lengths.tolist() == [0, 1, 1, 3, 1, 1, 1, 0, 0, 1]  # 7 and 8 are nobody's
+    assert tokenizer.encode('€').tolist() == [1, 4, 5] and tokenizer.decode([1, 4, 5]) == '€'
+
+
+# save and load
+
+
+@pytest.mark.parametrize('name', ['bytes', *KINDS])
+def test_save_and_load(name, opened, tmp_path):
+    tokenizer, folder = opened(name), tmp_path / 'run/tokenizer'
+    tokenizer.save(folder)
+    tokenizer.save(folder)
+    again = tokenizers.load(folder)
+    assert type(again) is type(tokenizer) and again.fingerprint == tokenizer.fingerprint
+    assert specials(again) == specials(tokenizer) and again.vocab_size == tokenizer.vocab_size
+    assert again.byte_lengths.tolist() == tokenizer.byte_lengths.tolist()
+    text = '\n'.join(prose(20, seed=3))
+    assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+    if tokenizer.kind == 'huggingface':
+        assert open_file(folder / 'tokenizer.json').fingerprint == tokenizer.fingerprint
+        settings = json.loads((folder / 'tokenizer_config.json').read_text())
+        ids = library.Tokenizer.from_file(str(folder / 'tokenizer.json')).token_to_id
+        assert tuple(ids(settings[f'{role}_token']) for role in ('pad', 'bos', 'eos')) == specials(tokenizer)
+    assert all(path.is_file() for path in folder.iterdir())
+
+
+def test_fingerprints_differ(opened, tmp_path):
+    prints = {name: opened(name).fingerprint for name in ('bytes', *KINDS)}
+    prints['other end'] = with_settings(tmp_path, byte_level(), {'eos_token': '<s>'}).fingerprint
+    prints['other text'] = with_settings(tmp_path, byte_level() + b' ', {}).fingerprint
+    assert len(set(prints.values())) == len(prints) and all(int(value, 16) for value in prints.values())
+
+
+@pytest.mark.parametrize('name', ['bytes', 't5', 'byte_level'])
+def test_load_names_a_bad_folder(name, opened, tmp_path):
+    folder = tmp_path / 'saved'
+    with pytest.raises(DataError, match='saved: no tokenizer is saved here'):
+        tokenizers.load(folder)
+    tokenizer = opened(name)
+    tokenizer.save(folder)
+    mark = folder / 'fingerprint.json'
+    good = mark.read_text()
+    for bad in ('', '[]', '{"kind": 3}', good[:-9], good.replace('"kind": "', '"kind": "x')):
+        mark.write_text(bad)
+        with pytest.raises(DataError, match='saved: .*(not whole|damaged)'):
+            tokenizers.load(folder)
+    mark.write_text(good)
+    for file in folder.iterdir():
+        if name == 'bytes' and file != mark:
+            continue  # written for people
+        body = file.read_bytes()
+        for bad in (body[:-1] + bytes([body[-1] ^ 1]), body[: len(body) // 2], b''):
+            file.write_bytes(bad)
+            with pytest.raises(DataError, match='saved'):
+                tokenizers.load(folder)
+        file.unlink()
+        with pytest.raises(DataError, match='saved'):
+            tokenizers.load(folder)
+        file.write_bytes(body)
+    assert tokenizers.load(folder).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize('completed', [0, 1, 2])
+def test_a_save_that_is_cut_short(completed, opened, tmp_path, monkeypatch):
+    """Over another tokenizer: what is found afterwards is the old one, or an error."""
+    folder, replace, calls = tmp_path / 'saved', os.replace, []
+    opened('byte_level').save(folder)
+    old = tokenizers.load(folder).fingerprint
+
+    def stop(source, target):
+        calls.append(target)
+        if len(calls) > completed:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    new = opened('unigram')
+    monkeypatch.setattr(os, 'replace', stop)
+    with pytest.raises(KeyboardInterrupt):
+        new.save(folder)
+    if completed:
+        with pytest.raises(DataError, match='saved: '):
+            tokenizers.load(folder)
+    else:
+        assert tokenizers.load(folder).fingerprint == old
+
+
+# downloads
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A server on this machine, as (URL, answers, requests): answers[path] is (status, body, stated length)."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setenv('no_proxy', '*')
+    answers, requests = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            status, body, length = answers.get(self.path, (404, b'nothing', None))
+            self.send_response(status)
+            self.send_header('Content-Length', str(len(body) if length is None else length))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f'http://127.0.0.1:{server.server_port}', answers, requests
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def cached(tmp_path):
+    return [path for path in (tmp_path / 'cache').rglob('*') if path.is_file()]
+
+
+def test_download_once(served, tmp_path):
+    url, answers, requests = served
+    answers['/a/t5.model'] = 200, content('t5'), None
+    first = open_file(f'{url}/a/t5.model', 'sentencepiece')
+    assert requests == ['/a/t5.model'] and first.vocab_size == 320
+    again = open_file(f'{url}/a/t5.model', 'sentencepiece')
+    assert requests == ['/a/t5.model'] and again.fingerprint == first.fingerprint
+    [model] = [path for path in cached(tmp_path) if path.name == 'tokenizer.model']
+    model.write_bytes(model.read_bytes()[:-50])  # damaged: fetched anew
+    assert open_file(f'{url}/a/t5.model', 'sentencepiece').fingerprint == first.fingerprint
+    assert requests == ['/a/t5.model'] * 2
+    (tmp_path / 'here.model').write_bytes(content('t5'))
+    assert open_file(tmp_path / 'here.model', 'sentencepiece').fingerprint == first.fingerprint
+
+
+def test_download_with_settings(served):
+    url, answers, requests = served
+    answers['/a/tokenizer.json?download=true'] = answers['/b/tokenizer.json'] = 200, byte_level(), None
+    answers['/a/tokenizer_config.json'] = 200, b'{"eos_token": "<s>"}', None
+    for _ in range(2):
+        assert specials(open_file(f'{url}/a/tokenizer.json?download=true')) == (0, 2, 2)
+        assert specials(open_file(f'{url}/b/tokenizer.json')) == (0, 2, 1)
+    assert len(requests) == 4
+    answers['/c/tokenizer.json'] = 200, byte_level(), None
+    answers['/c/tokenizer_config.json'] = 500, b'', None
+    with pytest.raises(DataError, match=r'/c/tokenizer_config\.json cannot be fetched: 500'):
+        open_file(f'{url}/c/tokenizer.json')
+
+
+def test_failed_downloads_leave_nothing(served, tmp_path):
+    url, answers, _ = served
+    advice = r'fetch it elsewhere, then --config\.data\.tokenizer_path=FILE'
+    with pytest.raises(DataError, match=rf'/none cannot be fetched: 404 .*{advice}'):
+        open_file(f'{url}/none', 'sentencepiece')
+    answers['/short'] = 200, content('t5')[:-100], len(content('t5'))
+    with pytest.raises(DataError, match=rf'/short cannot be fetched: .*{advice}'):
+        open_file(f'{url}/short', 'sentencepiece')
+    answers['/login'] = 200, b'<html>Welcome to our network</html>', None
+    with pytest.raises(DataError, match='/login: not a sentencepiece model'):
+        open_file(f'{url}/login', 'sentencepiece')
+    with pytest.raises(DataError, match=rf'http://no host/x cannot be fetched: .*{advice}'):
+        open_file('http://no host/x', 'sentencepiece')
+    assert not cached(tmp_path)
+    answers['/login'] = 200, content('t5'), None
+    assert open_file(f'{url}/login', 'sentencepiece').vocab_size == 320
+
+
+@pytest.mark.parametrize('answer', [b'', b'HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\nhalf'])
+def test_a_server_that_falls_silent(answer, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setenv('no_proxy', '*')
+    monkeypatch.setattr(tokenizers, 'TIMEOUT', 0.3)
+    with socket.create_server(('127.0.0.1', 0)) as server, concurrent.futures.ThreadPoolExecutor() as pool:
+        connection = pool.submit(server.accept)
+        sent = pool.submit(lambda: answer and connection.result()[0].sendall(answer))
+        start = time.monotonic()
+        with pytest.raises(DataError, match='/x cannot be fetched: .*(no answer|timed out)'):
+            open_file(f'http://127.0.0.1:{server.getsockname()[1]}/x', 'sentencepiece')
+        assert 0.25 < time.monotonic() - start < 5
+        sent.result()
+        connection.result()[0].close()
+
+
+def test_names_that_are_never_found(monkeypatch, tmp_path):
+    """Neither a resolver that hangs nor a list of dead addresses prolongs the time-out."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(tokenizers, 'TIMEOUT', 0.1)
+    waiting = threading.Event()
+    monkeypatch.setattr(urllib.request, 'urlopen', lambda *_, **__: waiting.wait(20))
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r'sentencepiece\.model cannot be fetched: no answer in 0\.1 s'):
+        tokenizers.open_tokenizer(config.Data())
+    assert time.monotonic() - start < 5
+    waiting.set()
+
+
+def test_the_default_and_buckets(monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append((url, timeout))
+        if len(asked) == 1:
+            raise urllib.error.URLError('no network')
+        return io.BytesIO(content('t5'))
+
+    monkeypatch.setattr(urllib.request, 'urlopen', urlopen)
+    url = 'https://storage.googleapis.com/t5-data/vocabs/cc_all.32000/sentencepiece.model'
+    with pytest.raises(DataError, match=f'{url} cannot be fetched: .*no network.*tokenizer_path=FILE'):
+        tokenizers.open_tokenizer(config.Data())
+    assert tokenizers.open_tokenizer(config.Data()).vocab_size == 320
+    assert open_file('gs://bucket/a b/x.model', 'sentencepiece').vocab_size == 320
+    assert [url for url, _ in asked] == [url, url, 'https://storage.googleapis.com/bucket/a%20b/x.model']
+    assert all(timeout < 30 for _, timeout in asked)
+    assert all(path.is_relative_to(tmp_path / 'cache/mixln_jax/tokenizers') for path in cached(tmp_path))
+
+
+def test_several_downloads_at_once(served):
+    url, answers, _ = served
+    answers['/tokenizer.json'] = 200, byte_level(), None
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        prints = pool.map(lambda _: open_file(f'{url}/tokenizer.json').fingerprint, range(16))
+    assert len(set(prints)) == 1
+
+
+# training
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / 'corpus.txt'
+    path.write_text('\n\n'.join('\n'.join(prose(40, seed)) for seed in range(8)))
+    return path
+
+
+def train(*words):
+    return train_tokenizer.main([str(word) for word in words])
+
+
+def test_train(corpus, tmp_path, capsys):
+    out = tmp_path / 'out'
+    assert train('--source', 'text', '--path', corpus, '--vocab-size', 500, '--out', out) == 0
+    said = capsys.readouterr().out
+    keys = dict(word.removeprefix('--config.').split('=') for word in said.split() if word.startswith('--config.'))
+    assert keys.pop('model.vocab_size') == '500'
+    data = config.Data(**{key.removeprefix('data.'): value for key, value in keys.items()})
+    tokenizer = tokenizers.open_tokenizer(data)
+    assert tokenizer.vocab_size == 500 and specials(tokenizer) == (0, 2, 1)
+    assert tokenizers.load(out).fingerprint == tokenizer.fingerprint
+    text = corpus.read_text()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    mean = float(said.partition('ids, ')[2].split()[0])
+    assert mean == pytest.approx(len(text.encode()) / len(tokenizer.encode(text)), rel=0.05) and mean > 2
+    assert str(out) in said and '500 ids' in said
+
+
+def test_train_repeats_itself(corpus, tmp_path):
+    """In another process, with other hashes; into a file and into a folder."""
+    words = ['--source', 'text', '--path', corpus, '--vocab-size', '500']
+    command = [sys.executable, '-m', 'mixln_jax.data.train_tokenizer', *words, '--out', tmp_path / 'one.json']
+    root = pathlib.Path(__file__).parents[1]
+    subprocess.run(command, check=True, cwd=root, env=os.environ | {'PYTHONHASHSEED': '7', 'RAYON_NUM_THREADS': '1'})
+    assert train(*words, '--out', tmp_path / 'two') == 0
+    assert (tmp_path / 'one.json').read_bytes() == (tmp_path / 'two/tokenizer.json').read_bytes()
+    one, two = open_file(tmp_path / 'one.json'), tokenizers.load(tmp_path / 'two')
+    assert one.fingerprint == two.fingerprint and not (tmp_path / 'tokenizer_config.json').exists()
+
+
+def test_train_on_too_little_text(corpus, tmp_path, capsys):
+    assert train('--source', 'text', '--path', corpus, '--vocab-size', 50_000, '--out', tmp_path / 'out') == 0
+    said = capsys.readouterr()
+    size = tokenizers.load(tmp_path / 'out').vocab_size
+    assert 260 < size < 50_000
+    assert f'only {size:,} of 50,000 ids' in said.err and f'model.vocab_size={size}' in said.out
+
+
+@pytest.mark.parametrize(
+    ('words', 'code', 'line'),
+    [
+        ('', 2, '--source, --vocab-size, --out'),
+        ('--source web --vocab-size 300 --out x', 2, 'argument --source: invalid choice'),
+        ('--source text --path a --vocab-size many --out x', 2, 'argument --vocab-size: invalid int value'),
+        ('--source stdlib --vocab-size 259 --out x', 2, '--vocab-size 259 is too small.* 260'),
+        ('--source stdlib --vocab-size 300 --out x --bogus', 2, '--bogus'),
+        ('--source text --vocab-size 300 --out x', 2, '--path FILES is missing'),
+        ('--source text --path none.txt --vocab-size 300 --out x', 4, r'there is no file none\.txt'),
+        ('--source text --path corpus.txt --vocab-size 300 --out corpus.txt', 2, r'corpus\.txt'),
+    ],
+)
+def test_train_errors(words, code, line, corpus, capsys, monkeypatch):
+    monkeypatch.chdir(corpus.parent)
+    assert train(*words.split()) == code
+    said = capsys.readouterr().err
+    assert said.startswith('mixln_jax: ') and said.count('\n') == 1
+    assert re.search(line, said)
+    assert not (corpus.parent / 'x').exists()
