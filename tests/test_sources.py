@@ -101,7 +101,7 @@ class TestReader:
         'no text': (GOOD + b'\n{"texts": "x"}\n', ':3: .*texts'),
         'no fields': (GOOD + b'{}', ':2: .*none'),
         'text not a string': (GOOD + b'{"text": 7}\n', ':2: no field `text` that is a string'),
-        'half a character': (GOOD + b'{"text": "\\ud800"}\n', ':2: .*Unicode'),
+        'half a character': (GOOD + b'{"text": "\\ud800"}\n', ':2: not JSON: .*surrogate'),
         'not UTF-8': (GOOD + GOOD + b'{"text": "\xff"}\n', ':3: not UTF-8.* byte 10 '),
     }
 

@@ -1,11 +1,12 @@
 """Documents from files: JSON lines and plain text, through gzip if the name ends in .gz, one after the other."""
 
 import glob
-import json
+import io
 import os
 import resource
 from collections.abc import Iterator
 
+import orjson
 from isal import igzip, isal_zlib
 
 from mixln_jax.exits import DataError
@@ -53,10 +54,15 @@ class Reader:
     """
 
     def __init__(self, kind: str, path: str, skip_bad: int = 0):
-        self.empty = self.bad = self.position = 0
+        self.empty = self.bad = self._end = 0
+        self._raw = None
         self.skipped = []  # why, for the first few
         self._path, self._skip_bad = path, skip_bad
         self._records = {'jsonl': self._jsonl, 'text': self._text}[kind]
+
+    @property
+    def position(self) -> int:
+        return self._raw.tell() if self._raw and not self._raw.closed else self._end
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:
         nothing = True
@@ -73,15 +79,19 @@ class Reader:
         """Pairs (line number from 1, line with its end), UTF-8."""
         number = 0
         try:
-            with open(self._path, 'rb') as raw, igzip.open(raw) if self._path.endswith('.gz') else raw as lines:
-                for number, line in enumerate(lines, 1):
-                    self.position = raw.tell()
-                    try:
-                        text = line.removeprefix(b'\xef\xbb\xbf').decode() if number == 1 else line.decode()
-                    except UnicodeDecodeError as error:
-                        self._skip(number, f'not UTF-8: {error.reason} at byte {error.start} of the line')
-                        continue
-                    yield number, text
+            with open(self._path, 'rb') as self._raw:
+                # igzip finds its lines in Python, a BufferedReader in C.
+                lines = io.BufferedReader(igzip.open(self._raw)) if self._path.endswith('.gz') else self._raw
+                try:
+                    for number, line in enumerate(lines, 1):
+                        try:
+                            text = line.removeprefix(b'\xef\xbb\xbf').decode() if number == 1 else line.decode()
+                        except UnicodeDecodeError as error:
+                            self._skip(number, f'not UTF-8: {error.reason} at byte {error.start} of the line')
+                            continue
+                        yield number, text
+                finally:
+                    self._end = self._raw.tell()
         except (OSError, EOFError, isal_zlib.error) as error:
             where = f'{self._path}:{number + 1}' if number else self._path
             raise DataError(f'{where}: cannot be read: {error}') from error
@@ -114,8 +124,8 @@ class Reader:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                record = orjson.loads(line)
+            except ValueError as error:
                 self._skip(number, f'not JSON: {str(error).partition(":")[0]}')
                 continue
             if problem := _problem(record):
@@ -129,8 +139,4 @@ def _problem(record):
         return f'a JSON object with a field `text` is needed, not {type(record).__name__}'
     if not isinstance(record.get('text'), str):
         return f'no field `text` that is a string (fields: {", ".join(record) or "none"})'
-    try:
-        record['text'].encode()
-    except UnicodeEncodeError as error:
-        return f'`text` is not valid Unicode: {error.reason}'
     return None

@@ -29,7 +29,7 @@ from mixln_jax.data import shards, tokenizers
 from mixln_jax.data.sources import HELD_OUT, first_for_training, rank
 from mixln_jax.exits import MemoryExhausted, UsageError
 
-SAMPLE = 2_000_000  # bytes of text from which the size of the output is foretold
+SAMPLE = 500_000  # bytes of text from which the size of the output is foretold
 MARGIN = 1.1  # of that forecast
 PAUSE = 0.2  # seconds between reports of progress
 

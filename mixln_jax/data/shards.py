@@ -20,6 +20,7 @@ from mixln_jax.exits import DataError, UsageError
 NOTES = '.prepare'  # folder with the plan and one file a finished shard
 FIELDS = ('text', 'url', 'timestamp', 'content-type', 'content-length')  # C4's in TFDS
 READ_AT_ONCE = 256  # records of a data set
+REPORT = 64  # documents between reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +268,8 @@ def write(job: Job, unit: Unit, report: Callable, limit: int | None = None) -> d
                 writers[split].add(document)
                 num_documents += 1
                 num_bytes += len(document['text'])
-                report(documents.position, num_documents, num_bytes)
+                if num_documents % REPORT == 0:
+                    report(documents.position, num_documents, num_bytes)
                 if limit and num_bytes > limit:
                     break
             result = {split: writer.finish() for split, writer in writers.items()}
