@@ -11,7 +11,7 @@ def evaluate(eval_step, params, batches, *, at_a_time, byte_lengths, num_tokens,
     Args:
         eval_step: (params, batch) -> (sum of losses, count), compiled.
         params: the weights.
-        batches: iterable of {'inputs', 'targets', 'weights'}, numpy [B,T].
+        batches: iterable of dicts of numpy arrays [B,T]; see data/layout.py.
         at_a_time: batches between looks at `num_tokens`, so that smaller batches see the same text.
         byte_lengths: [V], bytes of text that each token id stands for.
         num_tokens: when to stop.
