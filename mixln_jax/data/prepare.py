@@ -66,9 +66,10 @@ def prepare(
     ]
     pending = [unit for unit in mine if not job.result(unit)]
     if pending:
+        workers = min(workers, len(pending))
         _check_room(job, pending)
         record.say(f'{len(pending)} of {len(units)} shards to prepare into {folder}, {workers} processes')
-        _write_all(job, pending, min(workers, len(pending)))
+        _write_all(job, pending, workers)
     results = [job.result(unit) for unit in units]
     missing = [unit.name for unit, result in zip(units, results, strict=True) if not result]
     if missing:
@@ -90,7 +91,7 @@ def _first_for_training(units, data):
 def _check_room(job, pending):
     """Writes the first documents into a temporary folder and scales their size up."""
     free = shutil.disk_usage(job.folder).free
-    with tempfile.TemporaryDirectory(dir=job.folder, prefix='.sample-') as folder:
+    with tempfile.TemporaryDirectory() as folder:
         sample = dataclasses.replace(job, folder=folder)
         seen = shards.write(sample, pending[0], lambda *_: None, limit=SAMPLE)
         written = sum(path.stat().st_size for path in pathlib.Path(folder).glob('*-of-*'))
