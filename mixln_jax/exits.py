@@ -16,7 +16,16 @@ import traceback
 
 STOPPED = 75
 # A path that cannot be used as it should: what the user gave is at fault, not the program.
-UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC}
+UNUSABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOSPC,
+    errno.ENOENT,
+}
 
 
 class Exit(Exception):
@@ -187,7 +196,7 @@ def _known(error):
     if isinstance(error, Exit):
         return error
     text = first_line(error)
-    if 'No space left on device' in str(error):
+    if re.search('No space left on device|File too large|Disk quota exceeded', str(error)):
         return UsageError(f'the disk is full: {text}')
     if isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|[Oo]ut of memory', str(error)):
         advice = 'lower batch_size, raise accumulate or set model.remat=full'

@@ -170,12 +170,43 @@ class TestAgain:
             ({'seq_length': 16}, 'seq-length'),
             ({'of': data(corpus / '*.gz')}, 'files'),
             ({'of': data(corpus / '*0-of*', mode='pack')}, 'mode'),
-            ({'skip_bad': 1}, 'skip-bad'),
         ):
             arguments = {'of': data(corpus / '*0-of*'), 'seq_length': 32} | change
             with pytest.raises(UsageError, match=f'another preparation: .*{words}'):
                 prepare.prepare(arguments.pop('of'), str(tmp_path), format='tokens', **arguments)
         assert contents(tmp_path) == before
+
+    def test_bad_lines_do_not_cost_the_good_shards(self, corpus, tmp_path):
+        for path in corpus.iterdir():
+            shutil.copy(path, tmp_path / path.name)
+        with gzip.open(tmp_path / 'c4-train.00002-of-00003.json.gz', 'at') as file:
+            file.write('{"te\n')
+        validation = str(write(tmp_path / 'validation.jsonl', ['a']))
+        of, out = data(tmp_path / '*.gz'), tmp_path / 'out'
+        with pytest.raises(DataError, match='00002-of-00003.json.gz:121: not JSON'):
+            prepare.prepare(of, str(out), format='tokens', validation=validation)
+        time = (out / 'train-00000-of-00003.bin').stat().st_mtime_ns
+        assert prepare.prepare(of, str(out), format='tokens', validation=validation, skip_bad=1)
+        assert (out / 'train-00000-of-00003.bin').stat().st_mtime_ns == time
+        assert len(prepared.Prepared(str(out), 'train')) == 360
+
+    @pytest.mark.parametrize(
+        'format, description', [('tokens', 'tokens.json'), ('tfds', 'c4/en/3.1.0/dataset_info.json')]
+    )
+    def test_other_text_of_the_same_size(self, tmp_path, monkeypatch, format, description):
+        """Is seen, and while it is prepared the folder is no data set."""
+        path, validation = write(tmp_path / 'a.jsonl', texts(0)), str(write(tmp_path / 'b.jsonl', texts(1)))
+        run = lambda: prepare.prepare(data(path), str(tmp_path / 'out'), format=format, validation=validation)  # noqa: E731
+        run()
+        before = contents(tmp_path / 'out')
+        path.write_text(path.read_text().replace('quick', 'slow!'))
+        there = []
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, '_write_all', lambda *_: there.append((tmp_path / 'out' / description).exists()))
+            assert not run()
+        assert there == [False]
+        assert run()
+        assert contents(tmp_path / 'out').keys() == before.keys() and contents(tmp_path / 'out') != before
 
 
 class TestBadInput:
@@ -220,18 +251,19 @@ class TestBadInput:
     def test_no_room(self, corpus, tmp_path, monkeypatch):
         usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
         monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: usage)
-        with pytest.raises(UsageError, match=r'room for 0.00 GB, about 0.00 GB are needed; nothing was written'):
+        with pytest.raises(UsageError, match=r'room for 0.00 MB, about 0.\d\d MB are needed; nothing was written'):
             prepare.prepare(data(corpus / '*.gz'), str(tmp_path), format='tfds')
         assert not contents(tmp_path)
 
     @pytest.mark.parametrize('format', ['tfds', 'tokens'])
     def test_the_room_foretold_is_about_right(self, tmp_path, capsys, monkeypatch, format):
-        write(tmp_path / 'a.json.gz', texts(0, 3000))
-        monkeypatch.setattr(prepare, 'SAMPLE', 100_000)
+        write(tmp_path / 'a.json.gz', texts(0, 8000))
+        monkeypatch.setattr(prepare, 'SAMPLE', 500_000)
         prepare.prepare(data(tmp_path / 'a.json.gz'), str(tmp_path / 'out'), format=format)
-        foretold = float(capsys.readouterr().out.split()[1])
-        written = sum(map(len, contents(tmp_path / 'out').values())) / 1e9
-        assert foretold == pytest.approx(1.1 * written, abs=0.006)
+        words = capsys.readouterr().out.split()
+        assert words[2] == 'MB'
+        written = sum(map(len, contents(tmp_path / 'out').values())) / 1e6
+        assert float(words[1]) == pytest.approx(1.1 * written, rel=0.25)
 
     def test_a_shard_that_another_process_writes(self, corpus, tmp_path):
         of = data(corpus / '*0-of*')
@@ -239,6 +271,22 @@ class TestBadInput:
         with shards._locked(tmp_path / shards.NOTES, unit.name), pytest.raises(UsageError, match='another process'):
             job = shards.Job(of, 'tokens', '', str(tmp_path), tokenizers.Bytes(), 32, 2**60, 0)
             shards.write(job, unit, lambda *_: None)
+
+    def test_files_for_both_splits(self, corpus, tmp_path):
+        with pytest.raises(UsageError, match='--path and --validation both name .*00001-of'):
+            prepare.prepare(
+                data(corpus / '*.gz'), str(tmp_path), format='tokens', validation=f'{corpus}/c4-train.00001*'
+            )
+
+    @pytest.mark.parametrize('name', ['', 'My Data/x y', '../../out', '/abs', 'c4/en:abc', 'a/b/c'])
+    def test_names(self, corpus, tmp_path, name):
+        with pytest.raises(UsageError, match='--name'):
+            prepare.prepare(data(corpus / '*.gz', name=name), str(tmp_path / 'out'), format='tfds')
+        assert not (tmp_path / 'out').exists()
+
+    def test_no_such_shards(self, corpus, tmp_path):
+        with pytest.raises(UsageError, match='--shards 7:9: there are only 3 shards'):
+            prepare.prepare(data(corpus / '*.gz'), str(tmp_path), format='tokens', only=slice(7, 9))
 
     def test_one_document(self, tmp_path):
         with pytest.raises(DataError, match='one document only'):
@@ -256,11 +304,13 @@ class TestBadInput:
         [
             ('--source jsonl --format tokens', '--out'),
             ('--source tokens --out x --format tokens', 'invalid choice'),
-            ('--source jsonl --out x --format tokens --shards 3', '--shards is A:B'),
-            ('--source jsonl --out x --format tokens --shards 3:3', '--shards is A:B'),
-            ('--source jsonl --out x --format tokens --shards=-1:3', '--shards is A:B'),
-            ('--source jsonl --out x --format tokens --workers 0', '--workers must be at least 1'),
-            ('--source jsonl --out x --format tokens --skip-bad -1', '--skip-bad must be at least 0'),
+            ('--source jsonl --path x --out x --format tokens --shards 3', '--shards is A:B'),
+            ('--source jsonl --path x --out x --format tokens --shards 3:3', '--shards is A:B'),
+            ('--source jsonl --path x --out x --format tokens --shards=-1:3', '--shards is A:B'),
+            ('--source jsonl --path x --out x --format tokens --workers 0', '--workers must be at least 1'),
+            ('--source jsonl --path x --out x --format tokens --skip-bad -1', '--skip-bad must be at least 0'),
+            ('--source text --out x --format tfds', '--source text needs --path FILES'),
+            ('--source stdlib --out gs://x/y --format tfds', '--out gs://x/y: a folder of this machine is needed'),
             ('--source tfds --out x --format tfds', '--source tfds goes with --format tokens'),
             ('--source jsonl --out x --format tfds more', 'unrecognized arguments: more'),
         ],
@@ -280,9 +330,19 @@ class TestBadInput:
         assert '--config.data.source=tokens' in capsys.readouterr().out
 
 
-def start(corpus, out, *words):
-    command = [sys.executable, '-m', 'mixln_jax.data.prepare', '--source', 'jsonl', '--path', f'{corpus}/*.gz']
-    command += ['--format', 'tokens', '--tokenizer', 'bytes', '--mode', 'pack', '--out', str(out), *words]
+def start(corpus, out, *words, format='tokens'):
+    command = [
+        sys.executable,
+        '-m',
+        'mixln_jax.data.prepare',
+        '--source',
+        'jsonl',
+        '--path',
+        f'{corpus}/*.gz',
+        '--format',
+        format,
+    ]
+    command += ['--tokenizer', 'bytes', '--mode', 'pack', '--out', str(out), *words]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
@@ -300,7 +360,7 @@ def alive(pid):
 
 def partial(out):
     """Whether a shard is being written, and has come some way."""
-    return any(path.stat().st_size > 0 for path in out.glob('train*.partial'))
+    return any(path.stat().st_size > 0 for path in out.rglob('*train*.partial'))
 
 
 def until(condition):
@@ -321,21 +381,23 @@ def large(tmp_path_factory):
 
 @pytest.mark.slow
 class TestProcesses:
-    def test_killed_and_run_again(self, large, tmp_path):
+    @pytest.mark.parametrize('format', ['tokens', 'tfds'])
+    def test_killed_and_run_again(self, large, tmp_path, format):
         """Whenever it is killed, what is there by then is whole, and the end is the same."""
-        whole = start(large, tmp_path / 'whole', '--workers', '2')
+        whole = start(large, tmp_path / 'whole', '--workers', '2', format=format)
         assert whole.wait(120) == 0
         out = tmp_path / 'killed'
         for finished in range(3):
-            process = start(large, out, '--workers', '2')
-            until(lambda n=finished: len(list(out.glob(f'{shards.NOTES}/both*.json'))) >= n and partial(out))
+            process = start(large, out, '--workers', '2', format=format)
+            until(lambda n=finished: len(list(out.rglob(f'{shards.NOTES}/both*.json'))) >= n and partial(out))
             workers = children(process.pid)
             process.kill()
-            assert process.wait() == -signal.SIGKILL and not (out / prepared.DESCRIPTION).exists()
+            assert process.wait() == -signal.SIGKILL
+            assert not [*out.rglob(prepared.DESCRIPTION), *out.rglob('dataset_info.json')]
             until(lambda pids=workers: not any(map(alive, pids)))
-        last = start(large, out, '--workers', '1')
+        last = start(large, out, '--workers', '1', format=format)
         assert last.wait(120) == 0
-        assert contents(tmp_path / 'whole') == contents(tmp_path / 'killed')
+        assert contents(tmp_path / 'whole') == contents(out)
 
     def test_sigterm(self, large, tmp_path):
         process = start(large, tmp_path / 'out', '--workers', '2')
@@ -347,6 +409,7 @@ class TestProcesses:
         assert b'run the same command again' in errors.splitlines()[-1]
         assert len(workers) >= 2
         until(lambda: not any(map(alive, workers)))
+        assert not list(tmp_path.rglob('*.partial')) and not list(tmp_path.rglob('*.lock'))
 
     def test_a_killed_worker_is_told(self, large, tmp_path):
         process = start(large, tmp_path / 'out', '--workers', '2')

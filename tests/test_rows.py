@@ -340,8 +340,8 @@ class TestPrepared:
             prepared.Prepared(str(folder), 'train')
 
     def test_no_rows(self, tmp_path, data):
-        (tmp_path / 'short.jsonl').write_text('{"text": "a"}\n')
-        data = prepare_to(tmp_path / 'out', data, 'concat', validation=f'{tmp_path}/short.jsonl')
+        (tmp_path / 'short.json').write_text('{"text": "a"}\n')
+        data = prepare_to(tmp_path / 'out', data, 'concat', validation=f'{tmp_path}/short.json')
         assert len(open_(data)) > 0
         with pytest.raises(DataError, match='out: no rows in split validation'):
             open_(data, 'validation')

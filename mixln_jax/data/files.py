@@ -12,6 +12,7 @@ from isal import igzip, isal_zlib
 from mixln_jax.exits import DataError
 
 PIECE = 2000  # characters of a text document, at least
+STEP = 2**15  # bytes
 LONGEST = 10**7  # characters after which a text document without a blank line ends with the next line
 
 
@@ -38,6 +39,13 @@ def allow_open(count: int):
     needed = count + 1024 if hard == resource.RLIM_INFINITY else min(hard, count + 1024)
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+class _Steps(io.FileIO):
+    """A file that is read a little at a time, so that its position tells how much of it has come out of gzip."""
+
+    def readinto(self, buffer):
+        return super().readinto(memoryview(buffer)[:STEP])
 
 
 class Reader:
@@ -79,9 +87,13 @@ class Reader:
         """Pairs (line number from 1, line with its end), UTF-8."""
         number = 0
         try:
-            with open(self._path, 'rb') as self._raw:
+            with _Steps(self._path) as self._raw:
                 # igzip finds its lines in Python, a BufferedReader in C.
-                lines = io.BufferedReader(igzip.open(self._raw)) if self._path.endswith('.gz') else self._raw
+                lines = (
+                    io.BufferedReader(igzip.open(self._raw))
+                    if self._path.endswith('.gz')
+                    else io.BufferedReader(self._raw)
+                )
                 try:
                     for number, line in enumerate(lines, 1):
                         try:

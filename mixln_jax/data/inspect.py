@@ -1,5 +1,11 @@
 """`python -m mixln_jax.data.inspect --workdir DIR --step N`: the texts, ids and masks that step N of a run sees."""
 
+from mixln_jax.exits import stop
+
+if __name__ == '__main__':
+    stop.install()  # before the imports, which take seconds
+
+# ruff: noqa: E402
 import argparse
 import itertools
 import json
@@ -24,11 +30,16 @@ def inspect(workdir: str, step: int, num_rows: int | None = None):
     """
     workdir = pathlib.Path(workdir).expanduser()
     config = configs.read(workdir / 'config.json')
-    if step < 1:
-        raise UsageError('--step counts from 1')
+    if not 1 <= step * config.batch_size < 2**62:
+        raise UsageError('--step counts from 1' if step < 1 else f'--step {step} is beyond any run')
+    if num_rows is not None and num_rows < 0:
+        raise UsageError('--rows must be at least 0')
     tokenizer = tokenizers.load(workdir / 'tokenizer')
     of = rows.open_rows(config.data, config.data.split, tokenizer, config.seq_length, config.model.vocab_size)
-    seen = json.loads((workdir / 'environment.json').read_text())['data']
+    try:
+        seen = json.loads((workdir / 'environment.json').read_text())['data']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f'{workdir}/environment.json does not tell what data the run saw: {error}') from error
     if differ := [part for part in seen if of.fingerprint[part] != seen[part]]:
         raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs')
     numbers = batches.order(of, config.data.seed, (step - 1) * config.batch_size, config.batch_size)[:num_rows]
@@ -79,6 +90,7 @@ def main(argv):
 
     def job():
         options = exits.parse(parser, argv)
+        stop.started()
         for row in inspect(options.workdir, options.step, options.rows or None):
             record.say(*([json.dumps(row)] if options.json else show(row)))
 

@@ -29,7 +29,7 @@ from mixln_jax.data import shards, tokenizers
 from mixln_jax.data.sources import HELD_OUT, first_for_training, rank
 from mixln_jax.exits import MemoryExhausted, UsageError
 
-SAMPLE = 500_000  # bytes of text from which the size of the output is foretold
+SAMPLE = 1_000_000  # bytes of text from which the size of the output is foretold
 MARGIN = 1.1  # of that forecast
 PAUSE = 0.2  # seconds between reports of progress
 
@@ -52,10 +52,10 @@ def prepare(
         DataError: as sources and tokenizers do.
         MemoryExhausted: a worker process was killed.
     """
+    folder = shards.folder(out, format, data.name)
     units = shards.units(data, validation)
     tokenizer = tokenizers.open_tokenizer(data) if format == 'tokens' else None
     first = None if any(unit.split for unit in units) else _first_for_training(units, data)
-    folder = shards.folder(out, format, data.name)
     job = shards.Job(data, format, out, str(folder), tokenizer, seq_length, first, skip_bad)
     job.check_plan(units)
     # What to validate on is little: the host with the first shard makes all of it.
@@ -64,10 +64,13 @@ def prepare(
         for unit in units
         if (not only.start if unit.split == 'validation' else unit.number in range(*only.indices(unit.count)))
     ]
+    if not mine:
+        raise UsageError(f'--shards {only.start or 0}:{only.stop or ""}: there are only {units[0].count} shards')
     pending = [unit for unit in mine if not job.result(unit)]
     if pending:
         workers = min(workers, len(pending))
         _check_room(job, pending)
+        job.begin()
         record.say(f'{len(pending)} of {len(units)} shards to prepare into {folder}, {workers} processes')
         _write_all(job, pending, workers)
     results = [job.result(unit) for unit in units]
@@ -96,12 +99,15 @@ def _check_room(job, pending):
         seen = shards.write(sample, pending[0], lambda *_: None, limit=SAMPLE)
         written = sum(path.stat().st_size for path in pathlib.Path(folder).glob('*-of-*'))
     needed = int(MARGIN * written * sum(unit.size for unit in pending) / max(seen['position'], 1))
-    record.say(f'about {needed / 1e9:,.2f} GB to write, {free / 1e9:,.1f} GB are free')
+    record.say(f'about {_size(needed)} to write, {_size(free)} are free')
     if needed > free:
         raise UsageError(
-            f'{job.folder} has room for {free / 1e9:,.2f} GB, about {needed / 1e9:,.2f} GB are needed; nothing '
-            'was written'
+            f'{job.folder} has room for {_size(free)}, about {_size(needed)} are needed; nothing was written'
         )
+
+
+def _size(count):
+    return f'{count / 1e9:,.2f} GB' if count >= 1e9 else f'{count / 1e6:,.2f} MB'
 
 
 def _write_all(job, pending, workers):
@@ -167,6 +173,8 @@ def _write_with_processes(job, pending, workers, report):
                 worker.kill()
         pool.shutdown(cancel_futures=True)
         reports.close()
+        for unit in pending:
+            job.clean(unit)
 
 
 def _start_worker(reports):
@@ -229,6 +237,8 @@ def parse(argv):
     for name, least in (('workers', 1), ('skip_bad', 0), ('seq_length', 2)):
         if getattr(options, name) < least:
             raise UsageError(f'--{name.replace("_", "-")} must be at least {least}')
+    if options.source in ('jsonl', 'text') and not options.path:
+        raise UsageError(f'--source {options.source} needs --path FILES')
     if options.source == 'tfds' and options.format == 'tfds':
         raise UsageError('--source tfds goes with --format tokens')
     if options.source == 'stdlib' and options.validation:

@@ -30,6 +30,7 @@ class Prepared:
         folder = pathlib.Path(folder).expanduser()
         try:
             self.layout = Layout(about['mode'], about['pad_id'], about['eos_id'])
+            self._vocab_size = about['vocab_size']
             self._dtype, self._width = np.dtype(about['dtype']), about['seq_length'] + 1
             shards = about['splits'].get(split)
             if shards is None:
@@ -67,7 +68,11 @@ class Prepared:
             self._read(i, shard, size, int(at) * size)
             for i, shard, at in zip(indices, shards.tolist(), np.asarray(indices) - starts, strict=True)
         ]
-        return np.frombuffer(b''.join(rows), self._dtype).reshape(len(rows), self._width)
+        tokens = np.frombuffer(b''.join(rows), self._dtype).reshape(len(rows), self._width)
+        if tokens.max(initial=0) >= self._vocab_size:
+            bad = next(i for i, row in zip(indices, tokens, strict=True) if row.max() >= self._vocab_size)
+            raise DataError(f'{self.origin(bad)}: an id is not below the vocabulary size {self._vocab_size}')
+        return tokens
 
     def origin(self, i):
         i = range(len(self))[i]
@@ -77,7 +82,9 @@ class Prepared:
     def _read(self, i, shard, size, at):
         try:
             if shard not in self._handles:
-                self._handles[shard] = os.open(self._files[shard], os.O_RDONLY)
+                handle = os.open(self._files[shard], os.O_RDONLY)
+                if self._handles.setdefault(shard, handle) != handle:  # another thread was faster
+                    os.close(handle)
             row = os.pread(self._handles[shard], size, at)
         except OSError as error:
             raise DataError(f'{self.origin(i)}: cannot be read: {error.strerror}') from error

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable
 
 from mixln_jax import config, record
@@ -21,6 +22,7 @@ NOTES = '.prepare'  # folder with the plan and one file a finished shard
 FIELDS = ('text', 'url', 'timestamp', 'content-type', 'content-length')  # C4's in TFDS
 READ_AT_ONCE = 256  # records of a data set
 REPORT = 64  # documents between reports
+ENDS = 2**16  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Unit:
     path: str  # of a file; the split of a data set
     size: int  # bytes as stored
     records: tuple[int, int] = (0, 0)  # of a data set
+    digest: str = ''  # of what a file begins and ends with
 
     @property
     def name(self):
@@ -53,8 +56,28 @@ def units(data: config.Data, validation: str) -> list[Unit]:
     made = []
     for split, patterns in ((('train' if validation else None), data.path), ('validation', validation)):
         paths = files.paths(patterns) if patterns or split != 'validation' else []
-        made += [Unit(split, i, len(paths), path, os.path.getsize(path)) for i, path in enumerate(paths)]
+        for i, path in enumerate(paths):
+            made.append(Unit(split, i, len(paths), path, os.path.getsize(path), digest=_digest(path)))
+    twice = {unit.path for unit in made if unit.split == 'train'} & {
+        unit.path for unit in made if unit.split != 'train'
+    }
+    if twice:
+        raise UsageError(f'--path and --validation both name {min(twice)}')
     return made
+
+
+def _digest(path):
+    """Of the size, the first and the last bytes; those of a gzip file hold a checksum of its content."""
+    try:
+        with open(path, 'rb') as file:
+            size = file.seek(0, os.SEEK_END)
+            digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+            for start in (0, max(size - ENDS, 0)):
+                file.seek(start)
+                digest.update(file.read(ENDS))
+            return digest.hexdigest()
+    except OSError as error:
+        raise DataError(f'{path}: cannot be read: {error}') from error
 
 
 def _units_of(dataset, split, of):
@@ -159,7 +182,6 @@ class Job:
             'files': [[pathlib.Path(unit.path).name, unit.split] for unit in units],
             'format': self.format,
             'first for training': self.first,
-            'skip-bad': self.skip_bad,
         }
         if self.data.source == 'tfds':
             plan['data set'] = {unit.path: _dataset(self.data, unit.path).fingerprint for unit in units}
@@ -175,6 +197,17 @@ class Job:
                 )
         record.write_json(path, plan)
 
+    def begin(self):
+        """Some shards are to be written: until `finish`, no reader takes the folder for a data set."""
+        description = 'dataset_info.json' if self.format == 'tfds' else prepared.DESCRIPTION
+        pathlib.Path(self.folder, description).unlink(missing_ok=True)
+
+    def clean(self, unit):
+        """Removes what a killed process left of a unit, unless another one is writing it."""
+        with contextlib.suppress(UsageError), _locked(pathlib.Path(self.folder, NOTES), unit.name):
+            for split in unit.splits:
+                pathlib.Path(self.folder, f'{self.file(unit, split)}.partial').unlink(missing_ok=True)
+
     def file(self, unit, split):
         """The name of a unit's shard of `split`."""
         shard = f'{unit.number:05}-of-{unit.count:05}'
@@ -183,7 +216,7 @@ class Job:
         return f'{dataset_name(self.data.name)}-{split}.array_record-{shard}'
 
     def result(self, unit):
-        """What a finished unit counted; None where its input has another size since, or a shard is not whole."""
+        """What a finished unit counted; None where its input is another since, or a shard is not whole."""
         try:
             result = json.loads(pathlib.Path(self.folder, NOTES, f'{unit.name}.json').read_text())
             whole = [
@@ -192,7 +225,8 @@ class Job:
             ]
         except (OSError, ValueError, KeyError):
             return None
-        return result if all(whole) and result['input_size'] == unit.size else None
+        fits = result['input'] == unit.digest and result['bad'] <= self.skip_bad
+        return result if fits and all(whole) else None
 
     def finish(self, results):
         """Writes what makes the shards a data set."""
@@ -209,6 +243,7 @@ class Job:
             'pad_id': self.tokenizer.pad_id,
             'eos_id': self.tokenizer.eos_id,
             'tokenizer': self.tokenizer.fingerprint,
+            'vocab_size': self.tokenizer.vocab_size,
             'splits': _of_splits(results),
         }
         record.write_json(pathlib.Path(self.folder, prepared.DESCRIPTION), about)
@@ -236,6 +271,10 @@ def dataset_name(name):
 def folder(out: str, format: str, name: str) -> pathlib.Path:
     """Where the shards lie: tokens in `out`, a data set in TFDS's layout below it, as version 3.1.0 if none is named
     (C4's, under which TFDS knows it)."""
+    if '://' in out:
+        raise UsageError(f'--out {out}: a folder of this machine is needed; copy it to the bucket afterwards')
+    if format == 'tfds' and not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?(:\d+\.\d+\.\d+)?', name):
+        raise UsageError(f'--name {name!r} is not NAME, NAME/CONFIG or NAME/CONFIG:1.2.3')
     out = pathlib.Path(out).expanduser()
     name, _, version = name.partition(':')
     return out / name / (version or '3.1.0') if format == 'tfds' else out
@@ -273,7 +312,7 @@ def write(job: Job, unit: Unit, report: Callable, limit: int | None = None) -> d
                 if limit and num_bytes > limit:
                     break
             result = {split: writer.finish() for split, writer in writers.items()}
-        result |= {'input_size': unit.size} | {
+        result |= {'input': unit.digest} | {
             name: getattr(documents, name) for name in ('empty', 'bad', 'skipped', 'position')
         }
         report(documents.position, num_documents, num_bytes)
@@ -290,8 +329,10 @@ def _locked(notes, name):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(f'{path}: another process prepares this shard') from None
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 class _Shard:
@@ -320,17 +361,20 @@ class _Records(_Shard):
     """An ArrayRecord shard of TFDS examples, one record a chunk as random access wants it."""
 
     def __init__(self, job, path):
-        import tensorflow_datasets as tfds
         from array_record.python.array_record_module import ArrayRecordWriter
+        from tensorflow_datasets.proto import tf_example_pb2
 
         super().__init__(job, path)
-        self._features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in FIELDS})
+        self._example = tf_example_pb2.Example
         self._writer = ArrayRecordWriter(str(self._partial), 'group_size:1')
         self._bytes = 0
 
     def add(self, document):
-        values = {name: value if isinstance(value := document.get(name), str) else '' for name in FIELDS}
-        example = self._features.serialize_example(values)
+        example = self._example()
+        for name in FIELDS:
+            value = document.get(name)
+            example.features.feature[name].bytes_list.value.append(value.encode() if isinstance(value, str) else b'')
+        example = example.SerializeToString(deterministic=True)  # else the order of the fields is each process's own
         self._writer.write(example)
         self._documents += 1
         self._bytes += len(example)
