@@ -236,10 +236,17 @@ class TestInspect:
             (['--workdir', str(run), '--step', '0'], 2, '--step counts from 1'),
             (['--workdir', str(run), '--step', 'x'], 2, '--step'),
             (['--workdir', str(run)], 2, '--step'),
+            (['--workdir', str(run), '--step', str(10**21)], 2, 'is beyond any run'),
+            (['--workdir', str(run), '--step', '1', '--rows', '-1'], 2, '--rows must be at least 0'),
         ):
             assert inspect.main(words) == code
             error = capsys.readouterr().err
             assert message in error and error.count('\n') == 1
+        environment = (run / 'environment.json').read_text()
+        (run / 'environment.json').write_text('{}')
+        assert inspect.main(['--workdir', str(run), '--step', '1']) == 2
+        assert 'does not tell what data the run saw' in capsys.readouterr().err
+        (run / 'environment.json').write_text(environment)
         shutil.rmtree(data_dir)
         prepare.prepare(configs.Data(source='jsonl', path=str(other)), str(data_dir), format='tfds')
         capsys.readouterr()
