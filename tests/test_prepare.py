@@ -359,8 +359,8 @@ def alive(pid):
 
 
 def partial(out):
-    """Whether a shard is being written, and has come some way."""
-    return any(path.stat().st_size > 0 for path in out.rglob('*train*.partial'))
+    """Whether a shard is being written."""
+    return next(out.rglob('*train*.partial'), None) is not None
 
 
 def until(condition):
