@@ -148,8 +148,11 @@ def stopped_line(reason):
 stop = Stop()
 
 
-def parse(parser, argv):
-    """The options that argparse finds; UsageError in one line where it would print its usage. --help exits with 0."""
+def parse(parser, argv, known=False):
+    """The options that argparse finds; UsageError in one line where it would print its usage. --help exits with 0.
+
+    With `known` a pair: the options that the parser knows, and the other words.
+    """
     parser.exit_on_error = False
 
     def error(message):
@@ -157,7 +160,7 @@ def parse(parser, argv):
 
     parser.error = error
     try:
-        return parser.parse_args(argv)
+        return parser.parse_known_args(argv) if known else parser.parse_args(argv)
     except argparse.ArgumentError as problem:
         error(str(problem))
 

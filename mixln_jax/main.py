@@ -150,8 +150,7 @@ def _start_jax(config):
     mesh = meshes.make_mesh(config.device, config.mesh.data)
     # Compiled code is kept between runs, but not for CPUs: it may need instructions that the next host lacks.
     if mesh.devices.flat[0].platform != 'cpu' and not jax.config.jax_compilation_cache_dir:
-        cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mixln_jax' / 'xla'
-        jax.config.update('jax_compilation_cache_dir', str(cache))
+        jax.config.update('jax_compilation_cache_dir', str(record.cache() / 'xla'))
     if config.batch_size % (config.accumulate * mesh.size):
         raise UsageError(
             f'config.batch_size={config.batch_size} does not divide by config.accumulate={config.accumulate} '
@@ -306,16 +305,11 @@ def parse(argv):
         epilog=f"keys of a recipe, with the Mix-LN paper's C4 recipe as defaults:\n{configs.help_text()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument('--config', metavar='FILE[:ARG]', help='a recipe, such as configs/quickstart.py')
     parser.add_argument('--workdir', metavar='DIR', help='folder of the run [runs/<name of the recipe>]')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
-
-    try:
-        options, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from None
+    options, rest = exits.parse(parser, argv, known=True)
     if not options.config:
         raise UsageError('--config FILE is missing; --help lists the keys')
     overrides, rest = [], iter(rest)

@@ -8,6 +8,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import threading
 
 import tensorboardX
 
@@ -25,9 +26,30 @@ def say(*lines, file=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
+def write(path, body: bytes):
+    """Writes a file so that a crash leaves the old one or the new one, never half, also when several processes or
+    threads do so at once; makes its folder."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}')
+    try:
+        with temporary.open('wb') as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path, content):
-    """Writes a JSON file so that a crash leaves the old one or the new one, never half."""
-    _replace(path, json.dumps(content, indent=1) + '\n')
+    """Writes a JSON file, as `write` does."""
+    write(path, json.dumps(content, indent=1).encode() + b'\n')
+
+
+def cache():
+    """Folder of what may be made or fetched again: $XDG_CACHE_HOME/mixln_jax, else ~/.cache/mixln_jax."""
+    return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mixln_jax'
 
 
 def versions():
@@ -61,7 +83,7 @@ class Metrics:
         first = resume_from + (open_line is None)  # the first step whose line is still to come
         kept = [line for line in self.lines if line['step'] < first]
         if self._path.exists():
-            _replace(self._path, ''.join(json.dumps(line) + '\n' for line in kept))
+            write(self._path, ''.join(json.dumps(line) + '\n' for line in kept).encode())
         self.lines, self.open_line = kept, open_line
         self._file = self._path.open('a')
         # purge_step makes TensorBoard forget what a cut line had shown.
@@ -174,16 +196,6 @@ def _finite(value):
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path, text):
-    path = pathlib.Path(path)
-    temporary = path.with_name(f'{path.name}.tmp')
-    with temporary.open('w') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _commit():

@@ -214,7 +214,7 @@ def test_names_that_are_never_found(monkeypatch, tmp_path):
     waiting = threading.Event()
     monkeypatch.setattr(urllib.request, 'urlopen', lambda *_, **__: waiting.wait(20))
     start = time.monotonic()
-    with pytest.raises(DataError, match=r'sentencepiece\.model cannot be fetched: no answer in 0\.1 s'):
+    with pytest.raises(DataError, match=r'sentencepiece\.model cannot be fetched: no answer within 0\.1 s'):
         tokenizers.open_tokenizer(config.Data())
     assert time.monotonic() - start < 5
     waiting.set()

@@ -1,7 +1,6 @@
 """TensorFlow data sets as a source, read without TensorFlow: ArrayRecord shards or parquet, local or in a bucket."""
 
 import hashlib
-import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,7 +32,7 @@ class Dataset:
         root = data_dir or str(tfds.core.constants.DATA_DIR)
         try:
             if '://' in root:
-                _within_time(lambda: list(epath.Path(root).iterdir()), root)
+                _check_answers(root)
             builder = tfds.builder_from_directory(_folder(epath.Path(root).expanduser(), name))
             info, self.folder = builder.info, str(builder.data_path)
             parts = _parts(info, split)
@@ -170,23 +169,12 @@ def _check_shards(info, parts):
         list(pool.map(check, parts))
 
 
-def _within_time(call, where):
-    """Runs `call` and gives up after TIME_OUT: file systems of buckets retry for minutes where there is no network."""
-    ended = threading.Event()
-    problem = []
-
-    def run():
-        try:
-            call()
-        except BaseException as error:
-            problem.append(error)
-        ended.set()
-
-    threading.Thread(target=run, daemon=True).start()
-    if not ended.wait(TIME_OUT):
-        raise DataError(f'config.data.data_dir={where}: no answer within {TIME_OUT} s; is there a network?')
-    if problem:
-        raise DataError(f'config.data.data_dir={where}: {first_line(problem[0])}')
+def _check_answers(root):
+    try:
+        files.within(TIME_OUT, lambda: list(epath.Path(root).iterdir()))
+    except Exception as error:
+        asked = '; is there a network?' if isinstance(error, TimeoutError) else ''
+        raise DataError(f'config.data.data_dir={root}: {first_line(error)}{asked}') from error
 
 
 def write_description(folder: str, name: str, fields: Iterable[str], splits: dict[str, list[dict]]):

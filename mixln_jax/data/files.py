@@ -3,8 +3,10 @@
 import glob
 import io
 import os
+import queue
 import resource
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import orjson
 from isal import igzip, isal_zlib
@@ -31,6 +33,27 @@ def paths(patterns: str) -> list[str]:
                 raise DataError(f'config.data.path: {path} is a folder; name its files, for instance {path}/*')
         found.update(matches)
     return sorted(found)
+
+
+def within(seconds: float, call: Callable):
+    """What `call()` gives or raises; TimeoutError where that takes longer, as with file systems of buckets, which try
+    again for minutes where there is no network. The call itself then goes on in its thread."""
+    results = queue.SimpleQueue()
+
+    def run():
+        try:
+            results.put((call(), None))
+        except Exception as error:
+            results.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f'no answer within {seconds} s') from None
+    if error:
+        raise error
+    return result
 
 
 def allow_open(count: int):

@@ -12,9 +12,9 @@ import os
 import pathlib
 import platform
 import sysconfig
-import tempfile
 import warnings
 
+from mixln_jax import record
 from mixln_jax.exits import DataError
 
 _NOT_LIBRARY = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test', 'lib2to3'}
@@ -33,8 +33,7 @@ def gather() -> list[tuple[str, str]]:
     root = pathlib.Path(sysconfig.get_path('stdlib'))
     files = sorted(_files(root))
     state = repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
-    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mixln_jax'
-    cache /= f'stdlib-{platform.python_version()}-{_digest(state.encode())}.json'
+    cache = record.cache() / f'stdlib-{platform.python_version()}-{_digest(state.encode())}.json'
     try:
         digest, body = cache.read_bytes().split(b'\n', 1)
         if digest.decode() == _digest(body):
@@ -49,7 +48,8 @@ def gather() -> list[tuple[str, str]]:
     documents.sort(key=lambda document: document[0])
     # A home that cannot be written to, as on some clusters, costs a few seconds at each start and nothing else.
     with contextlib.suppress(OSError):
-        _write(cache, json.dumps(documents).encode())
+        body = json.dumps(documents).encode()
+        record.write(cache, _digest(body).encode() + b'\n' + body)
     return documents
 
 
@@ -95,12 +95,3 @@ def _section(name, node):
 
 def _digest(data):
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _write(path, body):
-    """Writes digest and body, whole or not at all, also when several processes do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = pathlib.Path(folder, path.name)
-        whole.write_bytes(_digest(body).encode() + b'\n' + body)
-        os.replace(whole, path)

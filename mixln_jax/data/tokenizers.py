@@ -5,12 +5,8 @@ import functools
 import hashlib
 import http.client
 import json
-import os
 import pathlib
-import queue
 import re
-import tempfile
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -23,7 +19,8 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from mixln_jax import config
+from mixln_jax import config, record
+from mixln_jax.data import files
 from mixln_jax.exits import DataError, UsageError, first_line
 
 T5 = 'gs://t5-data/vocabs/cc_all.32000/sentencepiece.model'
@@ -327,21 +324,11 @@ def load(folder) -> Tokenizer:
     return tokenizer
 
 
-def write(path, body: bytes):
-    """Writes a file whole or not at all, also when several processes do so at once; makes its folder."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = pathlib.Path(folder, path.name)
-        whole.write_bytes(body)
-        os.replace(whole, path)
-
-
 def _save(tokenizer, folder, files):
     for name, body in files.items():
-        write(pathlib.Path(folder, name), body)
+        record.write(pathlib.Path(folder, name), body)
     # Last, so that what a kill leaves behind has no fingerprint or not the right one.
-    write(pathlib.Path(folder, 'fingerprint.json'), json.dumps(_summary(tokenizer)).encode() + b'\n')
+    record.write(pathlib.Path(folder, 'fingerprint.json'), json.dumps(_summary(tokenizer)).encode() + b'\n')
 
 
 def _summary(tokenizer):
@@ -359,8 +346,7 @@ def _read(path):
 
 def _fetch(kind, url):
     """The tokenizer at a URL. Only what has been opened goes into the cache, so a login page sent for it never does."""
-    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mixln_jax' / 'tokenizers'
-    cache /= hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
+    cache = record.cache() / 'tokenizers' / hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
     with contextlib.suppress(DataError):  # absent or damaged: fetched anew
         return load(cache)
     first, *beside = kind.FILES
@@ -373,28 +359,14 @@ def _fetch(kind, url):
 
 def _download(url, absent=None):
     """What a URL holds; `absent`, if given, where the server says that there is nothing."""
-    answers = queue.SimpleQueue()
-
-    def ask():
-        try:
-            answers.put(urllib.request.urlopen(url, timeout=TIMEOUT))
-        except Exception as error:
-            answers.put(error)
-
-    # In a thread, as looking up a name and trying its addresses one by one know no time-out.
-    threading.Thread(target=ask, daemon=True).start()
     try:
-        answer = answers.get(timeout=TIMEOUT)
-        if isinstance(answer, Exception):
-            raise answer
-        with answer:
+        # Looking up a name and trying its addresses one by one know no time-out of their own.
+        with files.within(TIMEOUT, lambda: urllib.request.urlopen(url, timeout=TIMEOUT)) as answer:
             return answer.read()
     except urllib.error.HTTPError as error:
         if absent is not None and error.code in (403, 404, 410):  # 403: buckets that do not list their objects
             return absent
         reason = f'{error.code} {error.reason}'
-    except queue.Empty:
-        reason = f'no answer in {TIMEOUT} s'
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = first_line(error)
     raise DataError(f'{url} cannot be fetched: {reason}; fetch it elsewhere, then --config.data.tokenizer_path=FILE')

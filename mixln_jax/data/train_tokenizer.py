@@ -13,9 +13,9 @@ import sys
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mixln_jax import config, exits
+from mixln_jax import config, exits, record
 from mixln_jax.data.sources import Source, open_source
-from mixln_jax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer, write
+from mixln_jax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer
 from mixln_jax.exits import UsageError
 
 SPECIALS = ['<pad>', '</s>', '<s>']  # 0, 1, 2; bytes need no token for the unknown
@@ -62,38 +62,32 @@ def run(options):
     out = pathlib.Path(options.out).expanduser()
     path = out if out.suffix == '.json' else out / 'tokenizer.json'
     path.parent.mkdir(parents=True, exist_ok=True)  # or fails before the work, not after it
-    print(f'training on {len(source):,} documents', flush=True)
+    record.say(f'training on {len(source):,} documents')
     body = train(source, options.vocab_size)
     if path == out:
-        write(path, body)
+        record.write(path, body)
         tokenizer = open_tokenizer(config.Data(tokenizer='huggingface', tokenizer_path=str(path)))
     else:
         tokenizer = HuggingFace({'tokenizer.json': body, 'tokenizer_config.json': b'{}'}, str(out))
         tokenizer.save(out)
     if tokenizer.vocab_size < options.vocab_size:
-        print(
+        record.say(
             f'mixln_jax: warning: only {tokenizer.vocab_size:,} of {options.vocab_size:,} ids: no other pair of tokens '
             'occurs twice in a word of this text',
             file=sys.stderr,
         )
     mean, size = bytes_per_token(source, tokenizer)
-    print(
+    record.say(
         f'{tokenizer.vocab_size:,} ids, {mean:.2f} bytes a token on the first {size / 1e6:.1f} MB of the text',
         f'written to {out}; to use it:',
         f'--config.data.tokenizer=huggingface --config.data.tokenizer_path={path} '
         f'--config.model.vocab_size={tokenizer.vocab_size}',
-        sep='\n',
     )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(f'{message}; --help lists the options')
 
 
 def parse(argv):
     """The options behind the command. Raises UsageError; --help prints and exits with 0."""
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog='python -m mixln_jax.data.train_tokenizer',
         description='Trains a byte-level BPE vocabulary on the training split of a source.',
         allow_abbrev=False,
@@ -107,7 +101,7 @@ def parse(argv):
     parser.add_argument('--vocab-size', required=True, type=int, metavar='N', help=f'ids, at least {SMALLEST}')
     parser.add_argument('--out', required=True, metavar='DIR|FILE.json', help='folder, or the tokenizer.json alone')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
-    options = parser.parse_args(argv)
+    options = exits.parse(parser, argv)
     if options.vocab_size < SMALLEST:
         raise UsageError(f'--vocab-size {options.vocab_size} is too small: specials, bytes and a merge are {SMALLEST}')
     if options.source in ('jsonl', 'text') and not options.path:
