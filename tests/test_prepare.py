@@ -16,7 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mixln_jax import config
-from mixln_jax.data import datasets, files, layout, prepare, prepared, rows, shards, tokenizers
+from mixln_jax.data import datasets, files, layout, prepare, prepared, rows, shards, tokenizers, units
 from mixln_jax.exits import DataError, UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -267,7 +267,7 @@ class TestBadInput:
 
     def test_a_shard_that_another_process_writes(self, corpus, tmp_path):
         of = data(corpus / '*0-of*')
-        unit = shards.units(of, '')[0]
+        unit = units.list_units(of, '')[0]
         with shards._locked(tmp_path / shards.NOTES, unit.name), pytest.raises(UsageError, match='another process'):
             job = shards.Job(of, 'tokens', '', str(tmp_path), tokenizers.Bytes(), 32, 2**60, 0)
             shards.write(job, unit, lambda *_: None)

@@ -27,11 +27,12 @@ import tqdm
 from mixln_jax import config, exits, record
 from mixln_jax.data import shards, tokenizers
 from mixln_jax.data.sources import HELD_OUT, first_for_training, rank
+from mixln_jax.data.units import list_units, read
 from mixln_jax.exits import MemoryExhausted, UsageError
 
 SAMPLE = 1_000_000  # bytes of text from which the size of the output is foretold
 MARGIN = 1.1  # of that forecast
-PAUSE = 0.2  # seconds between reports of progress
+PAUSE = 0.2  # seconds between looks at what the workers report
 
 
 def prepare(
@@ -53,7 +54,7 @@ def prepare(
         MemoryExhausted: a worker process was killed.
     """
     folder = shards.folder(out, format, data.name)
-    units = shards.units(data, validation)
+    units = list_units(data, validation)
     tokenizer = tokenizers.open_tokenizer(data) if format == 'tokens' else None
     first = None if any(unit.split for unit in units) else _first_for_training(units, data)
     job = shards.Job(data, format, out, str(folder), tokenizer, seq_length, first, skip_bad)
@@ -86,7 +87,7 @@ def prepare(
 
 def _first_for_training(units, data):
     """Reads as far as is needed to know: for C4 some thousand documents."""
-    documents = (pair for unit in units for pair in shards.reading(data, unit, skip_bad=sys.maxsize))
+    documents = (pair for unit in units for pair in read(data, unit, skip_bad=sys.maxsize))
     ranks = (rank(decides.encode()) for decides, _ in documents)
     return first_for_training(ranks, HELD_OUT[data.source])
 
@@ -125,25 +126,9 @@ def _write_all(job, pending, workers):
 
         if workers == 1:
             for unit in pending:
-                _write(job, unit, report)
+                shards.write(job, unit, report)
         else:
             _write_with_processes(job, pending, workers, report)
-
-
-def _write(job, unit, report):
-    """Writes a shard; `report` gets what it advanced, every PAUSE seconds and at its end."""
-    before, due, totals = (0, 0, 0), 0.0, (0, 0, 0)
-
-    def step(*now):
-        nonlocal before, due, totals
-        totals = now
-        if time.monotonic() >= due:
-            due = time.monotonic() + PAUSE
-            report(*(a - b for a, b in zip(now, before, strict=True)))
-            before = now
-
-    shards.write(job, unit, step)
-    report(*(a - b for a, b in zip(totals, before, strict=True)))
 
 
 def _write_with_processes(job, pending, workers, report):
@@ -184,7 +169,7 @@ def _start_worker(reports):
 
 
 def _write_in_worker(job, unit):
-    _write(job, unit, lambda *step: _reports.put(step))
+    shards.write(job, unit, lambda *new: _reports.put(new))
 
 
 def _summarise(job, results):
@@ -202,7 +187,7 @@ def _summarise(job, results):
 
 
 def parse(argv):
-    """The options of the command. Raises UsageError; --help prints and exits with 0."""
+    """The arguments of `prepare` by name. Raises UsageError; --help prints and exits with 0."""
     choices = {field.name: field.metadata['choices'] for field in dataclasses.fields(config.Data)}
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.prepare', description=__doc__, allow_abbrev=False)
     add = parser.add_argument
@@ -222,15 +207,21 @@ def parse(argv):
     add('--tokenizer-path', default='', metavar='FILE', help='tokens: as config.data.tokenizer_path [T5 vocabulary]')
     add('--mode', default='pad', choices=choices['mode'], help='tokens: how documents fill rows [pad]')
     add('--seq-length', type=int, default=256, metavar='T', help='tokens: positions in a row [256]')
-    add('--shards', default=':', metavar='A:B', help='only these of the shards, so that hosts share the work [all]')
+    add(
+        '--shards',
+        default=':',
+        dest='only',
+        metavar='A:B',
+        help='only these of the shards, so that hosts share the work [all]',
+    )
     add('--workers', type=int, default=os.cpu_count(), metavar='N', help='processes, a shard each [one a core]')
     add('--skip-bad', type=int, default=0, metavar='N', help='malformed records to leave out in each file [0]')
     add('--traceback', action='store_true', help='show where an error comes from')
     options = exits.parse(parser, argv)
     try:
-        start, colon, end = options.shards.partition(':')
-        options.shards = slice(int(start or 0), int(end) if end else None)
-        if not colon or options.shards.start < 0 or (end and int(end) <= options.shards.start):
+        start, colon, end = options.only.partition(':')
+        options.only = slice(int(start or 0), int(end) if end else None)
+        if not colon or options.only.start < 0 or (end and int(end) <= options.only.start):
             raise ValueError
     except ValueError:
         raise UsageError('--shards is A:B, such as 0:8; A is the first, B the one behind the last') from None
@@ -243,34 +234,19 @@ def parse(argv):
         raise UsageError('--source tfds goes with --format tokens')
     if options.source == 'stdlib' and options.validation:
         raise UsageError('--validation does not go with --source stdlib, which has its own')
-    return options
+    arguments = vars(options)
+    del arguments['traceback']
+    keys = ('source', 'path', 'name', 'data_dir', 'tokenizer', 'tokenizer_path', 'mode')
+    return arguments | {'data': config.Data(**{key: arguments.pop(key) for key in keys})}
 
 
 def main(argv):
     """The command; returns its exit code."""
 
     def job():
-        options = parse(argv)
-        data = config.Data(
-            source=options.source,
-            path=options.path,
-            name=options.name,
-            data_dir=options.data_dir,
-            tokenizer=options.tokenizer,
-            tokenizer_path=options.tokenizer_path,
-            mode=options.mode,
-        )
+        arguments = parse(argv)
         with stop.may_interrupt():
-            prepare(
-                data,
-                options.out,
-                format=options.format,
-                seq_length=options.seq_length,
-                validation=options.validation,
-                only=options.shards,
-                workers=options.workers,
-                skip_bad=options.skip_bad,
-            )
+            prepare(**arguments)
 
     return exits.call(job, show_traceback='--traceback' in argv)
 

@@ -1,10 +1,9 @@
-"""The units of `data.prepare`: what a shard is made of, how it is written so that a kill leaves it whole or absent, and
-how whole shards become a data set."""
+"""The shards of `data.prepare`: how one is written so that a kill leaves it whole or absent, and how they become a data
+set."""
 
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -13,151 +12,14 @@ import re
 from collections.abc import Callable
 
 from mixln_jax import config, record
-from mixln_jax.data import files, layout, prepared, stdlib
+from mixln_jax.data import layout, prepared, units
 from mixln_jax.data.sources import rank
 from mixln_jax.data.tokenizers import Tokenizer
-from mixln_jax.exits import DataError, UsageError
+from mixln_jax.exits import UsageError
 
 NOTES = '.prepare'  # folder with the plan and one file a finished shard
 FIELDS = ('text', 'url', 'timestamp', 'content-type', 'content-length')  # C4's in TFDS
-READ_AT_ONCE = 256  # records of a data set
-REPORT = 64  # documents between reports
-ENDS = 2**16  # bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """What one process turns into shard `number` of `count` of a split, or of both where the hash of a text decides."""
-
-    split: str | None
-    number: int
-    count: int
-    path: str  # of a file; the split of a data set
-    size: int  # bytes as stored
-    records: tuple[int, int] = (0, 0)  # of a data set
-    digest: str = ''  # of what a file begins and ends with
-
-    @property
-    def name(self):
-        return f'{self.split or "both"}-{self.number:05}'
-
-    @property
-    def splits(self):
-        return (self.split,) if self.split else ('train', 'validation')
-
-
-def units(data: config.Data, validation: str) -> list[Unit]:
-    """The shards that a source makes: a file each; of a data set its own; one of the embedded corpus."""
-    if data.source == 'stdlib':
-        return [Unit(None, 0, 1, 'stdlib', sum(len(text) for _, text in stdlib.gather()))]
-    if data.source == 'tfds':
-        sides = {'train': data.split, 'validation': validation or 'validation'}
-        return [unit for split, of in sides.items() for unit in _units_of(_dataset(data, of), split, of)]
-    made = []
-    for split, patterns in ((('train' if validation else None), data.path), ('validation', validation)):
-        paths = files.paths(patterns) if patterns or split != 'validation' else []
-        for i, path in enumerate(paths):
-            made.append(Unit(split, i, len(paths), path, os.path.getsize(path), digest=_digest(path)))
-    twice = {unit.path for unit in made if unit.split == 'train'} & {
-        unit.path for unit in made if unit.split != 'train'
-    }
-    if twice:
-        raise UsageError(f'--path and --validation both name {min(twice)}')
-    return made
-
-
-def _digest(path):
-    """Of the size, the first and the last bytes; those of a gzip file hold a checksum of its content."""
-    try:
-        with open(path, 'rb') as file:
-            size = file.seek(0, os.SEEK_END)
-            digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-            for start in (0, max(size - ENDS, 0)):
-                file.seek(start)
-                digest.update(file.read(ENDS))
-            return digest.hexdigest()
-    except OSError as error:
-        raise DataError(f'{path}: cannot be read: {error}') from error
-
-
-def _units_of(dataset, split, of):
-    starts = [0, *dataset.ends[:-1].tolist()]
-    for i, records in enumerate(zip(starts, dataset.ends.tolist(), strict=True)):
-        size = dataset.num_bytes * (records[1] - records[0]) // len(dataset)
-        yield Unit(split, i, len(starts), of, max(size, 1), records)
-
-
-class _FromFile(files.Reader):
-    """A file's documents; their text decides the split."""
-
-    def __iter__(self):
-        return ((record['text'], record) for _, record in super().__iter__())
-
-
-class _FromStdlib:
-    """The embedded corpus; a module is on one side."""
-
-    def __init__(self):
-        self.empty = self.bad = self.position = 0
-        self.skipped = []
-
-    def __iter__(self):
-        for name, text in stdlib.gather():
-            self.position += len(text)
-            yield name, {'text': text}
-
-
-class _FromDataset:
-    """A shard of a data set, which has its split."""
-
-    def __init__(self, data, unit, skip_bad):
-        self.empty = self.bad = self.position = 0
-        self.skipped = []
-        self._dataset, self._unit, self._skip_bad = _dataset(data, unit.path), unit, skip_bad
-
-    def __iter__(self):
-        first, end = self._unit.records
-        for start in range(first, end, READ_AT_ONCE):
-            numbers = range(start, min(start + READ_AT_ONCE, end))
-            try:
-                texts = self._dataset.__getitems__(numbers)
-            except DataError:
-                texts = [self._one(number) for number in numbers]
-            self.position = self._unit.size * (numbers[-1] + 1 - first) // (end - first)
-            for text in texts:
-                if text is not None and not text.strip():
-                    self.empty += 1
-                elif text is not None:
-                    yield text, {'text': text}
-
-    def _one(self, number):
-        try:
-            return self._dataset[number]
-        except DataError as error:
-            if self.bad >= self._skip_bad:
-                raise
-            self.bad += 1
-            self.skipped = [*self.skipped, str(error)][:5]
-
-
-@functools.lru_cache(maxsize=2)  # train and validation
-def _open_dataset(name, split, data_dir):
-    from mixln_jax.data import datasets  # takes a second that others need not wait for
-
-    return datasets.Dataset(name, split, data_dir)
-
-
-def _dataset(data, split):
-    return _open_dataset(data.name, split, data.data_dir)
-
-
-def reading(data: config.Data, unit: Unit, skip_bad: int):
-    """An iterable of pairs (what decides the split, record with `text`), with files.Reader's counters."""
-    if data.source == 'stdlib':
-        return _FromStdlib()
-    if data.source == 'tfds':
-        return _FromDataset(data, unit, skip_bad)
-    return _FromFile(data.source, unit.path, skip_bad)
+REPORT = 2**18  # bytes of text between reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,18 +35,18 @@ class Job:
     first: int | None
     skip_bad: int
 
-    def check_plan(self, units):
+    def check_plan(self, all_units):
         """Makes the folder. Raises UsageError where it holds another preparation, naming what differs."""
         notes = pathlib.Path(self.folder, NOTES)
         notes.mkdir(parents=True, exist_ok=True)
         plan = {
             'source': self.data.source,
-            'files': [[pathlib.Path(unit.path).name, unit.split] for unit in units],
+            'files': [[pathlib.Path(unit.path).name, unit.split] for unit in all_units],
             'format': self.format,
             'first for training': self.first,
         }
         if self.data.source == 'tfds':
-            plan['data set'] = {unit.path: _dataset(self.data, unit.path).fingerprint for unit in units}
+            plan['data set'] = {unit.path: units.open_dataset(self.data, unit.path).fingerprint for unit in all_units}
         if self.tokenizer:
             plan |= {'tokenizer': self.tokenizer.fingerprint, 'mode': self.data.mode, 'seq-length': self.seq_length}
         path = notes / 'plan.json'
@@ -280,13 +142,13 @@ def folder(out: str, format: str, name: str) -> pathlib.Path:
     return out / name / (version or '3.1.0') if format == 'tfds' else out
 
 
-def write(job: Job, unit: Unit, report: Callable, limit: int | None = None) -> dict:
+def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None) -> dict:
     """Writes the shards of a unit and returns what it counted.
 
     Every shard is written under another name, then renamed; the counts, written last, make the unit finished.
 
     Args:
-        report: called with the totals so far (bytes as stored, documents, bytes of text); may raise to stop.
+        report: called now and then with what came since: bytes as stored, documents, bytes of text.
         limit: bytes of text after which to stop, for a sample.
 
     Raises:
@@ -295,8 +157,16 @@ def write(job: Job, unit: Unit, report: Callable, limit: int | None = None) -> d
     with _locked(pathlib.Path(job.folder, NOTES), unit.name):
         if result := job.result(unit):
             return result
-        documents = reading(job.data, unit, job.skip_bad)
+        documents = units.read(job.data, unit, job.skip_bad)
         num_documents = num_bytes = 0
+        reported = 0, 0, 0
+
+        def tell():
+            nonlocal reported
+            now = documents.position, num_documents, num_bytes
+            report(*(a - b for a, b in zip(now, reported, strict=True)))
+            reported = now
+
         with contextlib.ExitStack() as closing:
             writers = {
                 split: closing.enter_context(_WRITERS[job.format](job, pathlib.Path(job.folder, job.file(unit, split))))
@@ -307,15 +177,15 @@ def write(job: Job, unit: Unit, report: Callable, limit: int | None = None) -> d
                 writers[split].add(document)
                 num_documents += 1
                 num_bytes += len(document['text'])
-                if num_documents % REPORT == 0:
-                    report(documents.position, num_documents, num_bytes)
+                if num_bytes - reported[2] >= REPORT:
+                    tell()
                 if limit and num_bytes > limit:
                     break
             result = {split: writer.finish() for split, writer in writers.items()}
         result |= {'input': unit.digest} | {
             name: getattr(documents, name) for name in ('empty', 'bad', 'skipped', 'position')
         }
-        report(documents.position, num_documents, num_bytes)
+        tell()
         record.write_json(pathlib.Path(job.folder, NOTES, f'{unit.name}.json'), result)
         return result
 

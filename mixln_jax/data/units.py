@@ -1,0 +1,145 @@
+"""The units of `data.prepare`: what it takes a shard from, and the documents in it."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+
+from mixln_jax import config
+from mixln_jax.data import files, stdlib
+from mixln_jax.exits import DataError, UsageError
+
+READ_AT_ONCE = 256  # records of a data set
+ENDS = 2**16  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What one process turns into shard `number` of `count` of a split, or of both where the hash of a text decides."""
+
+    split: str | None
+    number: int
+    count: int
+    path: str  # of a file; the split of a data set
+    size: int  # bytes as stored
+    records: tuple[int, int] = (0, 0)  # of a data set
+    digest: str = ''  # of what a file begins and ends with
+
+    @property
+    def name(self):
+        return f'{self.split or "both"}-{self.number:05}'
+
+    @property
+    def splits(self):
+        return (self.split,) if self.split else ('train', 'validation')
+
+
+def list_units(data: config.Data, validation: str) -> list[Unit]:
+    """The shards that a source makes: a file each; of a data set its own; one of the embedded corpus."""
+    if data.source == 'stdlib':
+        return [Unit(None, 0, 1, 'stdlib', sum(len(text) for _, text in stdlib.gather()))]
+    if data.source == 'tfds':
+        sides = {'train': data.split, 'validation': validation or 'validation'}
+        return [unit for split, of in sides.items() for unit in _units_of(open_dataset(data, of), split, of)]
+    made = []
+    for split, patterns in ((('train' if validation else None), data.path), ('validation', validation)):
+        paths = files.paths(patterns) if patterns or split != 'validation' else []
+        for i, path in enumerate(paths):
+            made.append(Unit(split, i, len(paths), path, os.path.getsize(path), digest=_digest(path)))
+    twice = {unit.path for unit in made if unit.split == 'train'} & {
+        unit.path for unit in made if unit.split != 'train'
+    }
+    if twice:
+        raise UsageError(f'--path and --validation both name {min(twice)}')
+    return made
+
+
+def _digest(path):
+    """Of the size, the first and the last bytes; those of a gzip file hold a checksum of its content."""
+    try:
+        with open(path, 'rb') as file:
+            size = file.seek(0, os.SEEK_END)
+            digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+            for start in (0, max(size - ENDS, 0)):
+                file.seek(start)
+                digest.update(file.read(ENDS))
+            return digest.hexdigest()
+    except OSError as error:
+        raise DataError(f'{path}: cannot be read: {error}') from error
+
+
+def _units_of(dataset, split, of):
+    starts = [0, *dataset.ends[:-1].tolist()]
+    for i, records in enumerate(zip(starts, dataset.ends.tolist(), strict=True)):
+        size = dataset.num_bytes * (records[1] - records[0]) // len(dataset)
+        yield Unit(split, i, len(starts), of, max(size, 1), records)
+
+
+class _FromFile(files.Reader):
+    """A file's documents; their text decides the split."""
+
+    def __iter__(self):
+        return ((record['text'], record) for _, record in super().__iter__())
+
+
+class _FromStdlib:
+    """The embedded corpus; a module is on one side."""
+
+    empty = bad = position = 0
+    skipped = ()
+
+    def __iter__(self):
+        for name, text in stdlib.gather():
+            self.position += len(text)
+            yield name, {'text': text}
+
+
+class _FromDataset:
+    """A shard of a data set, which has its split."""
+
+    empty = bad = position = 0
+    skipped = ()
+
+    def __init__(self, data, unit, skip_bad):
+        self._dataset, self._unit, self._skip_bad = open_dataset(data, unit.path), unit, skip_bad
+
+    def __iter__(self):
+        first, end = self._unit.records
+        for start in range(first, end, READ_AT_ONCE):
+            numbers = range(start, min(start + READ_AT_ONCE, end))
+            try:
+                texts = self._dataset.__getitems__(numbers)
+            except DataError:
+                texts = [self._one(number) for number in numbers]
+            self.position = self._unit.size * (numbers[-1] + 1 - first) // (end - first)
+            for text in texts:
+                if text is not None and not text.strip():
+                    self.empty += 1
+                elif text is not None:
+                    yield text, {'text': text}
+
+    def _one(self, number):
+        try:
+            return self._dataset[number]
+        except DataError as error:
+            if self.bad >= self._skip_bad:
+                raise
+            self.bad += 1
+            self.skipped = [*self.skipped, str(error)][:5]
+
+
+@functools.lru_cache(maxsize=2)  # train and validation
+def open_dataset(data: config.Data, split: str):
+    """The datasets.Dataset of a split, opened once."""
+    from mixln_jax.data import datasets  # takes a second that others need not wait for
+
+    return datasets.Dataset(data.name, split, data.data_dir)
+
+
+def read(data: config.Data, unit: Unit, skip_bad: int):
+    """The documents of a unit: pairs (what decides the split, record with `text`), with files.Reader's counters."""
+    if data.source == 'stdlib':
+        return _FromStdlib()
+    if data.source == 'tfds':
+        return _FromDataset(data, unit, skip_bad)
+    return _FromFile(data.source, unit.path, skip_bad)
