@@ -65,12 +65,12 @@ def measure(options, folder):
             processor.encode(text)
 
     jobs = {
-        'the bare tokenizer': bare,
+        'prepare --format tokens --mode pad': lambda: make('tokens', 'pad'),
         'prepare --format tokens --mode pack': lambda: make('tokens', 'pack'),
         'prepare --format tokens --mode concat': lambda: make('tokens', 'concat'),
         'prepare --format tfds': lambda: make('tfds', 'pad'),
     }
-    table(jobs, dict.fromkeys(jobs, count), options.rounds)
+    table(bare, count, jobs, dict.fromkeys(jobs, count), options.rounds)
 
     tfds = make('tfds', 'pad')
     sources = {
@@ -81,27 +81,31 @@ def measure(options, folder):
             for mode in ('pad', 'pack', 'concat')
         },
     }
-    jobs, counts = {'the bare tokenizer': bare}, {'the bare tokenizer': count}
+    jobs, counts = {}, {}
     for name, of in sources.items():
         made = rows.open_rows(of, 'train', tokenizer, LENGTH, tokenizer.vocab_size)
         dataset, steps = batches.training(made, seed=0, batch_size=BATCH), 200 if of.source == 'tokens' else 8
         jobs[name] = lambda dataset=dataset, steps=steps: [dataset[s] for s in range(steps)]
         counts[name] = int(sum(dataset[s]['weights'].sum() for s in range(steps)))
-    table(jobs, counts, options.rounds)
+    table(bare, count, jobs, counts, options.rounds)
 
 
-def table(jobs, tokens, rounds):
-    """Takes all jobs in turn, several times, and prints the best of each and its ratio to the first."""
-    times = {name: [] for name in jobs}
+def table(bare, count, jobs, tokens, rounds):
+    """Takes all jobs in turn, several times, the bare tokenizer before and after each: its speed on a shared machine
+    wanders, so a job's time a token is compared with the mean of the two beside it."""
+    ratios, speeds, ceiling = {name: [] for name in jobs}, {name: [] for name in jobs}, [seconds(bare)]
     for _ in range(rounds):
         for name, job in jobs.items():
-            times[name].append(seconds(job))
-    best = {name: tokens[name] / min(spent) for name, spent in times.items()}
-    ceiling = next(iter(best.values()))
-    print('\n| | real tokens/s/core | of the bare tokenizer | spread |\n|---|---|---|---|')
-    for name, speed in best.items():
-        spread = np.ptp(times[name]) / min(times[name])
-        print(f'| {name} | {speed:,.0f} | {speed / ceiling:.2f} x | {spread:.0%} |')
+            spent = seconds(job)
+            ceiling.append(seconds(bare))
+            speeds[name].append(tokens[name] / spent)
+            ratios[name].append(spent / tokens[name] * count / np.mean(ceiling[-2:]))
+    print("\n| | real tokens/s/core | time a token : the bare tokenizer's | lowest to highest |\n|---|---|---|---|")
+    print(f'| the bare tokenizer | {count / np.median(ceiling):,.0f} | 1 | |')
+    for name in jobs:
+        of = np.array(ratios[name])
+        shown = f'{np.median(of):.3g} | {of.min():.3g} to {of.max():.3g}'
+        print(f'| {name} | {np.median(speeds[name]):,.0f} | {shown} |', flush=True)
 
 
 if __name__ == '__main__':

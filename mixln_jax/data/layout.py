@@ -50,13 +50,10 @@ class Layout:
         return {'segments': np.where(inside, segments, 0), 'positions': np.where(inside, positions, 0)}
 
 
-def pad(ids: np.ndarray, length: int, layout: Layout) -> np.ndarray:
-    """[T+1]: the first T-1 of `ids`, eos, padding."""
-    row = np.full(length + 1, layout.pad_id, np.int32)
-    ids = ids[: length - 1]
-    row[: len(ids)] = ids
-    row[len(ids)] = layout.eos_id
-    return row
+def pad(row: np.ndarray, ids: np.ndarray, layout: Layout):
+    """Makes `row` [T+1] the first T-1 of `ids`, eos, padding."""
+    end = min(len(ids), len(row) - 2)
+    row[:end], row[end], row[end + 1 :] = ids[:end], layout.eos_id, layout.pad_id
 
 
 class Padded:
@@ -73,7 +70,8 @@ class Padded:
 
     def add(self, ids: np.ndarray):
         """Takes the ids [n] of a document."""
-        self._put(pad(ids, self._length, self._layout))
+        pad(self._block[self._count], ids, self._layout)
+        self._added()
 
     def close(self):
         """No document comes any more."""
@@ -82,6 +80,9 @@ class Padded:
 
     def _put(self, row):
         self._block[self._count] = row
+        self._added()
+
+    def _added(self):
         self._count += 1
         if self._count == BLOCK:
             Padded.close(self)
@@ -97,7 +98,7 @@ class Packed(Padded):
     def __init__(self, length, layout, write):
         super().__init__(length, layout, write)
         self._rows = np.full((OPEN_ROWS, length + 1), layout.pad_id, np.int32)
-        self._used = np.zeros(OPEN_ROWS, int)
+        self._room = np.full(OPEN_ROWS, length + 1)
 
     def add(self, ids):
         last = (len(ids) - 1) // self._length * self._length  # where the last piece begins; it ends with eos
@@ -106,21 +107,22 @@ class Packed(Padded):
         ids = ids[max(last, 0) :]
         if not len(ids):
             return
-        fits = self._used < self._length + 1 - len(ids)
-        at = int(fits.argmax())
-        if not fits[at]:  # no room anywhere: the fullest row is done
-            at = int(self._used.argmax())
-            self._put(self._rows[at])
-            self._rows[at], self._used[at] = self._layout.pad_id, 0
-        used = int(self._used[at])
-        end = used + len(ids)
-        self._rows[at, used:end], self._rows[at, end] = ids, self._layout.eos_id
-        self._used[at] = end + 1
+        at = int((self._room > len(ids)).argmax())
+        row, room = self._rows[at], int(self._room[at])
+        if room <= len(ids):  # none has room: the fullest row is done
+            at = int(self._room.argmin())
+            row, room = self._rows[at], self._length + 1
+            self._put(row)
+            row[:] = self._layout.pad_id
+        start = self._length + 1 - room
+        end = start + len(ids)
+        row[start:end], row[end] = ids, self._layout.eos_id
+        self._room[at] = self._length - end
 
     def close(self):
-        for row in self._rows[self._used > 0]:
+        for row in self._rows[self._room <= self._length]:
             self._put(row)
-        self._used[:] = 0
+        self._room[:] = self._length + 1
         super().close()
 
 

@@ -41,8 +41,10 @@ class Documents:
 
     def tokens(self, indices):
         texts = self._source.__getitems__(indices)
-        ids = (self._tokenizer.encode(text, self._length - 1) for text in texts)
-        return np.stack([layout.pad(document, self._length, self.layout) for document in ids])
+        rows = np.empty((len(texts), self._length + 1), np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            layout.pad(row, self._tokenizer.encode(text, self._length - 1), self.layout)
+        return rows
 
     def origin(self, i):
         return self._source.origin(i)

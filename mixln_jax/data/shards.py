@@ -4,12 +4,13 @@ set."""
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import pathlib
 import re
 from collections.abc import Callable
+
+import xxhash
 
 from mixln_jax import config, record
 from mixln_jax.data import layout, prepared, units
@@ -19,7 +20,8 @@ from mixln_jax.exits import UsageError
 
 NOTES = '.prepare'  # folder with the plan and one file a finished shard
 FIELDS = ('text', 'url', 'timestamp', 'content-type', 'content-length')  # C4's in TFDS
-REPORT = 2**18  # bytes of text between reports
+REPORT = 2**18  # characters between reports
+AT_ONCE = 2**17  # characters that are tokenised in one go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +262,7 @@ class _Records(_Shard):
 
 
 class _Tokens(_Shard):
-    """Rows of tokens."""
+    """Rows of tokens. Documents wait until there are some: tokenising them in one go keeps its tables in the caches."""
 
     def __init__(self, job, path):
         super().__init__(job, path)
@@ -270,14 +272,19 @@ class _Tokens(_Shard):
         self._dtype = layout.dtype_for(tokenizer.vocab_size)
         self._limit = job.seq_length - 1 if job.data.mode == 'pad' else None
         self._file = self._partial.open('wb')
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._waiting, self._size = [], 0
+        self._digest = xxhash.xxh3_128()
         self._rows = 0
 
     def add(self, document):
-        self._fill.add(self._job.tokenizer.encode(document['text'], self._limit))
+        self._waiting.append(document['text'])
+        self._size += len(document['text'])
         self._documents += 1
+        if self._size >= AT_ONCE:
+            self._tokenize()
 
     def finish(self):
+        self._tokenize()
         self._fill.close()
         self._file.close()
         return self._close(rows=self._rows, digest=self._digest.hexdigest())
@@ -285,6 +292,12 @@ class _Tokens(_Shard):
     def __exit__(self, *error):
         self._file.close()
         super().__exit__(*error)
+
+    def _tokenize(self):
+        ids = [self._job.tokenizer.encode(text, self._limit) for text in self._waiting]
+        self._waiting, self._size = [], 0
+        for document in ids:
+            self._fill.add(document)
 
     def _write(self, block):
         content = block.astype(self._dtype).tobytes()
