@@ -130,7 +130,7 @@ class EndToEnd:
     """concat: rows cut from the stream of tokens every T; what is left at its end is no row."""
 
     def __init__(self, length, layout, write):
-        self._length, self._eos, self._write = length, [layout.eos_id], write
+        self._length, self._eos, self._write = length, np.array([layout.eos_id], np.int32), write
         self._held, self._count = [], 0
 
     def add(self, ids):
