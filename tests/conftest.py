@@ -1,6 +1,7 @@
-"""Eight virtual CPU devices for every test; a cache folder of the tests' own."""
+"""Eight virtual CPU devices for every test; a cache folder of the tests' own; fixtures of several files."""
 
 import os
+import resource
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
@@ -20,3 +21,26 @@ def caches(tmp_path_factory, worker_id):
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
     jax.config.update('jax_compilation_cache_dir', str(cache / 'xla'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens the tokenizer of one of vocabularies.KINDS, or bytes."""
+    import vocabularies  # not for those that need no tokenizer
+
+    return lambda name: vocabularies.open_named(name, tmp_path)
+
+
+@pytest.fixture
+def open_files():
+    """Lets this process hold few files open; a call gives the limit there is now and lowers it again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def lower():
+        now, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        return now
+
+    lower()
+    yield lower
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -16,16 +16,12 @@ import urllib.error
 import urllib.request
 
 import pytest
-import test_tokenizers
 import tokenizers as library
-from test_tokenizers import KINDS, byte_level, content, open_file, prose, specials, with_settings
+from vocabularies import KINDS, byte_level, content, open_file, prose, specials, with_settings
 
 from mixln_jax import config
 from mixln_jax.data import tokenizers, train_tokenizer
 from mixln_jax.exits import DataError
-
-opened = test_tokenizers.opened  # a fixture
-
 
 # save and load
 
@@ -238,7 +234,8 @@ def test_the_default_and_buckets(monkeypatch, tmp_path):
     assert open_file('gs://bucket/a b/x.model', 'sentencepiece').vocab_size == 320
     assert [url for url, _ in asked] == [url, url, 'https://storage.googleapis.com/bucket/a%20b/x.model']
     assert all(timeout < 30 for _, timeout in asked)
-    assert all(path.is_relative_to(tmp_path / 'cache/mixln_jax/tokenizers') for path in cached(tmp_path))
+    folder = tmp_path / 'cache/mixln_jax/tokenizers'
+    assert cached(tmp_path) and all(path.is_relative_to(folder) for path in cached(tmp_path))
 
 
 def test_several_downloads_at_once(served):

@@ -1,115 +1,35 @@
 """Tokenizers: ids, specials, long texts, wrong files."""
 
-import functools
-import io
 import json
 import pickle
-import random
 
 import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as library
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models
+from vocabularies import (
+    KINDS,
+    T5,
+    byte_level,
+    changed,
+    content,
+    kind_of,
+    open_file,
+    prose,
+    sentencepiece_model,
+    specials,
+    unigram,
+    with_settings,
+    wordpiece,
+    words,
+)
 
 from mixln_jax import config
-from mixln_jax.data import tokenizers, train_tokenizer
+from mixln_jax.data import tokenizers
 from mixln_jax.exits import DataError, UsageError
 
-T5 = {'pad_id': 0, 'eos_id': 1, 'unk_id': 2, 'bos_id': -1, 'model_type': 'unigram'}
-LLAMA = {
-    'model_type': 'bpe',
-    'byte_fallback': True,
-    'normalization_rule_name': 'identity',
-    'remove_extra_whitespaces': False,
-}
-KINDS = 't5', 'llama', 'byte_level', 'unigram', 'wordpiece'
 TEXTS = '', 'plain', 'one  two\n three', 'nul\0nul', 'größer 日本語', '🙂👩\u200d🚀', '</s> <pad><s>'
-
-
-@functools.cache
-def words():
-    rng = random.Random(0)
-    syllables = [a + b for a in 'bdfgklmnprstvz' for b in 'aeiou']
-    return [''.join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(400)]
-
-
-def prose(lines, seed=0):
-    """Lines of invented words, punctuation and numbers."""
-    rng, made = random.Random(seed), []
-    for _ in range(lines):
-        line = [rng.choice(words()) + rng.choice(['', '', '', ',', '. ', '\t', '!', f' {rng.randrange(999)}'])]
-        made.append(' '.join(line + rng.choices(words(), k=rng.randint(3, 14))))
-    return made
-
-
-@functools.cache
-def sentencepiece_model(**options):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(prose(400)), model_writer=model, vocab_size=320, minloglevel=2, **options
-    )
-    return model.getvalue()
-
-
-@functools.cache
-def byte_level():
-    return train_tokenizer.train(prose(400), 400)
-
-
-@functools.cache
-def unigram():
-    """As T5's tokenizer.json: the specials are pieces of the model too, where they have the best score of all."""
-    model = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(**T5))
-    vocabulary = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
-    tokenizer = library.Tokenizer(models.Unigram(vocabulary, unk_id=2))
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer.add_special_tokens(['<pad>', '</s>', '<unk>'])
-    return tokenizer.to_str().encode()
-
-
-def wordpiece():
-    pieces = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', *'abcdefghijklmnopqrstuvwxyz0123456789', '##ab', 'ba']
-    pieces += [f'##{letter}' for letter in 'abcdefghijklmnopqrstuvwxyz0123456789']
-    tokenizer = library.Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token='[UNK]'))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    tokenizer.add_special_tokens(['[PAD]', '[UNK]', '[CLS]', '[SEP]'])
-    return tokenizer.to_str().encode()
-
-
-def content(name):
-    """The file of one of KINDS."""
-    if name in ('t5', 'llama'):
-        return sentencepiece_model(**(T5 if name == 't5' else LLAMA))
-    return {'byte_level': byte_level, 'unigram': unigram, 'wordpiece': wordpiece}[name]()
-
-
-def kind_of(name):
-    return 'sentencepiece' if name in ('t5', 'llama') else 'huggingface'
-
-
-def open_file(path, kind='huggingface'):
-    return tokenizers.open_tokenizer(config.Data(tokenizer=kind, tokenizer_path=str(path)))
-
-
-@pytest.fixture
-def opened(tmp_path):
-    """Opens one of KINDS, or bytes."""
-
-    def open_named(name):
-        if name == 'bytes':
-            return tokenizers.open_tokenizer(config.Data(tokenizer='bytes'))
-        path = tmp_path / name
-        path.write_bytes(content(name))
-        return open_file(path, kind_of(name))
-
-    return open_named
-
-
-def changed(body, **values):
-    """A tokenizer.json with other values at its top."""
-    return json.dumps(json.loads(body) | values).encode()
 
 
 # bytes
@@ -130,7 +50,7 @@ def test_bytes():
     assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (259, 256, 257, 258)
     assert tokenizer.byte_lengths.dtype == np.int32 and tokenizer.byte_lengths.tolist() == [1] * 256 + [0] * 3
     assert tokenizer.decode([0xE2, 0x82, ord('a')]) == '\ufffda'
-    assert int(tokenizer.fingerprint, 16)
+    assert tokenizer.fingerprint == 'fda23d4b1b73fbd6e0f44f47ed887757'  # prepared rows and runs hold it
 
 
 def test_bytes_save(tmp_path):
@@ -145,17 +65,17 @@ def test_bytes_save(tmp_path):
 @pytest.mark.parametrize('name', ['bytes', *KINDS])
 def test_encode(name, opened):
     tokenizer = opened(name)
-    specials = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
+    special = {*specials(tokenizer)}
     assert tokenizer.kind == ('bytes' if name == 'bytes' else kind_of(name))
-    assert all(0 <= i < tokenizer.vocab_size for i in specials)
+    assert all(0 <= i < tokenizer.vocab_size for i in special)
     for text in [*TEXTS, *prose(20, seed=1)]:
         ids = tokenizer.encode(text)
         assert ids.dtype == np.int32 and ids.ndim == 1 and bool(len(ids)) == bool(text)
-        assert all(0 <= i < tokenizer.vocab_size for i in ids) and not specials & set(ids.tolist())
+        assert all(0 <= i < tokenizer.vocab_size for i in ids) and not special & set(ids.tolist())
         for limit in (0, 1, 3, 1000):
             assert tokenizer.encode(text, limit).tolist() == ids[:limit].tolist()
     assert tokenizer.byte_lengths.shape == (tokenizer.vocab_size,) and tokenizer.byte_lengths.dtype == np.int32
-    assert not any(tokenizer.byte_lengths[i] for i in specials)
+    assert not any(tokenizer.byte_lengths[i] for i in special)
 
 
 @pytest.mark.parametrize('name', ['llama', 'byte_level'])
@@ -281,7 +201,7 @@ def test_sentencepiece_without_end(tmp_path):
 def test_sentencepiece_cut_off(tmp_path):
     """Wherever it ends: between two pieces the library itself notices nothing."""
     model, loaded = content('t5'), 0
-    for size in range(0, 5000, 3):
+    for size in [*range(0, 5000, 3), *range(5000, 5060)]:  # pieces end at 5,008, the trainer at 5,036
         with pytest.raises(DataError, match='where: not a'):
             tokenizers.SentencePiece({'tokenizer.model': model[:size]}, 'where')
         try:
@@ -290,6 +210,14 @@ def test_sentencepiece_cut_off(tmp_path):
         except RuntimeError:
             pass
     assert loaded
+
+
+def test_a_special_id_beyond_the_vocabulary(opened):
+    tokenizer = opened('t5')
+    tokenizer._set_specials(319, -1, 1, '')
+    for ids in ((320, -1, 1), (-1, 320, 1), (-1, -1, 320)):
+        with pytest.raises(DataError, match='t5: a special id is not below the vocabulary size 320'):
+            tokenizer._set_specials(*ids, '')
 
 
 # wrong files
@@ -317,16 +245,6 @@ def test_huggingface_needs_a_path():
 
 
 # huggingface
-
-
-def specials(tokenizer):
-    return tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id
-
-
-def with_settings(tmp_path, body, settings):
-    tmp_path.joinpath('tokenizer.json').write_bytes(body)
-    tmp_path.joinpath('tokenizer_config.json').write_text(json.dumps(settings))
-    return open_file(tmp_path / 'tokenizer.json')
 
 
 def test_huggingface_specials(tmp_path, opened):
