@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
 import pathlib
@@ -14,13 +13,10 @@ import time
 
 import numpy as np
 import pytest
-from test_rows import Texts
+from corpora import T, Texts, assert_same, prepare_to, two_files
 
-from mixln_jax import config
-from mixln_jax.data import batches, layout, prepare, rows, tokenizers
+from mixln_jax.data import batches, layout, rows, tokenizers
 from mixln_jax.exits import DataError
-
-T = 8
 
 
 class Numbered:
@@ -42,12 +38,6 @@ class Numbered:
 
 def numbers(batch):
     return batch['inputs'][:, 0].tolist()
-
-
-def assert_same(got, wanted):
-    assert got.keys() == wanted.keys()
-    for name, values in wanted.items():
-        np.testing.assert_array_equal(got[name], values, err_msg=name)
 
 
 def deviation(values, count):
@@ -155,7 +145,8 @@ class TestTraining:
     def test_it_is_endless(self):
         for batch_size in (1, 1000):
             dataset = batches.training(Numbered(10), seed=0, batch_size=batch_size)
-            assert len(numbers(dataset[10**15])) == batch_size
+            wanted = batches.order(Numbered(10), 0, 10**15 * batch_size, batch_size)
+            assert numbers(dataset[10**15]) == wanted.tolist()
 
 
 class TestEvaluation:
@@ -176,13 +167,6 @@ class TestEvaluation:
         made = rows.Documents(Texts(['abc', 'defgh', 'i']), tokenizers.Bytes(), T)
         [batch] = batches.evaluation(made, 4)
         assert batch['weights'].sum(1).tolist() == [3, 5, 1, 0]
-
-
-@pytest.fixture
-def data(tmp_path):
-    lines = [json.dumps({'text': f'{i} ' * (i % 7 + 1)}) + '\n' for i in range(90)]
-    (tmp_path / 'a.jsonl').write_text(''.join(lines))
-    return config.Data(source='jsonl', path=f'{tmp_path}/a.jsonl', tokenizer='bytes')
 
 
 class TestRead:
@@ -215,11 +199,10 @@ class TestRead:
     @pytest.mark.parametrize('start', [1, 37])
     @pytest.mark.parametrize('mode', layout.FILL)
     @pytest.mark.parametrize('source', ['jsonl', 'tokens'])
-    def test_going_on(self, data, tmp_path, source, mode, start):
-        data = dataclasses.replace(data, mode=mode)
+    def test_going_on(self, tmp_path, source, mode, start):
+        data = dataclasses.replace(two_files(tmp_path), mode=mode)
         if source == 'tokens':
-            assert prepare.prepare(data, f'{tmp_path}/out', format='tokens', seq_length=T)
-            data = dataclasses.replace(data, source='tokens', path=f'{tmp_path}/out')
+            data = prepare_to(tmp_path / 'out', data, mode)
 
         def read(start, count):
             """As a process that has just started."""
