@@ -5,9 +5,9 @@ import pathlib
 import shutil
 import time
 
-import jax
 import numpy as np
 import pytest
+from corpora import write
 
 from mixln_jax import config as configs
 from mixln_jax import exits, main
@@ -21,9 +21,7 @@ WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split() 
 def corpus(tmp_path_factory):
     """A JSONL file."""
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp('data') / 'c4.jsonl'
-    texts = (f'{number} ' + ' '.join(rng.choice(WORDS, rng.integers(2, 12))) for number in range(120))
-    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
-    return path
+    return write(path, [f'{number} ' + ' '.join(rng.choice(WORDS, rng.integers(2, 12))) for number in range(120)])
 
 
 @pytest.fixture(scope='module')
@@ -213,6 +211,18 @@ class TestInspect:
         [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith('{')]
         assert json.loads(row)['row'] == 0
 
+    def test_each_segment_has_its_text(self, corpus, tmp_path):
+        made = tokens(corpus, tmp_path / 'tokens', 'pack')
+        config = recipe(**{'data.source': 'tokens', 'data.path': str(made), 'data.mode': 'pack', 'num_steps': 1})
+        main.run(config, tmp_path / 'run')
+        counts = set()
+        for row in inspect.inspect(tmp_path / 'run', 1):
+            ids, segments = np.array([row['inputs'], row['segments']])
+            numbers = range(1, segments.max() + 1)
+            assert row['text'] == [bytes(ids[(segments == n) & (ids < 256)].tolist()).decode() for n in numbers]
+            counts.add(len(row['text']))
+        assert max(counts) > 1
+
     def test_texts_are_the_documents(self, dataset, tmp_path, capsys):
         main.run(recipe(**{'data.data_dir': str(dataset), 'num_steps': 1}), tmp_path)
         of = datasets.Dataset('c4/en', 'train', str(dataset))
@@ -229,8 +239,7 @@ class TestInspect:
         run = tmp_path / 'run'
         main.run(recipe(**{'data.data_dir': str(data_dir), 'num_steps': 1}), run)
         capsys.readouterr()
-        other = tmp_path / 'other.jsonl'
-        other.write_text(''.join(json.dumps({'text': f'other {i}'}) + '\n' for i in range(120)))
+        other = write(tmp_path / 'other.jsonl', [f'other {i}' for i in range(120)])
         for words, code, message in (
             (['--workdir', str(tmp_path / 'none'), '--step', '1'], 2, 'none/config.json is not the configuration'),
             (['--workdir', str(run), '--step', '0'], 2, '--step counts from 1'),
@@ -252,14 +261,3 @@ class TestInspect:
         capsys.readouterr()
         assert inspect.main(['--workdir', str(run), '--step', '1']) == 4
         assert 'the data is not what the run in' in capsys.readouterr().err
-
-
-def test_config_of_a_run_is_read_back(dataset, tmp_path):
-    config = recipe(**{'data.data_dir': str(dataset), 'num_steps': 1, 'model.num_layers': 2})
-    main.run(config, tmp_path)
-    read = configs.read(tmp_path / 'config.json')
-    built = configs.build(config)
-    assert read.model.norm_position == 'post,pre'
-    assert jax.tree.map(str, configs.flatten(read) | {'model.norm_position': 'mix'}) == jax.tree.map(
-        str, configs.flatten(built)
-    )

@@ -102,8 +102,29 @@ class TestReading:
         assert copy.__getitems__(range(13)) == TEXTS
         assert copy.fingerprint == dataset.fingerprint and copy.origin(7) == dataset.origin(7)
 
+    def test_many_shards_may_be_open(self, root, open_files):
+        dataset = open_(root)
+        assert open_files() > 256
+        pickle.loads(pickle.dumps(dataset))
+        assert open_files() > 256
+
+    def test_fingerprint(self, tmp_path):
+        def fingerprint(name, shards=SHARDS):
+            return open_(write(tmp_path / name, shards).parents[2]).fingerprint
+
+        others = {
+            'content': [[text.replace('6', '7') for text in texts] for texts in SHARDS],
+            'order': [texts[::-1] for texts in SHARDS],
+            'shards': [TEXTS],
+            'length': [[*texts, 'more'] for texts in SHARDS],
+        }
+        first = fingerprint('same')
+        assert open_(write(tmp_path / 'moved', folder='d/1.0.0').parents[1], 'd').fingerprint == first
+        assert len({first, *(fingerprint(name, shards) for name, shards in others.items())}) == 5
+        many = [str(i) for i in range(100, 200)]  # the sample is spread over all
+        assert fingerprint('many', [many]) != fingerprint('last', [[*many[:-1], '200']])
+
     def test_open_source(self, root):
-        write(root, folder='other/1.0.0', split='validation')
         data = config.Data(source='tfds', name='c4/en:3.1.0', data_dir=str(root))
         assert sources.open_source(data, 'train')[7] == TEXTS[7]
         with pytest.raises(DataError, match='no split validation'):
@@ -145,19 +166,6 @@ class TestChoosing:
     def test_text_goes_before_other_fields(self, tmp_path):
         write(tmp_path, fields=('url', 'text'))
         assert open_(tmp_path)[2] == ''
-
-    def test_fingerprint(self, tmp_path):
-        same = write(tmp_path / 'same')
-        others = {
-            'content': [[text.replace('6', '7') for text in texts] for texts in SHARDS],
-            'order': [texts[::-1] for texts in SHARDS],
-            'shards': [TEXTS],
-            'length': [[*texts, 'more'] for texts in SHARDS],
-        }
-        found = {name: open_(write(tmp_path / name, shards).parents[2]).fingerprint for name, shards in others.items()}
-        found['data set'] = open_(write(tmp_path / 'moved', folder='d/1.0.0').parents[1], 'd').fingerprint
-        assert found.pop('data set') == open_(same.parents[2]).fingerprint
-        assert len({open_(same.parents[2]).fingerprint, *found.values()}) == 5
 
 
 def remove(shard):
@@ -273,13 +281,13 @@ class TestErrors:
 
     def test_no_records(self, tmp_path):
         write(tmp_path, [[], []])
-        with pytest.raises(DataError, match='c4/en'):
+        with pytest.raises(DataError, match='split train has no records'):
             open_(tmp_path)
 
     @pytest.mark.parametrize('content', ['', '[]', '{}', json.dumps({'name': 'c4', 'version': '3.1.0', 'splits': 7})])
     def test_bad_description(self, tmp_path, content):
         (write(tmp_path) / 'dataset_info.json').write_text(content)
-        with pytest.raises(DataError, match=f'{tmp_path}.*'):
+        with pytest.raises(DataError, match=str(tmp_path)):
             open_(tmp_path)
 
     def test_no_features(self, tmp_path):

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from corpora import write
 
 from mixln_jax import config as configs
 from mixln_jax import exits, main, record
@@ -21,13 +22,9 @@ WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split() 
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
-    """A gzipped JSONL file shaped like C4's."""
+    """A file shaped like C4's."""
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp('data') / 'c4-train.json.gz'
-    with gzip.open(path, 'wt') as file:
-        for number in range(120):
-            text = ' '.join(rng.choice(WORDS, rng.integers(2, 12)))
-            file.write(json.dumps({'text': text, 'timestamp': '2019-04-25', 'url': f'http://a/{number}'}) + '\n')
-    return path
+    return write(path, [' '.join(rng.choice(WORDS, rng.integers(2, 12))) for _ in range(120)])
 
 
 def recipe(corpus, **changes):
@@ -356,6 +353,14 @@ class TestBadInput:
         (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
         with pytest.raises(exits.CheckpointError, match=r'metrics\.jsonl:2'):
             main.run(recipe(corpus), tmp_path)
+
+
+def test_config_of_a_run_is_read_back(corpus, finished):
+    read, built = configs.read(finished / 'config.json'), configs.build(recipe(corpus))
+    assert read.model.norm_position == 'post,pre,pre'
+    assert jax.tree.map(str, configs.flatten(read) | {'model.norm_position': 'mix'}) == jax.tree.map(
+        str, configs.flatten(built)
+    )
 
 
 def test_command_line_prints_one_line_and_the_code(tmp_path, capsys, monkeypatch):
