@@ -1,39 +1,20 @@
-"""data.prepare: what it writes, that a kill changes nothing, and bad input."""
+"""data.prepare: what it writes, what it writes again, and bad input."""
 
 import gzip
-import json
-import os
 import pathlib
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import test_datasets
+from corpora import all_tokens, contents, documents, texts, write
 
 from mixln_jax import config
-from mixln_jax.data import datasets, files, layout, prepare, prepared, rows, shards, tokenizers, units
+from mixln_jax.data import prepare, prepared, rows, shards, sources, tokenizers, train_tokenizer, units
 from mixln_jax.exits import DataError, UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-def texts(seed, count=120):
-    rng = random.Random(seed)
-    words = 'the quick brown fox größer 🙂 jumps over a lazy dog'.split()  # noqa: SIM905
-    return [f'{seed}.{i} ' + ' '.join(rng.choices(words, k=rng.randrange(1, 60))) for i in range(count)]
-
-
-def write(path, documents):
-    opener = gzip.open if path.suffix == '.gz' else open
-    with opener(path, 'wt', encoding='utf-8') as file:
-        for number, text in enumerate(documents):
-            file.write(json.dumps({'text': text, 'timestamp': '2019-04-25', 'url': f'http://a/{number}'}) + '\n')
-    return path
 
 
 @pytest.fixture(scope='module')
@@ -46,20 +27,19 @@ def corpus(tmp_path_factory):
 
 
 def data(path, **values):
-    return config.Data(source='jsonl', path=str(path), tokenizer='bytes', **values)
+    return config.Data(**{'source': 'jsonl', 'path': str(path), 'tokenizer': 'bytes'} | values)
 
 
-def contents(folder):
-    """Name and bytes of everything that readers see."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob('*'))
-        if path.is_file() and shards.NOTES not in path.parts
-    }
+def dataset(folder, **values):
+    return config.Data(source='tfds', data_dir=str(folder), tokenizer='bytes', **values)
 
 
-def all_texts(source):
-    return source.__getitems__(range(len(source)))
+def assert_rows(folder, of, seq_length=64):
+    """Prepared rows are those that a run makes of `of` at its start."""
+    for split in ('train', 'validation'):
+        made = prepared.Prepared(str(folder), split)
+        wanted = rows.open_rows(of, split, tokenizers.Bytes(), seq_length, 259)
+        np.testing.assert_array_equal(all_tokens(made), all_tokens(wanted))
 
 
 class TestDataSet:
@@ -72,65 +52,53 @@ class TestDataSet:
         found = {split: [record['text'].decode() for record in records] for split, records in read.items()}
         assert sorted(found['train'] + found['validation']) == sorted(texts(0) + texts(1) + texts(2))
         assert len(found['validation']) == 20
-        assert read['train'][0]['url'].startswith(b'http://a/') and read['train'][0]['timestamp'] == b'2019-04-25'
-        ours = datasets.Dataset('c4/en', 'train', str(tmp_path))
-        assert all_texts(ours) == found['train']
-        assert 'c4-train.array_record-00000-of-00003, record 0' in ours.origin(0)
+        first = read['train'][0]
+        assert first['url'].startswith(b'http://a/') and first['timestamp'] == b'2019-04-25'
+        assert {*first} == {*shards.FIELDS} and first['content-type'] == b''
+        assert documents(dataset(tmp_path), 'train') == found['train']
+        origin = sources.open_source(dataset(tmp_path), 'train').origin(0)
+        assert 'c4-train.array_record-00000-of-00003, record 0' in origin
 
     def test_name_and_version(self, corpus, tmp_path):
         prepare.prepare(data(corpus / '*0-of*', name='mine:1.2.0'), str(tmp_path), format='tfds')
         assert (tmp_path / 'mine/1.2.0/mine-train.array_record-00000-of-00001').exists()
-        assert len(datasets.Dataset('mine', 'train', str(tmp_path))) == 100
+        assert len(documents(dataset(tmp_path, name='mine'), 'train')) == 100
 
     def test_files_to_validate_on(self, corpus, tmp_path):
         validation = write(tmp_path / 'c4-validation.json', ['a', 'b', 'c'])
         prepare.prepare(data(corpus / '*.gz'), str(tmp_path), format='tfds', validation=str(validation))
-        assert all_texts(datasets.Dataset('c4/en', 'validation', str(tmp_path))) == ['a', 'b', 'c']
-        assert all_texts(datasets.Dataset('c4/en', 'train', str(tmp_path))) == texts(0) + texts(1) + texts(2)
+        assert documents(dataset(tmp_path), 'validation') == ['a', 'b', 'c']
+        assert documents(dataset(tmp_path), 'train') == texts(0) + texts(1) + texts(2)
 
 
 class TestTokens:
-    @pytest.mark.parametrize('mode', ['pad', 'pack', 'concat'])
-    def test_rows_are_those_made_at_the_start_of_a_run(self, corpus, tmp_path, mode):
-        of = data(corpus / '*0-of*', mode=mode)
-        prepare.prepare(of, str(tmp_path), format='tokens', seq_length=32)
-        tokenizer = tokenizers.Bytes()
-        for split in ('train', 'validation'):
-            made = prepared.Prepared(str(tmp_path), split)
-            wanted = rows.open_rows(of, split, tokenizer, 32, 259)
-            assert made.layout == wanted.layout and len(made) == len(wanted)
-            np.testing.assert_array_equal(made.tokens(range(len(made))), wanted.tokens(range(len(made))))
-
     def test_small_vocabularies_take_two_bytes(self, corpus, tmp_path):
         prepare.prepare(data(corpus / '*0-of*'), str(tmp_path), format='tokens', seq_length=32)
         made = prepared.Prepared(str(tmp_path), 'train')
         assert (tmp_path / 'train-00000-of-00001.bin').stat().st_size == len(made) * 33 * 2
-        assert layout.dtype_for(2**16) == np.uint16 and layout.dtype_for(2**16 + 1) == np.uint32
 
     def test_of_a_data_set(self, corpus, tmp_path):
         prepare.prepare(data(corpus / '*.gz'), str(tmp_path / 'text'), format='tfds')
-        of = config.Data(source='tfds', data_dir=str(tmp_path / 'text'), tokenizer='bytes', mode='concat')
+        of = dataset(tmp_path / 'text')
+        for split in ('train', 'validation'):
+            assert documents(of, split) == documents(data(corpus / '*.gz'), split)
         prepare.prepare(of, str(tmp_path / 'tokens'), format='tokens', seq_length=64)
-        made = prepared.Prepared(str(tmp_path / 'tokens'), 'train')
         assert len(list((tmp_path / 'tokens').glob('train-*-of-00003.bin'))) == 3
-        ids = np.concatenate([*made.tokens(range(len(made)))[:, :-1]])
-        assert tokenizers.Bytes().decode(ids[:200]).startswith(datasets.Dataset('c4/en', 'train', of.data_dir)[0][:60])
+        assert_rows(tmp_path / 'tokens', of)
 
     def test_of_a_slice_and_another_split(self, corpus, tmp_path):
         prepare.prepare(data(corpus / '*.gz'), str(tmp_path / 'text'), format='tfds')
-        of = config.Data(source='tfds', data_dir=str(tmp_path / 'text'), tokenizer='bytes')
+        of = dataset(tmp_path / 'text')
         prepare.prepare(of, str(tmp_path / 'tokens'), format='tokens', validation='train[:7]')
         assert len(prepared.Prepared(str(tmp_path / 'tokens'), 'validation')) == 7
         with pytest.raises(UsageError, match='another preparation: .*data set'):
             prepare.prepare(of, str(tmp_path / 'tokens'), format='tokens', validation='train[:8]')
 
-    def test_of_the_embedded_corpus_and_of_text(self, tmp_path):
-        for source, path in (('stdlib', ''), ('text', ROOT / 'README.md')):
-            out = tmp_path / source
-            of = config.Data(source=source, path=str(path), tokenizer='bytes', mode='concat')
-            prepare.prepare(of, str(out), format='tokens', seq_length=64)
-            wanted = rows.open_rows(of, 'train', tokenizers.Bytes(), 64, 259)
-            assert len(prepared.Prepared(str(out), 'train')) == len(wanted)
+    @pytest.mark.parametrize('source, path', [('stdlib', ''), ('text', ROOT / 'README.md')])
+    def test_of_the_embedded_corpus_and_of_text(self, tmp_path, source, path):
+        of = data(path, source=source, mode='concat')
+        prepare.prepare(of, str(tmp_path), format='tokens', seq_length=64)
+        assert_rows(tmp_path, of)
 
 
 class TestAgain:
@@ -145,6 +113,19 @@ class TestAgain:
                     assert 'still lacks 2 of 3 shards: both-00000, both-00001\n' in capsys.readouterr().out
             assert done
         assert contents(tmp_path / 'whole') == contents(tmp_path / 'parts')
+
+    def test_the_first_host_makes_all_to_validate_on(self, corpus, tmp_path):
+        for name in 'ab':
+            write(tmp_path / f'{name}.jsonl', [f'{name}{i}' for i in range(3)])
+
+        def run(part):
+            validation, out = f'{tmp_path}/*.jsonl', str(tmp_path / 'out')
+            return prepare.prepare(data(corpus / '*.gz'), out, format='tokens', validation=validation, only=part)
+
+        assert not run(slice(1, 3)) and not list(tmp_path.glob('out/validation*'))
+        assert run(slice(0, 1))
+        assert len(prepared.Prepared(str(tmp_path / 'out'), 'validation')) == 6
+        assert len(prepared.Prepared(str(tmp_path / 'out'), 'train')) == 360
 
     @pytest.mark.parametrize('format', ['tfds', 'tokens'])
     def test_finished_shards_stay_and_damaged_ones_are_made_anew(self, corpus, tmp_path, format):
@@ -164,17 +145,19 @@ class TestAgain:
         }
 
     def test_another_preparation_is_refused(self, corpus, tmp_path):
-        prepare.prepare(data(corpus / '*0-of*'), str(tmp_path), format='tokens', seq_length=32)
-        before = contents(tmp_path)
-        for change, words in (
-            ({'seq_length': 16}, 'seq-length'),
-            ({'of': data(corpus / '*.gz')}, 'files'),
-            ({'of': data(corpus / '*0-of*', mode='pack')}, 'mode'),
+        out, of = tmp_path / 'out', corpus / '*0-of*'
+        (tmp_path / 'tokenizer.json').write_bytes(train_tokenizer.train(texts(0), 270))
+        prepare.prepare(data(of), str(out), format='tokens', seq_length=32)
+        before = contents(out)
+        for other, seq_length, words in (
+            (data(of), 16, 'seq-length'),
+            (data(corpus / '*.gz'), 32, 'files'),
+            (data(of, mode='pack'), 32, 'mode'),
+            (data(of, tokenizer='huggingface', tokenizer_path=str(tmp_path / 'tokenizer.json')), 32, 'tokenizer'),
         ):
-            arguments = {'of': data(corpus / '*0-of*'), 'seq_length': 32} | change
             with pytest.raises(UsageError, match=f'another preparation: .*{words}'):
-                prepare.prepare(arguments.pop('of'), str(tmp_path), format='tokens', **arguments)
-        assert contents(tmp_path) == before
+                prepare.prepare(other, str(out), format='tokens', seq_length=seq_length)
+        assert contents(out) == before
 
     def test_bad_lines_do_not_cost_the_good_shards(self, corpus, tmp_path):
         for path in corpus.iterdir():
@@ -189,6 +172,8 @@ class TestAgain:
         assert prepare.prepare(of, str(out), format='tokens', validation=validation, skip_bad=1)
         assert (out / 'train-00000-of-00003.bin').stat().st_mtime_ns == time
         assert len(prepared.Prepared(str(out), 'train')) == 360
+        with pytest.raises(DataError, match='00002-of-00003.json.gz:121: not JSON'):  # asked for again
+            prepare.prepare(of, str(out), format='tokens', validation=validation)
 
     @pytest.mark.parametrize(
         'format, description', [('tokens', 'tokens.json'), ('tfds', 'c4/en/3.1.0/dataset_info.json')]
@@ -209,17 +194,21 @@ class TestAgain:
         assert contents(tmp_path / 'out').keys() == before.keys() and contents(tmp_path / 'out') != before
 
 
-class TestBadInput:
-    def test_truncated_gzip(self, corpus, tmp_path):
-        for path in corpus.iterdir():
-            shutil.copy(path, tmp_path / path.name)
-        bad = tmp_path / 'c4-train.00001-of-00003.json.gz'
-        bad.write_bytes(bad.read_bytes()[:-30])
-        with pytest.raises(DataError, match=r'00001-of-00003.json.gz:\d+: cannot be read'):
-            prepare.prepare(data(tmp_path / '*.gz'), str(tmp_path / 'out'), format='tokens', skip_bad=10**6)
-        assert not (tmp_path / 'out' / prepared.DESCRIPTION).exists()
-        assert not list((tmp_path / 'out').glob('*00001-of*'))
+def test_inputs_that_change_at_their_end_are_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, 'ENDS', 100)
+    path = write(tmp_path / 'a.jsonl', texts(0))
 
+    def digest():
+        [unit] = units.list_units(data(path), '')
+        return unit.digest
+
+    before, content = digest(), bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    assert digest() != before
+
+
+class TestBadInput:
     def test_a_file_that_was_fetched_anew(self, corpus, tmp_path):
         """Only its shard is made again; large corpora do not start over for one broken download."""
         validation = str(write(tmp_path / 'validation.jsonl', ['a']))
@@ -227,14 +216,16 @@ class TestBadInput:
             shutil.copy(path, tmp_path / path.name)
         bad = tmp_path / 'c4-train.00001-of-00003.json.gz'
         bad.write_bytes(bad.read_bytes()[:-30])
+        of, out = data(tmp_path / '*.gz'), tmp_path / 'out'
         with pytest.raises(DataError, match=r'00001-of-00003.json.gz:\d+: cannot be read'):
-            prepare.prepare(data(tmp_path / '*.gz'), str(tmp_path / 'out'), format='tokens', validation=validation)
-        assert [path.name for path in sorted((tmp_path / 'out').glob('train*'))] == ['train-00000-of-00003.bin']
-        time = (tmp_path / 'out/train-00000-of-00003.bin').stat().st_mtime_ns
+            prepare.prepare(of, str(out), format='tokens', validation=validation, skip_bad=10**6)
+        assert not (out / prepared.DESCRIPTION).exists() and not list(out.glob('*00001-of*'))
+        assert [path.name for path in sorted(out.glob('train*'))] == ['train-00000-of-00003.bin']
+        time = (out / 'train-00000-of-00003.bin').stat().st_mtime_ns
         shutil.copy(corpus / bad.name, bad)
-        assert prepare.prepare(data(tmp_path / '*.gz'), str(tmp_path / 'out'), format='tokens', validation=validation)
-        assert len(prepared.Prepared(str(tmp_path / 'out'), 'train')) == 360
-        assert (tmp_path / 'out/train-00000-of-00003.bin').stat().st_mtime_ns == time
+        assert prepare.prepare(of, str(out), format='tokens', validation=validation)
+        assert len(prepared.Prepared(str(out), 'train')) == 360
+        assert (out / 'train-00000-of-00003.bin').stat().st_mtime_ns == time
 
     def test_bad_and_empty_records(self, tmp_path, capsys):
         path = write(tmp_path / 'a.jsonl', [*texts(0), '', ' \n'])
@@ -247,6 +238,23 @@ class TestBadInput:
         shown = capsys.readouterr().out
         assert '2 documents without text and 3 bad records' in shown
         assert 'a.jsonl:124: not UTF-8' in shown and 'a.jsonl:125: not JSON' in shown
+
+    def test_bad_and_empty_records_of_a_data_set(self, tmp_path, capsys):
+        found = [[f'{shard} {i}' for i in range(count)] for shard, count in enumerate((30, 100))]
+        found[1][50], found[1][70], found[1][80] = b'caf\xe9', b'\xff', ' \n'  # none is in the sample of a fingerprint
+        test_datasets.write(tmp_path, found)
+
+        def run(skip_bad):
+            of, out = dataset(tmp_path), str(tmp_path / 'out')
+            return prepare.prepare(of, out, format='tokens', validation='train[:7]', skip_bad=skip_bad)
+
+        with pytest.raises(DataError, match='-00001-of-00002, record 70: no text in `text`: .*utf-8'):
+            run(1)
+        capsys.readouterr()
+        assert run(2) and len(prepared.Prepared(str(tmp_path / 'out'), 'train')) == 127
+        shown = capsys.readouterr().out
+        assert '1 documents without text and 2 bad records' in shown
+        assert all(f'-00001-of-00002, record {number}: no text in `text`: ' in shown for number in (50, 70))
 
     def test_no_room(self, corpus, tmp_path, monkeypatch):
         usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
@@ -266,11 +274,19 @@ class TestBadInput:
         assert float(words[1]) == pytest.approx(1.1 * written, rel=0.25)
 
     def test_a_shard_that_another_process_writes(self, corpus, tmp_path):
+        """Is refused, and what that one has written so far stays."""
         of = data(corpus / '*0-of*')
-        unit = units.list_units(of, '')[0]
-        with shards._locked(tmp_path / shards.NOTES, unit.name), pytest.raises(UsageError, match='another process'):
-            job = shards.Job(of, 'tokens', '', str(tmp_path), tokenizers.Bytes(), 32, 2**60, 0)
-            shards.write(job, unit, lambda *_: None)
+        [unit] = units.list_units(of, '')
+        job = shards.Job(of, 'tokens', '', str(tmp_path), tokenizers.Bytes(), 32, 2**60, 0)
+        partial = tmp_path / 'train-00000-of-00001.bin.partial'
+        partial.touch()
+        with shards._locked(tmp_path / shards.NOTES, unit.name):
+            with pytest.raises(UsageError, match='another process'):
+                shards.write(job, unit, lambda *_: None)
+            job.clean(unit)
+            assert partial.exists()
+        job.clean(unit)
+        assert not partial.exists()
 
     def test_files_for_both_splits(self, corpus, tmp_path):
         with pytest.raises(UsageError, match='--path and --validation both name .*00001-of'):
@@ -294,10 +310,12 @@ class TestBadInput:
 
     def test_a_long_document(self, tmp_path):
         long = 'word ' * 4_000_000
-        path = write(tmp_path / 'a.jsonl', ['short', long])
-        prepare.prepare(data(path, mode='concat'), str(tmp_path / 'out'), format='tokens', seq_length=256)
-        sizes = sorted(len(prepared.Prepared(str(tmp_path / 'out'), 'train')) for _ in range(1))
-        assert sizes[0] in (0, len(long) // 256)
+        of, validation = (
+            data(write(tmp_path / 'a.jsonl', [long]), mode='concat'),
+            write(tmp_path / 'b.jsonl', ['short']),
+        )
+        prepare.prepare(of, str(tmp_path / 'out'), format='tokens', seq_length=256, validation=str(validation))
+        assert len(prepared.Prepared(str(tmp_path / 'out'), 'train')) == len(long) // 256
 
     @pytest.mark.parametrize(
         'words, message',
@@ -309,6 +327,8 @@ class TestBadInput:
             ('--source jsonl --path x --out x --format tokens --shards=-1:3', '--shards is A:B'),
             ('--source jsonl --path x --out x --format tokens --workers 0', '--workers must be at least 1'),
             ('--source jsonl --path x --out x --format tokens --skip-bad -1', '--skip-bad must be at least 0'),
+            ('--source jsonl --path x --out x --format tokens --seq-length 1', '--seq-length must be at least 2'),
+            ('--source stdlib --validation x --out x --format tfds', '--validation does not go with --source stdlib'),
             ('--source text --out x --format tfds', '--source text needs --path FILES'),
             ('--source stdlib --out gs://x/y --format tfds', '--out gs://x/y: a folder of this machine is needed'),
             ('--source tfds --out x --format tfds', '--source tfds goes with --format tokens'),
@@ -328,122 +348,3 @@ class TestBadInput:
         assert 'there is no file' in capsys.readouterr().err
         assert prepare.main([*words, '--path', f'{corpus}/*.gz', '--out', f'{tmp_path}/a']) == 0
         assert '--config.data.source=tokens' in capsys.readouterr().out
-
-
-def start(corpus, out, *words, format='tokens'):
-    command = [
-        sys.executable,
-        '-m',
-        'mixln_jax.data.prepare',
-        '--source',
-        'jsonl',
-        '--path',
-        f'{corpus}/*.gz',
-        '--format',
-        format,
-    ]
-    command += ['--tokenizer', 'bytes', '--mode', 'pack', '--out', str(out), *words]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-
-
-def children(pid):
-    return [
-        int(path.parent.name)
-        for path in pathlib.Path('/proc').glob('[0-9]*/stat')
-        if path.exists() and path.read_text().rpartition(')')[2].split()[1] == str(pid)
-    ]
-
-
-def alive(pid):
-    return os.path.exists(f'/proc/{pid}')
-
-
-def partial(out):
-    """Whether a shard is being written."""
-    return next(out.rglob('*train*.partial'), None) is not None
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.fixture(scope='module')
-def large(tmp_path_factory):
-    """Four files that take about a second each."""
-    folder = tmp_path_factory.mktemp('large')
-    for number in range(4):
-        write(folder / f'{number}.json.gz', texts(number, 30_000))
-    return folder
-
-
-@pytest.mark.slow
-class TestProcesses:
-    @pytest.mark.parametrize('format', ['tokens', 'tfds'])
-    def test_killed_and_run_again(self, large, tmp_path, format):
-        """Whenever it is killed, what is there by then is whole, and the end is the same."""
-        whole = start(large, tmp_path / 'whole', '--workers', '2', format=format)
-        assert whole.wait(120) == 0
-        out = tmp_path / 'killed'
-        for finished in range(3):
-            process = start(large, out, '--workers', '2', format=format)
-            until(lambda n=finished: len(list(out.rglob(f'{shards.NOTES}/both*.json'))) >= n and partial(out))
-            workers = children(process.pid)
-            process.kill()
-            assert process.wait() == -signal.SIGKILL
-            assert not [*out.rglob(prepared.DESCRIPTION), *out.rglob('dataset_info.json')]
-            until(lambda pids=workers: not any(map(alive, pids)))
-        last = start(large, out, '--workers', '1', format=format)
-        assert last.wait(120) == 0
-        assert contents(tmp_path / 'whole') == contents(out)
-
-    def test_sigterm(self, large, tmp_path):
-        process = start(large, tmp_path / 'out', '--workers', '2')
-        until(lambda: partial(tmp_path / 'out'))
-        workers = children(process.pid)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
-        assert process.returncode == 75
-        assert b'run the same command again' in errors.splitlines()[-1]
-        assert len(workers) >= 2
-        until(lambda: not any(map(alive, workers)))
-        assert not list(tmp_path.rglob('*.partial')) and not list(tmp_path.rglob('*.lock'))
-
-    def test_a_killed_worker_is_told(self, large, tmp_path):
-        process = start(large, tmp_path / 'out', '--workers', '2')
-        until(lambda: partial(tmp_path / 'out'))
-        for pid in children(process.pid):
-            if b'spawn_main' in pathlib.Path(f'/proc/{pid}/cmdline').read_bytes():
-                os.kill(pid, signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 7
-        assert b'a worker process was killed' in errors.splitlines()[-1]
-
-    def test_memory_does_not_grow_with_the_text(self, large, tmp_path):
-        peaks = []
-        for name, repeat in (('small', 1), ('large', 8)):
-            with gzip.open(tmp_path / f'{name}.json.gz', 'wb') as file:
-                for _ in range(repeat):
-                    file.write(gzip.decompress((large / '0.json.gz').read_bytes()))
-            code = (
-                'import resource, sys\n'
-                'from mixln_jax.data import prepare\n'
-                'assert prepare.main(sys.argv[1:]) == 0\n'
-                'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
-            )
-            words = (
-                f'--source jsonl --path {tmp_path}/{name}.json.gz --out {tmp_path}/{name} --format tokens --workers 1'
-            )
-            command = [sys.executable, '-c', code, *words.split(), '--tokenizer', 'bytes', '--mode', 'pack']
-            shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-            peaks.append(int(shown.split()[-1]) / 1024)
-        assert peaks[1] - peaks[0] < 10, peaks
-
-
-def test_readers_tell_of_files(tmp_path):
-    """The counts that a shard's note keeps are the reader's."""
-    path = write(tmp_path / 'a.jsonl', ['a', '', 'b'])
-    reader = files.Reader('jsonl', str(path))
-    assert len(list(reader)) == 2 and (reader.empty, reader.bad, reader.position) == (1, 0, path.stat().st_size)
