@@ -1,5 +1,6 @@
 """data.prepare as processes: killed at any time, stopped by a signal, short of a worker."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -45,8 +46,11 @@ def alive(pid):
 
 
 def partial(out, since=0.0):
-    """Whether a shard is being written."""
-    return any(path.stat().st_mtime > since for path in out.rglob('*train*.partial') if path.exists())
+    """Whether some of a shard has been written since then, and not all."""
+    with contextlib.suppress(FileNotFoundError):  # it is whole by now
+        states = [path.stat() for path in out.rglob('*train*.partial')]
+        return any(state.st_size and state.st_mtime > since for state in states)
+    return False
 
 
 def until(condition):
@@ -58,11 +62,11 @@ def until(condition):
 
 @pytest.fixture(scope='module')
 def large(tmp_path_factory):
-    """Six files that take about a second each, of different sizes: workers end them one by one."""
+    """Six files, half a second of work each, of different sizes: two workers do not end at once."""
     folder = tmp_path_factory.mktemp('large')
     for number in range(6):
         path = write(folder / f'{number}.json.gz', texts(number, 5000))
-        path.write_bytes(path.read_bytes() * (12 + number))
+        path.write_bytes(path.read_bytes() * (6 + number))
     return folder
 
 
