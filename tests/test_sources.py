@@ -137,8 +137,8 @@ class TestReader:
         'truncated early': (WHOLE[:5], ''),
         'no gzip': (GOOD, ''),
         'bad deflate': (WHOLE[:10] + b'\xff' * 1000, ''),
-        'bad checksum': (WHOLE[:-8] + b'\0' * 8, ':?[0-9]*'),
-        'rubbish behind': (WHOLE + b'rubbish', ':?[0-9]*'),
+        'bad checksum': (WHOLE[:-8] + b'\0' * 8, ':3'),
+        'rubbish behind': (WHOLE + b'rubbish', ':3'),
     }
 
     @pytest.mark.parametrize('skip_bad', [0, 10**9])

@@ -14,7 +14,7 @@ from isal import igzip, isal_zlib
 from mixln_jax.exits import DataError
 
 PIECE = 2000  # characters of a text document, at least
-STEP, BUFFER = 2**15, 2**17  # bytes
+STEP = 2**15  # bytes
 LONGEST = 10**7  # characters after which a text document without a blank line ends with the next line
 
 
@@ -113,7 +113,7 @@ class Reader:
             with _Steps(self._path) as self._raw:
                 # igzip finds its lines in Python, a BufferedReader in C.
                 unpacked = igzip.open(self._raw) if self._path.endswith('.gz') else self._raw
-                lines = io.BufferedReader(unpacked, BUFFER)
+                lines = io.BufferedReader(unpacked)  # 8 kB: what one read unpacks before an error is lost, and its line
                 try:
                     for number, line in enumerate(lines, 1):
                         try:
