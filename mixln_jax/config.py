@@ -129,7 +129,9 @@ class Checkpoint:
 class Mesh:
     """How devices share the work."""
 
-    data: int = key(-1, 'devices that share the batch; -1: all', at_least=-1)
+    data: int = key(-1, 'copies of the model, which share the batch; -1: as many as there is room for', at_least=-1)
+    fsdp: int = key(1, 'devices that share the batch and keep a part of every matrix each; -1: the rest', at_least=-1)
+    tensor: int = key(1, 'devices that share every matrix product; -1: the rest', at_least=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,8 +312,12 @@ def _check_together(config):
         raise UsageError('config.optim.weight_decay needs config.optim.name=adamw or sgd; adam has none')
     if config.batch_size * config.seq_length >= 2**31:
         raise UsageError('config.batch_size times config.seq_length must be below 2^31 positions')
-    if config.mesh.data == 0:
-        raise UsageError('config.mesh.data must be -1 (all devices) or a number of devices, not 0')
+    sizes = dataclasses.asdict(config.mesh)
+    for name, size in sizes.items():
+        if size == 0:
+            raise UsageError(f'config.mesh.{name} must be -1 (all that are left) or a number of devices, not 0')
+    if len(left := [f'config.mesh.{name}' for name, size in sizes.items() if size == -1]) > 1:
+        raise UsageError(f'{" and ".join(left)} are both -1; one of them can take all devices that are left')
 
 
 def help_text():

@@ -4,15 +4,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-CHUNK = 2048  # positions whose logits are alive at a time, over the whole batch
+from mixln_jax import mesh as meshes
+
+CHUNK = 2048  # positions whose logits are alive at a time on a device
 
 
-def token_losses(x, head_kernel, labels, weights, vocab_size, chunk=CHUNK):
+def token_losses(x, head_kernel, labels, weights, vocab_size, chunk=CHUNK, mesh=None):
     """Cross-entropy of next tokens without ever holding the logits of the whole batch.
 
-    Positions are taken in chunks along T (a batch sharded over devices stays where it is); the gradient is made while a
-    chunk's logits are there, so the backward pass only scales it. Logits, softmax and sums are float32.
+    Positions are taken in chunks along T; the gradient is made while a chunk's logits are there, so the backward pass
+    only scales it. Logits, softmax and sums are float32.
 
     Args:
         x: [B,T,D] after the final norm, in the compute type.
@@ -20,10 +23,64 @@ def token_losses(x, head_kernel, labels, weights, vocab_size, chunk=CHUNK):
         labels: [B,T] int.
         weights: [B,T], 1 for a real target, 0 elsewhere.
         vocab_size: V.
-        chunk: positions in a chunk (B times a stretch of T).
+        chunk: positions in a chunk (the rows of a device times a stretch of T).
+        mesh: the devices that share the work: rows over `data` and `fsdp`, the vocabulary over `tensor`. The kernel is
+            gathered once and its gradient summed once, whatever the number of chunks. None: one device.
 
     Returns:
         sum of weighted losses (nats), sum of weights, {'token_loss': [B,T] weighted losses}.
+    """
+    weights = weights.astype(jnp.float32)
+    total, losses = _losses(x, head_kernel, labels, weights, vocab_size, chunk, mesh)
+    return total, weights.sum(), {'token_loss': jax.lax.stop_gradient(losses)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _losses(x, head_kernel, labels, weights, vocab_size, chunk, mesh):
+    """Sum of losses and losses [B,T]; only the sum has a gradient."""
+    return _shared(False, x, head_kernel, labels, weights, vocab_size, chunk, mesh)
+
+
+def _forward(x, head_kernel, labels, weights, vocab_size, chunk, mesh):
+    total, losses, d_x, d_kernel = _shared(True, x, head_kernel, labels, weights, vocab_size, chunk, mesh)
+    return (total, losses), (d_x, d_kernel.astype(head_kernel.dtype))
+
+
+def _backward(vocab_size, chunk, mesh, gradients, cotangents):
+    del vocab_size, chunk, mesh
+    by, _ = cotangents
+    return *((gradient * by).astype(gradient.dtype) for gradient in gradients), None, None
+
+
+_losses.defvjp(_forward, _backward)
+
+
+def _shared(gradient, x, head_kernel, labels, weights, vocab_size, chunk, mesh):
+    """What `_local` gives, on one device or on each of a mesh with the parts put together."""
+    arguments = x, head_kernel.astype(x.dtype), labels, weights
+    local = functools.partial(_local, gradient=gradient, vocab_size=vocab_size, chunk=chunk)
+    if mesh is None:
+        return local(*arguments)
+    rows = P(meshes.ROWS)
+
+    def on_device(*parts):
+        total, losses, *gradients = local(*parts, columns=('tensor',))
+        total = jax.lax.psum(total, meshes.ROWS)
+        if gradient:
+            d_x, d_kernel = gradients
+            d_kernel = jax.lax.psum_scatter(jax.lax.psum(d_kernel, 'data'), 'fsdp', tiled=True)
+            gradients = jax.lax.psum(d_x, 'tensor'), d_kernel
+        return total, losses, *gradients
+
+    specs = rows, P(None, 'tensor'), rows, rows
+    out = (P(), rows, rows, P('fsdp', 'tensor')) if gradient else (P(), rows)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
+
+
+def _local(x, kernel, labels, weights, *, gradient, vocab_size, chunk, columns=()):
+    """Sum of losses, losses [B,T] and, with `gradient`, those of x [B,T,D] and of the kernel [D,Vp] (float32).
+
+    `columns` names the mesh axis over which the kernel's columns lie; both gradients are then parts of a sum.
     """
     T = x.shape[1]
     stretch = max(1, min(T, chunk // x.shape[0]))
@@ -33,55 +90,32 @@ def token_losses(x, head_kernel, labels, weights, vocab_size, chunk=CHUNK):
         a = jnp.pad(a, [(0, 0), (0, pieces * stretch - T)] + [(0, 0)] * (a.ndim - 2))
         return jnp.moveaxis(a.reshape(a.shape[0], pieces, stretch, *a.shape[2:]), 1, 0)
 
-    weights = weights.astype(jnp.float32)
-    with jax.default_matmul_precision('highest' if x.dtype == jnp.float32 else None):
-        total, losses = _chunked(cut(x), head_kernel, cut(labels), cut(weights), vocab_size)
-    losses = jnp.moveaxis(losses, 0, 1).reshape(x.shape[0], -1)[:, :T]
-    return total, weights.sum(), {'token_loss': jax.lax.stop_gradient(losses)}
+    def whole(a):  # the inverse
+        return jnp.moveaxis(a, 0, 1).reshape(x.shape[0], pieces * stretch, *a.shape[3:])[:, :T]
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(x, head_kernel, labels, weights, vocab_size):
-    """Sum and losses of pieces [pieces,B,stretch,...]; only the sum has a gradient."""
-    kernel = head_kernel.astype(x.dtype)
-
-    def piece(total, of):
-        losses, _ = _piece_losses(kernel, vocab_size, *of)
-        return total + losses.sum(), losses
-
-    return jax.lax.scan(piece, jnp.float32(0), (x, labels, weights))
-
-
-def _chunked_forward(x, head_kernel, labels, weights, vocab_size):
-    kernel = head_kernel.astype(x.dtype)
+    first = jax.lax.axis_index(columns) * kernel.shape[1] if columns else 0
+    column = jnp.arange(kernel.shape[1])
 
     def piece(carry, of):
         total, d_kernel = carry
         x, labels, weights = of
-        losses, (logits, normalizer) = _piece_losses(kernel, vocab_size, x, labels, weights)
-        target = jnp.arange(kernel.shape[1]) == labels[..., None]
-        d_logits = ((jnp.exp(logits - normalizer) - target) * weights[..., None]).astype(x.dtype)
-        d_x = jnp.einsum('btv,dv->btd', d_logits, kernel)
+        labels = labels - first
+        logits = jnp.einsum('btd,dv->btv', x, kernel, preferred_element_type=jnp.float32)
+        logits = jnp.where(column + first < vocab_size, logits, -jnp.inf)
+        largest = jax.lax.pmax(logits.max(axis=-1, keepdims=True), columns)
+        normalizer = largest + jnp.log(jax.lax.psum(jnp.exp(logits - largest).sum(-1, keepdims=True), columns))
+        here = (labels >= 0) & (labels < kernel.shape[1])
+        chosen = jnp.take_along_axis(logits, jnp.where(here, labels, 0)[..., None], axis=-1)[..., 0]
+        losses = (normalizer[..., 0] - jax.lax.psum(jnp.where(here, chosen, 0), columns)) * weights
+        if not gradient:
+            return (total + losses.sum(), d_kernel), (losses,)
+        d_logits = jnp.exp(logits - normalizer) - (column == labels[..., None])
+        d_logits = (d_logits * weights[..., None]).astype(x.dtype)
         d_kernel += jnp.einsum('btd,btv->dv', x, d_logits, preferred_element_type=jnp.float32)
-        return (total + losses.sum(), d_kernel), (losses, d_x)
+        return (total + losses.sum(), d_kernel), (losses, jnp.einsum('btv,dv->btd', d_logits, kernel))
 
-    start = jnp.float32(0), jnp.zeros(kernel.shape, jnp.float32)
-    (total, d_kernel), (losses, d_x) = jax.lax.scan(piece, start, (x, labels, weights))
-    return (total, losses), (d_x, d_kernel.astype(head_kernel.dtype))
-
-
-def _chunked_backward(vocab_size, gradients, cotangents):
-    del vocab_size
-    by, _ = cotangents
-    return *((gradient * by).astype(gradient.dtype) for gradient in gradients), None, None
-
-
-_chunked.defvjp(_chunked_forward, _chunked_backward)
-
-
-def _piece_losses(kernel, vocab_size, x, labels, weights):
-    logits = jnp.einsum('btd,dv->btv', x, kernel, preferred_element_type=jnp.float32)
-    logits = jnp.where(jnp.arange(kernel.shape[1]) < vocab_size, logits, -jnp.inf)
-    normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)
-    return (normalizer - chosen)[..., 0] * weights, (logits, normalizer)
+    with jax.default_matmul_precision('highest' if x.dtype == jnp.float32 else None):
+        start = jnp.float32(0), jnp.zeros(kernel.shape, jnp.float32) if gradient else None
+        (total, d_kernel), out = jax.lax.scan(piece, start, (cut(x), cut(labels), cut(weights)))
+    losses, *d_x = map(whole, out)
+    return (total, losses, *d_x, d_kernel) if gradient else (total, losses)

@@ -20,10 +20,9 @@ import time
 
 import absl.logging
 import jax
-import numpy as np
 from clu import parameter_overview
 
-from mixln_jax import checkpoint, evaluate, exits, hooks, metrics, optim, record, train
+from mixln_jax import checkpoint, evaluate, exits, hooks, metrics, record, train
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
 from mixln_jax import step as steps
@@ -31,6 +30,7 @@ from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import llama, norms
+from mixln_jax.program import Program
 
 # What may differ when a run goes on; everything else would make it another run.
 MAY_CHANGE = (
@@ -56,7 +56,8 @@ def run(values, workdir, stop=None):
         with stop.may_interrupt():
             config = configs.build(values)
             mesh = _start_jax(config)
-            model = llama.from_config(config.model, config.compute_dtype)
+            program = Program(config, mesh)
+            model = program.model
             resolved = _resolved(config, model)
             workdir = closing.enter_context(_open_workdir(workdir, resolved))
             with stop.wait():
@@ -67,8 +68,7 @@ def run(values, workdir, stop=None):
                 return
             tokenizer, rows, eval_rows = _open_data(config)
             _describe(config, model, rows, mesh)
-            optimizer = optim.optimizer(config.optim)
-            state, about = _first_state(config, model, optimizer, mesh, checkpoints, rows.fingerprint, stop)
+            state, about = _first_state(program, resolved, checkpoints, rows.fingerprint, stop)
             if about['step'] == config.num_steps and about['open_line'] is None:
                 raise CheckpointError(f'{workdir} is trained to the end, but its metrics.jsonl lacks the last step')
             record.write_json(workdir / 'config.json', resolved)
@@ -79,7 +79,7 @@ def run(values, workdir, stop=None):
             lines = record.Metrics(workdir, about['step'], about['open_line'])
             closing.callback(lines.close)
             start = time.perf_counter()
-            train_step, eval_step = _compile(config, model, optimizer, state, rows.layout, mesh)
+            train_step, eval_step = program.compile()
             compile_sec = time.perf_counter() - start
 
         sharding = meshes.batch_sharding(mesh)
@@ -133,7 +133,8 @@ def run(values, workdir, stop=None):
             )
             checkpoints.wait()
         with stop.may_interrupt():
-            few = -(-8 // mesh.size) * mesh.size  # eight, or one a device: every layer's stream is kept
+            few = max(8, meshes.row_parts(mesh))  # every layer's stream is kept
+            few += -few % meshes.row_parts(mesh)
             batch = jax.device_put(batches.evaluation(eval_rows, few)[0], sharding)
             distance, count = jax.jit(functools.partial(steps.distance_step, model=model))(state.params, batch)
             last, distances = lines.lines[-1], (distance / count).tolist()
@@ -147,15 +148,10 @@ def _start_jax(config):
     """The mesh of the run, after the settings that JAX reads when it starts."""
     if config.deterministic:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
-    mesh = meshes.make_mesh(config.device, config.mesh.data)
+    mesh = meshes.make_mesh(config.mesh, meshes.devices(config.device))
     # Compiled code is kept between runs, but not for CPUs: it may need instructions that the next host lacks.
     if mesh.devices.flat[0].platform != 'cpu' and not jax.config.jax_compilation_cache_dir:
         jax.config.update('jax_compilation_cache_dir', str(record.cache() / 'xla'))
-    if config.batch_size % (config.accumulate * mesh.size):
-        raise UsageError(
-            f'config.batch_size={config.batch_size} does not divide by config.accumulate={config.accumulate} '
-            f'times {mesh.size} devices (config.mesh.data)'
-        )
     return mesh
 
 
@@ -226,23 +222,19 @@ def _open_data(config):
     return tokenizer, *rows
 
 
-def _first_state(config, model, optimizer, mesh, checkpoints, fingerprint, stop):
+def _first_state(program, resolved, checkpoints, fingerprint, stop):
     """The newest good checkpoint's state and JSON object, or a fresh state.
 
     Raises UsageError for a checkpoint that has seen other data.
     """
-    init = functools.partial(steps.init_state, model, optimizer, param_dtype=config.param_dtype)
-    key, everywhere = jax.random.key(config.seed), meshes.replicated(mesh)
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(init, key)
-    )
-    record.say(parameter_overview.get_parameter_overview(like.params, include_stats=False))
+    record.say(parameter_overview.get_parameter_overview(program.state.params, include_stats=False))
     with stop.wait():  # cut short, a restore would look like damage
-        restored = checkpoints.restore(like)
+        restored = checkpoints.restore(program.state)
     if not restored:
-        return jax.jit(init, out_shardings=everywhere)(key), {'step': 0, 'tokens': 0, 'open_line': None}
+        key = jax.random.key(program.config.seed)
+        return program.init(key), {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored
-    _check_same_run(f'checkpoint {about["step"]}', about['config'], _resolved(config, model))
+    _check_same_run(f'checkpoint {about["step"]}', about['config'], resolved)
     differ = [
         f'data.fingerprint.{part}' for part, seen in about['data']['fingerprint'].items() if fingerprint[part] != seen
     ]
@@ -270,30 +262,6 @@ def _describe(config, model, rows, mesh):
     )
     for warning in norms.warnings(model.norm_position, config.model.init, config.optim.warmup_ratio):
         record.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
-
-
-def _compile(config, model, optimizer, state, layout, mesh):
-    """The train step and the evaluation step, compiled."""
-    sharding, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-
-    def batch(size):
-        like = layout.batch(np.zeros((size, config.seq_length + 1)))
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
-
-    train_step = functools.partial(
-        steps.train_step,
-        model=model,
-        optimizer=optimizer,
-        schedule=optim.schedule(config.optim, config.num_steps),
-        clip_norm=config.optim.clip_norm,
-        accumulate=config.accumulate,
-    )
-    train_step = jax.jit(train_step, donate_argnums=0, out_shardings=everywhere)
-    eval_step = jax.jit(functools.partial(steps.eval_step, model=model), out_shardings=everywhere)
-    return (
-        train_step.lower(state, batch(config.batch_size)).compile(),
-        eval_step.lower(state.params, batch(config.batch_size // config.accumulate)).compile(),
-    )
 
 
 def parse(argv):

@@ -1,10 +1,35 @@
-"""Devices and how they share the work: the batch is split over the axis `data`, everything else is replicated."""
+"""Devices and how they share the work.
+
+Three axes: `data` (copies of the model, each with its rows of the batch), `fsdp` (as data, but every matrix is kept in
+parts and gathered where it is needed; Rajbhandari et al. 2020, ZeRO-3) and `tensor` (each device computes its part of
+every matrix product; Shoeybi et al. 2019, Megatron-LM).
+"""
+
+import math
+import re
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from mixln_jax import config as configs
+from mixln_jax import trees
 from mixln_jax.exits import DeviceError, UsageError, first_line
+
+AXES = ('data', 'fsdp', 'tensor')
+ROWS = ('data', 'fsdp')  # the axes over which rows of a batch are split
+
+# How a leaf of the train state is split: the first pattern found in its name decides, and of its choices the first
+# whose axes divide the leaf's dimensions (those of one layer). No pattern matches everything: a new leaf needs a rule.
+RULES = (
+    (r'/embedding$', P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor'))),
+    (r'/head/kernel$', P('fsdp', 'tensor')),
+    (r'/(q|k|v|gate|up)/kernel$', P('fsdp', 'tensor'), P(('fsdp', 'tensor'), None)),
+    (r'/(o|down)/kernel$', P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor'))),
+    (r'norm\w*/scale$', P()),
+    (r'(^|/)(step|bad_step|count)$', P()),
+)
 
 
 def devices(kind):
@@ -17,19 +42,81 @@ def devices(kind):
         raise DeviceError(f'config.device={kind}: there is no such device here ({first_line(error)})') from None
 
 
-def make_mesh(kind, data=-1):
-    """The mesh of a run: `data` devices of `kind`, -1 for all. Raises DeviceError or UsageError."""
-    found = devices(kind)
-    if data > len(found):
-        raise UsageError(f'config.mesh.data={data}, but there are {len(found)} {found[0].platform} devices')
-    return Mesh(np.array(found if data == -1 else found[:data]), ('data',), axis_types=(AxisType.Auto,))
+def make_mesh(sizes: configs.Mesh, found) -> Mesh:
+    """The mesh of a run over the devices `found`.
+
+    A size of -1 takes what the others leave; without it, and with one process, some devices may stay idle. Several
+    slices (TPU pods joined by a network) are joined along `data` alone, the axis that talks least.
+
+    Raises UsageError, naming the key, for sizes that do not fit the devices.
+    """
+    shape = [getattr(sizes, axis) for axis in AXES]
+    named = ', '.join(f'config.mesh.{axis}={size}' for axis, size in zip(AXES, shape, strict=True))
+    known = math.prod(size for size in shape if size != -1)
+    if -1 in shape:
+        shape[shape.index(-1)] = max(len(found) // known, 1)
+    used, there = math.prod(shape), f'{len(found)} {found[0].platform} devices'
+    several = len({device.process_index for device in found}) > 1
+    if used > len(found) or len(found) % known or (several and used < len(found)):
+        raise UsageError(f'{named} does not fit the {there}')
+    found = list(found)[:used]
+    slices = len({getattr(device, 'slice_index', 0) for device in found})
+    if slices > 1:
+        if shape[0] % slices:
+            raise UsageError(f'{named}: data={shape[0]} does not divide by the {slices} slices, which it joins')
+        inside = (shape[0] // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), found)
+    else:
+        grid = mesh_utils.create_device_mesh(tuple(shape), found)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh):
-    """The sharding of the train state."""
-    return NamedSharding(mesh, PartitionSpec())
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh):
-    """The sharding of a batch's arrays [B,...]: rows over `data`."""
-    return NamedSharding(mesh, PartitionSpec('data'))
+    """The sharding of a batch's arrays [B,...], and of activations: rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def row_parts(mesh):
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def state_shardings(mesh, state):
+    """The sharding of every leaf of a train state, or of a part of one, by RULES.
+
+    Raises UsageError, naming leaf, dimension and key, where no choice divides; ValueError for a leaf without a rule.
+    """
+
+    def of(path, leaf):
+        return NamedSharding(mesh, _spec(mesh, f'/{trees.path_name(path)}', leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def _spec(mesh, name, shape):
+    stacked = f'/{trees.STACKED}/' in name
+    choices = next((choices for pattern, *choices in RULES if re.search(pattern, name)), None)
+    if choices is None:
+        raise ValueError(f'mesh.RULES has no rule for {name}')
+    problems = []
+    for choice in choices:
+        spec = P(None, *choice) if stacked and choice else choice
+        problem = next(_indivisible(mesh, spec, shape), None)
+        if not problem:
+            return spec
+        problems.append(problem)
+    dimension, axes = problems[0]
+    keys = ' times '.join(f'config.mesh.{axis}={mesh.shape[axis]}' for axis in axes)
+    raise UsageError(f'{name[1:]} {list(shape)}: {shape[dimension]} (dimension {dimension}) does not divide by {keys}')
+
+
+def _indivisible(mesh, spec, shape):
+    for dimension, axes in enumerate(spec):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        if shape[dimension] % math.prod(mesh.shape[axis] for axis in axes):
+            yield dimension, axes

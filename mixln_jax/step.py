@@ -36,11 +36,12 @@ def trunk_inputs(batch):
 def batch_loss(model, params, batch):
     """Next-token loss of a batch as (sum, count, aux); see losses.py."""
     x, _ = model.apply({'params': params}, **trunk_inputs(batch), method='trunk')
-    kernel = params['head']['kernel']
-    return losses.token_losses(x, kernel, batch['targets'], batch['weights'], model.config.vocab_size)
+    kernel, sharding = params['head']['kernel'], model.stream_sharding
+    mesh = sharding and sharding.mesh
+    return losses.token_losses(x, kernel, batch['targets'], batch['weights'], model.config.vocab_size, mesh=mesh)
 
 
-def train_step(state, batch, *, model, optimizer, schedule, clip_norm=0.0, accumulate=1):
+def train_step(state, batch, *, model, optimizer, schedule, clip_norm=0.0, accumulate=1, shardings=None):
     """One update.
 
     Args:
@@ -51,19 +52,24 @@ def train_step(state, batch, *, model, optimizer, schedule, clip_norm=0.0, accum
         schedule: update number from 0 -> learning rate.
         clip_norm: largest global gradient norm; 0: no clipping.
         accumulate: micro-batches; they share one sum and one count, so the mathematics is the whole batch's.
+        shardings: of the weights, which their gradients are to have too; None: one device.
 
     Returns:
         (State, metrics): loss (nats a token), grad_norm (before clipping), learning_rate, tokens, layer_grad_norm [L],
         bad_step. A non-finite loss or gradient leaves weights and moments untouched and sets `bad_step`.
     """
 
+    def split(grads):  # left alone, XLA may let every device hold the whole sum
+        return jax.lax.with_sharding_constraint(grads, shardings) if shardings else grads
+
     def add(sums, micro_batch):
         of_params = lambda params: batch_loss(model, params, micro_batch)[:2]  # noqa: E731
         (loss, count), grads = jax.value_and_grad(of_params, has_aux=True)(state.params)
+        grads = split(grads)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, (loss, count, grads)), None
 
     zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.float32), state.params)
-    start = jnp.float32(0), jnp.float32(0), zeros
+    start = jnp.float32(0), jnp.float32(0), split(zeros)
     (loss, count, grads), _ = jax.lax.scan(add, start, micro_batches(batch, accumulate))
     loss, grads = jax.tree.map(lambda total: total / jnp.maximum(count, 1), (loss, grads))
 

@@ -219,7 +219,12 @@ class TestResume:
 
     @pytest.mark.parametrize(
         'changes',
-        [{'accumulate': 2, 'mesh.data': 4}, {'mesh.data': 4}, {'data.workers': 1}, {'log_every': 3, 'eval.every': 2}],
+        [
+            {'accumulate': 2, 'mesh.data': 4},
+            {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2},
+            {'data.workers': 1},
+            {'log_every': 3, 'eval.every': 2},
+        ],
     )
     def test_what_may_change(self, corpus, finished, tmp_path, changes):
         with pytest.raises(Stopped):
@@ -289,14 +294,14 @@ class TestBadInput:
 
     @pytest.fixture(autouse=True)
     def no_compilation(self, monkeypatch):
-        monkeypatch.setattr(main, '_compile', None)
+        monkeypatch.setattr(main.Program, 'compile', None)
 
     @pytest.mark.parametrize(
         'changes, kind, words',
         [
-            ({'batch_size': 12}, UsageError, 'batch_size=12 does not divide by config.accumulate=1 times 8 devices'),
+            ({'batch_size': 12}, UsageError, 'batch_size=12 does not divide by config.accumulate=1 times 8 parts'),
             ({'accumulate': 2}, UsageError, 'batch_size=8 does not divide by config.accumulate=2 times 8'),
-            ({'mesh.data': 9}, UsageError, r'config.mesh.data=9, but there are 8 cpu devices'),
+            ({'mesh.data': 9}, UsageError, r'config.mesh.data=9, .* does not fit the 8 cpu devices'),
             ({'device': 'tpu'}, DeviceError, 'config.device=tpu: there is no such device'),
             ({'model.norm_position': 'foo'}, UsageError, "'foo' is not one of"),
             ({'model.norm_position': 'post*2'}, UsageError, 'lists 2 layers, config.model.num_layers is 3'),

@@ -9,6 +9,7 @@ import reference
 from test_models import SIZES, assert_gradients, make, to_jax
 from test_step import equations, make_step
 
+from mixln_jax import config as configs
 from mixln_jax import mesh, step, trees
 
 ROWS, T = [(4, 3, 5), (6, 1, 7), (), (14,)], 14  # lengths of the documents of each row; what is left is padding
@@ -138,7 +139,7 @@ def test_accumulation_and_devices_on_packed_rows():
     packed, _, _ = packed_and_alone(np.random.default_rng(3))
     state, whole = make_step()
     _, parts = make_step(accumulate=2)
-    two = mesh.make_mesh('cpu', 2)
+    two = mesh.make_mesh(configs.Mesh(2), mesh.devices('cpu'))
     one, metrics = whole(state, packed)
     other, others = parts(jax.device_put(state, mesh.replicated(two)), jax.device_put(packed, mesh.batch_sharding(two)))
     assert metrics['tokens'] == others['tokens'] == packed['weights'].sum()

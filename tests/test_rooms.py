@@ -8,11 +8,18 @@ LEVELS = [
     {'exits', 'config', 'trees', 'record'},
     {'mesh', 'data', 'models'},
     {'losses', 'optim', 'metrics', 'measures'},
-    {'checkpoint', 'step'},
+    {'checkpoint', 'step', 'program'},
     {'train', 'hooks', 'evaluate'},
     {'main'},
 ]
-WITHIN = {('config', 'exits'), ('record', 'exits'), ('checkpoint', 'step'), ('train', 'hooks'), ('hooks', 'evaluate')}
+WITHIN = {
+    ('config', 'exits'),
+    ('record', 'exits'),
+    ('checkpoint', 'step'),
+    ('program', 'step'),
+    ('train', 'hooks'),
+    ('hooks', 'evaluate'),
+}
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 
 

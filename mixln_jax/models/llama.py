@@ -23,12 +23,15 @@ class Llama(nn.Module):
     layer_index: tuple[int, ...]
     depth: int
     compute_dtype: str = 'bfloat16'
+    stream_sharding: jax.sharding.NamedSharding | None = None  # of the residual stream; None: one device
 
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
         rows = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        self.embed = nn.Embed(rows, config.hidden_size, dtype=dtype, embedding_init=nn.initializers.zeros)
-        self.layers = transformer.Stack(config, dtype, self.norm_position, self.layer_index, self.depth)
+        self.embed = transformer.Embedding(rows, config.hidden_size, dtype, self.stream_sharding)
+        self.layers = transformer.Stack(
+            config, dtype, self.norm_position, self.layer_index, self.depth, self.stream_sharding
+        )
         self.norm = transformer.RMSNorm(config.norm_eps, dtype)
         self.head = transformer.linear(rows, jnp.float32, None)
 
@@ -69,10 +72,11 @@ class Llama(nn.Module):
         return {'params': initialize(key, shapes['params'], self.config, self.norm_position, self.depth)}
 
 
-def from_config(config: configs.Model, compute_dtype='bfloat16') -> Llama:
+def from_config(config: configs.Model, compute_dtype='bfloat16', stream_sharding=None) -> Llama:
     """The network of a config. Raises UsageError for a `norm_position` that does not fit."""
     names = norms.resolve(config.norm_position, config.num_layers, config.post_ratio)
-    return Llama(config, names, tuple(range(1, config.num_layers + 1)), config.num_layers, compute_dtype)
+    layer_index = tuple(range(1, config.num_layers + 1))
+    return Llama(config, names, layer_index, config.num_layers, compute_dtype, stream_sharding)
 
 
 def num_params(config: configs.Model, params):

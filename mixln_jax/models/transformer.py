@@ -55,6 +55,26 @@ def document_mask(segments):
     return segments[:, None, :, None] == segments[:, None, None, :]
 
 
+class Embedding(nn.Module):
+    """A row of a table for every id. Its values come from `initialize`."""
+
+    rows: int
+    features: int
+    dtype: jnp.dtype
+    stream_sharding: jax.sharding.NamedSharding | None
+
+    @nn.compact
+    def __call__(self, ids):
+        """[B,T] -> [B,T,D]."""
+        table = self.param('embedding', nn.initializers.zeros, (self.rows, self.features)).astype(self.dtype)
+        if not self.stream_sharding:
+            return table[ids]
+        # Gathered as every matrix is: rows looked up in parts of it would have to be put together again.
+        everywhere = jax.sharding.NamedSharding(self.stream_sharding.mesh, jax.sharding.PartitionSpec())
+        x = jax.lax.with_sharding_constraint(table, everywhere)[ids]
+        return jax.lax.with_sharding_constraint(x, self.stream_sharding)
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped key/value heads."""
 
@@ -98,6 +118,7 @@ class Layer(nn.Module):
     config: configs.Model
     dtype: jnp.dtype
     placement: norms.Layer
+    stream_sharding: jax.sharding.NamedSharding | None
 
     @nn.compact
     def __call__(self, x, per_layer, angles, mask):
@@ -105,6 +126,8 @@ class Layer(nn.Module):
         attention = Attention(self.config, self.dtype, name='attention')
         mlp = MLP(self.config, self.dtype, name='mlp')
         constants = per_layer['constants']
+        if self.stream_sharding:
+            x = jax.lax.with_sharding_constraint(x, self.stream_sharding)
         y = self.residual(
             x, lambda h: attention(h, angles, mask), self.placement.attention, constants['attention'], 'attention'
         )
@@ -134,6 +157,7 @@ class Stack(nn.Module):
     norm_position: tuple[str, ...]
     layer_index: tuple[int, ...]
     depth: int
+    stream_sharding: jax.sharding.NamedSharding | None = None
 
     @nn.compact
     def __call__(self, x, angles, mask=None, keep=None, capture=False):
@@ -168,7 +192,8 @@ class Stack(nn.Module):
             length=length,
             unroll=length if unrolled else 1,
         )
-        return functools.partial(loop, layer(self.config, self.dtype, placement, name=f'segment_{number}'))
+        name = f'segment_{number}'
+        return functools.partial(loop, layer(self.config, self.dtype, placement, self.stream_sharding, name=name))
 
     def per_layer(self, placement, first, end, keep):
         """What differs between the layers of a segment, each a value with a leading axis over them."""

@@ -1,0 +1,77 @@
+"""What runs on the devices: the functions of a run, jitted for a mesh, and the shapes they take."""
+
+import functools
+
+import jax
+import numpy as np
+
+from mixln_jax import config as configs
+from mixln_jax import mesh as meshes
+from mixln_jax import optim, step
+from mixln_jax.data.layout import Layout
+from mixln_jax.exits import UsageError
+from mixln_jax.models import llama
+
+
+class Program:
+    """Model, state and steps of `config` on `mesh`.
+
+    `state` is the train state as ShapeDtypeStructs with their shardings. `init`: key -> State, made where it is to lie.
+    `train_step`: (State, batch) -> (State, metrics), donates the state. `eval_step`: (params, batch) -> (sum, count).
+
+    Raises UsageError, naming the keys, for sizes that the mesh does not divide.
+    """
+
+    def __init__(self, config: configs.Config, mesh: jax.sharding.Mesh):
+        self.config, self.mesh = config, mesh
+        _check_sizes(config, mesh)
+        self._rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+        self.model = llama.from_config(config.model, config.compute_dtype, self._rows)
+        optimizer = optim.optimizer(config.optim)
+        init = functools.partial(step.init_state, self.model, optimizer, param_dtype=config.param_dtype)
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        shardings = meshes.state_shardings(mesh, shapes)
+        self.state = jax.tree.map(_like, shapes, shardings)
+        self.init = jax.jit(init, out_shardings=shardings)
+        train_step = functools.partial(
+            step.train_step,
+            model=self.model,
+            optimizer=optimizer,
+            schedule=optim.schedule(config.optim, config.num_steps),
+            clip_norm=config.optim.clip_norm,
+            accumulate=config.accumulate,
+            shardings=shardings.params,
+        )
+        self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
+        self.eval_step = jax.jit(functools.partial(step.eval_step, model=self.model), out_shardings=everywhere)
+
+    def batch(self, size):
+        """A batch of `size` rows as ShapeDtypeStructs."""
+        made = Layout(self.config.data.mode, 0, 0).batch(np.zeros((size, self.config.seq_length + 1), np.int32))
+        return {name: _like(values, self._rows) for name, values in made.items()}
+
+    def compile(self):
+        """`train_step` for batches of `batch_size`, `eval_step` for its micro-batches, compiled."""
+        size = self.config.batch_size
+        return (
+            self.train_step.lower(self.state, self.batch(size)).compile(),
+            self.eval_step.lower(self.state.params, self.batch(size // self.config.accumulate)).compile(),
+        )
+
+
+def _check_sizes(config, mesh):
+    parts, tensor = meshes.row_parts(mesh), mesh.shape['tensor']
+    if config.batch_size % (config.accumulate * parts):
+        raise UsageError(
+            f'config.batch_size={config.batch_size} does not divide by config.accumulate={config.accumulate} '
+            f'times {parts} parts (config.mesh.data times config.mesh.fsdp)'
+        )
+    if (heads := config.model.num_kv_heads or config.model.num_heads) % tensor:
+        raise UsageError(
+            f'{heads} key/value heads (config.model.num_kv_heads, num_heads) do not divide by '
+            f'config.mesh.tensor={tensor}'
+        )
+
+
+def _like(array, sharding):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

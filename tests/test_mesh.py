@@ -1,0 +1,193 @@
+"""Meshes: sizes, the rules, and that sharing the work changes no number."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from mixln_jax import config as configs
+from mixln_jax import mesh, trees
+from mixln_jax.exits import UsageError
+from mixln_jax.program import Program
+
+SHAPES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
+MODEL = configs.Model(
+    vocab_size=101,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=4,
+    num_heads=8,
+    norm_position='mix',
+    scan_unroll='1',
+)
+CONFIG = configs.Config(
+    batch_size=16,
+    seq_length=12,
+    num_steps=20,
+    accumulate=2,
+    compute_dtype='float32',
+    device='cpu',
+    model=MODEL,
+    optim=configs.Optim(learning_rate=3e-3, clip_norm=1.0),
+)
+
+
+def on(*shape):
+    return mesh.make_mesh(configs.Mesh(*shape), jax.devices('cpu'))
+
+
+def program(shape, config=CONFIG, **model):
+    return Program(dataclasses.replace(config, model=dataclasses.replace(config.model, **model)), on(*shape))
+
+
+def batches(config):
+    """Text with something to learn, and padding."""
+    rng = np.random.default_rng(0)
+    for _ in range(config.num_steps):
+        start, by = rng.integers(0, 100, (config.batch_size, 1)), rng.integers(1, 4, (config.batch_size, 1))
+        tokens = (start + by * np.arange(config.seq_length + 1)) % config.model.vocab_size
+        weights = np.arange(config.seq_length) < rng.integers(1, config.seq_length + 1, (config.batch_size, 1))
+        yield {
+            'inputs': tokens[:, :-1].astype(np.int32),
+            'targets': tokens[:, 1:].astype(np.int32),
+            'weights': weights.astype(np.float32),
+        }
+
+
+def run(built):
+    """The losses and gradient norms of every step, and the last evaluation."""
+    rows, seen = mesh.batch_sharding(built.mesh), []
+    train_step, eval_step = built.compile()
+    state = built.init(jax.random.key(0))
+    for batch in batches(built.config):
+        state, metrics = train_step(state, jax.device_put(batch, rows))
+        seen.append([float(metrics['loss']), *np.asarray(metrics['layer_grad_norm'])])
+    micro = {name: values[: len(values) // built.config.accumulate] for name, values in batch.items()}
+    total, count = eval_step(state.params, jax.device_put(micro, rows))
+    return np.array(seen), float(total / count)
+
+
+class TestNumbers:
+    @pytest.mark.parametrize('placement', ['pre', 'mix', 'sandwich'])
+    def test_of_every_mesh_are_those_of_one_device(self, placement):
+        expected, evaluated = run(program((1, 1, 1), norm_position=placement))
+        assert expected[-1, 0] < 0.95 * expected[0, 0]  # it learns
+        for shape in SHAPES:
+            seen, last = run(program(shape, norm_position=placement))
+            np.testing.assert_allclose(seen[:, 0], expected[:, 0], rtol=1e-5, err_msg=str(shape))
+            np.testing.assert_allclose(seen[:, 1:], expected[:, 1:], rtol=1e-4, err_msg=str(shape))
+            np.testing.assert_allclose(last, evaluated, rtol=1e-5)
+
+    def test_of_the_first_weights_do_not_depend_on_the_mesh(self):
+        expected = program((1, 1, 1)).init(jax.random.key(3))
+        for shape in SHAPES:
+            made = program(shape).init(jax.random.key(3))
+            for (name, one), other in zip(trees.named_leaves(expected), jax.tree.leaves(made), strict=True):
+                np.testing.assert_array_equal(one, other, err_msg=f'{shape} {name}')
+
+
+class TestMemory:
+    def test_no_device_holds_a_whole_matrix_under_fsdp(self):
+        """Of the compiled step: what goes in and what it works with."""
+        model = dict(hidden_size=128, intermediate_size=256, vocab_size=1000)
+        config = dataclasses.replace(CONFIG, batch_size=8, accumulate=1)
+        memory = {}
+        for shape in ((1, 1, 1), (1, 8, 1), (1, 4, 2)):
+            built = program(shape, config, **model)
+            large = [leaf for leaf in jax.tree.leaves(built.state) if leaf.size > 2000]
+            held = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in large]
+            assert held == [leaf.size // math.prod(shape) for leaf in large]
+            step = built.train_step.lower(built.state, built.batch(8)).compile()
+            memory[shape] = step.memory_analysis().argument_size_in_bytes
+            before = jax.tree.leaves(built.state)
+            after = jax.tree.leaves(step.output_shardings[0])
+            assert all(a.sharding.is_equivalent_to(b, a.ndim) for a, b in zip(before, after, strict=True))
+        assert memory[1, 8, 1] < memory[1, 1, 1] / 7 and memory[1, 4, 2] < memory[1, 1, 1] / 7
+
+
+class TestRules:
+    def specs(self, **model):
+        built = program((2, 2, 2), **model)
+        return {name: tuple(leaf.sharding.spec) for name, leaf in trees.named_leaves(built.state)}
+
+    def test_specs_of_every_leaf(self):
+        found = self.specs(norm_position='sandwich*2,post*2')
+        into, out, norm = (None, 'fsdp', 'tensor'), (None, 'tensor', 'fsdp'), ()
+        layers = {
+            **{f'attention/{name}/kernel': into for name in 'qkv'},
+            **{f'mlp/{name}/kernel': into for name in ('gate', 'up')},
+            **{f'{name}/kernel': out for name in ('attention/o', 'mlp/down')},
+        }
+        norms = [('in', 'out'), ('post',)]
+        params = {'embed/embedding': ('tensor', 'fsdp'), 'head/kernel': ('fsdp', 'tensor'), 'norm/scale': norm}
+        stack = {
+            f'layers/segment_{i}/{name}': spec
+            for i, places in enumerate(norms)
+            for name, spec in {
+                **layers,
+                **{f'{sub}_norm_{place}/scale': norm for sub in ('attention', 'mlp') for place in places},
+            }.items()
+        }
+        expected = {f'params/{name}': spec for name, spec in (params | stack).items()}
+        expected |= {'step': (), 'bad_step': (), 'opt_state/rest/0/count': ()}
+        expected |= {f'opt_state/layers/segment_{i}/0/count': () for i in range(2)}
+        for moment in ('mu', 'nu'):
+            expected |= {f'opt_state/rest/0/{moment}/{name}': spec for name, spec in params.items()}
+            for name, spec in stack.items():
+                layers, segment, leaf = name.split('/', 2)
+                expected[f'opt_state/{layers}/{segment}/0/{moment}/{leaf}'] = spec
+        assert found == expected
+
+    def test_the_second_choice(self):
+        found = self.specs(intermediate_size=49)
+        assert found['params/layers/segment_0/mlp/up/kernel'] == (None, ('fsdp', 'tensor'), None)
+        assert found['params/layers/segment_0/mlp/down/kernel'] == (None, None, ('fsdp', 'tensor'))
+
+    def test_what_does_not_divide_is_refused(self):
+        with pytest.raises(UsageError, match=r'embed/embedding \[128, 30\]: 30 \(dimension 1\).*config.mesh.fsdp=4$'):
+            program((2, 4, 1), hidden_size=30, num_heads=15, intermediate_size=64)
+
+    def test_a_leaf_without_a_rule(self):
+        leaf = {'params': {'adapter': {'kernel': np.zeros((4, 4))}}}
+        with pytest.raises(ValueError, match='no rule for /params/adapter/kernel'):
+            mesh.state_shardings(on(1, 1, 1), leaf)
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        'asked, made',
+        [((-1, 1, 1), (8, 1, 1)), ((-1, 2, 2), (2, 2, 2)), ((1, -1, 2), (1, 4, 2)), ((2, 1, 1), (2, 1, 1))],
+    )
+    def test_one_size_takes_what_is_left(self, asked, made):
+        assert tuple(on(*asked).shape[axis] for axis in mesh.AXES) == made
+
+    @pytest.mark.parametrize('asked', [(9, 1, 1), (-1, 3, 1), (4, 4, 1), (-1, 16, 1)])
+    def test_sizes_that_do_not_fit(self, asked):
+        with pytest.raises(UsageError, match=rf'config.mesh.fsdp={asked[1]}, .* does not fit the 8 cpu devices'):
+            on(*asked)
+
+    def test_of_a_run(self):
+        with pytest.raises(UsageError, match='batch_size=16 .*accumulate=4 times 8 parts'):
+            program((4, 2, 1), dataclasses.replace(CONFIG, accumulate=4))
+        with pytest.raises(UsageError, match='2 key/value heads .*config.mesh.tensor=4'):
+            program((1, 2, 4), num_kv_heads=2)
+
+    def test_slices_are_joined_along_data(self):
+        """Devices of one slice lie side by side in fsdp and tensor."""
+
+        @dataclasses.dataclass(frozen=True)
+        class Device:
+            id: int
+            slice_index: int
+            platform: str = 'gpu'
+            device_kind: str = 'none'
+            process_index: int = 0
+
+        devices = [Device(i, i % 2) for i in range(8)]
+        made = mesh.make_mesh(configs.Mesh(-1, 2, 2), devices)
+        for part in made.devices:
+            assert len({device.slice_index for device in part.flat}) == 1
+        with pytest.raises(UsageError, match='data=1 does not divide by the 2 slices'):
+            mesh.make_mesh(configs.Mesh(1, 8, 1), devices)
