@@ -135,6 +135,14 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Processes:
+    """Several processes that train together; the environment says which (see processes.py)."""
+
+    timeout: float = key(300.0, 'seconds to wait for all of them at the start', above=0)
+    stall: float = key(900.0, 'seconds without a batch before all stacks are shown; 0: never', at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
     """A window of steps recorded by jax.profiler into the work directory."""
 
@@ -162,6 +170,7 @@ class Config:
     eval: Eval = group(Eval)
     checkpoint: Checkpoint = group(Checkpoint)
     mesh: Mesh = group(Mesh)
+    processes: Processes = group(Processes)
     profile: Profile = group(Profile)
 
 

@@ -2,6 +2,7 @@
 
 import jax
 
+from mixln_jax import mesh as meshes
 from mixln_jax import metrics
 
 
@@ -11,7 +12,7 @@ def evaluate(eval_step, params, batches, *, at_a_time, byte_lengths, num_tokens,
     Args:
         eval_step: (params, batch) -> (sum of losses, count), compiled.
         params: the weights.
-        batches: iterable of dicts of numpy arrays [B,T]; see data/layout.py.
+        batches: iterable of dicts of numpy arrays [B,T], the same in every process; see data/layout.py.
         at_a_time: batches between looks at `num_tokens`, so that smaller batches see the same text.
         byte_lengths: [V], bytes of text that each token id stands for.
         num_tokens: when to stop.
@@ -24,7 +25,7 @@ def evaluate(eval_step, params, batches, *, at_a_time, byte_lengths, num_tokens,
     sums, tokens, num_bytes = [], 0, 0
     for batch in batches:
         check()
-        sums.append(eval_step(params, jax.device_put(batch, sharding))[0])
+        sums.append(eval_step(params, meshes.place(batch, sharding))[0])
         tokens += int(batch['weights'].sum())
         num_bytes += float((byte_lengths[batch['targets']] * batch['weights']).sum())
         if len(sums) > 1:

@@ -70,6 +70,12 @@ class MemoryExhausted(Exit):
     code = 7
 
 
+class ProcessLost(Exit):
+    """Another process is missing or gone."""
+
+    code = 8
+
+
 class Stopped(BaseException):
     """Stopped by a signal. Not an Exception, so that no library's `except Exception` swallows it."""
 
@@ -97,6 +103,11 @@ class Stop:
     def started(self):
         """Imports are done: from here on there may be something to save."""
         self._starting = False
+
+    def reached(self, step):
+        """Whether to stop behind `step`, which the devices are working on."""
+        del step
+        return bool(self.requested)
 
     def check(self):
         """Raises Stopped if a signal has come."""
@@ -128,7 +139,7 @@ class Stop:
         del frame
         again, self.requested = self.requested, signal.Signals(number).name
         if again or self._starting:
-            os.write(2, f'{stopped_line(self.requested)}\n'.encode())
+            os.write(2, f'{stopped_line(f"stopped by {self.requested}")}\n'.encode())
             os._exit(STOPPED)
         if self._interruptible:
             self.check()
@@ -142,7 +153,7 @@ def _quiet_if_stopped(unraisable, default=sys.unraisablehook):
 
 def stopped_line(reason):
     """What a stopped command says last."""
-    return f'mixln_jax: stopped by {reason}; run the same command again to continue'
+    return f'mixln_jax: {reason}; run the same command again to continue'
 
 
 stop = Stop()
@@ -182,8 +193,8 @@ def call(job, *args, show_traceback=False):
     """
     try:
         job(*args)
-    except Stopped:
-        print(stopped_line(stop.requested), file=sys.stderr)
+    except Stopped as stopped:
+        print(stopped_line(stopped), file=sys.stderr)
         return STOPPED
     except Exception as error:
         if show_traceback:

@@ -11,18 +11,20 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import json
 import logging
 import os
 import pathlib
 import sys
+import tempfile
 import time
 
 import absl.logging
 import jax
 from clu import parameter_overview
 
-from mixln_jax import checkpoint, evaluate, exits, hooks, metrics, record, train
+from mixln_jax import checkpoint, evaluate, exits, hooks, metrics, processes, record, train
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
 from mixln_jax import step as steps
@@ -35,7 +37,7 @@ from mixln_jax.program import Program
 # What may differ when a run goes on; everything else would make it another run.
 MAY_CHANGE = (
     *('device', 'accumulate', 'log_every', 'model.scan_unroll', 'model.remat'),
-    *('eval.', 'checkpoint.', 'mesh.', 'profile.'),
+    *('eval.', 'checkpoint.', 'mesh.', 'processes.', 'profile.'),
     *('data.workers', 'data.path', 'data.data_dir', 'data.tokenizer_path'),  # to the same content
 )
 
@@ -51,11 +53,17 @@ def run(values, workdir, stop=None):
     Raises:
         exits.Exit and its kinds, exits.Stopped.
     """
-    stop = stop or exits.Stop()
+    config = configs.build(values)
     with contextlib.ExitStack() as closing:
+        closing.enter_context(processes.joined(config.processes.timeout, _digest(config)))
+        stop = processes.SharedStop() if jax.distributed.is_initialized() else stop or exits.Stop()
         with stop.may_interrupt():
-            config = configs.build(values)
             mesh = _start_jax(config)
+            if jax.process_count() > 1:
+                who = f'process {jax.process_index()}/{jax.process_count()}'
+                record.say(f'mixln_jax: {who}, {len(mesh.local_devices)} local of {mesh.size} devices')
+            if jax.process_index():  # one of several speaks
+                closing.enter_context(contextlib.redirect_stdout(closing.enter_context(open(os.devnull, 'w'))))
             program = Program(config, mesh)
             model = program.model
             resolved = _resolved(config, model)
@@ -71,6 +79,8 @@ def run(values, workdir, stop=None):
             state, about = _first_state(program, resolved, checkpoints, rows.fingerprint, stop)
             if about['step'] == config.num_steps and about['open_line'] is None:
                 raise CheckpointError(f'{workdir} is trained to the end, but its metrics.jsonl lacks the last step')
+            if jax.process_index():  # one of several writes the records
+                workdir = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
             record.write_json(workdir / 'config.json', resolved)
             record.write_json(
                 workdir / 'environment.json', record.environment(list(mesh.devices.flat)) | {'data': rows.fingerprint}
@@ -95,13 +105,18 @@ def run(values, workdir, stop=None):
             first_line={'perf/compile_sec': compile_sec},
         )
 
+        def watched(reader):
+            for batch in reader:
+                processes.watch(config.processes.stall)
+                yield batch
+
         def evaluate_weights(params):
             dataset = batches.evaluation(eval_rows, config.batch_size // config.accumulate)
             with contextlib.closing(batches.read(dataset, 0, workers=0)) as reader:
                 return evaluate.evaluate(
                     eval_step,
                     params,
-                    reader,
+                    watched(reader),
                     at_a_time=config.accumulate,
                     byte_lengths=tokenizer.byte_lengths,
                     num_tokens=config.eval.tokens,
@@ -114,9 +129,11 @@ def run(values, workdir, stop=None):
 
         saving = hooks.saving(config.checkpoint.every, checkpoints, lines, about_state)
         done = about['step']
-        dataset = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size)
+        part = meshes.local_rows(sharding, config.batch_size)
+        dataset = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size, part=part)
         reader = closing.enter_context(contextlib.closing(batches.read(dataset, done, config.data.workers)))
-        stream = (jax.device_put(batch, sharding) for batch in reader)
+        closing.callback(processes.watch, 0)
+        stream = (meshes.place(batch, sharding, config.batch_size) for batch in watched(reader))
         stream = hooks.profiled(stream, done + 1, config.profile.start, config.profile.steps, workdir)
         with jax.transfer_guard('disallow'), contextlib.closing(stream):
             state = train.fit(
@@ -135,13 +152,18 @@ def run(values, workdir, stop=None):
         with stop.may_interrupt():
             few = max(8, meshes.row_parts(mesh))  # every layer's stream is kept
             few += -few % meshes.row_parts(mesh)
-            batch = jax.device_put(batches.evaluation(eval_rows, few)[0], sharding)
-            distance, count = jax.jit(functools.partial(steps.distance_step, model=model))(state.params, batch)
+            batch = meshes.place(batches.evaluation(eval_rows, few)[0], sharding)
+            of_layers = functools.partial(steps.distance_step, model=model)
+            distance, count = jax.jit(of_layers, out_shardings=meshes.replicated(mesh))(state.params, batch)
             last, distances = lines.lines[-1], (distance / count).tolist()
             record.say(
                 record.summary_table(last, last['layers/grad_norm'], distances, model.norm_position),
                 f'weights, metrics and configuration are in {workdir}',
             )
+
+
+def _digest(config):
+    return hashlib.blake2b(json.dumps([dataclasses.asdict(config), record.versions()]).encode()).hexdigest()
 
 
 def _start_jax(config):
@@ -185,7 +207,8 @@ def _open_workdir(workdir, resolved):
         raise UsageError(f'the work directory {workdir} cannot be used: {error}') from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not jax.process_index():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f'the work directory {workdir} is in use by another process') from None
         except OSError as error:  # some network file systems have no locks
@@ -309,7 +332,6 @@ def main(argv):
 if __name__ == '__main__':
     stop.started()
     code = main(sys.argv[1:])
-    if code == exits.STOPPED:  # everything is closed; Python's own end may crash where a signal cut the compiler short
-        sys.stdout.flush()
-        os._exit(code)
+    if code == exits.STOPPED or jax.distributed.is_initialized():
+        processes.end(code)  # everything is closed; Python's own end may crash where a signal cut the compiler short
     sys.exit(code)

@@ -9,7 +9,8 @@ import math
 import re
 
 import jax
-from jax.experimental import mesh_utils
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -79,6 +80,36 @@ def replicated(mesh):
 def batch_sharding(mesh):
     """The sharding of a batch's arrays [B,...], and of activations: rows over `data` and `fsdp`."""
     return NamedSharding(mesh, P(ROWS))
+
+
+def local_rows(sharding, size):
+    """The numbers of the rows, of a batch of `size`, that this process's devices take."""
+    parts = sharding.addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
+
+
+def place(batch, sharding, size=None):
+    """A batch of numpy arrays on the devices.
+
+    With `size` the arrays have this process's rows alone, of so many of all processes, in the order of `local_rows`;
+    without it every process has all rows.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+
+    def of(values):
+        rows = np.arange(len(values)) if size is None else local_rows(sharding, size)
+        shape = (size or len(values), *values.shape[1:])
+        at = lambda index: values[np.searchsorted(rows, np.arange(shape[0])[index[0]])]  # noqa: E731
+        return jax.make_array_from_callback(shape, sharding, at)
+
+    with jax.transfer_guard('allow'):  # which has no name for this as it has for device_put
+        return jax.tree.map(of, batch)
+
+
+def fetch(batch):
+    """The whole arrays of a placed batch as numpy arrays; every process has to ask."""
+    return jax.device_get(batch) if jax.process_count() == 1 else multihost_utils.process_allgather(batch, tiled=True)
 
 
 def row_parts(mesh):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from mixln_jax import measures, record
+from mixln_jax import mesh as meshes
 from mixln_jax import metrics as formulas
 from mixln_jax.exits import DataError, NumericsError, Stopped
 
@@ -77,7 +78,7 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
             meter.add(*previous, state)
             meter.flush()
         previous = number, values, batch
-        if due(number) or stop.requested:
+        if stop.reached(number) or due(number):
             meter.add(*previous, state)
             previous = None
             run_hooks(number, state)
@@ -182,7 +183,7 @@ class Meter:
                 self._flops_per_position * self._window_positions / seconds, self._devices[0].device_kind, count
             ),
             'perf/data_wait_frac': self._window_wait / seconds,
-            'perf/peak_memory_gb': _peak_memory(self._devices[0]),
+            'perf/peak_memory_gb': _peak_memory(jax.local_devices(backend=self._devices[0].platform)[0]),
             **self._first_line,
         }
         self._first_line = {}
@@ -196,7 +197,7 @@ class Meter:
         weights, _ = jax.device_get(jax.jit(measures.layer_norms)(state.params))
         report = {'step': step, 'layers/weight_norm': [repr(norm) for norm in weights.tolist()], 'steps': []}
         for number, batch, values in self._recent:
-            np.savez(folder / f'batch_{number}.npz', **jax.device_get(batch))
+            np.savez(folder / f'batch_{number}.npz', **meshes.fetch(batch))
             report['steps'].append(
                 {
                     'step': number,

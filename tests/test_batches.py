@@ -76,7 +76,7 @@ class TestOrder:
             5354549435,
             214186118139,
         ]
-        assert batches.order(Numbered(5), 3, 2, 13).tolist() == [4, 1, 0, 2, 0, 4, 1, 3, 1, 4, 0, 2, 3]
+        assert batches.order(Numbered(5), 3, np.arange(2, 15)).tolist() == [4, 1, 0, 2, 0, 4, 1, 3, 1, 4, 0, 2, 3]
 
     def test_every_place_gets_every_row_equally_often(self, monkeypatch):
         def check():
@@ -124,8 +124,8 @@ class TestTraining:
     def test_each_process_has_its_slice(self, process_count):
         whole = batches.training(Numbered(26), seed=5, batch_size=8)
         parts = [
-            batches.training(Numbered(26), seed=5, batch_size=8, process_index=p, process_count=process_count)
-            for p in range(process_count)
+            batches.training(Numbered(26), seed=5, batch_size=8, part=part)
+            for part in np.arange(8).reshape(process_count, -1)
         ]
         read = []
         for s in range(13):
@@ -145,19 +145,17 @@ class TestTraining:
     def test_it_is_endless(self):
         for batch_size in (1, 1000):
             dataset = batches.training(Numbered(10), seed=0, batch_size=batch_size)
-            wanted = batches.order(Numbered(10), 0, 10**15 * batch_size, batch_size)
+            wanted = batches.order(Numbered(10), 0, 10**15 * batch_size + np.arange(batch_size))
             assert numbers(dataset[10**15]) == wanted.tolist()
 
 
 class TestEvaluation:
     @pytest.mark.parametrize('count, batch_size', [(10, 4), (10, 5), (3, 8), (1, 1)])
-    @pytest.mark.parametrize('process_count', [1, 2, 4])
-    def test_all_rows_once(self, count, batch_size, process_count):
-        batch_size *= process_count
-        parts = [batches.evaluation(Numbered(count), batch_size, p, process_count) for p in range(process_count)]
-        assert {len(part) for part in parts} == {-(-count // batch_size)}
-        made = [part[i] for i in range(len(parts[0])) for part in parts]
-        assert {values.shape for batch in made for values in batch.values()} == {(batch_size // process_count, T)}
+    def test_all_rows_once(self, count, batch_size):
+        dataset = batches.evaluation(Numbered(count), batch_size)
+        made = [dataset[i] for i in range(len(dataset))]
+        assert len(made) == -(-count // batch_size)
+        assert {values.shape for batch in made for values in batch.values()} == {(batch_size, T)}
         assert {batch['weights'].dtype for batch in made} == {np.dtype(np.float32)}
         assert np.concatenate([numbers(batch) for batch in made])[:count].tolist() == list(range(count))
         weights = np.concatenate([batch['weights'] for batch in made])
@@ -189,8 +187,8 @@ class TestRead:
     @pytest.mark.parametrize('process_count', [1, 2])
     def test_all_processes_read_every_row_once_an_epoch(self, workers, process_count):
         read = []
-        for p in range(process_count):
-            dataset = batches.training(Numbered(40), seed=1, batch_size=4, process_index=p, process_count=process_count)
+        for part in np.arange(4).reshape(process_count, -1):
+            dataset = batches.training(Numbered(40), seed=1, batch_size=4, part=part)
             with contextlib.closing(batches.read(dataset, 0, workers)) as iterator:
                 read.append([numbers(batch) for batch in itertools.islice(iterator, 30)])
         epochs = np.concatenate(read, axis=1).reshape(3, 40)

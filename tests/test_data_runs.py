@@ -127,7 +127,12 @@ class TestAFailingRecord:
         for at in range(3000, len(whole), 97):  # until a flipped byte breaks just one record, and not an early one
             shard.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
             broken = unreadable(data_dir)
-            of = [s for s in range(2, 12) if len(broken) == 1 and broken[0] in batches.order(range(100), 0, s * 8, 8)]
+            places = np.arange(8)
+            of = [
+                s
+                for s in range(2, 12)
+                if len(broken) == 1 and broken[0] in batches.order(range(100), 0, s * 8 + places)
+            ]
             if of:
                 break
         [number], step = broken, of[0] + 1

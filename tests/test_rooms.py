@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = [
     {'exits', 'config', 'trees', 'record'},
-    {'mesh', 'data', 'models'},
+    {'mesh', 'processes', 'data', 'models'},
     {'losses', 'optim', 'metrics', 'measures'},
     {'checkpoint', 'step', 'program'},
     {'train', 'hooks', 'evaluate'},

@@ -23,25 +23,22 @@ Batch = dict[str, np.ndarray]
 ROUNDS = 8  # of mixing in a permutation
 
 
-def training(
-    rows: Rows, *, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> grain.MapDataset:
-    """Batches for training: `dataset[s]` is this process's part of the batch of step s (from 0).
+def training(rows: Rows, *, seed: int, batch_size: int, part: np.ndarray | slice = slice(None)) -> grain.MapDataset:
+    """Batches for training: `dataset[s]` is the batch of step s (from 0), or the rows `part` of it.
 
     Every row comes once an epoch, each epoch in another order; batches run over the border of epochs. `batch_size` is
-    that of all processes together; process p has rows p * B/P to (p+1) * B/P - 1 of it.
+    that of all processes together.
     """
-    part = batch_size // process_count
-    first = process_index * part
+    part = np.arange(batch_size)[part]
     dataset = grain.MapDataset.range(2**62 // batch_size)  # as good as endless
-    return dataset.map(lambda s: rows.layout.batch(rows.tokens(order(rows, seed, s * batch_size + first, part))))
+    return dataset.map(lambda s: rows.layout.batch(rows.tokens(order(rows, seed, s * batch_size + part))))
 
 
-def order(rows: Rows, seed: int, start: int, count: int) -> np.ndarray:
-    """The numbers [count] of the rows at places start, start+1, ... of the endless stream of epochs."""
-    epochs, places = np.divmod(np.arange(start, start + count), len(rows))
-    numbers = np.empty(count, np.int64)
-    for epoch in range(epochs[0], epochs[-1] + 1):
+def order(rows: Rows, seed: int, places: np.ndarray) -> np.ndarray:
+    """The numbers of the rows at `places` (from 0) of the endless stream of epochs."""
+    epochs, places = np.divmod(places, len(rows))
+    numbers = np.empty(len(places), np.int64)
+    for epoch in np.unique(epochs):
         numbers[epochs == epoch] = permuted(places[epochs == epoch], len(rows), seed, epoch)
     return numbers
 
@@ -66,12 +63,11 @@ def permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     return images.astype(np.int64)
 
 
-def evaluation(rows: Rows, batch_size: int, process_index: int = 0, process_count: int = 1) -> grain.MapDataset:
+def evaluation(rows: Rows, batch_size: int) -> grain.MapDataset:
     """All rows once, in order; the last batch is filled up with rows of weight 0."""
-    part = batch_size // process_count
 
     def batch(number):
-        wanted = np.arange(part) + number * batch_size + process_index * part
+        wanted = np.arange(batch_size) + number * batch_size
         made = rows.layout.batch(rows.tokens(np.where(wanted < len(rows), wanted, 0)))
         return made | {'weights': made['weights'] * (wanted < len(rows))[:, None].astype(np.float32)}
 

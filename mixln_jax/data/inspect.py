@@ -12,6 +12,8 @@ import json
 import pathlib
 import sys
 
+import numpy as np
+
 from mixln_jax import config as configs
 from mixln_jax import exits, record
 from mixln_jax.data import batches, rows, tokenizers
@@ -42,7 +44,8 @@ def inspect(workdir: str, step: int, num_rows: int | None = None):
         raise UsageError(f'{workdir}/environment.json does not tell what data the run saw: {error}') from error
     if differ := [part for part in seen if of.fingerprint[part] != seen[part]]:
         raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs')
-    numbers = batches.order(of, config.data.seed, (step - 1) * config.batch_size, config.batch_size)[:num_rows]
+    places = (step - 1) * config.batch_size + np.arange(config.batch_size)
+    numbers = batches.order(of, config.data.seed, places)[:num_rows]
     batch = of.layout.batch(of.tokens(numbers))
     for i, number in enumerate(numbers.tolist()):
         row = {name: values[i].tolist() for name, values in batch.items()}

@@ -1,0 +1,211 @@
+"""Several processes that train one model: who they are, whether all are there, that all stop at the same step."""
+
+import contextlib
+import faulthandler
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+
+import jax
+from jax._src import clusters  # how JAX itself finds out; it has no public name
+from jax.experimental import multihost_utils
+
+from mixln_jax.exits import ProcessLost, Stop, UsageError, call
+
+ASKED = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+KNOWN = ('slurm', 'ompi', 'gcetpu', 'gketpu')
+DIFFERENT, FAREWELL = 'not alike:', b'farewell'
+
+
+def find():
+    """(address of process 0, number of processes, this one's number), or None for a process by itself.
+
+    From JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID, else from what SLURM, Open MPI or a
+    TPU pod say. Raises UsageError for some of the three without the others, or values that make no sense.
+    """
+    given = {name: os.environ[name] for name in ASKED if os.environ.get(name)}
+    if given:
+        if missing := [name for name in ASKED if name not in given]:
+            raise UsageError(f'{", ".join(given)} is set, {", ".join(missing)} is not')
+        address, *numbers = given.values()
+        try:
+            count, number = map(int, numbers)
+            if not (0 <= number < count and 0 < int(address.rpartition(':')[2]) < 2**16):
+                raise ValueError
+        except ValueError:
+            said = ', '.join(f'{name}={value}' for name, value in given.items())
+            raise UsageError(f'{said} is not host:port, a count and a number below it') from None
+    else:
+        there = (env for env in clusters.ClusterEnv._cluster_types if env.name in KNOWN and env.is_env_present())
+        environment = next(there, None)
+        if environment is None:
+            return None
+        count, number = environment.get_process_count(), environment.get_process_id()
+        address = environment.get_coordinator_address(60, None)
+    return (address, count, number) if count > 1 else None
+
+
+@contextlib.contextmanager
+def joined(timeout: float, digest: str):
+    """Joins the other processes, if there are any, before JAX does anything else. Inside, this process ends with exit 8
+    as soon as another one is gone, even while it waits for that one.
+
+    Args:
+        timeout: seconds to wait for all.
+        digest: of what has to be the same in every process.
+
+    Raises ProcessLost where some do not come within `timeout`, naming them; UsageError where one is different.
+    """
+    found = find()
+    if not found:
+        yield
+        return
+    address, count, number = found
+    peers = roll_call(address, count, number, timeout, digest)
+    threading.Thread(target=_watch, args=(peers, f'process {number} of {count}'), daemon=True).start()
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.distributed.initialize(address, count, number, initialization_timeout=round(timeout))
+    try:
+        yield
+    except Exception:
+        time.sleep(1)  # where another's end is the cause, `_watch` says so and ends this process
+        raise
+    finally:
+        if not isinstance(sys.exception(), Exception):  # done, or stopped, as all of them are
+            _tell(peers, FAREWELL)
+            jax.distributed.shutdown()
+
+
+def roll_call(address: str, count: int, number: int, timeout: float, digest: str) -> dict[int, socket.socket]:
+    """Returns in every process when all have come to process 0, at `address`; otherwise raises, as `joined` says.
+
+    jax.distributed by itself aborts the interpreter and names nobody. What is returned are the connections that stay:
+    those of process 0 to all others, theirs to it.
+    """
+    host, _, port = address.rpartition(':')
+    here, deadline = f'process {number} of {count}', time.monotonic() + timeout
+    if number:
+        problem, peers = _answer(host, int(port), number, count, deadline, digest)
+    else:
+        problem, peers = _call(int(port), count, deadline, digest)
+    if problem:
+        kind = UsageError if problem.startswith(DIFFERENT) else ProcessLost
+        raise kind(f'{here}, process 0 at {address}: {problem} (waited up to {timeout:g} s)')
+    for connection in peers.values():
+        connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return peers
+
+
+def _call(port, count, deadline, digest):
+    """Process 0: what is wrong, or '', and the connections to the others."""
+    problem, came = '', {}
+    try:
+        server = socket.create_server(('', port), backlog=count)
+    except OSError as error:
+        raise UsageError(f'port {port} of the coordinator cannot be used: {error.strerror}') from error
+    with server:
+        while len(came) < count - 1 and not problem:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                connection, _ = server.accept()
+                connection.settimeout(5)
+                said = _hear(connection)
+                other, *same = said['number'], said['count'] == count, said['digest'] == digest
+            except TimeoutError:
+                if time.monotonic() >= deadline:
+                    missing = [str(other) for other in range(1, count) if other not in came]
+                    problem = f'missing: {", ".join(missing)} of 0 to {count - 1}'
+                continue
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # somebody else's
+            if other in came:
+                problem = f'{DIFFERENT} two are number {other}'
+            elif not all(same):
+                problem = f'{DIFFERENT} process {other} has another count, configuration or versions than process 0'
+            came[other] = connection
+    _tell(came, json.dumps(problem).encode() + b'\n')
+    return problem, came
+
+
+def _answer(host, port, number, count, deadline, digest):
+    """Any other process: what process 0 says is wrong, or '', and the connection to it."""
+    said = json.dumps({'number': number, 'count': count, 'digest': digest}).encode() + b'\n'
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            connection = socket.create_connection((host, port), timeout=min(left, 5))
+            connection.sendall(said)
+            connection.settimeout(left + 5)  # process 0 waits as long, and then says who is missing
+            return _hear(connection), {0: connection}
+        except (OSError, ValueError):
+            time.sleep(min(0.2, max(left, 0)))
+    return 'it did not answer', {}
+
+
+def _hear(connection):
+    with connection.makefile('rb', buffering=0) as lines:
+        return json.loads(lines.readline())
+
+
+def _tell(peers, words):
+    for connection in peers.values():
+        with contextlib.suppress(OSError):
+            connection.sendall(words)
+
+
+def _watch(peers, here):
+    """Ends this process when another one ends without a farewell; process 0 hears of it and tells the others."""
+    with selectors.DefaultSelector() as selector:
+        for number, connection in peers.items():
+            selector.register(connection, selectors.EVENT_READ, f'process {number} is gone')
+        while selector.get_map():
+            for key, _ in selector.select():
+                try:
+                    said = key.fileobj.recv(1000)
+                except OSError:
+                    said = b''
+                if said == FAREWELL:
+                    selector.unregister(key.fileobj)
+                    continue
+                gone = said.decode() or key.data
+                _tell(peers, gone.encode())
+                end(call(_raise, ProcessLost(f'{here}: {gone}; run the same command again to continue')))
+
+
+def end(code: int):
+    """Ends this process at once: among several, Python's own end would wait for those that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _raise(error):
+    raise error
+
+
+class SharedStop(Stop):
+    """A Stop for several processes: a SIGTERM to any of them stops all behind the same step.
+
+    JAX's preemption service has the handler; a handler of ours would take its place. Only `reached` looks at it, where
+    all processes do.
+    """
+
+    def install(self):
+        """Nothing to install."""
+
+    def reached(self, step):
+        """Whether all processes are to stop behind `step`. Every process has to ask at every step."""
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.requested = self.requested or 'SIGTERM'
+        return bool(self.requested)
+
+
+def watch(seconds: float):
+    """Dumps the stacks of all threads to stderr unless it is called again within `seconds`; 0 ends that."""
+    faulthandler.cancel_dump_traceback_later()
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, repeat=True, file=sys.__stderr__)

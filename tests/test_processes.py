@@ -1,0 +1,283 @@
+"""Several processes: who they are, the roll call; and, slowly, real ones that are killed, stopped and missing."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mixln_jax import processes
+from mixln_jax.exits import ProcessLost, UsageError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
+
+
+class TestFind:
+    @pytest.fixture(autouse=True)
+    def alone(self, monkeypatch):
+        for name in processes.ASKED:
+            monkeypatch.delenv(name, raising=False)
+
+    def ask(self, monkeypatch, *values):
+        for name, value in zip(processes.ASKED, values, strict=True):
+            monkeypatch.setenv(name, value)
+        return processes.find()
+
+    def test_by_itself(self, monkeypatch):
+        assert processes.find() is None
+        assert self.ask(monkeypatch, 'host:1234', '1', '0') is None
+
+    def test_asked(self, monkeypatch):
+        assert self.ask(monkeypatch, 'host:1234', '3', '2') == ('host:1234', 3, 2)
+
+    def test_slurm(self, monkeypatch):
+        for name, value in {
+            'SLURM_JOB_ID': '7',
+            'SLURM_STEP_NODELIST': 'node[03-04]',
+            'SLURM_NTASKS': '4',
+            'SLURM_PROCID': '3',
+            'SLURM_LOCALID': '1',
+        }.items():
+            monkeypatch.setenv(name, value)
+        address, count, number = processes.find()
+        assert address.startswith('node03:') and (count, number) == (4, 3)
+
+    def test_open_mpi(self, monkeypatch):
+        uri = '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911'
+        for name, value in {
+            'OMPI_MCA_orte_hnp_uri': uri,
+            'OMPI_COMM_WORLD_SIZE': '2',
+            'OMPI_COMM_WORLD_RANK': '1',
+        }.items():
+            monkeypatch.setenv(name, value)
+        address, count, number = processes.find()
+        assert address.startswith('10.96.0.1:') and (count, number) == (2, 1)
+
+    @pytest.mark.parametrize(
+        'values', [('host:1234', '2', '2'), ('host', '2', '1'), ('host:99999', '2', '1'), ('host:1', 'two', '1')]
+    )
+    def test_values_without_sense(self, monkeypatch, values):
+        with pytest.raises(UsageError, match='JAX_COORDINATOR_ADDRESS=.* is not host:port, a count and a number'):
+            self.ask(monkeypatch, *values)
+
+    def test_some_of_them(self, monkeypatch):
+        with pytest.raises(
+            UsageError, match='JAX_NUM_PROCESSES is set, .*JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID is not'
+        ):
+            self.ask(monkeypatch, '', '2', '')
+
+
+def call_roll(count, numbers, timeout=20.0, digests=None):
+    """What the roll call of `numbers` gives in each: connections, or what it raises."""
+    address = f'127.0.0.1:{free_port()}'
+
+    def one(at):
+        number, digest = numbers[at], (digests or ['same'] * len(numbers))[at]
+        try:
+            return processes.roll_call(address, count, number, timeout, digest)
+        except Exception as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(len(numbers)) as pool:
+        return list(pool.map(one, range(len(numbers))))
+
+
+class TestRollCall:
+    def test_all_are_there(self):
+        peers = call_roll(4, [2, 0, 3, 1])
+        assert [set(of) for of in peers] == [{0}, {1, 2, 3}, {0}, {0}]
+        for connection in [c for of in peers for c in of.values()]:
+            connection.close()
+
+    def test_missing_ones_are_named_to_all(self):
+        errors = call_roll(4, [0, 2], timeout=0.5)
+        for error in errors:
+            assert isinstance(error, ProcessLost)
+            assert 'process 0 at 127.0.0.1:' in str(error) and 'missing: 1, 3 of 0 to 3' in str(error)
+
+    def test_process_0_is_missing(self):
+        [error] = call_roll(2, [1], timeout=0.5)
+        assert isinstance(error, ProcessLost) and 'process 0 at 127.0.0.1:' in str(error)
+        assert 'did not answer' in str(error)
+
+    def test_another_configuration(self):
+        errors = call_roll(3, [0, 1, 2], digests=['same', 'same', 'other'], timeout=5)
+        assert any(
+            isinstance(error, UsageError) and 'process 2 has another count, conf' in str(error) for error in errors
+        )
+        assert not any(isinstance(error, dict) for error in errors[:1] + errors[2:])
+
+    def test_two_with_one_number(self):
+        errors = call_roll(3, [0, 1, 1], timeout=5)
+        assert isinstance(errors[0], UsageError) and 'two are number 1' in str(errors[0])
+
+    def test_strangers_are_ignored(self):
+        port = free_port()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            lead = pool.submit(processes.roll_call, f'127.0.0.1:{port}', 2, 0, 20.0, 'd')
+            for words in (b'GET / HTTP/1.1\r\n\r\n', b'', b'[]\n', b'{"number": 1}\n'):
+                while True:
+                    try:
+                        with socket.create_connection(('127.0.0.1', port)) as stranger:
+                            stranger.sendall(words)
+                        break
+                    except ConnectionRefusedError:
+                        time.sleep(0.01)
+            other = pool.submit(processes.roll_call, f'127.0.0.1:{port}', 2, 1, 20.0, 'd')
+            assert set(lead.result()) == {1} and set(other.result()) == {0}
+
+    def test_a_port_in_use(self):
+        with socket.create_server(('', 0)) as server, pytest.raises(UsageError, match='port .* cannot be used'):
+            processes.roll_call(f'127.0.0.1:{server.getsockname()[1]}', 2, 0, 1.0, 'd')
+
+
+def start(workdir, count, missing=(), num_steps=30, **changes):
+    """`count` processes that train together, without those `missing`."""
+    port, keys = free_port(), {
+        'num_steps': num_steps, 'batch_size': 8, 'seq_length': 16, 'log_every': 1, 'compute_dtype': 'float32',
+        'device': 'cpu', 'model.num_layers': 2, 'model.hidden_size': 16, 'model.intermediate_size': 32,
+        'model.num_heads': 2, 'model.vocab_size': 259, 'eval.every': 0, 'eval.tokens': 500, 'checkpoint.every': 5,
+    } | changes  # fmt: skip
+    words = [f'--config.{key}={value}' for key, value in keys.items()]
+    made = []
+    for number in set(range(count)) - set(missing):
+        environment = os.environ | {
+            'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+            'JAX_NUM_PROCESSES': str(count),
+            'JAX_PROCESS_ID': str(number),
+            'JAX_NUM_CPU_DEVICES': str(4 // count),
+        }
+        made.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    '-m',
+                    'mixln_jax.main',
+                    '--config',
+                    'configs/quickstart.py',
+                    '--workdir',
+                    workdir,
+                    *words,
+                ],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return made
+
+
+def ends(started):
+    """(exit codes, last lines of stderr, stdout) of all."""
+    said = [process.communicate(timeout=200) for process in started]
+    mine = [[line for line in errors.splitlines() if line.startswith('mixln_jax')] for _, errors in said]
+    return (
+        [process.returncode for process in started],
+        [(lines or [''])[-1] for lines in mine],
+        [out for out, _ in said],
+    )
+
+
+def lines_of(workdir):
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith('perf/')} for line in lines]
+
+
+def until_step(started, workdir, step):
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            if lines_of(workdir)[-1]['step'] >= step:
+                return
+        except (OSError, ValueError, IndexError):
+            pass
+        assert time.monotonic() < deadline and all(process.poll() is None for process in started), ends(started)
+        time.sleep(0.02)
+
+
+def weights_of(workdir, step):
+    return jax.tree.leaves(ocp.StandardCheckpointer().restore(workdir / 'checkpoints' / str(step) / 'state'))
+
+
+@pytest.mark.slow
+class TestProcesses:
+    @pytest.fixture(scope='class')
+    def whole(self, tmp_path_factory):
+        """Undisturbed runs by number of processes."""
+        made = {}
+
+        def of(count):
+            if count not in made:
+                made[count] = tmp_path_factory.mktemp('whole')
+                codes, errors, shown = ends(start(made[count], count))
+                assert codes == [0] * count, errors
+                for number, text in enumerate(shown):
+                    assert f'process {number}/{count}, {4 // count} local of 4 devices' in text
+                assert 'weights, metrics and configuration' in shown[0] and 'loss' not in shown[-1]
+            return made[count]
+
+        return of
+
+    @pytest.mark.parametrize('count', [2, 4])
+    def test_killed_one_at_a_time(self, whole, tmp_path, count):
+        """And run again: bitwise the undisturbed run; the others say who is gone."""
+        for number, step in ((count - 1, 7), (0, 13)):
+            started = start(tmp_path, count)
+            until_step(started, tmp_path, step)
+            started[number].send_signal(signal.SIGKILL)
+            codes, errors, _ = ends(started)
+            others = [code for at, code in enumerate(codes) if at != number]
+            assert codes[number] == -signal.SIGKILL and set(others) <= ({8} if number else {8, -signal.SIGABRT})
+            for at, error in enumerate(errors):
+                if codes[at] == 8:
+                    assert f'process {number} is gone; run the same command again' in error
+        assert ends(start(tmp_path, count))[0] == [0] * count
+        assert lines_of(tmp_path) == lines_of(whole(count))
+        for one, other in zip(weights_of(tmp_path, 30), weights_of(whole(count), 30), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+    @pytest.mark.parametrize('number', [0, 1])
+    def test_a_sigterm_to_one_stops_all_behind_the_same_step(self, whole, tmp_path, number):
+        started = start(tmp_path, 2, num_steps=3000)
+        until_step(started, tmp_path, 7)
+        started[number].send_signal(signal.SIGTERM)
+        codes, errors, _ = ends(started)
+        assert codes == [75, 75] and all('stopped by SIGTERM; run the same' in error for error in errors)
+        last = max(int(path.name) for path in (tmp_path / 'checkpoints').glob('[0-9]*'))
+        assert lines_of(tmp_path)[-1]['step'] == last >= 7
+
+    def test_one_that_never_comes_is_named(self, tmp_path):
+        codes, errors, _ = ends(start(tmp_path, 3, missing=[1], **{'processes.timeout': 8.0}))
+        assert codes == [8, 8]
+        assert all('process 0 at 127.0.0.1:' in error and 'missing: 1 of 0 to 2' in error for error in errors)
+
+    def test_one_device_then_four_then_two_processes(self, tmp_path, whole):
+        """One curve of losses."""
+        for count, first, last in ((1, 0, 7), (1, 7, 14), (2, 14, 30)):
+            changes = {'mesh.data': 1} if not first else {'mesh.fsdp': 2}
+            started = start(tmp_path, count, **changes)
+            if last < 30:
+                until_step(started, tmp_path, last)
+                started[0].send_signal(signal.SIGTERM)
+            assert ends(started)[0] == [0 if last == 30 else 75] * count
+        mine, theirs = lines_of(tmp_path), lines_of(whole(2))
+        assert [line['step'] for line in mine] == list(range(1, 31))
+        for one, other in zip(mine, theirs, strict=True):
+            assert one['tokens'] == other['tokens']
+            assert one['train/loss'] == pytest.approx(other['train/loss'], rel=1e-5)
