@@ -104,6 +104,32 @@ class Checkpoints:
             )
         return None
 
+    def params(self, step):
+        """(weights, JSON object) of a checkpoint, for analysis: on one device here, whatever mesh wrote them.
+
+        The optimiser's state is not read. Raises CheckpointError for what is unreadable or damaged.
+        """
+        about = self.about(step)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = {}
+        for name, leaf in about['leaves'].items():
+            *groups, last = name.split('/')
+            if groups[:1] == ['params']:
+                at = functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, like)
+                at[last] = jax.ShapeDtypeStruct(leaf['shape'], leaf['dtype'], sharding=here)
+        arguments = ocp.args.PyTreeRestore(
+            like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+        )
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                found = reader.restore(self._folder / str(step) / 'state', args=arguments)
+        except Exception as error:  # a flipped byte can make orbax or zstd raise anything
+            raise CheckpointError(f'{self._folder / str(step)}: {first_line(error)}') from error
+        stored = {name: leaf for name, leaf in about['leaves'].items() if name.startswith('params/')}
+        if problem := _difference(stored, describe(found)):
+            raise CheckpointError(f'{self._folder / str(step)}: {problem}')
+        return found['params'], about
+
     def _restore_state(self, step, like, stored):
         expected = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in trees.named_leaves(like)}
         found = {name: (leaf['dtype'], leaf['shape']) for name, leaf in stored.items()}

@@ -1,5 +1,6 @@
 """Meshes: sizes, the rules, and that sharing the work changes no number."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -7,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from mixln_jax import checkpoint, mesh, trees
 from mixln_jax import config as configs
-from mixln_jax import mesh, trees
-from mixln_jax.exits import UsageError
+from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.program import Program
 
 SHAPES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
@@ -86,6 +87,34 @@ class TestNumbers:
             made = program(shape).init(jax.random.key(3))
             for (name, one), other in zip(trees.named_leaves(expected), jax.tree.leaves(made), strict=True):
                 np.testing.assert_array_equal(one, other, err_msg=f'{shape} {name}')
+
+
+@pytest.mark.parametrize('shape', [(8, 1, 1), (2, 2, 2)])
+def test_checkpoints_of_any_mesh_go_on_under_any_other_and_open_on_one_device(tmp_path, shape):
+    made = program(shape)
+    state = made.init(jax.random.key(1))
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(3, state, {})
+        checkpoints.wait()
+        for other in SHAPES:
+            like = program(other).state
+            restored, _ = checkpoints.restore(like)
+            for (name, one), two, wanted in zip(
+                trees.named_leaves(restored), jax.tree.leaves(state), jax.tree.leaves(like), strict=True
+            ):
+                np.testing.assert_array_equal(one, two, err_msg=name)
+                assert one.sharding == wanted.sharding
+        params, about = checkpoints.params(3)
+        assert about['step'] == 3
+        for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+            assert len(one.sharding.device_set) == 1
+            np.testing.assert_array_equal(one, two)
+        [largest] = sorted((tmp_path / '3/state').rglob('d/*'), key=lambda path: path.stat().st_size)[-1:]
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 3 : len(content) // 3 + 4000] = bytes(4000)
+        largest.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f'{tmp_path}/3: '):
+            checkpoints.params(3)
 
 
 class TestMemory:

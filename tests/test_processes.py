@@ -1,6 +1,7 @@
 """Several processes: who they are, the roll call; and, slowly, real ones that are killed, stopped and missing."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -12,10 +13,9 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from mixln_jax import processes
+from mixln_jax import checkpoint, processes
 from mixln_jax.exits import ProcessLost, UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -212,7 +212,8 @@ def until_step(started, workdir, step):
 
 
 def weights_of(workdir, step):
-    return jax.tree.leaves(ocp.StandardCheckpointer().restore(workdir / 'checkpoints' / str(step) / 'state'))
+    with contextlib.closing(checkpoint.Checkpoints(workdir / 'checkpoints')) as checkpoints:
+        return jax.tree.leaves(checkpoints.params(step)[0])
 
 
 @pytest.mark.slow
@@ -281,3 +282,9 @@ class TestProcesses:
         for one, other in zip(mine, theirs, strict=True):
             assert one['tokens'] == other['tokens']
             assert one['train/loss'] == pytest.approx(other['train/loss'], rel=1e-5)
+
+
+def test_a_stall_shows_where_everybody_is():
+    code = 'import time; from mixln_jax import processes; processes.watch(0.2); time.sleep(0.6); processes.watch(0)'
+    shown = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stderr
+    assert 'Timeout' in shown and 'File "<string>", line 1 in <module>' in shown

@@ -1,0 +1,154 @@
+"""The launch scripts: as shellcheck reads them, with a gcloud that only writes down what it is asked, and for real."""
+
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
+
+
+def run(script, *words, **environment):
+    return subprocess.run(
+        [LAUNCH / script, *map(str, words)],
+        env=os.environ | environment,
+        cwd=LAUNCH.parent,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_shellcheck():
+    scripts = sorted(path for path in LAUNCH.iterdir() if path.suffix in ('.sh', '.sbatch'))
+    assert len(scripts) == 4
+    checked = subprocess.run(['shellcheck', *scripts], capture_output=True, text=True)
+    assert not checked.returncode, checked.stdout
+
+
+@pytest.fixture
+def gcloud(tmp_path):
+    """(environment, asked): a gcloud on the PATH; `asked()` is what it was asked, word by word."""
+    log, fake = tmp_path / 'asked', tmp_path / 'gcloud'
+    fake.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" >> {log}\necho >> {log}\n')
+    fake.chmod(0o755)
+
+    def asked():
+        return [line.split('\0')[:-1] for line in log.read_text().splitlines()] if log.exists() else []
+
+    return {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}, asked
+
+
+class TestTpu:
+    SAID = {
+        'create': ['create', 'pod', '--accelerator-type=v5litepod-16', '--version=v2-alpha-tpuv5-lite'],
+        'tail': ['ssh', 'pod', '--worker=0', '--command=tail -n 50 -F mixln_jax/train.log'],
+        'stop': ['ssh', 'pod', '--worker=all', "--command=pkill -TERM -f '[a]gain.sh python -m mixln_jax'"],
+        'delete': ['delete', 'pod', '--quiet'],
+    }
+
+    @pytest.mark.parametrize('command', SAID)
+    def test_commands(self, gcloud, command):
+        environment, asked = gcloud
+        more = ['v5litepod-16'] if command == 'create' else []
+        assert run('tpu_vm.sh', command, 'pod', *more, **environment).returncode == 0
+        assert asked() == [['compute', 'tpus', 'tpu-vm', *self.SAID[command], '--zone=us-central1-a']]
+
+    def test_where_and_how(self, gcloud):
+        environment, asked = gcloud
+        environment |= {'ZONE': 'here', 'PROJECT': 'ours', 'SPOT': '1', 'VERSION': 'v9'}
+        assert run('tpu_vm.sh', 'create', 'pod', 'v4-8', **environment).returncode == 0
+        assert asked()[0][3:] == [
+            *('create', 'pod', '--accelerator-type=v4-8', '--version=v9', '--spot', '--zone=here', '--project=ours')
+        ]
+
+    def test_install(self, gcloud):
+        environment, asked = gcloud
+        assert run('tpu_vm.sh', 'install', 'pod', **environment, BUCKET='my bucket').returncode == 0
+        copy, install, mount = asked()
+        assert copy[3:5] == ['scp', '--recurse'] and copy[6:8] == ['pod:mixln_jax', '--worker=all']
+        assert (pathlib.Path(copy[5]) / 'requirements.txt').exists()
+        assert 'jax[tpu]' in install[6] and '-r requirements.txt' in install[6]
+        assert mount[6] == r'--command=mkdir -p bucket && gcsfuse --implicit-dirs my\ bucket bucket'
+
+    def test_start_passes_every_word_on(self, gcloud, tmp_path):
+        """Through two shells, the worker's among them."""
+        environment, asked = gcloud
+        words = ['--config', 'configs/llama_1b.py', '--workdir', 'a b', '--config.data.path=c4/*.gz, $x']
+        assert run('tpu_vm.sh', 'start', 'pod', *words, **environment).returncode == 0
+        [command] = [word.removeprefix('--command=') for word in asked()[0] if word.startswith('--command=')]
+        checkout = tmp_path / 'mixln_jax/launch'
+        checkout.mkdir(parents=True)
+        (checkout / 'again.sh').write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+        (checkout / 'again.sh').chmod(0o755)
+        subprocess.run(['bash', '-c', f'{command}; wait'], cwd=tmp_path, check=True, capture_output=True)
+        ran = (tmp_path / 'mixln_jax/train.log').read_text().splitlines()
+        assert ran == ['python', '-m', 'mixln_jax.main', *words]
+
+    def test_dry_run_prints_what_would_be_run(self, gcloud):
+        environment, asked = gcloud
+        words = ['start', 'pod', '--config', 'a b.py']
+        shown = run('tpu_vm.sh', '--dry-run', *words, **environment).stdout
+        assert not asked()
+        run('tpu_vm.sh', *words, **environment)
+        assert [shlex.split(line)[1:] for line in shown.splitlines()] == asked()
+
+    @pytest.mark.parametrize('words', ['', 'create pod', 'create pod v4-8 more', 'start pod', 'fly pod', 'delete'])
+    def test_usage(self, gcloud, words):
+        environment, asked = gcloud
+        ended = run('tpu_vm.sh', *words.split(), **environment)
+        assert ended.returncode == 2 and ended.stderr.startswith('usage: ') and not asked()
+        assert run('tpu_vm.sh', '--help').stdout == ended.stderr
+
+
+class TestAgain:
+    def ends(self, tmp_path, *codes, **environment):
+        """again.sh on a command that ends with these codes, one after the other, then with 0."""
+        script = tmp_path / 'command'
+        (tmp_path / 'codes').write_text(''.join(f'{code}\n' for code in (*codes, 0)))
+        script.write_text(f'cd {tmp_path}\nread -r code < codes\nsed -i 1d codes\nexit "$code"\n')
+        ended = run('again.sh', 'bash', script, **{'PAUSE': '0'} | environment)
+        return ended.returncode, len((tmp_path / 'codes').read_text().split())
+
+    def test_until_it_is_done(self, tmp_path):
+        assert self.ends(tmp_path, 75, 8, 134) == (0, 0)
+
+    @pytest.mark.parametrize('code', [1, 2, 4, 6, 7, 137])
+    def test_not_after_an_error(self, tmp_path, code):
+        assert self.ends(tmp_path, 75, code) == (code, 1)
+
+    def test_so_many_times_and_no_more(self, tmp_path):
+        assert self.ends(tmp_path, 8, 8, 8, 8, TRIES='3') == (8, 2)
+
+    def test_a_signal_ends_it(self, tmp_path):
+        code = 'import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print("up", flush=True)'
+        process = subprocess.Popen(
+            [LAUNCH / 'again.sh', sys.executable, '-c', f'{code}; time.sleep(60)'], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == 'up\n'
+        process.terminate()
+        assert process.wait(30) == 75 and process.stdout.read() == ''
+
+
+class TestLocal:
+    def test_each_process_knows_its_number_and_devices(self, tmp_path):
+        fake = tmp_path / 'python'
+        fake.write_text(
+            '#!/bin/bash\necho "$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $CUDA_VISIBLE_DEVICES $JAX_COORDINATOR_ADDRESS $*"\n'
+            'exit $((JAX_PROCESS_ID == 1 ? 8 : 0))\n'
+        )
+        fake.chmod(0o755)
+        ended = run(
+            'local_processes.sh', 2, '--config', 'a b', PYTHON=str(fake), CUDA_VISIBLE_DEVICES='4,5,6,7', PORT='99'
+        )
+        assert ended.returncode == 8
+        said = ' 127.0.0.1:99 -m mixln_jax.main --config a b'
+        assert sorted(ended.stdout.splitlines()) == [f'0/2 4,5{said}', f'1/2 6,7{said}']
+
+    @pytest.mark.parametrize('words, gpus', [('', ''), ('x --config a', ''), ('0', ''), ('2 --config a', '0,1,2')])
+    def test_usage(self, words, gpus):
+        ended = run('local_processes.sh', *words.split(), CUDA_VISIBLE_DEVICES=gpus)
+        assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
