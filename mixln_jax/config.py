@@ -215,6 +215,20 @@ def load(recipe, overrides=()):
     return config
 
 
+def overrides(words):
+    """The words `--config.KEY=VALUE`, or `--config.KEY VALUE`, as pairs (KEY, VALUE). Raises UsageError for others."""
+    pairs, words = [], iter(words)
+    for word in words:
+        key, equals, text = word.partition('=')
+        if not key.startswith('--config.'):
+            raise UsageError(f'unexpected argument {word!r}; --help lists them')
+        text = text if equals else next(words, '--')
+        if text.startswith('--') and not equals:
+            raise UsageError(f'{key} needs a value')
+        pairs.append((key.removeprefix('--config.'), text))
+    return pairs
+
+
 def _override(config, path, text):
     *groups, name = path.split('.')
     for at, part in enumerate([*groups, name]):

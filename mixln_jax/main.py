@@ -303,17 +303,8 @@ def parse(argv):
     options, rest = exits.parse(parser, argv, known=True)
     if not options.config:
         raise UsageError('--config FILE is missing; --help lists the keys')
-    overrides, rest = [], iter(rest)
-    for word in rest:
-        key, equals, text = word.partition('=')
-        if not key.startswith('--config.'):
-            raise UsageError(f'unexpected argument {word!r}; --help lists them')
-        text = text if equals else next(rest, '--')
-        if text.startswith('--') and not equals:
-            raise UsageError(f'{key} needs a value')
-        overrides.append((key.removeprefix('--config.'), text))
     options.workdir = options.workdir or f'runs/{pathlib.Path(options.config.partition(":")[0]).stem}'
-    return options, configs.load(options.config, overrides)
+    return options, configs.load(options.config, configs.overrides(rest))
 
 
 def main(argv):

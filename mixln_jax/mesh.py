@@ -43,6 +43,18 @@ def devices(kind):
         raise DeviceError(f'config.device={kind}: there is no such device here ({first_line(error)})') from None
 
 
+def resolve(sizes: configs.Mesh, count: int, named: str, whole: bool) -> tuple[int, ...]:
+    """The sizes of AXES on `count` devices, `whole`: on all of them. Raises UsageError where they do not fit."""
+    shape = [getattr(sizes, axis) for axis in AXES]
+    keys = ', '.join(f'config.mesh.{axis}={size}' for axis, size in zip(AXES, shape, strict=True))
+    known = math.prod(size for size in shape if size != -1)
+    if -1 in shape:
+        shape[shape.index(-1)] = max(count // known, 1)
+    if math.prod(shape) > count or count % known or (whole and math.prod(shape) < count):
+        raise UsageError(f'{keys} does not fit the {count} {named}')
+    return tuple(shape)
+
+
 def make_mesh(sizes: configs.Mesh, found) -> Mesh:
     """The mesh of a run over the devices `found`.
 
@@ -51,24 +63,17 @@ def make_mesh(sizes: configs.Mesh, found) -> Mesh:
 
     Raises UsageError, naming the key, for sizes that do not fit the devices.
     """
-    shape = [getattr(sizes, axis) for axis in AXES]
-    named = ', '.join(f'config.mesh.{axis}={size}' for axis, size in zip(AXES, shape, strict=True))
-    known = math.prod(size for size in shape if size != -1)
-    if -1 in shape:
-        shape[shape.index(-1)] = max(len(found) // known, 1)
-    used, there = math.prod(shape), f'{len(found)} {found[0].platform} devices'
     several = len({device.process_index for device in found}) > 1
-    if used > len(found) or len(found) % known or (several and used < len(found)):
-        raise UsageError(f'{named} does not fit the {there}')
-    found = list(found)[:used]
+    shape = resolve(sizes, len(found), f'{found[0].platform} devices', whole=several)
+    found = list(found)[: math.prod(shape)]
     slices = len({getattr(device, 'slice_index', 0) for device in found})
     if slices > 1:
         if shape[0] % slices:
-            raise UsageError(f'{named}: data={shape[0]} does not divide by the {slices} slices, which it joins')
+            raise UsageError(f'config.mesh.data={shape[0]} does not divide by the {slices} slices, which it joins')
         inside = (shape[0] // slices, *shape[1:])
         grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), found)
     else:
-        grid = mesh_utils.create_device_mesh(tuple(shape), found)
+        grid = mesh_utils.create_device_mesh(shape, found)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -72,7 +72,7 @@ def joined(timeout: float, digest: str):
     try:
         yield
     except Exception:
-        time.sleep(1)  # where another's end is the cause, `_watch` says so and ends this process
+        time.sleep(3)  # where another's end is the cause, `_watch` says so and ends this process
         raise
     finally:
         if not isinstance(sys.exception(), Exception):  # done, or stopped, as all of them are
@@ -173,7 +173,10 @@ def _watch(peers, here):
                     continue
                 gone = said.decode() or key.data
                 _tell(peers, gone.encode())
-                end(call(_raise, ProcessLost(f'{here}: {gone}; run the same command again to continue')))
+                code = call(_raise, ProcessLost(f'{here}: {gone}; run the same command again to continue'))
+                if 0 not in peers:  # process 0 ends last: without it JAX aborts the others
+                    time.sleep(1)
+                end(code)
 
 
 def end(code: int):

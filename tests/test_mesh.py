@@ -218,5 +218,5 @@ class TestSizes:
         made = mesh.make_mesh(configs.Mesh(-1, 2, 2), devices)
         for part in made.devices:
             assert len({device.slice_index for device in part.flat}) == 1
-        with pytest.raises(UsageError, match='data=1 does not divide by the 2 slices'):
+        with pytest.raises(UsageError, match='config.mesh.data=1 does not divide by the 2 slices'):
             mesh.make_mesh(configs.Mesh(1, 8, 1), devices)

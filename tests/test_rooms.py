@@ -10,7 +10,7 @@ LEVELS = [
     {'losses', 'optim', 'metrics', 'measures'},
     {'checkpoint', 'step', 'program'},
     {'train', 'hooks', 'evaluate'},
-    {'main'},
+    {'plan', 'main'},
 ]
 WITHIN = {
     ('config', 'exits'),

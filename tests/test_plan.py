@@ -1,0 +1,139 @@
+"""The planner: its numbers against real arrays and a real compiled step, what it proposes, bad input."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mixln_jax import config as configs
+from mixln_jax import mesh, plan
+from mixln_jax.exits import UsageError
+from mixln_jax.program import Program
+
+CONFIG = configs.Config(
+    batch_size=64,
+    seq_length=64,
+    model=configs.Model(vocab_size=1000, hidden_size=64, intermediate_size=176, num_layers=4, num_heads=4),
+    mesh=configs.Mesh(2, 4, 1),
+)
+
+
+def abstract(config=CONFIG, count=8):
+    return Program(config, plan.abstract_mesh(config.mesh, count))
+
+
+def test_exact_parts_are_what_devices_hold():
+    built = Program(CONFIG, mesh.make_mesh(CONFIG.mesh, jax.devices('cpu')))
+    state = built.init(jax.random.key(0))
+    device = jax.devices('cpu')[3]
+
+    def held(tree):
+        return sum(s.data.nbytes for a in jax.tree.leaves(tree) for s in a.addressable_shards if s.device == device)
+
+    parts = plan.memory(abstract())
+    assert (parts['weights'], parts['optimiser']) == (held(state.params), held(state.opt_state))
+
+
+def test_estimates_go_the_right_way():
+    def of(**model):
+        return plan.memory(abstract(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **model))))
+
+    activations = [of(remat=remat)['activations'] for remat in ('full', 'dots', 'none')]
+    assert activations == sorted(set(activations))
+    halved = plan.memory(abstract(dataclasses.replace(CONFIG, accumulate=2)))
+    assert halved['activations'] == plan.memory(abstract())['activations'] / 2
+    assert halved['weights'] == plan.memory(abstract())['weights']
+
+
+def test_collectives_in_loops_count_as_often_as_they_run():
+    on = mesh.make_mesh(configs.Mesh(8, 1, 1), jax.devices('cpu'))
+
+    @functools.partial(jax.shard_map, mesh=on, in_specs=P('data'), out_specs=P(), check_vma=False)
+    def of(x):
+        inner = lambda x, _: (jnp.sin(jax.lax.psum(x, 'data')), None)  # noqa: E731
+        outer = lambda x, _: (jnp.cos(jax.lax.scan(inner, x, None, length=5)[0]), None)  # noqa: E731
+        x, _ = jax.lax.scan(outer, x, None, length=3)
+        return jax.lax.all_gather(x, 'data', tiled=True)
+
+    text = jax.jit(of).lower(jnp.zeros((8, 100))).compile().as_text()
+    assert plan.collectives(text) == {'all-reduce': (15, 15 * 400), 'all-gather': (1, 3200)}
+
+
+def test_asynchronous_collectives():
+    text = (
+        'HloModule m\n\n'
+        'ENTRY %main (p: f32[8,4]) -> f32[8,4] {\n'
+        '  %a = (f32[1,4]{1,0:T(8,128)}, f32[8,4]{1,0}) all-gather-start(%p), dimensions={0}\n'
+        '  %b = (bf16[8,4]{1,0}, bf16[8,4]{1,0}, u32[], u32[]) collective-permute-start(%p)\n'
+        '  ROOT %c = f32[8,4]{1,0} all-gather-done(%a)\n'
+        '}\n'
+    )
+    assert plan.collectives(text) == {'all-gather': (1, 128), 'collective-permute': (1, 64)}
+
+
+class TestProposal:
+    def test_the_first_that_fits(self):
+        need = sum(plan.memory(abstract()).values())
+        words = plan.proposal(CONFIG, 8, 0.8 * need / plan.SPARE, lambda other: True)
+        assert words == ['--config.accumulate=2']
+        words = plan.proposal(CONFIG, 8, 0.8 * need / plan.SPARE, lambda other: other.mesh.fsdp == 8)
+        assert words is not None and '--config.mesh.fsdp=8' in words and '--config.mesh.data=1' in words
+
+    def test_nothing_fits(self):
+        assert plan.proposal(CONFIG, 8, 1000, lambda other: True) is None
+        asked = []
+        assert plan.proposal(CONFIG, 8, 1e12, asked.append) is None
+        assert len(asked) == 12  # two for each mesh and policy
+
+
+def recipe(tmp_path):
+    path = tmp_path / 'recipe.py'
+    path.write_text(
+        'from mixln_jax import config\n\n\ndef get_config():\n    made = config.default()\n    made.batch_size = 64\n'
+        '    made.model.update(vocab_size=1000, hidden_size=64, intermediate_size=176, num_layers=4, num_heads=4)\n'
+        '    return made\n'
+    )
+    return str(path)
+
+
+def test_command(tmp_path, capsys):
+    words = ['--config', recipe(tmp_path), '--topology', 'v5e:2x4', '--config.num_steps=3600', '--mfu', '0.5']
+    assert plan.main(words) == 0
+    shown = capsys.readouterr().out
+    assert '8 x TPU v5 lite (16 GiB each); mesh data 8, fsdp 1, tensor 1' in shown
+    # Embedding and head, four layers of four square and three MLP matrices, nine norms.
+    count = 2 * 1000 * 64 + 4 * (4 * 64**2 + 3 * 64 * 176) + 9 * 64
+    assert f'parameters        {count:,}' in shown
+    flops = (6 * (count - 64_000) + 6 * 4 * 256 * 64) * 64 * 256
+    assert f'FLOPs a step      {flops:.3g}' in shown
+    assert f'{flops / (0.5 * 197e12 * 8):.3g} h for 3,600 steps' in shown
+    assert 'fits' in shown and 'does not fit' not in shown
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        ('--topology v9:2x2', 'KIND:SHAPE such as v5e:8x8'),
+        ('--topology v5e', 'KIND:SHAPE such as v5e:8x8'),
+        ('--topology v5e:0x4', 'KIND:SHAPE such as v5e:8x8'),
+        ('', '--topology'),
+        ('--topology v5e:2x4 --mfu 2', '--mfu must be above 0'),
+        ('--topology v5e:2x4 --config.mesh.fsdp=3', 'config.mesh.fsdp=3.* does not fit the 8 devices'),
+        ('--topology v5e:2x4 --config.mesh.tensor=8', '4 key/value heads'),
+        ('--topology v5e:2x4 --config.batch_sise=3', 'did you mean batch_size'),
+    ],
+)
+def test_bad_input(tmp_path, capsys, words, message):
+    assert plan.main(['--config', recipe(tmp_path), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert np.any([part in error for part in message.split('.*')]) and error.count('\n') == 1
+
+
+def test_topologies():
+    assert plan.topology_size('v5p:4x4x4') == ('v5p', 64) and plan.topology_size('h100:8') == ('h100', 8)
+    with pytest.raises(UsageError, match='does not fit the 8 devices'):
+        plan.abstract_mesh(configs.Mesh(2, 2, 1), 8)
