@@ -210,8 +210,13 @@ def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
             for name, (times, size) in sorted(collectives(executable.as_text()).items()):
                 record.say(f'  {name:<20} {times:>6} a step, {_gib(size)}')
     if not fit:
-        words = proposal(config, count, capacity, check)
-        record.say(f'it fits with {" ".join(words)}' if words else 'no micro-batch, remat policy or fsdp makes it fit')
+        for number in (count * 2**i for i in range(8)):
+            words = proposal(config, number, capacity, check if number == count else lambda other: True)
+            if words:
+                where = '' if number == count else f' on {number} devices, by formula'
+                record.say(f'it fits{where} with {" ".join(words)}')
+                return
+        record.say('no micro-batch, remat policy, fsdp or number of devices makes it fit')
 
 
 def _fits_compiled(executable, capacity):

@@ -137,3 +137,18 @@ def test_topologies():
     assert plan.topology_size('v5p:4x4x4') == ('v5p', 64) and plan.topology_size('h100:8') == ('h100', 8)
     with pytest.raises(UsageError, match='does not fit the 8 devices'):
         plan.abstract_mesh(configs.Mesh(2, 2, 1), 8)
+
+
+def test_more_devices_where_nothing_else_helps(tmp_path, capsys, monkeypatch):
+    config = configs.build(configs.load(recipe(tmp_path), []))
+    least = dataclasses.replace(
+        config, mesh=configs.Mesh(1, 16, 1), accumulate=4, model=dataclasses.replace(config.model, remat='full')
+    )
+    need = sum(plan.memory(abstract(least, 16)).values())
+    monkeypatch.setitem(plan.HARDWARE, 'v5e', ('TPU v5 lite', need / plan.SPARE + 1))
+    assert plan.main(['--config', recipe(tmp_path), '--topology', 'v5e:2x4']) == 0
+    shown = capsys.readouterr().out
+    assert (
+        'does not fit' in shown
+        and 'it fits on 16 devices, by formula with --config.accumulate=4 --config.mesh.data=1' in shown
+    )

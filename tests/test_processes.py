@@ -186,6 +186,7 @@ def start(workdir, count, missing=(), num_steps=30, **changes):
 def ends(started):
     """(exit codes, last lines of stderr, stdout) of all."""
     said = [process.communicate(timeout=200) for process in started]
+    print(*(errors for _, errors in said), sep='\n\n')  # shown where a test fails
     mine = [[line for line in errors.splitlines() if line.startswith('mixln_jax')] for _, errors in said]
     return (
         [process.returncode for process in started],
