@@ -175,8 +175,17 @@ def _watch(peers, here):
                 _tell(peers, gone.encode())
                 code = call(_raise, ProcessLost(f'{here}: {gone}; run the same command again to continue'))
                 if 0 not in peers:  # process 0 ends last: without it JAX aborts the others
-                    time.sleep(1)
+                    _wait_for_end(peers)
                 end(code)
+
+
+def _wait_for_end(peers):
+    """Returns when the others have hung up, after a second at the latest."""
+    for connection in peers.values():
+        connection.settimeout(1)
+        with contextlib.suppress(OSError):
+            while connection.recv(1000):
+                pass
 
 
 def end(code: int):

@@ -245,10 +245,11 @@ class TestProcesses:
             started[number].send_signal(signal.SIGKILL)
             codes, errors, _ = ends(started)
             others = [code for at, code in enumerate(codes) if at != number]
-            assert codes[number] == -signal.SIGKILL and set(others) <= ({8} if number else {8, -signal.SIGABRT})
-            for at, error in enumerate(errors):
-                if codes[at] == 8:
-                    assert f'process {number} is gone; run the same command again' in error
+            # JAX and gloo may abort in the same instant; the scripts in launch/ take that for 8.
+            assert codes[number] == -signal.SIGKILL and set(others) <= {8, -signal.SIGABRT}
+            said = [f'process {number} is gone; run the same command again' in error for error in errors]
+            assert all(said[at] for at, code in enumerate(codes) if code == 8)
+            assert said[0] or not number  # process 0 hears of everyone
         assert ends(start(tmp_path, count))[0] == [0] * count
         assert lines_of(tmp_path) == lines_of(whole(count))
         for one, other in zip(weights_of(tmp_path, 30), weights_of(whole(count), 30), strict=True):
