@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs a training command again while it ends with 75 (stopped, all saved), 8 (another process lost) or 134 (JAX aborted in that
-# process lost): launch/again.sh python -m mixln_jax.main --config FILE ... At most TRIES times (100), PAUSE seconds (10)
-# apart. A TERM to this script stops the command and does not run it again.
+# Runs a training command again while it ends with 75 (stopped, all saved), 8 (another process lost) or 134 (aborted by
+# JAX in the same instant): launch/again.sh python -m mixln_jax.main --config FILE ... At most TRIES times (100), PAUSE
+# seconds (10) apart. A TERM to this script stops the command and does not run it again.
 set -uo pipefail
 
 if (($# == 0)); then
