@@ -206,9 +206,6 @@ class SharedStop(Stop):
     all processes do.
     """
 
-    def install(self):
-        """Nothing to install."""
-
     def reached(self, step):
         """Whether all processes are to stop behind `step`. Every process has to ask at every step."""
         if multihost_utils.reached_preemption_sync_point(step):
