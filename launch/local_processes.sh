@@ -20,7 +20,6 @@ fi
 share=$((${#gpus[@]} / count))
 
 pids=()
-
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
 for ((i = 0; i < count; i++)); do
   if ((share)); then

@@ -109,23 +109,21 @@ class Checkpoints:
 
         The optimiser's state is not read. Raises CheckpointError for what is unreadable or damaged.
         """
-        about = self.about(step)
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = {}
-        for name, leaf in about['leaves'].items():
-            *groups, last = name.split('/')
-            if groups[:1] == ['params']:
+        here, like = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), {}
+        try:
+            about = self.about(step)
+            stored = {name: leaf for name, leaf in about['leaves'].items() if name.startswith('params/')}
+            for name, leaf in stored.items():
+                *groups, last = name.split('/')
                 at = functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, like)
                 at[last] = jax.ShapeDtypeStruct(leaf['shape'], leaf['dtype'], sharding=here)
-        arguments = ocp.args.PyTreeRestore(
-            like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
-        )
-        try:
+            arguments = ocp.args.PyTreeRestore(
+                like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+            )
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 found = reader.restore(self._folder / str(step) / 'state', args=arguments)
-        except Exception as error:  # a flipped byte can make orbax or zstd raise anything
+        except Exception as error:  # no such step; a flipped byte can make orbax or zstd raise anything
             raise CheckpointError(f'{self._folder / str(step)}: {first_line(error)}') from error
-        stored = {name: leaf for name, leaf in about['leaves'].items() if name.startswith('params/')}
         if problem := _difference(stored, describe(found)):
             raise CheckpointError(f'{self._folder / str(step)}: {problem}')
         return found['params'], about

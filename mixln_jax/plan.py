@@ -1,6 +1,6 @@
 """What a run needs, without its hardware: `python -m mixln_jax.plan --config FILE --topology v5e:8x8 [--compile]`.
 
-Without --compile by formula, in a second; with it the train step itself is compiled for the TPU topology, on any
+Without --compile by formula, in seconds; with it the train step itself is compiled for the TPU topology, on any
 machine with `pip install "jax[tpu]"`, and the compiler says what it needs.
 """
 

@@ -93,8 +93,9 @@ def roll_call(address: str, count: int, number: int, timeout: float, digest: str
     else:
         problem, peers = _call(int(port), count, deadline, digest)
     if problem:
-        kind = UsageError if problem.startswith(DIFFERENT) else ProcessLost
-        raise kind(f'{here}, process 0 at {address}: {problem} (waited up to {timeout:g} s)')
+        if problem.startswith(DIFFERENT):
+            raise UsageError(f'{here}, process 0 at {address}: {problem}')
+        raise ProcessLost(f'{here}, process 0 at {address}: {problem} (waited {timeout:g} s)')
     for connection in peers.values():
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
