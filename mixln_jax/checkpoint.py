@@ -1,6 +1,5 @@
 """How to save and restore: orbax folders `checkpoints/<step>/`, arrays checked by sums of their bits."""
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mixln_jax import record, trees
+from mixln_jax import processes, record, trees
 from mixln_jax.exits import CheckpointError, NumericsError, first_line
 
 
@@ -59,12 +58,15 @@ class Checkpoints:
 
     def about(self, step):
         """The JSON object of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
+        with _reader() as reader:
+            arguments = ocp.args.Composite(about=ocp.args.JsonRestore())
+            return reader.restore(self._folder / str(step), args=arguments)['about']
 
     def restore(self, like):
         """The newest good checkpoint as (state, JSON object), or None where there is none.
 
-        One whose content is damaged is named, its folder renamed `<step>.corrupt`, and the one before it is taken.
+        One whose content is damaged is named, its folder renamed `<step>.corrupt`, and the one before it is taken,
+        also where one of several processes alone finds it damaged.
 
         Args:
             like: the state as ShapeDtypeStructs with the shardings that it is to have.
@@ -74,24 +76,11 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            try:
-                about = self.about(step)
-                if about.pop('digest') != _digest(about):
-                    problem = 'its JSON has changed'
-                elif about['step'] != step:
-                    problem = f'it is step {about["step"]}'
-                else:
-                    state = self._restore_state(step, like, about['leaves'])
-                    problem = _difference(about['leaves'], describe(state))
-            except (CheckpointError, MemoryError):
-                raise
-            except Exception as error:  # a flipped byte can make orbax, zstd or JSON raise anything
-                unreadable_now = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-                if unreadable_now or 'RESOURCE_EXHAUSTED' in str(error):
-                    raise  # says nothing about what is stored
-                problem = f'{type(error).__name__}: {first_line(error)}'
-            if not problem:
-                return state, about
+            state, about, problem = self._read(step, like)
+            if not processes.any_of(problem):
+                problem = _difference(about['leaves'], describe(state))
+                if not problem:
+                    return state, about
             self._set_aside(step, problem)
         if steps:
             raise CheckpointError(
@@ -128,6 +117,26 @@ class Checkpoints:
             raise CheckpointError(f'{self._folder / str(step)}: {problem}')
         return found['params'], about
 
+    def _read(self, step, like):
+        """(state, JSON object, None), or what is wrong in place of None. Each process reads by itself."""
+        state = about = problem = None
+        try:
+            about = self.about(step)
+            if about.pop('digest') != _digest(about):
+                problem = 'its JSON has changed'
+            elif about['step'] != step:
+                problem = f'it is step {about["step"]}'
+            else:
+                state = self._restore_state(step, like, about['leaves'])
+        except (CheckpointError, MemoryError):
+            raise
+        except Exception as error:  # a flipped byte can make orbax, zstd or JSON raise anything
+            unreadable_now = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+            if unreadable_now or 'RESOURCE_EXHAUSTED' in str(error):
+                raise  # says nothing about what is stored
+            problem = f'{type(error).__name__}: {first_line(error)}'
+        return state, about, problem
+
     def _restore_state(self, step, like, stored):
         expected = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in trees.named_leaves(like)}
         found = {name: (leaf['dtype'], leaf['shape']) for name, leaf in stored.items()}
@@ -137,20 +146,36 @@ class Checkpoints:
                     f'{self._folder / str(step)}: {name} is {found.get(name, "not there")}, '
                     f'this run needs {expected.get(name, "no such leaf")}'
                 )
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        return self._manager.restore(step, args=arguments)['state']
+        with _reader() as reader:
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            return reader.restore(self._folder / str(step), args=arguments)['state']
 
     def _set_aside(self, step, problem):
+        """Renames a checkpoint; process 0 does, and all that have seen a problem say so."""
         folder = self._folder / str(step)
-        aside = folder.with_name(f'{step}.corrupt')
-        for number in range(1, 1000):
-            if not aside.exists():
-                break
-            aside = folder.with_name(f'{step}.{number}.corrupt')
-        with contextlib.suppress(FileNotFoundError):
+        names = (f'{step}.corrupt', *(f'{step}.{number}.corrupt' for number in range(1, 1000)))
+        aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+        processes.meet(f'aside {step}')  # all have looked
+        if not jax.process_index():
             folder.rename(aside)
+            problem = problem or 'another process cannot read it'
+        processes.meet(f'set aside {step}')
         self._manager.reload()
-        record.say(f'mixln_jax: checkpoint {folder} is damaged ({problem}); now {aside.name}', file=sys.stderr)
+        if problem:
+            record.say(f'mixln_jax: checkpoint {folder} is damaged ({problem}); now {aside.name}', file=sys.stderr)
+
+
+def _reader():
+    """Reads for this process alone: orbax's own manager waits for all, also for one that has failed."""
+    here = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f'process_{here}'
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.StandardCheckpointHandler(multiprocessing_options=options),
+        about=ocp.JsonCheckpointHandler(multiprocessing_options=options),
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def describe(state):

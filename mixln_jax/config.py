@@ -105,6 +105,11 @@ class Optim:
     b1: float = key(0.9, 'decay of the first moment; momentum of sgd', at_least=0.0, below=1.0)
     b2: float = key(0.999, 'decay of the second moment', at_least=0.0, below=1.0)
     eps: float = key(1e-8, 'epsilon of Adam', above=0.0)
+    mu_dtype: str = key(
+        'auto',
+        'type of the first moment; bfloat16 saves 2 bytes a parameter; auto: that of the weights',
+        choices=('auto', 'float32', 'bfloat16'),
+    )
     clip_norm: float = key(0.0, 'largest global gradient norm; 0: no clipping', at_least=0.0)
 
 

@@ -22,12 +22,18 @@ def schedule(config: configs.Optim, num_steps):
 
 
 def optimizer(config: configs.Optim):
-    """The gradient transformation without clipping and learning rate, which belong to the step."""
+    """The gradient transformation without clipping and learning rate, which belong to the step.
+
+    Only the first moment may have a type of its own: in bfloat16, with 8 bits, the second one would not follow, for an
+    update moves it by a part in 1 / (1 - b2) = 1000.
+    """
+    mu_dtype = None if config.mu_dtype == 'auto' else config.mu_dtype
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=mu_dtype)
     decay = [optax.add_decayed_weights(config.weight_decay, mask=_is_matrix)] if config.weight_decay else []
     chains = {
-        'adam': [optax.scale_by_adam(config.b1, config.b2, config.eps)],
-        'adamw': [optax.scale_by_adam(config.b1, config.b2, config.eps), *decay],
-        'sgd': [optax.trace(config.b1), *decay],
+        'adam': [adam],
+        'adamw': [adam, *decay],
+        'sgd': [optax.trace(config.b1, accumulator_dtype=mu_dtype), *decay],
     }
     return per_layer(optax.chain(*chains[config.name]))
 

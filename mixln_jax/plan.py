@@ -145,6 +145,7 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     """{kind: (how often in a step, bytes of their results on a device)} of a compiled program's text; what stands in a
     loop counts as often as the loop runs."""
     found, inside, entry, name = collections.defaultdict(list), collections.defaultdict(list), None, None
+    limits = {}  # of computations that compare a counter with a constant, which is how a loop of JAX's ends
     for line in text.splitlines():
         if head := re.match(r'(ENTRY )?%?([\w.-]+) .*\{$', line):
             name = head[2]
@@ -155,17 +156,19 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             shapes = shapes[len(shapes) // 2 :] if operation[3] else shapes
             size = sum(BYTES.get(kind, 4) * math.prod(map(int, filter(None, dims.split(',')))) for kind, dims in shapes)
             found[name].append((operation[2], size))
-        times = re.search(r'known_trip_count.*?"?n"?:\\?"?(\d+)', line)
+        if constant := re.search(r' = s32\[\]\S* constant\((\d+)\)', line):
+            limits[name] = int(constant[1])
+        condition = re.search(r'condition=%?([\w.-]+)', line)
         for called in re.findall(r'(?:body|to_apply|calls|branch_computations)=\{?%?([\w.-]+)', line):
-            inside[name].append((called, int(times[1]) if times and 'body=' in line else 1))
+            inside[name].append((called, condition[1] if condition and 'body=' in line else None))
     totals = collections.defaultdict(lambda: [0, 0])
 
     def walk(name, times):
         for kind, size in found[name]:
             totals[kind][0] += times
             totals[kind][1] += times * size
-        for called, more in inside[name]:
-            walk(called, times * more)
+        for called, condition in inside[name]:
+            walk(called, times * limits.get(condition, 1))
 
     walk(entry, 1)
     return {kind: tuple(total) for kind, total in totals.items()}

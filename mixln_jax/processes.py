@@ -11,10 +11,11 @@ import threading
 import time
 
 import jax
+import numpy as np
 from jax._src import clusters  # how JAX itself finds out; it has no public name
 from jax.experimental import multihost_utils
 
-from mixln_jax.exits import ProcessLost, Stop, UsageError, call
+from mixln_jax.exits import ProcessLost, Stop, UsageError, call, first_line
 
 ASKED = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 KNOWN = ('slurm', 'ompi', 'gcetpu', 'gketpu')
@@ -68,7 +69,10 @@ def joined(timeout: float, digest: str):
     peers = roll_call(address, count, number, timeout, digest)
     threading.Thread(target=_watch, args=(peers, f'process {number} of {count}'), daemon=True).start()
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(address, count, number, initialization_timeout=round(timeout))
+    try:
+        jax.distributed.initialize(address, count, number, initialization_timeout=round(timeout))
+    except Exception as error:
+        raise ProcessLost(f'process {number} of {count}: JAX cannot join the others: {first_line(error)}') from error
     try:
         yield
     except Exception:
@@ -187,6 +191,16 @@ def _wait_for_end(peers):
         with contextlib.suppress(OSError):
             while connection.recv(1000):
                 pass
+
+
+def any_of(flag) -> bool:
+    """Whether `flag` holds in any process. Every process has to ask."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(bool(flag)))))
+
+
+def meet(where: str):
+    """Returns when all processes have come to `where`."""
+    multihost_utils.sync_global_devices(where)
 
 
 def end(code: int):

@@ -133,6 +133,30 @@ class TestAgain:
         assert process.wait(30) == 75 and process.stdout.read() == ''
 
 
+class TestSlurm:
+    def ends(self, tmp_path, code, **environment):
+        """(exit code, what srun was asked, what scontrol was asked) where srun ends with `code`."""
+        for name, ended in (('srun', code), ('scontrol', 0)):
+            fake = tmp_path / name
+            fake.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/asked_{name}\nexit {ended}\n')
+            fake.chmod(0o755)
+        there = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '17'} | environment
+        words = ['bash', LAUNCH / 'slurm.sbatch', '--config', 'a b.py']
+        ended = subprocess.run(words, env=os.environ | there, capture_output=True, text=True, timeout=60)
+        asked = [tmp_path / f'asked_{name}' for name in ('srun', 'scontrol')]
+        return ended.returncode, *(path.read_text().splitlines() if path.exists() else [] for path in asked)
+
+    @pytest.mark.parametrize('code', [8, 75, 134])
+    def test_queued_again(self, tmp_path, code):
+        ended, srun, scontrol = self.ends(tmp_path, code)
+        assert ended == 0 and scontrol == ['requeue', '17']
+        assert srun[-5:] == ['python', '-m', 'mixln_jax.main', '--config', 'a b.py']
+
+    @pytest.mark.parametrize('code, tries', [(0, ''), (2, ''), (6, ''), (137, ''), (75, '100')])
+    def test_not_queued_again(self, tmp_path, code, tries):
+        assert self.ends(tmp_path, code, SLURM_RESTART_COUNT=tries)[::2] == (code, [])
+
+
 class TestLocal:
     def test_each_process_knows_its_number_and_devices(self, tmp_path):
         fake = tmp_path / 'python'

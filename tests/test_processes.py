@@ -145,7 +145,7 @@ class TestRollCall:
             processes.roll_call(f'127.0.0.1:{server.getsockname()[1]}', 2, 0, 1.0, 'd')
 
 
-def start(workdir, count, missing=(), num_steps=30, **changes):
+def start(workdir, count, missing=(), num_steps=30, program=('-m', 'mixln_jax.main'), **changes):
     """`count` processes that train together, without those `missing`."""
     port, keys = free_port(), {
         'num_steps': num_steps, 'batch_size': 8, 'seq_length': 16, 'log_every': 1, 'compute_dtype': 'float32',
@@ -163,16 +163,7 @@ def start(workdir, count, missing=(), num_steps=30, **changes):
         }
         made.append(
             subprocess.Popen(
-                [
-                    sys.executable,
-                    '-m',
-                    'mixln_jax.main',
-                    '--config',
-                    'configs/quickstart.py',
-                    '--workdir',
-                    workdir,
-                    *words,
-                ],
+                [sys.executable, *program, '--config', 'configs/quickstart.py', '--workdir', workdir, *words],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -217,25 +208,26 @@ def weights_of(workdir, step):
         return jax.tree.leaves(checkpoints.params(step)[0])
 
 
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """Undisturbed runs by number of processes."""
+    made = {}
+
+    def of(count):
+        if count not in made:
+            made[count] = tmp_path_factory.mktemp('whole')
+            codes, errors, shown = ends(start(made[count], count))
+            assert codes == [0] * count, errors
+            for number, text in enumerate(shown):
+                assert f'process {number}/{count}, {4 // count} local of 4 devices' in text
+            assert 'weights, metrics and configuration' in shown[0] and 'loss' not in shown[-1]
+        return made[count]
+
+    return of
+
+
 @pytest.mark.slow
 class TestProcesses:
-    @pytest.fixture(scope='class')
-    def whole(self, tmp_path_factory):
-        """Undisturbed runs by number of processes."""
-        made = {}
-
-        def of(count):
-            if count not in made:
-                made[count] = tmp_path_factory.mktemp('whole')
-                codes, errors, shown = ends(start(made[count], count))
-                assert codes == [0] * count, errors
-                for number, text in enumerate(shown):
-                    assert f'process {number}/{count}, {4 // count} local of 4 devices' in text
-                assert 'weights, metrics and configuration' in shown[0] and 'loss' not in shown[-1]
-            return made[count]
-
-        return of
-
     @pytest.mark.parametrize('count', [2, 4])
     def test_killed_one_at_a_time(self, whole, tmp_path, count):
         """And run again: bitwise the undisturbed run; the others say who is gone."""
@@ -269,6 +261,36 @@ class TestProcesses:
         codes, errors, _ = ends(start(tmp_path, 3, missing=[1], **{'processes.timeout': 8.0}))
         assert codes == [8, 8]
         assert all('process 0 at 127.0.0.1:' in error and 'missing: 1 of 0 to 2' in error for error in errors)
+
+    def test_a_checkpoint_that_one_alone_cannot_read(self, whole, tmp_path):
+        """Is set aside by all, and the one before it taken."""
+        started = start(tmp_path, 2)
+        until_step(started, tmp_path, 12)
+        started[0].send_signal(signal.SIGTERM)
+        assert ends(started)[0] == [75, 75]
+        last = max(int(path.name) for path in (tmp_path / 'checkpoints').glob('[0-9]*'))
+        program = (
+            'import os, sys; from mixln_jax import checkpoint, main, processes; of = checkpoint.Checkpoints\n'
+            'restore = of._restore_state\n'
+            'def fail(self, step, *others):\n'
+            f'  if step == {last} and os.environ["JAX_PROCESS_ID"] == "1": raise ValueError("a flipped byte")\n'
+            '  return restore(self, step, *others)\n'
+            'of._restore_state = fail\n'
+            'processes.end(main.main(sys.argv[1:]))'
+        )
+        codes, errors, _ = ends(start(tmp_path, 2, program=('-c', program)))
+        assert codes == [0, 0] and (tmp_path / f'checkpoints/{last}.corrupt').is_dir()
+        assert f'{last} is damaged (another process cannot read it); now {last}.corrupt' in errors[0]
+        assert 'is damaged (ValueError: a flipped byte)' in errors[1]
+        assert lines_of(tmp_path) == lines_of(whole(2))
+
+    def test_matrix_products_shared_between_processes(self, tmp_path):
+        """Every process then needs every row of a batch."""
+        for count, tensor in ((1, 1), (2, 4)):
+            changes = {'mesh.data': 1, 'mesh.tensor': tensor, 'model.num_heads': 4}
+            assert ends(start(tmp_path / str(count), count, num_steps=10, **changes))[0] == [0] * count
+        for one, other in zip(lines_of(tmp_path / '1'), lines_of(tmp_path / '2'), strict=True):
+            assert one['train/loss'] == pytest.approx(other['train/loss'], rel=1e-5)
 
     def test_one_device_then_four_then_two_processes(self, tmp_path, whole):
         """One curve of losses."""

@@ -209,6 +209,29 @@ class TestOptimisers:
         for (path, one), other in zip(trees.named_leaves(new), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6, err_msg=path)
 
+    @pytest.mark.parametrize('name', ['adam', 'sgd'])
+    def test_first_moment_in_bfloat16(self, name):
+        """Half its bytes, everything else as it was, and updates that differ by no more than its rounding."""
+        params = jax.jit(llama.from_config(MODEL, 'float32').init)(jax.random.key(0))['params']
+        rng = np.random.default_rng(0)
+        gradients = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params) for _ in range(3)]
+        found = []
+        for mu_dtype in ('auto', 'bfloat16'):
+            optimizer = optim.optimizer(configs.Optim(name=name, mu_dtype=mu_dtype))
+            state = optimizer.init(params)
+            for grads in gradients:
+                updates, state = jax.jit(optimizer.update)(grads, state, params)
+            found.append(jax.tree.leaves(updates))
+            held = [(leaf.dtype, leaf.size) for leaf in jax.tree.leaves(state) if leaf.dtype != jnp.int32]
+            weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+            first = jnp.float32 if mu_dtype == 'auto' else jnp.bfloat16
+            moments = [first] if name == 'sgd' else [first, jnp.float32]
+            for dtype in {*moments}:
+                assert sum(size for kind, size in held if kind == dtype) == weights * moments.count(dtype)
+        for one, other in zip(*found, strict=True):
+            assert not np.array_equal(one, other)
+            np.testing.assert_allclose(one, other, rtol=0, atol=2**-8 * np.abs(one).max())
+
     def test_a_transformation_sees_one_layer(self):
         """What looks at a whole matrix must not mix layers: each layer's gradient is divided by its own norm."""
 
