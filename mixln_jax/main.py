@@ -67,7 +67,7 @@ def run(values, workdir, stop=None):
             program = Program(config, mesh)
             model = program.model
             resolved = _resolved(config, model)
-            workdir = closing.enter_context(_open_workdir(workdir, resolved))
+            given, workdir = workdir, closing.enter_context(_open_workdir(workdir, resolved))
             with stop.wait():
                 checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep)
                 closing.callback(checkpoints.close)
@@ -158,7 +158,7 @@ def run(values, workdir, stop=None):
             last, distances = lines.lines[-1], (distance / count).tolist()
             record.say(
                 record.summary_table(last, last['layers/grad_norm'], distances, model.norm_position),
-                f'weights, metrics and configuration are in {workdir}',
+                f'weights, metrics and configuration are in {given}',
             )
 
 

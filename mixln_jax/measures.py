@@ -36,6 +36,20 @@ def neighbour_distances(hidden, weights):
     return jnp.sum(distances * weights, axis=(1, 2)), weights.sum()
 
 
+def distance_matrix(hidden, weights):
+    """Mean angular distance of the residual stream between any two depths (Gromov et al. 2024, section 3).
+
+    Args:
+        hidden: [L+1,B,T,D], the raw stream: 0 is what layer 1 sees, l what layer l gives.
+        weights: [B,T], 1 at positions that count.
+
+    Returns:
+        (sum [L+1,L+1], count): the mean is sum / count; element (l, l+n) spans n layers.
+    """
+    rows = jax.lax.map(lambda one: (angular_distance(one, hidden) * weights).sum((1, 2)), hidden)
+    return rows, weights.sum()
+
+
 def layer_norms(tree):
     """Euclidean norm of each layer's leaves.
 

@@ -2,10 +2,13 @@
 
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
 
+import nbclient
+import nbformat
 import pytest
 
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
@@ -131,6 +134,34 @@ class TestAgain:
         assert process.stdout.readline() == 'up\n'
         process.terminate()
         assert process.wait(30) == 75 and process.stdout.read() == ''
+
+
+class TestNotebook:
+    NOTEBOOK = LAUNCH / 'colab_demo.ipynb'
+
+    def test_its_outputs_are_of_one_run_from_top_to_bottom(self):
+        cells = [cell for cell in nbformat.read(self.NOTEBOOK, 4).cells if cell.cell_type == 'code']
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+        assert 'output_type": "error"' not in (text := self.NOTEBOOK.read_text())
+        assert text.count('"image/png"') == 2 and text.count('eval at step 250') == 2
+
+    @pytest.mark.slow
+    def test_it_runs(self, tmp_path):
+        for name in ('mixln_jax', 'configs'):
+            (tmp_path / name).symlink_to(LAUNCH.parent / name)
+        (tmp_path / 'launch').mkdir()
+        notebook = nbformat.read(self.NOTEBOOK, 4)
+        for cell in notebook.cells:
+            if cell.cell_type == 'code':
+                cell.outputs, cell.execution_count = [], None
+        where = {'metadata': {'path': str(tmp_path / 'launch')}}
+        nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()
+        shown = [output for cell in notebook.cells for output in cell.get('outputs', [])]
+        text = ''.join(output.text for output in shown if output.output_type == 'stream')
+        assert len([output for output in shown if 'image/png' in output.get('data', {})]) == 2
+        bits = [float(re.search(rf'{name}: (\d\.\d+) bits per byte', text)[1]) for name in ('Pre-LN', 'Mix-LN')]
+        assert all(1 < number < 4 for number in bits)  # it has learnt: 8 at the start
+        assert (tmp_path / 'runs/colab_demo/mix/checkpoints/250').is_dir()
 
 
 class TestSlurm:

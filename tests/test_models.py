@@ -12,7 +12,7 @@ import reference
 import safetensors.numpy
 
 from mixln_jax import config as configs
-from mixln_jax import measures, optim, step, trees
+from mixln_jax import optim, step, trees
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import hf, llama, norms, transformer
 
@@ -404,33 +404,3 @@ def test_bfloat16_stays_near_float32():
     near = jax.jit(lambda p: mean_loss(half, p, batch))(params)
     np.testing.assert_allclose(near, loss, rtol=2e-2)
     assert near != loss
-
-
-class TestMeasures:
-    def test_angles(self):
-        rng = np.random.default_rng(0)
-        u, v = rng.normal(size=(2, 50, 64)).astype(np.float32)
-        assert np.all(measures.angular_distance(u, 4 * u) == 0)
-        assert np.all(measures.angular_distance(u, -u) == 1)
-        np.testing.assert_allclose(measures.angular_distance(u, 3 * u), 0, atol=1e-7)
-        assert measures.angular_distance(np.eye(4)[0], np.eye(4)[2]) == 0.5
-        np.testing.assert_allclose(measures.angular_distance(u, v), reference.angular_distance(u, v), rtol=0, atol=1e-6)
-        near = u + 1e-4 * v
-        np.testing.assert_allclose(measures.angular_distance(u, near), reference.angular_distance(u, near), rtol=1e-2)
-
-    def test_padding_does_not_count(self):
-        hidden = np.random.default_rng(0).normal(size=(4, 2, 6, 8)).astype(np.float32)
-        weights = np.ones((2, 6))
-        weights[1, 4:] = 0
-        total, count = measures.neighbour_distances(jnp.asarray(hidden), weights)
-        expected = reference.angular_distance(hidden[:-1], hidden[1:])[:, weights.astype(bool)].mean(axis=1)
-        np.testing.assert_allclose(total / count, expected, rtol=1e-6)
-
-    def test_layer_norms(self):
-        model = make('post,pre,pre')
-        params = jax.jit(model.init)(jax.random.key(0))['params']
-        layers, whole = measures.layer_norms(params)
-        singles = transformer.split_layers(params['layers'], model.norm_position)
-        norm = lambda tree: np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))  # noqa: E731
-        np.testing.assert_allclose(layers, [norm(layer) for layer in singles], rtol=1e-6)
-        np.testing.assert_allclose(whole, norm(params), rtol=1e-6)
