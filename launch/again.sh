@@ -9,15 +9,16 @@ if (($# == 0)); then
   exit 2
 fi
 pid=0 stopped=0
-trap 'stopped=1; kill -TERM "$pid" 2>/dev/null' INT TERM
+trap 'stopped=1 caught=1; kill -TERM "$pid" 2>/dev/null' INT TERM
 for ((try = 1; ; try++)); do
   "$@" &
   pid=$!
-  wait "$pid"
-  code=$?
-  while kill -0 "$pid" 2>/dev/null; do # a signal to this script ends `wait` early
+  code=127 caught=1
+  while ((caught)); do # a signal to this script ends `wait` early
+    caught=0
     wait "$pid"
-    code=$?
+    ended=$?
+    ((ended == 127)) || code=$ended # 127: it was waited for before
   done
   case $code in
     8 | 75 | 134) ;;

@@ -20,7 +20,7 @@ fi
 share=$((${#gpus[@]} / count))
 
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+trap 'caught=1; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
 for ((i = 0; i < count; i++)); do
   if ((share)); then
     mine=$(IFS=,; echo "${gpus[*]:i * share:share}")
@@ -32,11 +32,11 @@ done
 
 code=0
 for pid in "${pids[@]}"; do
-  ended=0
-  wait "$pid" || ended=$?
-  while kill -0 "$pid" 2>/dev/null; do # a signal to this script ends `wait` early
-    ended=0
-    wait "$pid" || ended=$?
+  ended=127 caught=1
+  while ((caught)); do # a signal to this script ends `wait` early
+    caught=0 now=0
+    wait "$pid" || now=$?
+    ((now == 127)) || ended=$now # 127: it was waited for before
   done
   ((code)) || code=$ended
 done
