@@ -58,9 +58,7 @@ class Checkpoints:
 
     def about(self, step):
         """The JSON object of a checkpoint."""
-        with _reader() as reader:
-            arguments = ocp.args.Composite(about=ocp.args.JsonRestore())
-            return reader.restore(self._folder / str(step), args=arguments)['about']
+        return _about(self._folder / str(step))
 
     def restore(self, like):
         """The newest good checkpoint as (state, JSON object), or None where there is none.
@@ -92,30 +90,6 @@ class Checkpoints:
                 'try it again, or remove them to start from step 0'
             )
         return None
-
-    def params(self, step):
-        """(weights, JSON object) of a checkpoint, for analysis: on one device here, whatever mesh wrote them.
-
-        The optimiser's state is not read. Raises CheckpointError for what is unreadable or damaged.
-        """
-        here, like = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), {}
-        try:
-            about = self.about(step)
-            stored = {name: leaf for name, leaf in about['leaves'].items() if name.startswith('params/')}
-            for name, leaf in stored.items():
-                *groups, last = name.split('/')
-                at = functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, like)
-                at[last] = jax.ShapeDtypeStruct(leaf['shape'], leaf['dtype'], sharding=here)
-            arguments = ocp.args.PyTreeRestore(
-                like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
-            )
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                found = reader.restore(self._folder / str(step) / 'state', args=arguments)
-        except Exception as error:  # no such step; a flipped byte can make orbax or zstd raise anything
-            raise CheckpointError(f'{self._folder / str(step)}: {first_line(error)}') from error
-        if problem := _difference(stored, describe(found)):
-            raise CheckpointError(f'{self._folder / str(step)}: {problem}')
-        return found['params'], about
 
     def _read(self, step, like):
         """(state, JSON object, None), or what is wrong in place of None. Each process reads by itself."""
@@ -163,6 +137,39 @@ class Checkpoints:
         self._manager.reload()
         if problem:
             record.say(f'mixln_jax: checkpoint {folder} is damaged ({problem}); now {aside.name}', file=sys.stderr)
+
+
+def read_params(folder):
+    """(weights, JSON object) of one checkpoint, `checkpoints/<step>`: on one device here, whatever mesh wrote them.
+
+    The optimiser's state is not read. Raises CheckpointError for what is unreadable or damaged.
+    """
+    folder = pathlib.Path(folder).absolute()
+    here, like = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), {}
+    try:
+        about = _about(folder)
+        if about.pop('digest') != _digest(about):
+            raise ValueError('its JSON has changed')
+        stored = {name: leaf for name, leaf in about['leaves'].items() if name.startswith('params/')}
+        for name, leaf in stored.items():
+            *groups, last = name.split('/')
+            at = functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, like)
+            at[last] = jax.ShapeDtypeStruct(leaf['shape'], leaf['dtype'], sharding=here)
+        arguments = ocp.args.PyTreeRestore(
+            like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = reader.restore(folder / 'state', args=arguments)
+    except Exception as error:  # no such step; a flipped byte can make orbax or zstd raise anything
+        raise CheckpointError(f'{folder}: {first_line(error)}') from error
+    if problem := _difference(stored, describe(found)):
+        raise CheckpointError(f'{folder}: {problem}')
+    return found['params'], about
+
+
+def _about(folder):
+    with _reader() as reader:
+        return reader.restore(folder, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
 
 
 def _reader():

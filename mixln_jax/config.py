@@ -268,10 +268,14 @@ def read(path) -> Config:
     Raises UsageError where there is none or it is not one.
     """
     try:
-        values = json.loads(pathlib.Path(path).read_text())
-        model = dict(values['model'], norm_position=','.join(values['model']['norm_position']))
+        return from_resolved(json.loads(pathlib.Path(path).read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{path} is not the configuration of a run: {error!r}') from error
+
+
+def from_resolved(values) -> Config:
+    """The Config of a dict that a run has saved, where the placement is spelled out."""
+    model = dict(values['model'], norm_position=','.join(values['model']['norm_position']))
     return build(values | {'model': {name: model[name] for name in model if name not in ('layer_index', 'depth')}})
 
 

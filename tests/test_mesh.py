@@ -104,19 +104,19 @@ def test_checkpoints_of_any_mesh_go_on_under_any_other_and_open_on_one_device(tm
             ):
                 np.testing.assert_array_equal(one, two, err_msg=name)
                 assert one.sharding == wanted.sharding
-        params, about = checkpoints.params(3)
+        params, about = checkpoint.read_params(tmp_path / '3')
         assert about['step'] == 3
         for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
             assert len(one.sharding.device_set) == 1
             np.testing.assert_array_equal(one, two)
         with pytest.raises(CheckpointError, match=f'{tmp_path}/4: '):
-            checkpoints.params(4)
+            checkpoint.read_params(tmp_path / '4')
         [largest] = sorted((tmp_path / '3/state').rglob('d/*'), key=lambda path: path.stat().st_size)[-1:]
         content = bytearray(largest.read_bytes())
         content[len(content) // 3 : len(content) // 3 + 4000] = bytes(4000)
         largest.write_bytes(content)
         with pytest.raises(CheckpointError, match=f'{tmp_path}/3: '):
-            checkpoints.params(3)
+            checkpoint.read_params(tmp_path / '3')
 
 
 class TestMemory:

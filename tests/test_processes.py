@@ -1,7 +1,6 @@
 """Several processes: who they are, the roll call; and, slowly, real ones that are killed, stopped and missing."""
 
 import concurrent.futures
-import contextlib
 import json
 import os
 import pathlib
@@ -204,8 +203,7 @@ def until_step(started, workdir, step):
 
 
 def weights_of(workdir, step):
-    with contextlib.closing(checkpoint.Checkpoints(workdir / 'checkpoints')) as checkpoints:
-        return jax.tree.leaves(checkpoints.params(step)[0])
+    return jax.tree.leaves(checkpoint.read_params(workdir / f'checkpoints/{step}')[0])
 
 
 @pytest.fixture(scope='module')

@@ -8,7 +8,7 @@ LEVELS = [
     {'exits', 'config', 'trees', 'record'},
     {'mesh', 'processes', 'data', 'models'},
     {'losses', 'optim', 'metrics', 'measures'},
-    {'checkpoint', 'step', 'program'},
+    {'checkpoint', 'step', 'program', 'weights'},
     {'train', 'hooks', 'evaluate'},
     {'plan', 'main'},
 ]
@@ -16,6 +16,7 @@ WITHIN = {
     ('config', 'exits'),
     ('record', 'exits'),
     ('checkpoint', 'step'),
+    ('weights', 'checkpoint'),
     ('program', 'step'),
     ('train', 'hooks'),
     ('hooks', 'evaluate'),

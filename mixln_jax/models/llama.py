@@ -68,8 +68,12 @@ class Llama(nn.Module):
     @nn.nowrap
     def init(self, key):
         """Initial variables {'params': ...} in float32 (see initialize.py)."""
-        shapes = jax.eval_shape(super().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
-        return {'params': initialize(key, shapes['params'], self.config, self.norm_position, self.depth)}
+        return {'params': initialize(key, self.shapes()['params'], self.config, self.norm_position, self.depth)}
+
+    @nn.nowrap
+    def shapes(self):
+        """The variables as ShapeDtypeStructs."""
+        return jax.eval_shape(super().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
 
 def from_config(config: configs.Model, compute_dtype='bfloat16', stream_sharding=None) -> Llama:
