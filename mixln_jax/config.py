@@ -44,6 +44,7 @@ class Model:
         'mix', 'placement of the norms: a name for all layers, mix, or a list such as post*3,pre*9'
     )
     post_ratio: float = key(0.25, 'share of Post-LN layers under mix', at_least=0.0, at_most=1.0)
+    norm_groups: int = key(4, 'groups of features in the norms of group_pre', at_least=1)
     norm_eps: float = key(1e-6, 'epsilon of the norms', above=0.0)
     rope_theta: float = key(10000.0, 'base of the rotary angles', above=1.0)
     init: str = key(
@@ -53,6 +54,7 @@ class Model:
         choices=('auto', 'normal', 'scaled', 'deepnorm'),
     )
     init_std: float = key(0.02, 'standard deviation of the weights', above=0.0)
+    scale_embed: bool = key(False, 'embeddings are multiplied by sqrt(D)')
     embed_std: float = key(0.02, 'standard deviation of the embedding', above=0.0)
     remat: str = key(
         'none',

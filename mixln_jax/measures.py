@@ -50,6 +50,21 @@ def distance_matrix(hidden, weights):
     return rows, weights.sum()
 
 
+def branch_variances(branches, weights, width):
+    """Var[F] of what every sub-layer adds to the stream, over all features of the positions that count.
+
+    Args:
+        branches: `norm` and `mean` [L,2,B,T]; see `trunk`.
+        weights: [B,T], 1 at positions that count.
+        width: D.
+
+    Returns:
+        [2L]: attention and MLP of layer 1, of layer 2 and so on.
+    """
+    over = lambda values: (values * weights).sum((-2, -1)) / weights.sum()  # noqa: E731
+    return (over(jnp.square(branches['norm'])) / width - jnp.square(over(branches['mean']))).reshape(-1)
+
+
 def layer_norms(tree):
     """Euclidean norm of each layer's leaves.
 

@@ -28,7 +28,7 @@ RULES = (
     (r'/head/kernel$', P('fsdp', 'tensor')),
     (r'/(q|k|v|gate|up)/kernel$', P('fsdp', 'tensor'), P(('fsdp', 'tensor'), None)),
     (r'/(o|down)/kernel$', P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor'))),
-    (r'norm\w*/scale$', P()),
+    (r'(norm\w*/|_)scale$', P()),
     (r'(^|/)(step|bad_step|count)$', P()),
 )
 

@@ -17,7 +17,8 @@ class Program:
     """Model, state and steps of `config` on `mesh`.
 
     `state` is the train state as ShapeDtypeStructs with their shardings. `init`: key -> State, made where it is to lie.
-    `train_step`: (State, batch) -> (State, metrics), donates the state. `eval_step`: (params, batch) -> (sum, count).
+    `measure_factors`: (State, batch) -> State, before the first step where `model.measured()`. `train_step`: (State,
+    batch) -> (State, metrics), donates the state, as that does. `eval_step`: (params, batch) -> (sum, count).
 
     Raises UsageError, naming the keys, for sizes that the mesh does not divide.
     """
@@ -43,6 +44,8 @@ class Program:
             shardings=shardings.params,
         )
         self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
+        measure = functools.partial(step.measure_factors, model=self.model, accumulate=config.accumulate)
+        self.measure_factors = jax.jit(measure, donate_argnums=0, out_shardings=shardings)
         self.eval_step = jax.jit(functools.partial(step.eval_step, model=self.model), out_shardings=everywhere)
 
     def batch(self, size):

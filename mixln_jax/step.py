@@ -28,6 +28,14 @@ def init_state(model, optimizer, key, param_dtype='float32'):
     return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
 
+def measure_factors(state, batch, *, model, accumulate=1):
+    """A fresh State whose measured factors (Admin's omega) are set, by one forward pass on the first micro-batch."""
+    first = jax.tree.map(lambda a: a[0], micro_batches(batch, accumulate))
+    _, out = model.apply({'params': state.params}, **trunk_inputs(first), capture=True, method='trunk')
+    variances = measures.branch_variances(out['branches'], first['weights'], model.config.hidden_size)
+    return state.replace(params=model.with_measured(state.params, variances))
+
+
 def trunk_inputs(batch):
     """What `trunk` takes of a batch: the ids and, in a packed batch, where the documents of each row lie."""
     return {'ids': batch['inputs']} | {key: batch[key] for key in ('positions', 'segments') if key in batch}

@@ -50,16 +50,74 @@ def lns(x, w, attention, mlp, norm, l, L):
     return a + mlp(norm(a, w['mlp_in']) / np.sqrt(float(l)))
 
 
-PLACEMENTS = {f.__name__: f for f in (pre, post, sandwich, res_post, deepnorm, lns)}
-# Which of N_in, N_out, N_post a placement has, in both sub-layers.
-GAINS = dict(pre=['in'], post=['post'], sandwich=['in', 'out'], res_post=['out'], deepnorm=['post'], lns=['in'])
+def peri(x, w, attention, mlp, norm, l, L):
+    """Peri-LN: as Sandwich-LN, and the embedding's output is normalised. Kim et al., arXiv 2502.02732."""
+    return sandwich(x, w, attention, mlp, norm, l, L)
+
+
+def hybridnorm(x, w, attention, mlp, norm, l, L):
+    """HybridNorm: a = x + MHA_QKV(x); y = N(a) + F(N(a)). Zhuo et al., arXiv 2503.04598, eq. 10 and 11."""
+    a = x + attention(x)
+    b = norm(a, w['mlp_in'])
+    return b + mlp(b)
+
+
+def hybridnorm_first(x, w, attention, mlp, norm, l, L):
+    """Layer 1 of HybridNorm*: a = x + MHA_QKV(N(x)); y = a + F(N(a)). The same, section 3.2."""
+    return pre(x, w, attention, mlp, norm, l, L)
+
+
+def scale_res_pre(x, w, attention, mlp, norm, l, L):
+    """y = x + s F(N_in(x)), s a learned scalar. The Mix-LN authors' code, NORM_TYPE=scale_res_pre_norm."""
+    a = x + w['attention_branch'] * attention(norm(x, w['attention_in']))
+    return a + w['mlp_branch'] * mlp(norm(a, w['mlp_in']))
+
+
+def admin(x, w, attention, mlp, norm, l, L):
+    """Admin: y = N_post(omega x + F(x)), omega a learned vector. Liu et al., arXiv 2004.08249."""
+    a = norm(w['attention_residual'] * x + attention(x), w['attention_post'])
+    return norm(w['mlp_residual'] * a + mlp(a), w['mlp_post'])
+
+
+def admin_constant(x, w, attention, mlp, norm, l, L):
+    """Admin with omega = sqrt((n + 1) / ln(n + 1) - 1) for n = 2L sub-layers. PyPI's admin-torch."""
+    omega = np.sqrt((2 * L + 1) / np.log(2 * L + 1) - 1)
+    a = norm(omega * x + attention(x), w['attention_post'])
+    return norm(omega * a + mlp(a), w['mlp_post'])
+
+
+def group_pre(x, w, attention, mlp, norm, l, L):
+    """Pre-LN, the mean square taken over each of 4 groups of features. Wu and He, arXiv 1803.08494; Mix-LN, Table 6."""
+    return pre(x, w, attention, mlp, partial(norm, groups=4), l, L)
+
+
+def deepnorm_official(x, w, attention, mlp, norm, l, L):
+    """DeepNorm with the constant of 32 layers at any depth. The Mix-LN authors' code, NORM_TYPE=deeppost."""
+    return deepnorm(x, w, attention, mlp, norm, l, 32)
+
+
+PLACEMENTS = {
+    f.__name__: f
+    for f in (
+        *(pre, post, sandwich, res_post, deepnorm, lns, peri, hybridnorm, hybridnorm_first),
+        *(scale_res_pre, admin, admin_constant, group_pre, deepnorm_official),
+    )
+}
+# The vectors of a layer beside its matrices: name -> length (D: width; hd: of a head; 0: a scalar).
+IN, OUT, POST = ({f'{sublayer}_{at}': 'D' for sublayer in ('attention', 'mlp')} for at in ('in', 'out', 'post'))
+QKV = dict(q_norm='hd', k_norm='hd', v_norm='hd')
+VECTORS = dict(pre=IN, post=POST, sandwich=IN | OUT, res_post=OUT, deepnorm=POST, lns=IN, peri=IN | OUT)
+VECTORS |= dict(hybridnorm=QKV | {'mlp_in': 'D'}, hybridnorm_first=QKV | IN, admin_constant=POST, group_pre=IN)
+VECTORS |= dict(scale_res_pre=IN | {'attention_branch': '0', 'mlp_branch': '0'}, deepnorm_official=POST)
+VECTORS |= dict(admin=POST | {'attention_residual': 'D', 'mlp_residual': 'D'})
 
 # --- Parts
 
 
-def rms_norm(x, gain, eps):
+def rms_norm(x, gain, eps, groups=1):
     """x [..., D], gain [D] -> [..., D]: x / sqrt(mean(x^2) + eps) * gain. Zhang and Sennrich, arXiv 1910.07467."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * gain
+    parts = np.split(x, groups, axis=-1)
+    return np.concatenate([p / np.sqrt(np.mean(p * p, axis=-1, keepdims=True) + eps) for p in parts], -1) * gain
 
 
 def rotary(x, theta, positions):
@@ -71,15 +129,18 @@ def rotary(x, theta, positions):
     return x * np.cos(angles) + rotated * np.sin(angles)
 
 
-def causal_attention(x, w, heads, kv_heads, theta, positions, segments):
+def causal_attention(x, w, heads, kv_heads, theta, positions, segments, eps):
     """x [..., B, T, D] -> same; query head h reads kv head h // (H/K). Ainslie et al., arXiv 2305.13245.
 
-    A token reads those of its own segment up to itself.
+    A token reads those of its own segment up to itself. With gains q_norm, k_norm, v_norm [hd] each head's queries,
+    keys and values are normalised before the rotation.
     """
     q, k, v = x @ w['q'], x @ w['k'], x @ w['v']
-    q = rotary(q.reshape(*q.shape[:-1], heads, -1), theta, positions)
-    k = rotary(k.reshape(*k.shape[:-1], kv_heads, -1), theta, positions)
-    v = v.reshape(*v.shape[:-1], kv_heads, -1)
+    q = q.reshape(*q.shape[:-1], heads, -1)
+    k, v = (a.reshape(*a.shape[:-1], kv_heads, -1) for a in (k, v))
+    if 'q_norm' in w:
+        q, k, v = (rms_norm(a, w[name][..., None, :], eps) for a, name in ((q, 'q_norm'), (k, 'k_norm'), (v, 'v_norm')))
+    q, k = rotary(q, theta, positions), rotary(k, theta, positions)
     reads = np.arange(heads) // (heads // kv_heads)
     q, k, v = (np.swapaxes(a, -3, -2) for a in (q, k[..., reads, :], v[..., reads, :]))  # [..., B, H, T, hd]
     scores = q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1])
@@ -144,8 +205,11 @@ def forward(
         theta=theta,
         positions=np.arange(np.shape(ids)[1]) if positions is None else positions,
         segments=np.zeros(np.shape(ids)) if segments is None else segments,
+        eps=eps,
     )
     x = weights['embed'][..., np.asarray(ids), :]
+    if 'embed_norm' in weights:
+        x = norm(x, weights['embed_norm'])
     hidden = [x]
     for i, (name, w) in enumerate(zip(placements, weights['layers'], strict=True)):
         if keep is None or keep[i]:
@@ -191,18 +255,18 @@ def gradients(weights, ids, targets, weights_of_targets, placements, *, chunk=25
 
 
 def init(rng, placements, *, V, D, H, K, F):
-    """Random weights for one layer a placement name: matrices normal (std 0.3, embed 1), gains uniform in 0.5..1.5."""
+    """Random weights for each placement name: matrices normal (std 0.3, embed 1), vectors uniform in 0.5..1.5."""
     hd = D // H
     shapes = {'q': (D, H * hd), 'k': (D, K * hd), 'v': (D, K * hd), 'o': (H * hd, D)}
     shapes |= {'gate': (D, F), 'up': (D, F), 'down': (F, D)}
     layers = []
     for placement in placements:
         layer = {name: rng.normal(0.0, 0.3, shape) for name, shape in shapes.items()}
-        for part in ('attention', 'mlp'):
-            layer |= {f'{part}_{where}': rng.uniform(0.5, 1.5, D) for where in GAINS[placement]}
-        layers.append(layer)
+        lengths = {'D': (D,), 'hd': (hd,), '0': ()}
+        layers.append(layer | {name: rng.uniform(0.5, 1.5, lengths[of]) for name, of in VECTORS[placement].items()})
     embed, head = rng.normal(0.0, 1.0, (V, D)), rng.normal(0.0, 0.3, (D, V))
-    return {'embed': embed, 'head': head, 'norm': rng.uniform(0.5, 1.5, D), 'layers': layers}
+    whole = {'embed': embed, 'head': head, 'norm': rng.uniform(0.5, 1.5, D), 'layers': layers}
+    return whole | ({'embed_norm': rng.uniform(0.5, 1.5, D)} if placements[0] == 'peri' else {})
 
 
 # --- Optimisers (one array; a gradient and a learning rate a step; the array after the last step) and measures

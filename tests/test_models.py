@@ -22,6 +22,9 @@ LISTS = {name: (name,) * 3 for name in norms.PLACEMENTS} | {
     'mix': ('post', 'pre', 'pre'),
     'post,deepnorm,lns': ('post', 'deepnorm', 'lns'),
     'sandwich*2,res_post': ('sandwich', 'sandwich', 'res_post'),
+    'hybridnorm_star': ('hybridnorm_first', 'hybridnorm', 'hybridnorm'),
+    'admin,scale_res_pre,peri': ('admin', 'scale_res_pre', 'peri'),
+    'peri,group_pre*2': ('peri', 'group_pre', 'group_pre'),
 }
 
 
@@ -41,8 +44,12 @@ def to_jax(model, weights):
         ours = {}
         for name, value in of.items():
             sublayer, _, place = name.partition('_')
-            if place:
+            if place == 'norm':
+                ours.setdefault('attention', {})[name] = {'scale': value}
+            elif place in ('in', 'out', 'post'):
                 ours[f'{sublayer}_norm_{place}'] = {'scale': value}
+            elif place:
+                ours[f'{name}_scale'] = value
             else:
                 ours.setdefault('attention' if name in 'qkvo' else 'mlp', {})[name] = {'kernel': value}
         return ours
@@ -53,6 +60,8 @@ def to_jax(model, weights):
         'norm': {'scale': weights['norm']},
         'layers': transformer.stack_layers([layer(of) for of in weights['layers']], model.norm_position),
     }
+    if 'embed_norm' in weights:
+        params['embed_norm'] = {'scale': weights['embed_norm']}
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 
@@ -109,7 +118,7 @@ def test_forward_and_gradient_equal_the_float64_reference(norm_position):
         check(moved)
 
 
-@pytest.mark.parametrize('norm_position', ['mix', 'deepnorm', 'lns', 'sandwich'])
+@pytest.mark.parametrize('norm_position', LISTS)
 def test_removed_layers_are_the_identity_and_keep_their_constants(norm_position):
     rng = np.random.default_rng(2)
     weights = reference.init(rng, LISTS[norm_position], **SIZES)
@@ -157,10 +166,12 @@ def test_remat_saves_memory(remat):
     assert temporary_bytes(remat) < 0.7 * temporary_bytes('none')
 
 
-@pytest.mark.parametrize('name', ['pre', 'post', 'mix', 'sandwich', 'lns'])
+@pytest.mark.parametrize('name', ['pre', 'post', 'mix', 'sandwich', 'lns', 'deepnorm_official'])
 def test_golden(name):
     """What the authors' PyTorch code computes from the same weights (tests/golden/README.md)."""
     model, params = hf.load(GOLDEN / name, norm_position=name)
+    inverse_gain = name == 'deepnorm_official'  # amplifies rounding
+    atol, of_largest = (5e-4, 5e-4) if inverse_gain else (2e-5, 1e-4)
     expected = np.load(GOLDEN / name / 'expected.npz')
     real = expected['attention_mask'].astype(bool)
     ids = expected['input_ids']
@@ -173,9 +184,9 @@ def test_golden(name):
         return logits, [*out['hidden'][:-1], x], jax.value_and_grad(lambda p: mean_loss(model, p, batch))(params)
 
     def check_forward(logits, hidden, loss):  # their last hidden state is after the final norm
-        np.testing.assert_allclose(logits[real], expected['logits'][real], rtol=0, atol=2e-5)
-        np.testing.assert_allclose(np.array(hidden)[:, real], expected['hidden_states'][:, real], rtol=0, atol=2e-5)
-        np.testing.assert_allclose(loss, expected['loss'], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(logits[real], expected['logits'][real], rtol=0, atol=atol)
+        np.testing.assert_allclose(np.array(hidden)[:, real], expected['hidden_states'][:, real], rtol=0, atol=atol)
+        np.testing.assert_allclose(loss, expected['loss'], rtol=0, atol=atol)
 
     def check_gradients(grads):
         grads = dict(grads, layers=transformer.split_layers(jax.device_get(grads['layers']), model.norm_position))
@@ -183,14 +194,14 @@ def test_golden(name):
         for name, leaf in trees.named_leaves(grads):
             tensor = theirs.pop(f'grad/{hf.tensor_name(name, model.norm_position)}')
             leaf = np.asarray(leaf).T if name.endswith('kernel') else leaf
-            np.testing.assert_allclose(leaf, tensor, rtol=0, atol=1e-4 * np.abs(tensor).max(), err_msg=name)
+            np.testing.assert_allclose(leaf, tensor, rtol=0, atol=of_largest * np.abs(tensor).max(), err_msg=name)
         assert not theirs
 
     logits, hidden, (loss, grads) = ours(params)
     check_forward(logits, hidden, loss)
     check_gradients(grads)
-    # Both must be able to fail: one gain moved by a thousandth.
-    params['norm']['scale'] = params['norm']['scale'].at[3].multiply(1.001)
+    # Both must be able to fail: one gain moved by a thousandth (a hundredth).
+    params['norm']['scale'] = params['norm']['scale'].at[3].multiply(1.01 if inverse_gain else 1.001)
     logits, hidden, (loss, grads) = ours(params)
     with pytest.raises(AssertionError):
         check_forward(logits, hidden, loss)

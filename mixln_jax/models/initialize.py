@@ -27,7 +27,8 @@ def initialize(key, shapes, config, norm_position, depth):
 
     Returns:
         The tree of arrays. Norm gains are 1; `scaled` divides sub-layer outputs by sqrt(2L) (GPT-2); `deepnorm` is
-        xavier-normal with gain (8L)^(-1/4), 1 for query and key (DeepNet, arXiv 2203.00555, section 3.1).
+        xavier-normal with gain (8L)^(-1/4), 1 for query and key (DeepNet, arXiv 2203.00555, section 3.1);
+        `deepnorm_official` has its inverse, as the Mix-LN authors' code.
     """
     runs = norms.segments(norm_position)
 
@@ -37,6 +38,10 @@ def initialize(key, shapes, config, norm_position, depth):
             return jnp.ones(shape.shape, shape.dtype)
         if names[0] == 'layers':
             name, first, end = runs[int(names[1].removeprefix('segment_'))]
+            if names[-1].endswith('_scale'):
+                sublayer, by = names[-1].split('_', 1)
+                start = getattr(norms.PLACEMENTS[name], sublayer).factors()[by].start
+                return jnp.full(shape.shape, start, shape.dtype)
             std = _std('/'.join(names[2:]), shape.shape[1:], config, norms.PLACEMENTS[name].init, depth)
             draw = lambda number: _normal(_fold(key, '/'.join(names[2:]), number), shape.shape[1:], shape.dtype)  # noqa: E731
             return jax.vmap(draw)(jnp.arange(first + 1, end + 1)) * std
@@ -58,8 +63,8 @@ def _normal(key, shape, dtype):
 
 def _std(name, shape, config, placement_init, depth):
     init = config.init if config.init != 'auto' else placement_init or 'normal'
-    if init == 'deepnorm':
-        gain = 1.0 if name in QUERY_KEY else (8 * depth) ** -0.25
+    if init in ('deepnorm', 'deepnorm_official'):
+        gain = 1.0 if name in QUERY_KEY else (8 * depth) ** (-0.25 if init == 'deepnorm' else 0.25)
         return gain * (2 / (shape[0] + shape[1])) ** 0.5
     if init == 'scaled' and name in OUTPUTS:
         return config.init_std / (2 * depth) ** 0.5

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from mixln_jax import config as configs
+from mixln_jax.exits import UsageError
 from mixln_jax.models import norms, transformer
 from mixln_jax.models.initialize import initialize
 
@@ -33,6 +34,8 @@ class Llama(nn.Module):
             config, dtype, self.norm_position, self.layer_index, self.depth, self.stream_sharding
         )
         self.norm = transformer.RMSNorm(config.norm_eps, dtype)
+        if norms.PLACEMENTS[self.norm_position[0]].embed_norm:
+            self.embed_norm = transformer.RMSNorm(config.norm_eps, dtype)
         self.head = transformer.linear(rows, jnp.float32, None)
 
     def trunk(self, ids, keep=None, capture=False, positions=None, segments=None):
@@ -48,16 +51,23 @@ class Llama(nn.Module):
 
         Returns:
             x [B,T,D] after the final norm, and a dict: with `capture`, `hidden` [L+1,B,T,D] is the raw residual
-            stream, first what layer 1 sees, never after the final norm.
+            stream, first what layer 1 sees, never after the final norm; `branches` has of every sub-layer [L,2,B,T],
+            attention and MLP, `stream_norm` of the stream before it, `norm` and `mean` of what it adds.
         """
         with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
             positions = jnp.arange(ids.shape[1]) if positions is None else positions
             head_dim = self.config.hidden_size // self.config.num_heads
             first = self.embed(ids)
+            if self.config.scale_embed:  # Takase et al. 2023 (arXiv 2312.16903), Scaled Embed
+                first = (first.astype(jnp.float32) * self.config.hidden_size**0.5).astype(first.dtype)
+            if norms.PLACEMENTS[self.norm_position[0]].embed_norm:
+                first = self.embed_norm(first)
             angles = transformer.rotary_angles(positions, head_dim, self.config.rope_theta)
             mask = None if segments is None else transformer.document_mask(segments)
-            last, hidden = self.layers(first, angles, mask, keep, capture)
-            return self.norm(last), {'hidden': jnp.concatenate([first[None], hidden])} if capture else {}
+            last, out = self.layers(first, angles, mask, keep, capture)
+            if capture:
+                out['hidden'] = jnp.concatenate([first[None], out['hidden']])
+            return self.norm(last), out or {}
 
     def __call__(self, ids, keep=None, capture=False, positions=None, segments=None):
         """Logits [B,T,V] in float32, and what `trunk` gives besides."""
@@ -71,6 +81,17 @@ class Llama(nn.Module):
         return {'params': initialize(key, self.shapes()['params'], self.config, self.norm_position, self.depth)}
 
     @nn.nowrap
+    def measured(self):
+        """Whether some factors are set by `with_measured` before the first step."""
+        return transformer.measured(self.norm_position)
+
+    @nn.nowrap
+    def with_measured(self, params, variances):
+        """The parameters with those factors set, from Var[F] of every sub-layer [2L]."""
+        layers = transformer.with_omega(params['layers'], self.norm_position, norms.admin_omega(variances))
+        return dict(params, layers=layers)
+
+    @nn.nowrap
     def shapes(self):
         """The variables as ShapeDtypeStructs."""
         return jax.eval_shape(super().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
@@ -79,6 +100,11 @@ class Llama(nn.Module):
 def from_config(config: configs.Model, compute_dtype='bfloat16', stream_sharding=None) -> Llama:
     """The network of a config. Raises UsageError for a `norm_position` that does not fit."""
     names = norms.resolve(config.norm_position, config.num_layers, config.post_ratio)
+    if any(norms.PLACEMENTS[name].attention.grouped for name in names) and config.hidden_size % config.norm_groups:
+        raise UsageError(
+            f'config.model.hidden_size={config.hidden_size} does not divide by '
+            f'config.model.norm_groups={config.norm_groups}'
+        )
     layer_index = tuple(range(1, config.num_layers + 1))
     return Llama(config, names, layer_index, config.num_layers, compute_dtype, stream_sharding)
 

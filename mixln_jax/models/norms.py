@@ -15,6 +15,8 @@ import math
 import re
 from collections.abc import Callable
 
+import jax.numpy as jnp
+
 from mixln_jax.config import nearest
 from mixln_jax.exits import UsageError
 
@@ -22,30 +24,47 @@ Constant = Callable[[int, int], float]  # (layer_index l = 1..L, depth L) -> fac
 
 
 @dataclasses.dataclass(frozen=True)
+class Learned:
+    """A factor that is trained: a scalar, or one number a feature of the stream."""
+
+    start: float
+    per_feature: bool = False
+    measured: bool = False  # set before the first step by `admin_omega`
+
+
+@dataclasses.dataclass(frozen=True)
 class Placement:
-    """The switches and constants of the residual rule for one sub-layer; a constant of None is 1."""
+    """The switches and factors of the residual rule for one sub-layer; a factor of None is 1."""
 
     pre: bool = False
     out: bool = False
     post: bool = False
     residual_normed: bool = False
-    in_scale: Constant | None = None
-    residual_scale: Constant | None = None
-    branch_scale: Constant | None = None
+    grouped: bool = False  # every N divides each of config.norm_groups groups of features by its own root mean square
+    in_scale: Constant | Learned | None = None
+    residual_scale: Constant | Learned | None = None
+    branch_scale: Constant | Learned | None = None
+
+    def factors(self):
+        """The factors that are not 1, by name."""
+        named = {name: getattr(self, name) for name in ('in_scale', 'residual_scale', 'branch_scale')}
+        return {name: factor for name, factor in named.items() if factor}
 
     def constants(self, layer_index, depth):
-        """The factors that are not 1, by name, each a list with one number a layer of `layer_index`."""
-        named = {name: getattr(self, name) for name in ('in_scale', 'residual_scale', 'branch_scale')}
-        return {name: [rule(l, depth) for l in layer_index] for name, rule in named.items() if rule}
+        """Those that are not learned, each a list with one number a layer of `layer_index`."""
+        named = {name: rule for name, rule in self.factors().items() if not isinstance(rule, Learned)}
+        return {name: [rule(l, depth) for l in layer_index] for name, rule in named.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer's two placements, and the initialisation that belongs to them (None: the config's choice alone)."""
+    """A layer's two placements and what else belongs to them."""
 
     attention: Placement
     mlp: Placement
-    init: str | None = None
+    init: str | None = None  # initialisation; None: the config's choice alone
+    qkv_norm: bool = False  # queries, keys and values of every head are normalised, before the rotation
+    embed_norm: bool = False  # as first layer: what the embedding gives is normalised
 
 
 def _both(placement, **layer):
@@ -64,6 +83,29 @@ def _deepnorm_alpha(layer_index, depth):
     return (2 * depth) ** 0.25
 
 
+def _deepnorm_alpha_of_32(layer_index, depth):
+    """What the Mix-LN authors' code has at any depth (modeling_llama.py)."""
+    return _deepnorm_alpha(layer_index, 32)
+
+
+def _admin_constant(layer_index, depth):
+    """The closed form for n residual sub-layers of PyPI's admin-torch 0.1.0, calculate_init."""
+    del layer_index
+    n = 2 * depth
+    return ((n + 1) / math.log(n + 1) - 1) ** 0.5
+
+
+def admin_omega(variances):
+    """omega of every sub-layer before training: sqrt(sum of Var[F_j] over the sub-layers before it), 1 for the first.
+
+    Liu et al. 2020 (arXiv 2004.08249), section 4.2. `variances` [2L]: attention and MLP of layer 1, of layer 2 and so
+    on, from one forward pass with every omega 1.
+    """
+    return jnp.sqrt(jnp.concatenate([jnp.ones(1), jnp.cumsum(variances)[:-1]]))
+
+
+_OMEGA = Learned(1.0, per_feature=True, measured=True)
+
 PLACEMENTS = {
     'pre': _both(Placement(pre=True)),
     'post': _both(Placement(post=True)),
@@ -71,13 +113,33 @@ PLACEMENTS = {
     'res_post': _both(Placement(out=True)),
     'deepnorm': _both(Placement(post=True, residual_scale=_deepnorm_alpha), init='deepnorm'),
     'lns': _both(Placement(pre=True, in_scale=_inverse_root_of_index)),
+    'peri': _both(Placement(pre=True, out=True), embed_norm=True),
+    'hybridnorm': Layer(Placement(), Placement(residual_normed=True), qkv_norm=True),
+    'hybridnorm_first': _both(Placement(pre=True), qkv_norm=True),
+    'scale_res_pre': _both(Placement(pre=True, branch_scale=Learned(0.001))),
+    'admin': _both(Placement(post=True, residual_scale=_OMEGA)),
+    'admin_constant': _both(Placement(post=True, residual_scale=_admin_constant)),
+    'group_pre': _both(Placement(pre=True, grouped=True)),
+    'deepnorm_official': _both(Placement(post=True, residual_scale=_deepnorm_alpha_of_32), init='deepnorm_official'),
 }
 
-# A scheme makes the whole list: (num_layers, post_ratio) -> names.
+
+def _first(count, name, then):
+    return lambda layers: (name,) * min(count, layers) + (then,) * (layers - count)
+
+
+def _every_fourth(name, others):
+    return lambda layers: tuple(name if l % 4 == 0 else others for l in range(1, layers + 1))
+
+
+# A scheme makes the whole list: number of layers -> names. Those after the second are the authors' (NORM_TYPE).
 SCHEMES = {
-    'mix': lambda layers, ratio: (
-        ('post',) * post_layers(layers, ratio) + ('pre',) * (layers - post_layers(layers, ratio))
-    )
+    'mix': None,  # needs post_ratio as well
+    'hybridnorm_star': _first(1, 'hybridnorm_first', then='hybridnorm'),
+    'pre_post': _first(7, 'pre', then='post'),
+    'pre_sandwich': _first(7, 'pre', then='sandwich'),
+    'pre_post_pre_post': _every_fourth('post', others='pre'),
+    'post_pre_post_pre': _every_fourth('pre', others='post'),
 }
 
 
@@ -90,7 +152,7 @@ def resolve(norm_position, num_layers, post_ratio=0.25):
     """The placement name of each layer.
 
     Args:
-        norm_position: a name for all layers, a scheme (`mix`), or a list of `num_layers` names, `post*3,pre*9`.
+        norm_position: a name for all layers, a scheme, or a list of `num_layers` names, `post*3,pre*9`.
         num_layers: L.
         post_ratio: alpha, the share of Post-LN layers under `mix`.
 
@@ -100,8 +162,10 @@ def resolve(norm_position, num_layers, post_ratio=0.25):
     Raises:
         UsageError: unknown name, bad repeat count, or a list of another length.
     """
+    if norm_position == 'mix':
+        return _first(post_layers(num_layers, post_ratio), 'post', then='pre')(num_layers)
     if norm_position in SCHEMES:
-        return SCHEMES[norm_position](num_layers, post_ratio)
+        return SCHEMES[norm_position](num_layers)
     if norm_position in PLACEMENTS:
         return (norm_position,) * num_layers
     names = []

@@ -22,16 +22,23 @@ UNROLL_UP_TO = 12  # layers; beyond it `auto` keeps the loop, for the compile ti
 
 
 class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019: x / sqrt(mean(x^2) + eps) * gain, in float32, times a constant."""
+    """Zhang and Sennrich 2019: x / sqrt(mean(x^2) + eps) * gain, in float32, times a constant; the mean is taken over
+    each of `groups` equal parts of the features."""
 
     eps: float
     dtype: jnp.dtype
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x, constant=None):
         gain = self.param('scale', nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
-        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps) * gain
+        if self.groups == 1:
+            y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps) * gain
+        else:
+            parts = x.reshape(*x.shape[:-1], self.groups, -1)
+            parts *= jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + self.eps)
+            y = parts.reshape(x.shape) * gain
         return (y if constant is None else y * constant).astype(self.dtype)
 
 
@@ -80,6 +87,7 @@ class Attention(nn.Module):
 
     config: configs.Model
     dtype: jnp.dtype
+    qkv_norm: bool = False
 
     @nn.compact
     def __call__(self, x_BTD, angles, mask):
@@ -87,7 +95,8 @@ class Attention(nn.Module):
         K, head_dim = self.config.num_kv_heads or H, D // H
 
         def heads(name, count):
-            return linear(count * head_dim, self.dtype, name)(x_BTD).reshape(*x_BTD.shape[:2], count, head_dim)
+            y = linear(count * head_dim, self.dtype, name)(x_BTD).reshape(*x_BTD.shape[:2], count, head_dim)
+            return RMSNorm(self.config.norm_eps, self.dtype, name=f'{name}_norm')(y) if self.qkv_norm else y
 
         q, k, v = rotate(heads('q', H), angles), rotate(heads('k', K), angles), heads('v', K)
         y_BTHd = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
@@ -119,31 +128,54 @@ class Layer(nn.Module):
     dtype: jnp.dtype
     placement: norms.Layer
     stream_sharding: jax.sharding.NamedSharding | None
+    capture: bool = False
 
     @nn.compact
     def __call__(self, x, per_layer, angles, mask):
-        """One layer on the stream x [B,T,D]; `per_layer` holds its constants and, under `keep`, whether it is there."""
-        attention = Attention(self.config, self.dtype, name='attention')
+        """One layer on the stream x [B,T,D]; `per_layer` holds its constants and, under `keep`, whether it is there.
+
+        Returns the stream behind it and, with `capture`, `hidden`: that stream, `branches`: per sub-layer [2,B,T] the
+        norms of the stream before it and of what it adds, and the mean of the latter; else None.
+        """
+        branches = []
+        attention = Attention(self.config, self.dtype, self.placement.qkv_norm, name='attention')
         mlp = MLP(self.config, self.dtype, name='mlp')
         constants = per_layer['constants']
         if self.stream_sharding:
             x = jax.lax.with_sharding_constraint(x, self.stream_sharding)
         y = self.residual(
-            x, lambda h: attention(h, angles, mask), self.placement.attention, constants['attention'], 'attention'
+            x,
+            lambda h: attention(h, angles, mask),
+            self.placement.attention,
+            constants['attention'],
+            'attention',
+            branches,
         )
-        y = self.residual(y, mlp, self.placement.mlp, constants['mlp'], 'mlp')
-        return jnp.where(per_layer['keep'], y, x) if 'keep' in per_layer else y
+        y = self.residual(y, mlp, self.placement.mlp, constants['mlp'], 'mlp', branches)
+        y = jnp.where(per_layer['keep'], y, x) if 'keep' in per_layer else y
+        return y, {'hidden': y, 'branches': jax.tree.map(lambda *a: jnp.stack(a), *branches)} if self.capture else None
 
-    def residual(self, x, sublayer, placement, constants, name):
-        """The one residual rule (see norms.py). Constants act in float32, whatever type the stream has."""
-        norm = lambda at: RMSNorm(self.config.norm_eps, self.dtype, name=f'{name}_norm_{at}')  # noqa: E731
-        scaled = lambda a, by: a.astype(jnp.float32) * constants[by] if by in constants else a  # noqa: E731
+    def residual(self, x, sublayer, placement, constants, name, branches):
+        """The one residual rule (see norms.py). Factors act in float32, whatever type the stream has."""
+        groups = self.config.norm_groups if placement.grouped else 1
+        norm = lambda at: RMSNorm(self.config.norm_eps, self.dtype, groups, name=f'{name}_norm_{at}')  # noqa: E731
+        factors = constants | {
+            by: self.param(f'{name}_{by}', nn.initializers.zeros, x.shape[-1:] if factor.per_feature else ())
+            for by, factor in placement.factors().items()
+            if isinstance(factor, norms.Learned)
+        }
+        scaled = lambda a, by: a.astype(jnp.float32) * factors[by] if by in factors else a  # noqa: E731
         if placement.residual_normed:
             x = norm('in')(x)
-        h = sublayer(norm('in')(x, constants.get('in_scale')) if placement.pre else x)
+        h = sublayer(norm('in')(x, factors.get('in_scale')) if placement.pre else x)
         if placement.out:
             h = norm('out')(h)
-        y = scaled(x, 'residual_scale') + scaled(h, 'branch_scale')
+        h = scaled(h, 'branch_scale')
+        if self.capture:
+            before, added = x.astype(jnp.float32), h.astype(jnp.float32)
+            length = functools.partial(jnp.linalg.norm, axis=-1)
+            branches.append({'stream_norm': length(before), 'norm': length(added), 'mean': added.mean(axis=-1)})
+        y = scaled(x, 'residual_scale') + h
         if placement.post:
             y = norm('post')(y)
         return y.astype(self.dtype)
@@ -164,8 +196,8 @@ class Stack(nn.Module):
         """Runs the stream x [B,T,D] through the layers.
 
         `mask` [B,1,T,T] bool says which keys a query sees of those before it, None: all of them.
-        `keep` [L] (traced) removes layers: one that is False is the identity. With `capture` the second result is the
-        stream after every layer [L,B,T,D], else None.
+        `keep` [L] (traced) removes layers: one that is False is the identity. With `capture` the second result is what
+        every layer captures, stacked over them [L,...], else None.
         """
         captured = []
         for number, (name, first, end) in enumerate(norms.segments(self.norm_position)):
@@ -173,10 +205,10 @@ class Stack(nn.Module):
                 x, self.per_layer(norms.PLACEMENTS[name], first, end, keep), angles, mask
             )
             captured.append(ys)
-        return x, jnp.concatenate(captured) if capture else None
+        return x, jax.tree.map(lambda *a: jnp.concatenate(a), *captured) if capture else None
 
     def segment(self, number, placement, length, capture):
-        """`length` equal layers as one loop: (x, per_layer, angles, mask) -> (x, stream after every layer or None)."""
+        """`length` equal layers as one loop: (x, per_layer, angles, mask) -> (x, what they capture)."""
         remat = self.config.remat
         # Unrolled, XLA finds the recomputation equal to the computation and keeps the latter: no memory is saved.
         auto = len(self.norm_position) <= UNROLL_UP_TO and remat == 'none'
@@ -185,7 +217,7 @@ class Stack(nn.Module):
         if remat != 'none':
             layer = nn.remat(Layer, policy=REMAT_POLICIES[remat], prevent_cse=unrolled)
         loop = nn.scan(
-            lambda layer, x, *others: (y := layer(x, *others), y if capture else None),
+            lambda layer, x, *others: layer(x, *others),
             variable_axes={'params': 0},
             split_rngs={'params': True},
             in_axes=(0, nn.broadcast, nn.broadcast),
@@ -193,7 +225,9 @@ class Stack(nn.Module):
             unroll=length if unrolled else 1,
         )
         name = f'segment_{number}'
-        return functools.partial(loop, layer(self.config, self.dtype, placement, self.stream_sharding, name=name))
+        return functools.partial(
+            loop, layer(self.config, self.dtype, placement, self.stream_sharding, capture, name=name)
+        )
 
     def per_layer(self, placement, first, end, keep):
         """What differs between the layers of a segment, each a value with a leading axis over them."""
@@ -203,6 +237,29 @@ class Stack(nn.Module):
             for name, at in (('attention', placement.attention), ('mlp', placement.mlp))
         }
         return {'constants': constants} | ({} if keep is None else {'keep': keep[first:end]})
+
+
+def measured(norm_position):
+    """Whether some layers have factors that are set before the first step."""
+    return any(
+        isinstance(factor, norms.Learned) and factor.measured
+        for name in norm_position
+        for factor in norms.PLACEMENTS[name].attention.factors().values()
+    )
+
+
+def with_omega(stack, norm_position, omega):
+    """The parameters of a Stack with `omega` [2L] in every factor that is measured."""
+    by_layer, changed = omega.reshape(-1, 2), dict(stack)
+    for number, (name, first, end) in enumerate(norms.segments(norm_position)):
+        for at, sublayer in enumerate(('attention', 'mlp')):
+            for by, factor in getattr(norms.PLACEMENTS[name], sublayer).factors().items():
+                if isinstance(factor, norms.Learned) and factor.measured:
+                    segment = changed[f'segment_{number}']
+                    leaf = segment[f'{sublayer}_{by}']
+                    values = jnp.broadcast_to(by_layer[first:end, at, None], leaf.shape).astype(leaf.dtype)
+                    changed[f'segment_{number}'] = segment | {f'{sublayer}_{by}': values}
+    return changed
 
 
 def split_layers(stack, norm_position):
