@@ -98,13 +98,14 @@ class Data:
 class Optim:
     """The optimiser and its learning-rate schedule."""
 
-    name: str = key('adam', 'optimiser', choices=('adam', 'adamw', 'sgd'))
+    name: str = key('adam', 'optimiser', choices=('adam', 'adamw', 'sgd', 'lion', 'adafactor', 'muon', 'galore'))
     learning_rate: float = key(1e-3, 'peak learning rate', above=0.0, at_most=1e38)
     min_ratio: float = key(0.1, 'last learning rate as a share of the peak', at_least=0.0, at_most=1.0)
-    schedule: str = key('cosine', 'decay after the warm-up', choices=('cosine', 'linear', 'constant'))
+    schedule: str = key('cosine', 'decay after the warm-up', choices=('cosine', 'linear', 'constant', 'wsd'))
     warmup_ratio: float = key(0.1, 'share of the steps that warm up', at_least=0.0, below=1.0)
-    weight_decay: float = key(0.0, 'decoupled weight decay of matrices (adamw, sgd)', at_least=0.0)
-    b1: float = key(0.9, 'decay of the first moment; momentum of sgd', at_least=0.0, below=1.0)
+    decay_ratio: float = key(0.2, 'share of the steps over which wsd decays', above=0.0, at_most=1.0)
+    weight_decay: float = key(0.0, 'decoupled weight decay of matrices (all but adam)', at_least=0.0)
+    b1: float = key(0.9, 'decay of the first moment; momentum of sgd and muon', at_least=0.0, below=1.0)
     b2: float = key(0.999, 'decay of the second moment', at_least=0.0, below=1.0)
     eps: float = key(1e-8, 'epsilon of Adam', above=0.0)
     mu_dtype: str = key(
@@ -112,6 +113,9 @@ class Optim:
         'type of the first moment; bfloat16 saves 2 bytes a parameter; auto: that of the weights',
         choices=('auto', 'float32', 'bfloat16'),
     )
+    galore_rank: int = key(128, 'rank of the projected gradients of galore', at_least=1)
+    galore_gap: int = key(200, 'steps between new projections of galore', at_least=1)
+    galore_scale: float = key(0.25, 'factor of the projected updates of galore', above=0.0)
     clip_norm: float = key(0.0, 'largest global gradient norm; 0: no clipping', at_least=0.0)
 
 
@@ -171,6 +175,12 @@ class Config:
     param_dtype: str = key('float32', 'type of weights and moments', choices=('float32', 'bfloat16'))
     device: str = key('auto', 'kind of device', choices=('auto', 'cpu', 'gpu', 'tpu'))
     deterministic: bool = key(False, 'bitwise repeatable also on GPU, at some cost')
+    compat: str = key(
+        'none',
+        "official: what the Mix-LN authors' code does where it differs (docs/official.md); official_float32: all of it "
+        'but weights and moments in bfloat16',
+        choices=('none', 'official', 'official_float32'),
+    )
     model: Model = group(Model)
     data: Data = group(Data)
     optim: Optim = group(Optim)
@@ -261,7 +271,15 @@ def build(values) -> Config:
     """
     config = _build(Config, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values, 'config')
     _check_together(config)
-    return config
+    return config if config.compat == 'none' else _official(config)
+
+
+def _official(config):
+    """With what `compat` decides of the keys: the type of the weights, the embedding's deviation unless it is given."""
+    given = config.model.embed_std != Model.embed_std
+    embed_std = config.model.embed_std if given else 0.4**0.5
+    dtype = 'bfloat16' if config.compat == 'official' else config.param_dtype
+    return dataclasses.replace(config, param_dtype=dtype, model=dataclasses.replace(config.model, embed_std=embed_std))
 
 
 def read(path) -> Config:
@@ -343,7 +361,7 @@ def _check_together(config):
             f'config.model.num_kv_heads={model.num_kv_heads}'
         )
     if optim.weight_decay and optim.name == 'adam':
-        raise UsageError('config.optim.weight_decay needs config.optim.name=adamw or sgd; adam has none')
+        raise UsageError('config.optim.weight_decay needs config.optim.name=adamw or another; adam has none')
     if config.batch_size * config.seq_length >= 2**31:
         raise UsageError('config.batch_size times config.seq_length must be below 2^31 positions')
     sizes = dataclasses.asdict(config.mesh)

@@ -6,7 +6,9 @@ from mixln_jax import mesh as meshes
 from mixln_jax import metrics
 
 
-def evaluate(eval_step, params, batches, *, at_a_time, byte_lengths, num_tokens, sharding, check=lambda: None):
+def evaluate(
+    eval_step, params, batches, *, at_a_time, byte_lengths, num_tokens, sharding, check=lambda: None, official=False
+):
     """Evaluates on batches until at least `num_tokens` target tokens have been seen or the batches end.
 
     Args:
@@ -18,18 +20,21 @@ def evaluate(eval_step, params, batches, *, at_a_time, byte_lengths, num_tokens,
         num_tokens: when to stop.
         sharding: of the batches' arrays on devices.
         check: called before each batch; may raise to stop early.
+        official: whether to give `eval/perplexity_official` besides.
 
     Returns:
         {'eval/loss', 'eval/perplexity', 'eval/tokens', 'eval/bits_per_byte'}.
     """
-    sums, tokens, num_bytes = [], 0, 0
+    sums, counts, num_bytes = [], [], 0
     for batch in batches:
         check()
         sums.append(eval_step(params, meshes.place(batch, sharding))[0])
-        tokens += int(batch['weights'].sum())
+        counts.append(int(batch['weights'].sum()))
         num_bytes += float((byte_lengths[batch['targets']] * batch['weights']).sum())
         if len(sums) > 1:
             sums[-2] = jax.device_get(sums[-2])  # the batch before: keeps the device busy and its queue short
-        if tokens >= num_tokens and len(sums) % at_a_time == 0:
+        if sum(counts) >= num_tokens and len(sums) % at_a_time == 0:
             break
-    return metrics.evaluation(float(sum(float(jax.device_get(total)) for total in sums)), tokens, num_bytes)
+    sums = [float(jax.device_get(total)) for total in sums]
+    values = metrics.evaluation(sum(sums), sum(counts), num_bytes)
+    return values | ({'eval/perplexity_official': metrics.official_perplexity(sums, counts)} if official else {})

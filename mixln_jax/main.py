@@ -122,6 +122,7 @@ def run(values, workdir, stop=None):
                     num_tokens=config.eval.tokens,
                     sharding=sharding,
                     check=stop.check,
+                    official=config.compat != 'none',
                 )
 
         def about_state():

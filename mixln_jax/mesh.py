@@ -24,12 +24,14 @@ ROWS = ('data', 'fsdp')  # the axes over which rows of a batch are split
 # How a leaf of the train state is split: the first pattern found in its name decides, and of its choices the first
 # whose axes divide the leaf's dimensions (those of one layer). No pattern matches everything: a new leaf needs a rule.
 RULES = (
+    (r'(^|/)(step|bad_step|count|ns_coeffs)$', P()),
+    (r'/(v|v_row|v_col)/', P()),  # of adafactor: vectors, and matrices too small to factor
+    (r'/(projector|base_optimizer_state)/', P('fsdp', None), P(None, 'fsdp'), P()),  # of galore: of a small rank
     (r'/embedding$', P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor'))),
     (r'/head/kernel$', P('fsdp', 'tensor')),
     (r'/(q|k|v|gate|up)/kernel$', P('fsdp', 'tensor'), P(('fsdp', 'tensor'), None)),
     (r'/(o|down)/kernel$', P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor'))),
     (r'(norm\w*/|_)scale$', P()),
-    (r'(^|/)(step|bad_step|count)$', P()),
 )
 
 

@@ -28,6 +28,13 @@ def evaluation(loss_sum, tokens, num_bytes):
     }
 
 
+def official_perplexity(sums, counts):
+    """What the Mix-LN authors' code reports of n batches: exp of the sum of the batches' mean losses over n + 1, for
+    its count starts at one (torchrun_main.py, evaluate_model). It is too low."""
+    means = [total / count for total, count in zip(sums, counts, strict=True) if count]
+    return perplexity(sum(means) / (len(means) + 1))
+
+
 def perplexity(loss):
     """exp(loss), infinite where that overflows."""
     return math.exp(loss) if loss < 709 else math.inf

@@ -1,24 +1,35 @@
 """Optimisers and learning-rate schedules."""
 
+import functools
+
 import jax
 import optax
+from optax import contrib
 
 from mixln_jax import config as configs
 from mixln_jax import trees
 
 
-def schedule(config: configs.Optim, num_steps):
+def schedule(config: configs.Optim, num_steps, official=False):
     """The learning rate of update s = 0, 1, ...: a linear warm-up that ends at the peak, then a decay that ends at
-    min_ratio * peak with the last update. The first update already learns."""
+    min_ratio * peak with the last update. The first update already learns; `official`, its rate is 0 and each later
+    one is the rate of the update before, as in the Mix-LN authors' code.
+
+    wsd (Hu et al. 2024, MiniCPM, arXiv 2404.06395) stays at the peak and decays linearly over the last decay_ratio.
+    """
     warmup = round(config.warmup_ratio * num_steps)
     peak, floor, decay_steps = config.learning_rate, config.learning_rate * config.min_ratio, max(1, num_steps - warmup)
+    falling = min(decay_steps, max(1, round(config.decay_ratio * num_steps)))
     decay = {
         'cosine': optax.cosine_decay_schedule(peak, decay_steps, alpha=config.min_ratio),
         'linear': optax.linear_schedule(peak, floor, decay_steps),
         'constant': optax.constant_schedule(peak),
+        'wsd': optax.join_schedules(
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, floor, falling)], [decay_steps - falling]
+        ),
     }[config.schedule]
     whole = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), decay], [warmup])
-    return lambda step: whole(step + 1)
+    return whole if official else lambda step: whole(step + 1)
 
 
 def optimizer(config: configs.Optim):
@@ -29,18 +40,49 @@ def optimizer(config: configs.Optim):
     """
     mu_dtype = None if config.mu_dtype == 'auto' else config.mu_dtype
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=mu_dtype)
+    muon = contrib.scale_by_muon(
+        beta=config.b1,
+        eps=config.eps,
+        mu_dtype=mu_dtype,
+        weight_dimension_numbers=lambda matrices: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), matrices),
+    )
+    galore = contrib.scale_by_galore(config.galore_rank, config.galore_gap, config.galore_scale, adam)
+    rule = {
+        'adam': adam,
+        'adamw': adam,
+        'sgd': optax.trace(config.b1, accumulator_dtype=mu_dtype),
+        'lion': optax.scale_by_lion(config.b1, config.b2, mu_dtype),
+        'adafactor': optax.chain(optax.adafactor(), optax.scale(-1.0)),  # the sign of a descent is the step's
+        'muon': optax.chain(muon, optax.stateless_with_tree_map(_size_of_adam)),
+        'galore': galore,
+    }[config.name]
+    others = rule
+    if config.name in ('muon', 'galore'):  # for matrices between features alone
+        kind = lambda path, _: 'matrix' if path[-1].key == 'kernel' else 'vector'  # noqa: E731
+        by_leaf = functools.partial(jax.tree_util.tree_map_with_path, kind)
+        rule, others = optax.partition({'matrix': rule, 'vector': adam}, by_leaf), adam
     decay = [optax.add_decayed_weights(config.weight_decay, mask=_is_matrix)] if config.weight_decay else []
-    chains = {
-        'adam': [adam],
-        'adamw': [adam, *decay],
-        'sgd': [optax.trace(config.b1, accumulator_dtype=mu_dtype), *decay],
-    }
-    return per_layer(optax.chain(*chains[config.name]))
+    return per_layer(optax.chain(rule, *decay), optax.chain(others, *decay), one_by_one=config.name == 'galore')
 
 
-def per_layer(transformation):
+def _size_of_adam(update, _):
+    """Scales an orthogonal matrix to the size of Adam's updates, so that one learning rate serves both (Liu et al.
+    2025, Muon is Scalable, arXiv 2502.16982, equation 4)."""
+    return 0.2 * max(update.shape) ** 0.5 * update
+
+
+def per_layer(transformation, others, one_by_one=False):
     """Shows `transformation` one layer at a time: it is mapped over the stacked axis of every segment, so it sees a
-    layer's matrices and never the stack. The other leaves it sees as one tree."""
+    layer's matrices and never the stack. `others` sees the leaves outside the layers, as one tree.
+
+    `one_by_one` runs the layers in turn: what is done now and then (GaLore's singular value decomposition) would be
+    done at every step by layers that run together.
+    """
+
+    def mapped(*arguments):
+        if one_by_one:
+            return jax.lax.map(lambda one: transformation.update(*one), arguments)
+        return jax.vmap(transformation.update)(*arguments)
 
     def split(params):
         return {name: leaf for name, leaf in params.items() if name != trees.STACKED}, params[trees.STACKED]
@@ -48,16 +90,14 @@ def per_layer(transformation):
     def init(params):
         rest, stack = split(params)
         layers = {name: jax.vmap(transformation.init)(segment) for name, segment in stack.items()}
-        return {'rest': transformation.init(rest), trees.STACKED: layers}
+        return {'rest': others.init(rest), trees.STACKED: layers}
 
     def update(updates, state, params):
         (rest, stack), (params_rest, params_stack) = split(updates), split(params)
-        rest, rest_state = transformation.update(rest, state['rest'], params_rest)
+        rest, rest_state = others.update(rest, state['rest'], params_rest)
         layers, states = {}, {}
         for name, segment in stack.items():
-            layers[name], states[name] = jax.vmap(transformation.update)(
-                segment, state[trees.STACKED][name], params_stack[name]
-            )
+            layers[name], states[name] = mapped(segment, state[trees.STACKED][name], params_stack[name])
         return rest | {trees.STACKED: layers}, {'rest': rest_state, trees.STACKED: states}
 
     return optax.GradientTransformation(init, update)

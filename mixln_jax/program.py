@@ -27,9 +27,13 @@ class Program:
         self.config, self.mesh = config, mesh
         _check_sizes(config, mesh)
         self._rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-        self.model = llama.from_config(config.model, config.compute_dtype, self._rows)
+        official = config.compat != 'none'
+        frozen_row = config.model.vocab_size - 1 if official else None  # their padding_idx is -1
+        self.model = llama.from_config(config.model, config.compute_dtype, self._rows, official)
         optimizer = optim.optimizer(config.optim)
-        init = functools.partial(step.init_state, self.model, optimizer, param_dtype=config.param_dtype)
+        init = functools.partial(
+            step.init_state, self.model, optimizer, param_dtype=config.param_dtype, frozen_row=frozen_row
+        )
         shapes = jax.eval_shape(init, jax.random.key(0))
         shardings = meshes.state_shardings(mesh, shapes)
         self.state = jax.tree.map(_like, shapes, shardings)
@@ -38,10 +42,12 @@ class Program:
             step.train_step,
             model=self.model,
             optimizer=optimizer,
-            schedule=optim.schedule(config.optim, config.num_steps),
+            schedule=optim.schedule(config.optim, config.num_steps, official),
             clip_norm=config.optim.clip_norm,
             accumulate=config.accumulate,
             shardings=shardings.params,
+            micro_means=official,
+            frozen_row=frozen_row,
         )
         self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
         measure = functools.partial(step.measure_factors, model=self.model, accumulate=config.accumulate)

@@ -22,9 +22,11 @@ class State:
     )  # the first step whose loss or gradient was not finite; 0: none. While set, a step is the identity
 
 
-def init_state(model, optimizer, key, param_dtype='float32'):
-    """A fresh State; weights as `model.init` draws them, in `param_dtype`."""
+def init_state(model, optimizer, key, param_dtype='float32', frozen_row=None):
+    """A fresh State; weights as `model.init` draws them, in `param_dtype`, the frozen row of the embedding zero."""
     params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), model.init(key)['params'])
+    if frozen_row is not None:
+        params = _without_row(params, frozen_row)
     return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
 
@@ -49,7 +51,19 @@ def batch_loss(model, params, batch):
     return losses.token_losses(x, kernel, batch['targets'], batch['weights'], model.config.vocab_size, mesh=mesh)
 
 
-def train_step(state, batch, *, model, optimizer, schedule, clip_norm=0.0, accumulate=1, shardings=None):
+def train_step(
+    state,
+    batch,
+    *,
+    model,
+    optimizer,
+    schedule,
+    clip_norm=0.0,
+    accumulate=1,
+    shardings=None,
+    micro_means=False,
+    frozen_row=None,
+):
     """One update.
 
     Args:
@@ -61,6 +75,8 @@ def train_step(state, batch, *, model, optimizer, schedule, clip_norm=0.0, accum
         clip_norm: largest global gradient norm; 0: no clipping.
         accumulate: micro-batches; they share one sum and one count, so the mathematics is the whole batch's.
         shardings: of the weights, which their gradients are to have too; None: one device.
+        micro_means: the mean of the micro-batches' means instead, which weighs tokens unequally (the Mix-LN authors').
+        frozen_row: of the embedding, which has no gradient (torch's padding_idx); None: all have one.
 
     Returns:
         (State, metrics): loss (nats a token), grad_norm (before clipping), learning_rate, tokens, layer_grad_norm [L],
@@ -74,12 +90,18 @@ def train_step(state, batch, *, model, optimizer, schedule, clip_norm=0.0, accum
         of_params = lambda params: batch_loss(model, params, micro_batch)[:2]  # noqa: E731
         (loss, count), grads = jax.value_and_grad(of_params, has_aux=True)(state.params)
         grads = split(grads)
+        if micro_means:
+            of_micro = lambda total: total / jnp.maximum(count, 1) * (whole / accumulate)  # noqa: E731
+            loss, grads = jax.tree.map(of_micro, (loss, grads))
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, (loss, count, grads)), None
 
+    whole = batch['weights'].astype(jnp.float32).sum()
     zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.float32), state.params)
     start = jnp.float32(0), jnp.float32(0), split(zeros)
     (loss, count, grads), _ = jax.lax.scan(add, start, micro_batches(batch, accumulate))
     loss, grads = jax.tree.map(lambda total: total / jnp.maximum(count, 1), (loss, grads))
+    if frozen_row is not None:
+        grads = _without_row(grads, frozen_row)
 
     layer_grad_norm, grad_norm = measures.layer_norms(grads)
     if clip_norm:
@@ -102,6 +124,11 @@ def train_step(state, batch, *, model, optimizer, schedule, clip_norm=0.0, accum
         'layer_grad_norm': layer_grad_norm,
         'bad_step': bad_step,
     }
+
+
+def _without_row(params, row):
+    table = params['embed']['embedding']
+    return params | {'embed': {'embedding': table.at[row].set(0)}}
 
 
 def eval_step(params, batch, *, model):

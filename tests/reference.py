@@ -299,6 +299,37 @@ def sgd(params, grads_list, lrs, momentum, weight_decay):
     return p
 
 
+def lion(params, grads_list, lrs, b1, b2, weight_decay):
+    """p -= lr (sign(b1 m + (1 - b1) g) + decay p); m = b2 m + (1 - b2) g. Chen et al., arXiv 2302.06675."""
+    p, m = np.array(params, np.float64), np.zeros(np.shape(params))
+    for g, lr in zip(grads_list, lrs, strict=True):
+        g = np.asarray(g, np.float64)
+        p = p - lr * (np.sign(b1 * m + (1 - b1) * g) + weight_decay * p)
+        m = b2 * m + (1 - b2) * g
+    return p
+
+
+def muon(params, grads_list, lrs, momentum, eps, weight_decay):
+    """One matrix: Nesterov momentum, five Newton-Schulz steps towards an orthogonal matrix, 0.2 sqrt(max(in, out)).
+
+    Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the scale of Liu et al., arXiv 2502.16982, eq. 4. The
+    moments are bias-corrected as optax does, which the normalisation of the first step undoes up to eps.
+    """
+    p, m = np.array(params, np.float64), np.zeros(np.shape(params))
+    for t, (g, lr) in enumerate(zip(grads_list, lrs, strict=True), start=1):
+        g = np.asarray(g, np.float64)
+        m = momentum * m + (1 - momentum) * g
+        ahead = momentum * m / (1 - momentum ** (t + 1)) + (1 - momentum) * g / (1 - momentum**t)
+        x = ahead.T if ahead.shape[0] > ahead.shape[1] else ahead
+        x = x / (np.linalg.norm(x) + eps)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = x.T if ahead.shape[0] > ahead.shape[1] else x
+        p = p - lr * (0.2 * np.sqrt(max(p.shape)) * x + weight_decay * p)
+    return p
+
+
 def angular_distance(u, v):
     """u, v [..., D] -> [...]: arccos(cosine) / pi, in 0..1. Gromov et al., arXiv 2403.17887."""
     u, v = np.asarray(u, np.float64), np.asarray(v, np.float64)

@@ -192,5 +192,11 @@ class TestSchedules:
         middle = {'cosine': 0.2 + 1.8 / 2, 'linear': 1.1, 'constant': 2.0}[name]
         assert rates[54] == pytest.approx(middle)
 
+    def test_wsd(self):
+        rates = self.rates(schedule='wsd', decay_ratio=0.4)
+        assert rates[4] == pytest.approx(1.0) and rates[9:60] == pytest.approx([2.0] * 51)
+        assert rates[79] == pytest.approx(1.1) and rates[99] == pytest.approx(0.2)
+        assert self.rates(schedule='wsd', decay_ratio=1.0)[99] == pytest.approx(0.2)
+
     def test_no_warm_up(self):
         assert self.rates(warmup_ratio=0.0, schedule='linear')[0] == pytest.approx(2 - 0.018)

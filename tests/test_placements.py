@@ -161,3 +161,25 @@ def test_a_mesh_changes_no_number(placement):
         found.append(losses)
     assert found[0][-1] < found[0][0]
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['lion', 'adafactor', 'muon', 'galore'])
+def test_optimisers_on_a_mesh(name):
+    """One loss curve on one device and on eight, whatever the optimiser keeps of a matrix."""
+    rng, found = np.random.default_rng(0), []
+    tokens = (rng.integers(0, 100, (16, 1)) + 2 * np.arange(13)) % 101
+    batch = {'inputs': tokens[:, :-1].astype(np.int32), 'targets': tokens[:, 1:].astype(np.int32)}
+    batch['weights'] = np.ones((16, 12), np.float32)
+    for shape in ((1, 1, 1), (2, 4, 1), (2, 2, 2)):
+        optimiser = configs.Optim(name=name, learning_rate=1e-3, galore_rank=4, warmup_ratio=0.0)
+        program = Program(
+            dataclasses.replace(CONFIG, optim=optimiser), mesh.make_mesh(configs.Mesh(*shape), jax.devices('cpu'))
+        )
+        placed = jax.device_put(batch, mesh.batch_sharding(program.mesh))
+        state, losses = program.init(jax.random.key(0)), []
+        for _ in range(4):
+            state, values = program.train_step(state, placed)
+            losses.append(float(values['loss']))
+        found.append(losses)
+    assert found[0][-1] < found[0][0]
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5)

@@ -1,5 +1,6 @@
 """Loss, accumulation, clipping, bad steps, and the optimisers layer by layer."""
 
+import dataclasses
 import functools
 
 import jax
@@ -23,6 +24,9 @@ MODEL = configs.Model(
     norm_position='post,pre*3',
     init_std=0.3,
 )
+
+
+WIDE = dataclasses.replace(MODEL, hidden_size=128, intermediate_size=160)  # from 128 on adafactor factors
 
 
 def batch_of(rng, B=8, T=6, V=11):
@@ -180,6 +184,8 @@ class TestOptimisers:
         'adam': {},
         'adamw': {'weight_decay': 0.1},
         'sgd': {'b1': 0.8, 'weight_decay': 0.1},
+        'lion': {'b2': 0.99, 'weight_decay': 0.1},
+        'muon': {'b1': 0.95, 'weight_decay': 0.1},
     }
 
     @pytest.mark.parametrize('name', changes)
@@ -198,6 +204,10 @@ class TestOptimisers:
             decay = config.weight_decay * (path[-1].key != 'scale')
             if name == 'sgd':
                 return reference.sgd(leaf, grads, rates, config.b1, decay)
+            if name == 'lion':
+                return reference.lion(leaf, grads, rates, config.b1, config.b2, decay)
+            if name == 'muon' and path[0].key == trees.STACKED and path[-1].key == 'kernel':
+                return reference.muon(leaf, grads, rates, config.b1, config.eps, decay)
             return reference.adamw(leaf, grads, rates, config.b1, config.b2, config.eps, decay)
 
         def by_layer(path, leaf, *grads):
@@ -208,6 +218,51 @@ class TestOptimisers:
         expected = jax.tree_util.tree_map_with_path(by_layer, params, *gradients)
         for (path, one), other in zip(trees.named_leaves(new), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6, err_msg=path)
+
+    @pytest.mark.parametrize('name', ['adafactor', 'galore', 'muon'])
+    def test_stack_equals_the_same_rule_layer_by_layer(self, name):
+        """Three updates, a new projection at the third; the rule of one layer, run on each layer alone."""
+        config = configs.Optim(name=name, weight_decay=0.1, galore_rank=3, galore_gap=2)
+        params = jax.jit(llama.from_config(WIDE, 'float32').init)(jax.random.key(0))['params']
+        rng, optimizer = np.random.default_rng(0), optim.optimizer(config)
+        gradients = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params) for _ in range(3)]
+
+        def updates(params, gradients):
+            state, found = optimizer.init(params), []
+            for grads in gradients:
+                update, state = jax.jit(optimizer.update)(grads, state, params)
+                found.append(update)
+            return found, state
+
+        of_stack, state = updates(params, gradients)
+        segment = 'segment_1'
+        for layer in range(3):
+
+            def alone(tree, i=layer):
+                return tree | {'layers': {segment: jax.tree.map(lambda leaf: leaf[i : i + 1], tree['layers'][segment])}}
+
+            of_layer, _ = updates(alone(params), [alone(grads) for grads in gradients])
+            for one, other in zip(of_stack, of_layer, strict=True):
+                for (path, a), b in zip(trees.named_leaves(alone(one)), jax.tree.leaves(other), strict=True):
+                    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max(), err_msg=path)
+        held = {path: leaf.shape for path, leaf in trees.named_leaves(state) if f'{segment}/' in path and '/q/' in path}
+        shapes = {'adafactor': (3, 128), 'galore': (3, 3, 128), 'muon': (3, 128, 128)}
+        assert shapes[name] in held.values()
+        if name != 'muon':  # the moments are factored, or of the projection
+            assert (3, 128, 128) not in held.values()
+
+    def test_galore_has_the_rank_that_is_asked(self):
+        params = jax.jit(llama.from_config(MODEL, 'float32').init)(jax.random.key(0))['params']
+        optimizer = optim.optimizer(configs.Optim(name='galore', galore_rank=3, galore_scale=0.5))
+        grads = jax.tree.map(lambda p: np.random.default_rng(1).normal(size=p.shape).astype(np.float32), params)
+        updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+        for matrix in updates['layers']['segment_1']['mlp']['up']['kernel']:
+            assert np.linalg.matrix_rank(matrix, tol=1e-4) == 3
+        adam = optim.optimizer(configs.Optim())
+        same, _ = jax.jit(adam.update)(grads, adam.init(params), params)
+        for name in ('embed', 'head', 'norm'):
+            for one, other in zip(jax.tree.leaves(updates[name]), jax.tree.leaves(same[name]), strict=True):
+                np.testing.assert_array_equal(one, other)
 
     @pytest.mark.parametrize('name', ['adam', 'sgd'])
     def test_first_moment_in_bfloat16(self, name):
@@ -242,7 +297,7 @@ class TestOptimisers:
             del params
             return jax.tree.map(lambda u: u / jnp.linalg.norm(u), updates), state
 
-        by_norm = optim.per_layer(optax.GradientTransformation(lambda params: optax.EmptyState(), update))
+        by_norm = optim.per_layer(*[optax.GradientTransformation(lambda params: optax.EmptyState(), update)] * 2)
         params = jax.jit(llama.from_config(MODEL, 'float32').init)(jax.random.key(0))['params']
         shown, _ = by_norm.update(params, by_norm.init(params), params)
         for segment in trees.segments(shown):

@@ -97,9 +97,14 @@ class Llama(nn.Module):
         return jax.eval_shape(super().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
 
-def from_config(config: configs.Model, compute_dtype='bfloat16', stream_sharding=None) -> Llama:
-    """The network of a config. Raises UsageError for a `norm_position` that does not fit."""
+def from_config(config: configs.Model, compute_dtype='bfloat16', stream_sharding=None, official=False) -> Llama:
+    """The network of a config; `official`: with what the Mix-LN authors' code computes under each name.
+
+    Raises UsageError for a `norm_position` that does not fit.
+    """
     names = norms.resolve(config.norm_position, config.num_layers, config.post_ratio)
+    if official:
+        names = tuple(norms.OFFICIAL.get(name, name) for name in names)
     if any(norms.PLACEMENTS[name].attention.grouped for name in names) and config.hidden_size % config.norm_groups:
         raise UsageError(
             f'config.model.hidden_size={config.hidden_size} does not divide by '

@@ -132,6 +132,8 @@ def _every_fourth(name, others):
     return lambda layers: tuple(name if l % 4 == 0 else others for l in range(1, layers + 1))
 
 
+OFFICIAL = {'deepnorm': 'deepnorm_official'}  # what the Mix-LN authors' code computes under a name
+
 # A scheme makes the whole list: number of layers -> names. Those after the second are the authors' (NORM_TYPE).
 SCHEMES = {
     'mix': None,  # needs post_ratio as well
