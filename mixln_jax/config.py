@@ -162,6 +162,15 @@ class Profile:
 
 
 @dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a paper reports of the run; the report puts it beside what came out."""
+
+    perplexity: float = key(0.0, 'perplexity that a paper reports; 0: none', at_least=0.0)
+    tokens: float = key(0.0, 'tokens that it reports', at_least=0.0)
+    source: str = key('', 'where it does')
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -189,6 +198,7 @@ class Config:
     mesh: Mesh = group(Mesh)
     processes: Processes = group(Processes)
     profile: Profile = group(Profile)
+    expected: Expected = group(Expected)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -217,6 +227,8 @@ def load(recipe, overrides=()):
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*([argument] if argument else []))
+    except UsageError as error:
+        raise UsageError(f'{file}: {error}') from None
     except (Exception, SystemExit) as error:  # a recipe is Python and may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         line = getattr(error, 'lineno', None) or (lines[-1] if lines else None)
@@ -229,6 +241,25 @@ def load(recipe, overrides=()):
         raise UsageError(f'{file}: get_config returned {type(config).__name__}, not the ConfigDict of config.default()')
     for path, text in overrides:
         _override(config, path, text)
+    return config
+
+
+def cell(file, source, cells, tokens, name):
+    """The recipe of one cell of a paper's table, over that of its size.
+
+    Args:
+        file: the table's own, in a folder beside the recipes `llama_<size>.py`.
+        source: which table.
+        cells: {name: (size, {dotted key: value}, perplexity)}.
+        tokens: {size: tokens that the paper reports}.
+        name: of the cell. Raises UsageError, listing them, for one that is not there.
+    """
+    if name not in cells:
+        raise UsageError(f'{name!r} is not a cell of {source}; FILE:CELL with one of {", ".join(cells)}')
+    size, changes, perplexity = cells[name]
+    config = load(str(pathlib.Path(file).absolute().parents[1] / f'llama_{size}.py'))
+    config.update_from_flattened_dict(changes)
+    config.expected.update(perplexity=perplexity, tokens=tokens[size], source=f'{source}, {name}')
     return config
 
 

@@ -37,7 +37,7 @@ from mixln_jax.program import Program
 # What may differ when a run goes on; everything else would make it another run.
 MAY_CHANGE = (
     *('device', 'accumulate', 'log_every', 'model.scan_unroll', 'model.remat'),
-    *('eval.', 'checkpoint.', 'mesh.', 'processes.', 'profile.'),
+    *('eval.', 'checkpoint.', 'mesh.', 'processes.', 'profile.', 'expected.'),
     *('data.workers', 'data.path', 'data.data_dir', 'data.tokenizer_path'),  # to the same content
 )
 
@@ -280,9 +280,8 @@ def _flops_per_position(config, params):
 def _describe(config, model, rows, mesh):
     """The start line and what follows from the keys."""
     per_step = config.batch_size * config.seq_length
-    named = ', '.join(f'{name} x {end - first}' for name, first, end in norms.segments(model.norm_position))
     record.say(
-        f'{mesh.size} x {mesh.devices.flat[0].device_kind}; placement {named}\n'
+        f'{mesh.size} x {mesh.devices.flat[0].device_kind}; placement {norms.spelled(model.norm_position)}\n'
         f'{per_step:,} positions a step, {per_step * config.num_steps:,} in {config.num_steps:,} steps, '
         f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows'
     )
@@ -306,7 +305,8 @@ def parse(argv):
     options, rest = exits.parse(parser, argv, known=True)
     if not options.config:
         raise UsageError('--config FILE is missing; --help lists the keys')
-    options.workdir = options.workdir or f'runs/{pathlib.Path(options.config.partition(":")[0]).stem}'
+    file, _, argument = options.config.partition('.py:')
+    options.workdir = options.workdir or f'runs/{pathlib.Path(file).stem}{argument and f"_{argument}"}'
     return options, configs.load(options.config, configs.overrides(rest))
 
 

@@ -10,7 +10,7 @@ LEVELS = [
     {'losses', 'optim', 'metrics', 'measures'},
     {'checkpoint', 'step', 'program', 'weights'},
     {'train', 'hooks', 'evaluate'},
-    {'plan', 'main'},
+    {'plan', 'main', 'report'},
 ]
 WITHIN = {
     ('config', 'exits'),
@@ -67,5 +67,5 @@ def test_only_models_import_flax_modules():
 
 
 def test_recipes_import_config_alone():
-    for path in (ROOT / 'configs').glob('*.py'):
+    for path in (ROOT / 'configs').rglob('*.py'):
         assert set(imports(path)) == {'config'}, path

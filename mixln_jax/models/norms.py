@@ -202,6 +202,11 @@ def segments(norm_position):
     return runs
 
 
+def spelled(norm_position):
+    """The names of all layers for people, `post x 3, pre x 9`."""
+    return ', '.join(f'{name} x {end - first}' for name, first, end in segments(norm_position))
+
+
 def warnings(norm_position, init, warmup_ratio):
     """Combinations that are known to train badly, a line each."""
     if 'lns' in norm_position and init == 'scaled':

@@ -1,0 +1,145 @@
+"""Recipes of the papers' tables, the table of sizes in docs/, and the report."""
+
+import json
+import pathlib
+import re
+
+import jax
+import pytest
+
+from mixln_jax import config as configs
+from mixln_jax import main, report
+from mixln_jax.exits import UsageError
+from mixln_jax.models import llama
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAPER = ROOT / 'configs/paper'
+# Millions of positions of a run (steps times 512 times 256), and parameters by hand.
+SIZES = {
+    '71m': (1311, 70_578_688), '130m': (2621, 134_105_856), '250m': (5243, 247_370_496), '350m': (7864, 367_969_280),
+    '1b': (13107, 1_339_082_752),
+}  # fmt: skip
+# Some cells of every table, typed from the papers, and how many there are.
+CELLS = {
+    'mixln_table1': (16, {'71m_post': 35.18, '130m_deepnorm': 27.17, '250m_pre': 21.92, '1b_mix': 18.18}),
+    'mixln_table5': (7, {'0': 18.65, '0.33': 18.41, '0.5': 18.86, '1': 1434}),
+    'mixln_table6': (5, {'pre': 23.39, 'admin': 24.82, 'group_pre': 23.10, 'sandwich': 23.26, 'mix': 22.33}),
+    'mixln_table8': (6, {'pre': 32.18, 'mix_init': 29.77, 'pre_init_embed': 31.28, 'mix_init_embed': 31.19}),
+    'lns_table1': (20, {'130m_post': 26.95, '250m_mix': 21.39, '350m_pre': 19.58, '1b_lns': 15.71}),
+}
+
+
+def load(table, cell):
+    return configs.build(configs.load(f'{PAPER / table}.py:{cell}'))
+
+
+def cells_of(table):
+    with pytest.raises(UsageError, match='is not a cell of') as refused:
+        load(table, 'none')
+    return str(refused.value).partition('with one of ')[2].split(', ')
+
+
+def test_every_table_is_here():
+    assert {path.stem for path in PAPER.glob('*.py')} == set(CELLS)
+
+
+@pytest.mark.parametrize('table', CELLS)
+def test_every_cell_builds(table):
+    count, some = CELLS[table]
+    names = cells_of(table)
+    assert len(names) == count
+    for name in names:
+        config = load(table, name)
+        model = llama.from_config(config.model)
+        jax.eval_shape(model.init, jax.random.key(0))
+        [size] = [size for size, (_, number) in SIZES.items() if number == by_hand(config.model)]
+        assert round(config.num_steps * config.batch_size * config.seq_length / 1e6) == SIZES[size][0]
+        assert config.expected.perplexity > 15 and name in config.expected.source
+        # What they report are real tokens, no more than the positions.
+        assert 0 < config.expected.tokens < config.num_steps * config.batch_size * config.seq_length
+    assert {name: load(table, name).expected.perplexity for name in some} == some
+
+
+def by_hand(model):
+    D, F = model.hidden_size, model.intermediate_size
+    return 2 * model.vocab_size * D + model.num_layers * (4 * D * D + 3 * D * F + 2 * D) + D
+
+
+def test_what_the_cells_change():
+    assert load('mixln_table5', '0.33').model.post_ratio == 0.33
+    assert llama.from_config(load('mixln_table5', '0.33').model).norm_position.count('post') == 8
+    assert set(llama.from_config(load('mixln_table5', '0').model).norm_position) == {'pre'}
+    scaled = load('mixln_table8', 'pre_init_embed').model
+    assert (scaled.init, scaled.scale_embed, scaled.embed_std) == ('scaled', True, pytest.approx((2 / 3840) ** 0.5))
+    assert not load('mixln_table8', 'mix_init').model.scale_embed
+    assert load('lns_table1', '350m_lns').model.norm_position == 'lns'
+
+
+def test_a_table_without_a_cell():
+    with pytest.raises(
+        UsageError, match=r"mixln_table1.py: '' is not a cell of Mix-LN Table 1; FILE:CELL with one of 71"
+    ):
+        configs.load(str(PAPER / 'mixln_table1.py'))
+
+
+def test_cells_have_work_directories_of_their_own():
+    options, _ = main.parse(['--config', f'{PAPER}/mixln_table5.py:0.25'])
+    assert options.workdir == 'runs/mixln_table5_0.25'
+
+
+def test_the_sizes_in_the_docs_are_those_of_the_networks():
+    lines = [line for line in (ROOT / 'docs/sizes.md').read_text().splitlines() if re.match(r'\| \d', line)]
+    assert len(lines) == 13
+    head = [line for line in (ROOT / 'docs/sizes.md').read_text().splitlines() if line.startswith('| size')][0]
+    schemes = [word.strip(' `') for word in head.split('|')[4:-1]]
+    for line in lines:
+        size, _, *numbers = [word.strip() for word in line.split('|')[1:-1]]
+        for scheme, number in zip(schemes, numbers[1:], strict=True):
+            values = configs.load(f'{ROOT}/configs/llama_{size}.py', [('model.norm_position', scheme)])
+            model = configs.build(values).model
+            params = jax.eval_shape(llama.from_config(model).init, jax.random.key(0))['params']
+            assert f'{llama.num_params(model, params):,}' == number, (size, scheme)
+
+
+class TestReport:
+    def run(self, folder, got, step=10, **expected):
+        folder.mkdir()
+        config = configs.default()
+        config.num_steps, config.model.num_layers, config.model.norm_position = 10, 3, 'post,pre*2'
+        config.expected.update(expected)
+        values = config.to_dict()
+        values['model'] |= {'norm_position': ['post', 'pre', 'pre'], 'layer_index': [1, 2, 3], 'depth': 3}
+        (folder / 'config.json').write_text(json.dumps(values))
+        lines = [{'step': 5, 'tokens': 500, 'eval/perplexity': 99.0}, {'step': step, 'tokens': 1_200_000_000}]
+        if got:
+            lines[1]['eval/perplexity'] = got
+        (folder / 'metrics.jsonl').write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+        return str(folder)
+
+    def test_got_paper_and_difference(self, tmp_path, capsys):
+        one = self.run(tmp_path / 'one', 33.0, perplexity=30.0, source='Mix-LN Table 1, 71m_mix')
+        two = self.run(tmp_path / 'two', None, step=7)
+        assert report.main([one, two]) == 0
+        head, _, first, second = [
+            [word.strip() for word in line.split('|')[1:-1]] for line in capsys.readouterr().out.splitlines()
+        ]
+        assert head == list(report.COLUMNS)
+        assert first == [
+            *(
+                'one',
+                'post x 1, pre x 2',
+                '10',
+                '1.2e+09',
+                '33.00',
+                '30.00',
+                '+3.00 (+10.0%)',
+                'Mix-LN Table 1, 71m_mix',
+            )
+        ]
+        assert second == ['two', 'post x 1, pre x 2', '7 of 10', '1.2e+09', '99.00', '-', '-', '-']
+
+    @pytest.mark.parametrize('words, message', [(['nowhere'], 'nowhere/config.json'), ([], 'required')])
+    def test_bad_input(self, capsys, words, message):
+        assert report.main(words) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
