@@ -149,8 +149,8 @@ class Mesh:
 class Processes:
     """Several processes that train together; the environment says which (see processes.py)."""
 
-    timeout: float = key(300.0, 'seconds to wait for all of them at the start', above=0)
-    stall: float = key(900.0, 'seconds without a batch before all stacks are shown; 0: never', at_least=0)
+    timeout: float = key(300.0, 'seconds to wait for all of them at the start', above=0, at_most=1e6)
+    stall: float = key(900.0, 'seconds without a batch before all stacks are shown; 0: never', at_least=0, at_most=1e6)
 
 
 @dataclasses.dataclass(frozen=True)

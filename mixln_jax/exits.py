@@ -6,12 +6,14 @@ Imports nothing heavy, so that a command can answer a signal while it still impo
 import argparse
 import contextlib
 import errno
+import math
 import multiprocessing
 import os
 import re
 import signal
 import sys
 import threading
+import time
 import traceback
 
 STOPPED = 75
@@ -85,13 +87,15 @@ class Stopped(BaseException):
 class Stop:
     """SIGTERM and SIGINT as a flag that the training loop reads; raised only where that is harmless.
 
-    One signal ends the run at the next safe point with exit 75, a second one at once.
+    One signal ends the run at the next safe point with exit 75, a second one at once. Ctrl-C in a terminal may come
+    twice, from the terminal and from the script that started the command: within a second it is one signal.
     """
 
     def __init__(self):
         self.requested = None  # the signal's name
         self._interruptible = False
         self._starting = False
+        self._since = math.inf
 
     def install(self):
         """Takes over both signals. Until `started` is called a signal ends the process at once."""
@@ -137,7 +141,9 @@ class Stop:
 
     def _handle(self, number, frame):
         del frame
-        again, self.requested = self.requested, signal.Signals(number).name
+        again = time.monotonic() > self._since + 1
+        self._since = min(self._since, time.monotonic())
+        self.requested = signal.Signals(number).name
         if again or self._starting:
             os.write(2, f'{stopped_line(f"stopped by {self.requested}")}\n'.encode())
             os._exit(STOPPED)
@@ -199,13 +205,13 @@ def call(job, *args, show_traceback=False):
     except Exception as error:
         if show_traceback:
             traceback.print_exception(error)
-        error = _known(error)
+        error = known(error)
         print(f'mixln_jax: {_one_line(error)}', file=sys.stderr)
         return error.code
     return 0
 
 
-def _known(error):
+def known(error):
     """The Exit that an exception stands for; a defect of ours becomes exit 1."""
     if isinstance(error, Exit):
         return error

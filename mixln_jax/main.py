@@ -68,6 +68,7 @@ def run(values, workdir, stop=None):
             model = program.model
             resolved = _resolved(config, model)
             given, workdir = workdir, closing.enter_context(_open_workdir(workdir, resolved))
+            processes.check_shared(workdir)
             with stop.wait():
                 checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep)
                 closing.callback(checkpoints.close)

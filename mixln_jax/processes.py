@@ -4,7 +4,9 @@ import contextlib
 import faulthandler
 import json
 import os
+import pathlib
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -15,11 +17,13 @@ import numpy as np
 from jax._src import clusters  # how JAX itself finds out; it has no public name
 from jax.experimental import multihost_utils
 
-from mixln_jax.exits import ProcessLost, Stop, UsageError, call, first_line
+from mixln_jax import record
+from mixln_jax.exits import ProcessLost, Stop, UsageError, call, first_line, known
 
 ASKED = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+LAST = 2.5  # seconds by which process 0 outlives the others
 KNOWN = ('slurm', 'ompi', 'gcetpu', 'gketpu')
-DIFFERENT, FAREWELL = 'not alike:', b'farewell'
+DIFFERENT, FAREWELL, ENDS = 'not alike:', b'farewell', b'ends '
 
 
 def find():
@@ -44,6 +48,10 @@ def find():
         there = (env for env in clusters.ClusterEnv._cluster_types if env.name in KNOWN and env.is_env_present())
         environment = next(there, None)
         if environment is None:
+            if int(os.environ.get('OMPI_COMM_WORLD_SIZE', 1)) > 1:
+                raise UsageError(
+                    f'this Open MPI does not say where process 0 is (version 4 does): set {", ".join(ASKED)}'
+                )
             return None
         count, number = environment.get_process_count(), environment.get_process_id()
         address = environment.get_coordinator_address(60, None)
@@ -53,7 +61,8 @@ def find():
 @contextlib.contextmanager
 def joined(timeout: float, digest: str):
     """Joins the other processes, if there are any, before JAX does anything else. Inside, this process ends with exit 8
-    as soon as another one is gone, even while it waits for that one.
+    as soon as another one is gone, even while it waits for that one; where another one ends with an error, with its
+    exit code.
 
     Args:
         timeout: seconds to wait for all.
@@ -66,22 +75,38 @@ def joined(timeout: float, digest: str):
         yield
         return
     address, count, number = found
-    peers = roll_call(address, count, number, timeout, digest)
-    threading.Thread(target=_watch, args=(peers, f'process {number} of {count}'), daemon=True).start()
+    peers, ending = roll_call(address, count, number, timeout, digest), threading.Event()
+    watch_thread = threading.Thread(target=_watch, args=(peers, f'process {number} of {count}', ending), daemon=True)
+    watch_thread.start()
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     try:
         jax.distributed.initialize(address, count, number, initialization_timeout=round(timeout))
     except Exception as error:
         raise ProcessLost(f'process {number} of {count}: JAX cannot join the others: {first_line(error)}') from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupted)
     try:
         yield
-    except Exception:
-        time.sleep(3)  # where another's end is the cause, `_watch` says so and ends this process
+    except Exception as error:
+        error = known(error)
+        if error.code in (1, ProcessLost.code):
+            time.sleep(3)  # where another's end is the cause, `_watch` says so and ends this process
+        ending.set()
+        _tell(peers, ENDS + json.dumps([error.code, f'process {number}: {first_line(error)}']).encode())
+        if not number:
+            time.sleep(LAST)  # without process 0 JAX aborts the others
         raise
     finally:
         if not isinstance(sys.exception(), Exception):  # done, or stopped, as all of them are
             _tell(peers, FAREWELL)
             jax.distributed.shutdown()
+
+
+def _interrupted(*_):
+    """Ctrl-C does what SIGTERM does, whose handler is JAX's: it stops all behind the same step. A second one ends this
+    process at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def roll_call(address: str, count: int, number: int, timeout: float, digest: str) -> dict[int, socket.socket]:
@@ -162,8 +187,9 @@ def _tell(peers, words):
             connection.sendall(words)
 
 
-def _watch(peers, here):
-    """Ends this process when another one ends without a farewell; process 0 hears of it and tells the others."""
+def _watch(peers, here, ending):
+    """Ends this process when another one ends without a farewell; process 0 hears of it and tells the others. `ending`
+    is set when this process has an error of its own to end with."""
     with selectors.DefaultSelector() as selector:
         for number, connection in peers.items():
             selector.register(connection, selectors.EVENT_READ, f'process {number} is gone')
@@ -176,18 +202,28 @@ def _watch(peers, here):
                 if said == FAREWELL:
                     selector.unregister(key.fileobj)
                     continue
-                gone = said.decode() or key.data
-                _tell(peers, gone.encode())
-                code = call(_raise, ProcessLost(f'{here}: {gone}; run the same command again to continue'))
+                if 0 not in peers:
+                    _tell(peers, said or key.data.encode())
+                if said.startswith(ENDS):
+                    ending.wait(1)  # most errors come to all processes, and each tells its own
+                if ending.is_set():
+                    return
+                if said.startswith(ENDS):
+                    code, text = json.loads(said.removeprefix(ENDS))
+                    record.say(f'mixln_jax: {here}: another one has ended: {text}', file=sys.stderr)
+                else:
+                    gone = f'{here}: {said.decode() or key.data}; run the same command again to continue'
+                    code = call(_raise, ProcessLost(gone))
                 if 0 not in peers:  # process 0 ends last: without it JAX aborts the others
                     _wait_for_end(peers)
                 end(code)
 
 
 def _wait_for_end(peers):
-    """Returns when the others have hung up, after a second at the latest."""
+    """Returns when the others have hung up, after LAST seconds at the latest."""
+    deadline = time.monotonic() + LAST
     for connection in peers.values():
-        connection.settimeout(1)
+        connection.settimeout(max(0.01, deadline - time.monotonic()))
         with contextlib.suppress(OSError):
             while connection.recv(1000):
                 pass
@@ -201,6 +237,29 @@ def any_of(flag) -> bool:
 def meet(where: str):
     """Returns when all processes have come to `where`."""
     multihost_utils.sync_global_devices(where)
+
+
+def check_shared(folder):
+    """Raises UsageError in every process where they do not all see the same `folder`. Every process has to ask."""
+    if jax.process_count() == 1:
+        return
+    mark = multihost_utils.broadcast_one_to_all(np.array(np.random.default_rng().integers(2**31), np.int32))
+    path = pathlib.Path(folder, f'.seen-by-all-{int(mark)}')
+    if not jax.process_index():
+        path.touch()
+    meet(f'marked {path.name}')
+    deadline, seen = time.monotonic() + 10, False
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)  # network file systems may show a new file late
+        os.listdir(folder)
+    alone = any_of(not seen)
+    if not jax.process_index():
+        path.unlink()
+    if alone:
+        raise UsageError(
+            f'the work directory {folder} is not one folder for all {jax.process_count()} processes: '
+            'it must lie where all of them see it'
+        )
 
 
 def end(code: int):

@@ -110,7 +110,7 @@ class Meter:
             self.debug(bad, state)
             raise NumericsError(
                 f'step {bad}: the loss or a gradient is not finite; weights are untouched since step {bad - 1}, '
-                f'{self._workdir}/debug holds the batches and the norms of every layer'
+                'debug/ in the work directory holds the batches and the norms of every layer'
             )
         tokens, positions = round(float(values['tokens'])), batch['inputs'].size
         self.tokens += tokens

@@ -73,6 +73,11 @@ class TestFind:
         with pytest.raises(UsageError, match='JAX_COORDINATOR_ADDRESS=.* is not host:port, a count and a number'):
             self.ask(monkeypatch, *values)
 
+    def test_open_mpi_5_does_not_say_where(self, monkeypatch):
+        monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '2')
+        with pytest.raises(UsageError, match='set JAX_COORDINATOR_ADDRESS'):
+            processes.find()
+
     def test_some_of_them(self, monkeypatch):
         with pytest.raises(
             UsageError, match='JAX_NUM_PROCESSES is set, .*JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID is not'
@@ -245,11 +250,11 @@ class TestProcesses:
         for one, other in zip(weights_of(tmp_path, 30), weights_of(whole(count), 30), strict=True):
             np.testing.assert_array_equal(one, other)
 
-    @pytest.mark.parametrize('number', [0, 1])
-    def test_a_sigterm_to_one_stops_all_behind_the_same_step(self, whole, tmp_path, number):
+    @pytest.mark.parametrize('number, by', [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT)])
+    def test_a_signal_to_one_stops_all_behind_the_same_step(self, tmp_path, number, by):
         started = start(tmp_path, 2, num_steps=3000)
         until_step(started, tmp_path, 7)
-        started[number].send_signal(signal.SIGTERM)
+        started[number].send_signal(by)
         codes, errors, _ = ends(started)
         assert codes == [75, 75] and all('stopped by SIGTERM; run the same' in error for error in errors)
         last = max(int(path.name) for path in (tmp_path / 'checkpoints').glob('[0-9]*'))
@@ -281,6 +286,33 @@ class TestProcesses:
         assert f'{last} is damaged (another process cannot read it); now {last}.corrupt' in errors[0]
         assert 'is damaged (ValueError: a flipped byte)' in errors[1]
         assert lines_of(tmp_path) == lines_of(whole(2))
+
+    def test_a_work_directory_of_its_own_for_each(self, tmp_path):
+        """Without a check the first save waits for ever."""
+        program = (
+            'import os, sys; from mixln_jax import main, processes; words = sys.argv[1:]\n'
+            'words[words.index("--workdir") + 1] += os.environ["JAX_PROCESS_ID"]\n'
+            'processes.end(main.main(words))'
+        )
+        codes, errors, _ = ends(start(tmp_path / 'of', 2, program=('-c', program)))
+        assert codes == [2, 2] and all('is not one folder for all 2 processes' in error for error in errors)
+
+    @pytest.mark.parametrize('number', [0, 1])
+    def test_an_error_of_one_alone_ends_all_with_its_code(self, tmp_path, number):
+        program = (
+            'import os, sys; from mixln_jax import exits, main, processes, train\n'
+            'def fail(*_): raise exits.DataError("record 17 is bad")\n'
+            f'if os.environ["JAX_PROCESS_ID"] == "{number}": train.Meter.add = fail\n'
+            'processes.end(main.main(sys.argv[1:]))'
+        )
+        codes, errors, _ = ends(start(tmp_path, 2, program=('-c', program)))
+        assert codes == [4, 4] and errors[number] == 'mixln_jax: record 17 is bad'
+        assert f'another one has ended: process {number}: record 17 is bad' in errors[1 - number]
+
+    def test_an_error_of_all_is_told_by_each(self, tmp_path):
+        (tmp_path / 'file').write_text('')
+        codes, errors, _ = ends(start(tmp_path / 'file', 2))
+        assert codes == [2, 2] and all('file cannot be used' in error for error in errors)
 
     def test_matrix_products_shared_between_processes(self, tmp_path):
         """Every process then needs every row of a batch."""
