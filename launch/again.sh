@@ -8,8 +8,8 @@ if (($# == 0)); then
   echo "usage: $0 COMMAND [ARGUMENT ...]" >&2
   exit 2
 fi
-pid=0 stopped=0
-trap 'stopped=1 caught=1; kill -TERM "$pid" 2>/dev/null' INT TERM
+pid='' stopped=0
+trap 'stopped=1 caught=1; [[ $pid ]] && kill -TERM "$pid" 2>/dev/null' INT TERM
 for ((try = 1; ; try++)); do
   "$@" &
   pid=$!
@@ -28,5 +28,11 @@ for ((try = 1; ; try++)); do
     exit "$code"
   fi
   echo "$0: exit $code; once more in ${PAUSE:-10} s ($try)" >&2
-  sleep "${PAUSE:-10}"
+  sleep "${PAUSE:-10}" &
+  pid=$!
+  ((stopped)) || wait "$pid"
+  if ((stopped)); then
+    kill "$pid" 2>/dev/null
+    exit "$code"
+  fi
 done

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains with N processes on this machine: launch/local_processes.sh N --config FILE [--workdir DIR] [...]
 # Each process gets its part of CUDA_VISIBLE_DEVICES if that is set; on CPUs JAX_NUM_CPU_DEVICES says how many devices
-# each one shows. Ends with the first exit code that is not 0; Ctrl-C stops all behind the same step.
+# each one shows. Ends with 8 where one process says so, for then another was lost, else with the first exit code that is
+# not 0; Ctrl-C stops all behind the same step.
 set -euo pipefail
 
 if [[ $# -lt 1 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -38,6 +39,8 @@ for pid in "${pids[@]}"; do
     wait "$pid" || now=$?
     ((now == 127)) || ended=$now # 127: it was waited for before
   done
-  ((code)) || code=$ended
+  if ((code == 0 || ended == 8)); then
+    code=$ended
+  fi
 done
 exit "$code"

@@ -10,8 +10,8 @@ usage: $0 [--dry-run] COMMAND NAME [ARGUMENTS]
   install NAME        copies this checkout to all workers and installs it with jax[tpu];
                       with BUCKET=name the bucket is mounted on every worker as ~/bucket
   start   NAME --config FILE --workdir DIR [--config.KEY=VALUE ...]
-                      trains on all workers, again after exit 8, 75 and 134;
-                      DIR has to be a folder that all workers see, such as ~/bucket/runs/mix1b
+                      trains on all workers, in ~/mixln_jax, again after exit 8, 75 and 134;
+                      DIR has to be a folder that all workers see, such as ../bucket/runs/mix1b
   tail    NAME        follows the log of worker 0
   stop    NAME        stops all workers behind the same step, with everything saved
   delete  NAME        deletes the slice
@@ -36,6 +36,9 @@ case $command in
   install | tail | stop | delete) least=2 most=2 ;;
   *) least=1000 most=0 ;;
 esac
+if [[ ! $name =~ ^[a-z] || ($command == start && " $* " != *" --workdir"[\ =]*) ]]; then
+  least=1000
+fi
 if (($# < least || $# > most)); then
   usage >&2
   exit 2
@@ -60,8 +63,15 @@ case $command in
     tpu create "$name" --accelerator-type="$1" --version="${VERSION:-v2-alpha-tpuv5-lite}" ${SPOT:+--spot}
     ;;
   install)
-    tpu scp --recurse "$(dirname "$0")/.." "$name:mixln_jax" --worker=all
-    on_all 'cd mixln_jax && python3 -m venv .venv && .venv/bin/pip install -q "jax[tpu]" -r requirements.txt gcsfs'
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+    tar -czf "$folder/mixln_jax.tgz" -C "$(dirname "$0")/.." mixln_jax configs launch requirements.txt pyproject.toml README.md
+    tpu scp "$folder/mixln_jax.tgz" "$name:" --worker=all
+    # shellcheck disable=SC2016
+    on_all 'mkdir -p mixln_jax && tar -xzf mixln_jax.tgz -C mixln_jax && cd mixln_jax &&
+      python=$(command -v python3.12 || command -v python3.11 ||
+        { sudo apt-get -qq update && sudo apt-get -qq install -y python3.11-venv && command -v python3.11; } | tail -n 1) &&
+      $python -m venv .venv && .venv/bin/pip install -q "jax[tpu]" -r requirements.txt gcsfs'
     if [[ ${BUCKET:-} ]]; then
       on_all "mkdir -p bucket && gcsfuse --implicit-dirs $(printf %q "$BUCKET") bucket"
     fi

@@ -65,10 +65,12 @@ def memory(program: Program) -> dict[str, int]:
     K = (model.num_kv_heads or H) * D // H
     tensor = mesh.shape['tensor']
     rows = config.batch_size // config.accumulate // meshes.row_parts(mesh)
-    inside = {'full': 0, 'dots': 2 * D + 2 * K + D + 2 * F, 'none': 3 * D + 5 * D + 4 * K + 4 * F + 2 * H * T}
+    # Of a layer: what lies whole on every device of `tensor`, and what is split.
+    inside = {'full': (0, 0), 'dots': (2 * D, D + 2 * K + 2 * F), 'none': (6 * D, 2 * D + 4 * K + 4 * F + 2 * H * T)}
+    inside = {remat: (whole + split // tensor) * width for remat, (whole, split) in inside.items()}
     stream = D * width
-    layer = inside[model.remat] * width // tensor
-    working = (inside['none'] * width // tensor) if model.remat != 'none' else 0  # of the layer at hand, recomputed
+    layer = inside[model.remat]
+    working = inside['none'] if model.remat != 'none' else 0  # of the layer at hand, recomputed
     padded = program.state.params['head']['kernel'].shape[1]
     chunk = min(rows * T, max(losses.CHUNK, rows))
     return {
@@ -99,7 +101,7 @@ def proposal(config, count, capacity, check):
     policies = dict.fromkeys([config.model.remat, *(['dots', 'full'] if config.model.remat != 'full' else [])])
     for mesh, remat in itertools.product([config.mesh, configs.Mesh(1, count, 1)], policies):
         model, checked = dataclasses.replace(config.model, remat=remat), 0
-        for accumulate in (config.accumulate * 2**i for i in range(11)):
+        for accumulate in (n for n in range(config.accumulate, config.batch_size + 1) if not config.batch_size % n):
             other = dataclasses.replace(config, mesh=mesh, accumulate=accumulate, model=model)
             before, now = configs.flatten(config), configs.flatten(other)
             words = [f'--config.{key}={now[key]}' for key in now if now[key] != before[key]]

@@ -4,6 +4,8 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -36,7 +38,10 @@ def test_shellcheck():
 def gcloud(tmp_path):
     """(environment, asked): a gcloud on the PATH; `asked()` is what it was asked, word by word."""
     log, fake = tmp_path / 'asked', tmp_path / 'gcloud'
-    fake.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" >> {log}\necho >> {log}\n')
+    fake.write_text(
+        f'#!/bin/bash\nprintf "%s\\0" "${{@//$\'\\n\'/ }}" >> {log}\necho >> {log}\n'
+        f'[[ $4 != scp ]] || cp "$5" {tmp_path}/copied\n'
+    )
     fake.chmod(0o755)
 
     def asked():
@@ -68,13 +73,22 @@ class TestTpu:
             *('create', 'pod', '--accelerator-type=v4-8', '--version=v9', '--spot', '--zone=here', '--project=ours')
         ]
 
-    def test_install(self, gcloud):
+    def test_install(self, gcloud, tmp_path):
         environment, asked = gcloud
         assert run('tpu_vm.sh', 'install', 'pod', **environment, BUCKET='my bucket').returncode == 0
         copy, install, mount = asked()
-        assert copy[3:5] == ['scp', '--recurse'] and copy[6:8] == ['pod:mixln_jax', '--worker=all']
-        assert (pathlib.Path(copy[5]) / 'requirements.txt').exists()
+        assert copy[3] == 'scp' and copy[4].endswith('/mixln_jax.tgz') and copy[5:7] == ['pod:', '--worker=all']
         assert 'jax[tpu]' in install[6] and '-r requirements.txt' in install[6]
+        # What is copied is a whole checkout for the worker, unpacked over one that is there.
+        home = tmp_path / 'home'
+        home.mkdir()
+        shutil.copy(tmp_path / 'copied', home / 'mixln_jax.tgz')
+        unpack = install[6].removeprefix('--command=').partition(' && cd ')[0]
+        for _ in range(2):
+            subprocess.run(['bash', '-c', unpack], cwd=home, check=True)
+        assert {'mixln_jax/main.py', 'launch/again.sh', 'configs/llama_1b.py', 'requirements.txt'} <= {
+            str(path.relative_to(home / 'mixln_jax')) for path in (home / 'mixln_jax').rglob('*')
+        }
         assert mount[6] == r'--command=mkdir -p bucket && gcsfuse --implicit-dirs my\ bucket bucket'
 
     def test_start_passes_every_word_on(self, gcloud, tmp_path):
@@ -93,13 +107,19 @@ class TestTpu:
 
     def test_dry_run_prints_what_would_be_run(self, gcloud):
         environment, asked = gcloud
-        words = ['start', 'pod', '--config', 'a b.py']
+        words = ['start', 'pod', '--config', 'a b.py', '--workdir', 'there']
         shown = run('tpu_vm.sh', '--dry-run', *words, **environment).stdout
         assert not asked()
         run('tpu_vm.sh', *words, **environment)
         assert [shlex.split(line)[1:] for line in shown.splitlines()] == asked()
 
-    @pytest.mark.parametrize('words', ['', 'create pod', 'create pod v4-8 more', 'start pod', 'fly pod', 'delete'])
+    @pytest.mark.parametrize(
+        'words',
+        [
+            *('', 'create pod', 'create pod v4-8 more', 'start pod', 'fly pod', 'delete', 'stop --all'),
+            'start pod --config x',
+        ],
+    )
     def test_usage(self, gcloud, words):
         environment, asked = gcloud
         ended = run('tpu_vm.sh', *words.split(), **environment)
@@ -125,6 +145,16 @@ class TestAgain:
 
     def test_so_many_times_and_no_more(self, tmp_path):
         assert self.ends(tmp_path, 8, 8, 8, 8, TRIES='3') == (8, 2)
+
+    def test_a_signal_in_the_pause_ends_it(self, tmp_path):
+        script = tmp_path / 'command'
+        script.write_text(f'echo >> {tmp_path}/ran\nexit 75\n')
+        process = subprocess.Popen(
+            [LAUNCH / 'again.sh', 'bash', script], env=os.environ | {'PAUSE': '60'}, stderr=subprocess.PIPE, text=True
+        )
+        assert 'once more in 60 s' in process.stderr.readline()
+        process.terminate()
+        assert process.wait(30) == 75 and (tmp_path / 'ran').read_text() == '\n'
 
     def test_a_signal_ends_it(self, tmp_path):
         code = 'import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print("up", flush=True)'
@@ -177,13 +207,34 @@ class TestSlurm:
         asked = [tmp_path / f'asked_{name}' for name in ('srun', 'scontrol')]
         return ended.returncode, *(path.read_text().splitlines() if path.exists() else [] for path in asked)
 
-    @pytest.mark.parametrize('code', [8, 75, 134])
-    def test_queued_again(self, tmp_path, code):
-        ended, srun, scontrol = self.ends(tmp_path, code)
+    def test_queued_again(self, tmp_path):
+        ended, srun, scontrol = self.ends(tmp_path, 255)
         assert ended == 0 and scontrol == ['requeue', '17']
         assert srun[-5:] == ['python', '-m', 'mixln_jax.main', '--config', 'a b.py']
 
-    @pytest.mark.parametrize('code, tries', [(0, ''), (2, ''), (6, ''), (137, ''), (75, '100')])
+    @pytest.mark.parametrize('code, of_task', [(0, 0), (2, 2), (8, 255), (75, 255), (134, 255), (137, 137)])
+    def test_what_a_task_ends_with(self, tmp_path, code, of_task):
+        """Those to go on after above all others, for srun tells the highest of all tasks alone; TERM waits for them."""
+        _, srun, _ = self.ends(tmp_path, 0)
+        python = tmp_path / 'python'
+        python.write_text(
+            '#!/bin/bash\ntrap "[[ $2 = mixln_jax.main ]] && sleep 0.2; exit ' + str(code) + '" TERM\n'
+            'echo up\nfor ((i = 0; i < 100; i++)); do sleep 0.1; done\n'
+        )
+        python.chmod(0o755)
+        words = srun[srun.index('bash') :]
+        process = subprocess.Popen(
+            words,
+            env=os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'},
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout.readline() == 'up\n'
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(30) == of_task
+
+    @pytest.mark.parametrize('code, tries', [(0, ''), (2, ''), (6, ''), (137, ''), (255, '100')])
     def test_not_queued_again(self, tmp_path, code, tries):
         assert self.ends(tmp_path, code, SLURM_RESTART_COUNT=tries)[::2] == (code, [])
 
@@ -193,7 +244,7 @@ class TestLocal:
         fake = tmp_path / 'python'
         fake.write_text(
             '#!/bin/bash\necho "$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $CUDA_VISIBLE_DEVICES $JAX_COORDINATOR_ADDRESS $*"\n'
-            'exit $((JAX_PROCESS_ID == 1 ? 8 : 0))\n'
+            'exit $((JAX_PROCESS_ID == 1 ? 8 : 137))\n'
         )
         fake.chmod(0o755)
         ended = run(
