@@ -184,6 +184,12 @@ class Config:
     param_dtype: str = key('float32', 'type of weights and moments', choices=('float32', 'bfloat16'))
     device: str = key('auto', 'kind of device', choices=('auto', 'cpu', 'gpu', 'tpu'))
     deterministic: bool = key(False, 'bitwise repeatable also on GPU, at some cost')
+    collapse: str = key(
+        'warn',
+        "when the loss stays near that of the tokens' frequencies alone, as it does in a collapsed Post-LN network: "
+        'warn, stop (exit code 6) or ignore',
+        choices=('warn', 'stop', 'ignore'),
+    )
     compat: str = key(
         'none',
         "official: what the Mix-LN authors' code does where it differs (docs/official.md); official_float32: all of it "

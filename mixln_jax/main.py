@@ -16,15 +16,17 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 import time
 
 import absl.logging
 import jax
+import numpy as np
 from clu import parameter_overview
 
-from mixln_jax import checkpoint, evaluate, exits, hooks, metrics, processes, record, train
+from mixln_jax import checkpoint, evaluate, exits, hooks, measures, metrics, processes, record, train
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
 from mixln_jax import step as steps
@@ -80,6 +82,7 @@ def run(values, workdir, stop=None):
             state, about = _first_state(program, resolved, checkpoints, rows.fingerprint, stop)
             if about['step'] == config.num_steps and about['open_line'] is None:
                 raise CheckpointError(f'{workdir} is trained to the end, but its metrics.jsonl lacks the last step')
+            shared = workdir
             if jax.process_index():  # one of several writes the records
                 workdir = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
             record.write_json(workdir / 'config.json', resolved)
@@ -93,6 +96,14 @@ def run(values, workdir, stop=None):
             train_step, eval_step = program.compile()
             compile_sec = time.perf_counter() - start
 
+        def save_debug(state):
+            folder = shared / 'debug/checkpoints'
+            if not jax.process_index():
+                shutil.rmtree(folder, ignore_errors=True)
+            processes.meet('debug')
+            with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as kept:
+                kept.save(int(jax.device_get(state.step)), state, {'config': resolved})
+
         sharding = meshes.batch_sharding(mesh)
         meter = train.Meter(
             lines,
@@ -104,6 +115,12 @@ def run(values, workdir, stop=None):
             flops_per_position=_flops_per_position(config, state.params),
             devices=list(mesh.devices.flat),
             first_line={'perf/compile_sec': compile_sec},
+            collapse=train.Collapse(
+                config.collapse,
+                round(config.optim.warmup_ratio * config.num_steps),
+                lambda: _unigram_entropy(rows, config),
+            ),
+            save_debug=save_debug,
         )
 
         def watched(reader):
@@ -269,6 +286,17 @@ def _first_state(program, resolved, checkpoints, fingerprint, stop):
         raise UsageError(f'the checkpoint of step {about["step"]} has seen other data: {", ".join(differ)} differs')
     record.say(f'mixln_jax: goes on from step {about["step"]}')
     return state, about
+
+
+def _unigram_entropy(rows, config):
+    """Of the first tokens of training, enough for frequencies, in nats."""
+    counts = np.zeros(config.model.vocab_size)
+    dataset = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size)
+    for batch in map(dataset.__getitem__, range(1000)):
+        counts += np.bincount(batch['targets'][batch['weights'] > 0], minlength=len(counts))
+        if counts.sum() > 500_000:
+            break
+    return measures.unigram_entropy(counts)
 
 
 def _flops_per_position(config, params):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mixln_jax import trees
 
@@ -82,6 +83,16 @@ def layer_norms(tree):
     by_layer = jnp.concatenate(layers)
     rest = sum(leaf.sum() for name, leaf in trees.named_leaves(squares) if not name.startswith(f'{trees.STACKED}/'))
     return jnp.sqrt(by_layer), jnp.sqrt(by_layer.sum() + rest)
+
+
+def unigram_entropy(counts):
+    """Entropy in nats of the tokens that were counted: the loss of a network that knows their frequencies alone.
+
+    With Miller and Madow's correction for a small sample (Miller 1955): + (tokens seen at all - 1) / 2N.
+    """
+    counts = np.asarray(counts, np.float64)
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum() + (len(share) - 1) / (2 * counts.sum()))
 
 
 def _unit(a):

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -89,10 +90,24 @@ class Meter:
     """Turns the steps' metrics into metrics lines and progress lines, counts tokens, stops a run that has gone bad."""
 
     def __init__(
-        self, metrics, workdir, *, num_steps, log_every, log_also, tokens, flops_per_position, devices, first_line
+        self,
+        metrics,
+        workdir,
+        *,
+        num_steps,
+        log_every,
+        log_also,
+        tokens,
+        flops_per_position,
+        devices,
+        first_line,
+        collapse,
+        save_debug,
     ):
         """`log_also`: (step) -> whether a step off the rhythm of `log_every` has a line; `tokens`: seen before;
-        `first_line`: what only the first line says, such as the compile time."""
+        `first_line`: what only the first line says, such as the compile time; `collapse`: Collapse; `save_debug`:
+        (state), keeps it for debug/."""
+        self._collapse, self._save_debug = collapse, save_debug
         self.tokens = tokens
         self._metrics, self._workdir = metrics, pathlib.Path(workdir)
         self._num_steps, self._log_every, self._log_also = num_steps, log_every, log_also
@@ -117,6 +132,7 @@ class Meter:
         self._window_steps += 1
         self._window_tokens += tokens
         self._window_positions += positions
+        self._collapse.see(step, float(values['loss']))
         if step % self._log_every == 0 or self._log_also(step):
             loss, speed = float(values['loss']), self._speed()
             self._warn_of_waiting(step, speed)
@@ -207,7 +223,44 @@ class Meter:
                 }
             )
         (folder / 'report.json').write_text(json.dumps(report, indent=1))
+        with contextlib.suppress(NumericsError):  # weights that are themselves not finite
+            self._save_debug(state)
         self._metrics.flush()
+
+
+class Collapse:
+    """Sees when a network knows the frequencies of tokens alone: the state of Post-LN networks that have collapsed.
+
+    Looked for is a mean loss of WINDOW steps above NEAR times the entropy of the tokens, behind the warm-up.
+    """
+
+    WINDOW, NEAR = 200, 0.95
+
+    def __init__(self, action, warmup, entropy):
+        """`action`: warn, stop or ignore; `warmup`: steps; `entropy`: () -> nats, asked once."""
+        self._action, self._start, self._entropy = action, warmup, entropy
+        self._losses, self._level = [], None
+
+    def see(self, step, loss):
+        """Takes a step's loss. Raises NumericsError, or warns once, where the network has collapsed."""
+        if self._action == 'ignore' or step <= self._start:
+            return
+        self._losses.append(loss)
+        if len(self._losses) < self.WINDOW:
+            return
+        self._level = self._level or self._entropy()
+        mean = sum(self._losses) / self.WINDOW
+        self._losses = []
+        if mean > self.NEAR * self._level:
+            problem = (
+                f'step {step}: the mean loss of {self.WINDOW} steps, {mean:.2f}, is near the {self._level:.2f} of the '
+                "tokens' frequencies alone: the network has collapsed; a longer warm-up (config.optim.warmup_ratio), "
+                'a lower learning rate or fewer Post-LN layers may help'
+            )
+            if self._action == 'stop':
+                raise NumericsError(problem)
+            self._action = 'ignore'
+            record.say(f'mixln_jax: warning: {problem}', file=sys.stderr)
 
 
 class _Timer:

@@ -14,7 +14,7 @@ import pytest
 from corpora import write
 
 from mixln_jax import config as configs
-from mixln_jax import exits, main, record
+from mixln_jax import exits, main, record, replay, train
 from mixln_jax.exits import DataError, DeviceError, NumericsError, Stopped, UsageError
 
 WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
@@ -278,6 +278,47 @@ class TestBadSteps:
         assert np.load(tmp_path / 'debug' / 'batch_2.npz')['inputs'].shape == (8, 16)
         assert latest_step(tmp_path) == 1
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights_of(tmp_path, 1)))
+
+    def test_the_bad_step_is_replayed(self, corpus, tmp_path, capsys):
+        changes = {
+            'optim.learning_rate': 1e30,
+            'optim.warmup_ratio': 0.0,
+            'optim.name': 'sgd',
+            'accumulate': 2,
+            'mesh.data': 1,
+        }
+        for _ in range(2):  # run again it ends in the same way
+            with pytest.raises(NumericsError):
+                main.run(recipe(corpus, **changes), tmp_path)
+        capsys.readouterr()
+        assert replay.main(['--workdir', str(tmp_path)]) == 0
+        shown = capsys.readouterr().out
+        assert 'weights of step 1, float32, 3 layers' in shown
+        assert 'batch 2: loss not finite in rows 0, 1, 2, 3, 4, 5, 6, 7' in shown
+        assert 'the first number that is not finite: ' in shown and shown.count('    3  pre ') == 2
+        assert replay.main(['--workdir', str(tmp_path / 'debug')]) == 2
+        assert 'holds no batches and weights' in capsys.readouterr().err
+
+    def test_a_collapsed_network(self, corpus, tmp_path, capsys):
+        """A network that learns nothing stays above the tokens' entropy, as a collapsed one stays near it."""
+        changes = {'optim.learning_rate': 1e-9, 'num_steps': 225, 'log_every': 100, 'eval.every': 0}
+        with pytest.raises(NumericsError, match='step 222: the mean loss of 200 steps, 5.5.*the network has collapsed'):
+            main.run(recipe(corpus, **changes, collapse='stop'), tmp_path / 'stop')
+        main.run(recipe(corpus, **changes), tmp_path / 'warn')
+        assert capsys.readouterr().err.count('the network has collapsed') == 1
+
+    def test_when_a_network_has_collapsed(self, capsys):
+        asked = []
+        seen = train.Collapse('stop', 10, lambda: asked.append(1) or 7.0)
+        for step in range(1, 411):  # high in the warm-up, then learning
+            seen.see(step, 9.0 if step <= 10 else 6.0)
+        assert len(asked) == 1
+        with pytest.raises(NumericsError, match='step 610: .*6.70, is near the 7.00'):
+            for step in range(411, 611):
+                seen.see(step, 6.7)
+        ignored = train.Collapse('ignore', 0, None)
+        for step in range(1, 500):
+            ignored.see(step, 9.0)
 
     def test_weights_that_the_last_update_ruined(self, corpus, tmp_path):
         """Finite, but no longer a model: no checkpoint, debug/, and never "finished"."""

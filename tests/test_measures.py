@@ -61,3 +61,11 @@ def test_distance_matrix():
     assert matrix[1, 2] == 0 == matrix[3, 3]
     neighbours, _ = measures.neighbour_distances(jnp.asarray(hidden), weights)
     np.testing.assert_allclose(np.diagonal(total, 1), neighbours, rtol=1e-6)
+
+
+def test_unigram_entropy():
+    """Of a fair coin and a fair die by hand; a small sample of a uniform law is not far below its entropy."""
+    assert measures.unigram_entropy([1e9, 1e9]) == pytest.approx(np.log(2))
+    assert measures.unigram_entropy([2, 0, 2, 0]) == pytest.approx(np.log(2) + 1 / 8)
+    counts = np.bincount(np.random.default_rng(0).integers(0, 1000, 5000), minlength=2000)
+    assert measures.unigram_entropy(counts) == pytest.approx(np.log(1000), abs=0.01)

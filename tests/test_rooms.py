@@ -10,7 +10,7 @@ LEVELS = [
     {'losses', 'optim', 'metrics', 'measures'},
     {'checkpoint', 'step', 'program', 'weights'},
     {'train', 'hooks', 'evaluate'},
-    {'plan', 'main', 'report'},
+    {'plan', 'main', 'report', 'replay'},
 ]
 WITHIN = {
     ('config', 'exits'),

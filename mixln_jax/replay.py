@@ -1,0 +1,107 @@
+"""What happened at a bad step: `python -m mixln_jax.replay --workdir DIR` runs the batches in DIR/debug once more.
+
+On one device, in float32 unless told otherwise, with the weights from before the bad step: per row the loss, per layer
+what the stream and the gradient were, and where the first number was not finite.
+"""
+
+import argparse
+import functools
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixln_jax import checkpoint, exits, losses, measures, record, step
+from mixln_jax import config as configs
+from mixln_jax.exits import UsageError
+from mixln_jax.models import llama
+
+
+def replay(folder, compute_dtype):
+    """Prints what the batches of a debug/ folder do. Raises UsageError where there is nothing to replay."""
+    folder = pathlib.Path(folder) / 'debug'
+    batches = sorted(folder.glob('batch_*.npz'), key=_number)
+    steps = sorted((path for path in (folder / 'checkpoints').glob('*') if path.name.isdigit()), key=_number)
+    if not batches or not steps:
+        raise UsageError(f'{folder} holds no batches and weights of a bad step')
+    params, about = checkpoint.read_params(steps[-1])
+    config = configs.from_resolved(about['config'])
+    model = llama.from_config(config.model, compute_dtype or 'float32')
+    record.say(f'weights of step {about["step"]}, {model.compute_dtype}, {len(model.norm_position)} layers')
+    of_batch = jax.jit(functools.partial(_look, model))
+    for path in batches:
+        with np.load(path) as stored:
+            batch = dict(stored)
+        micro = step.micro_batches(batch, config.accumulate)
+        found = [
+            jax.device_get(of_batch(params, jax.tree.map(lambda a, i=i: a[i], micro))) for i in range(config.accumulate)
+        ]
+        _say(_number(path), model.norm_position, jax.tree.map(lambda *a: np.stack(a), *found))
+
+
+def _look(model, params, batch):
+    """Loss of every row (nats a token), and per layer the largest norms of stream and branches and the gradient's."""
+
+    def loss(params):
+        x, out = model.apply({'params': params}, **step.trunk_inputs(batch), capture=True, method='trunk')
+        kernel, size = params['head']['kernel'], model.config.vocab_size
+        total, count, aux = losses.token_losses(x, kernel, batch['targets'], batch['weights'], size)
+        rows = aux['token_loss'].sum(-1) / jnp.maximum(batch['weights'].sum(-1), 1)
+        return total / jnp.maximum(count, 1), (rows, out['branches'], jnp.linalg.norm(out['hidden'][1:], axis=-1))
+
+    grads, (rows, branches, stream) = jax.grad(loss, has_aux=True)(params)
+    largest = lambda norms: norms.max(axis=(-2, -1))  # noqa: E731
+    return {
+        'rows': rows,
+        'stream': largest(stream),
+        'branch': largest(branches['norm']),
+        'gradient': measures.layer_norms(grads)[0],
+    }
+
+
+def _say(number, norm_position, found):
+    """`found`: arrays of `_look`, over micro-batches [A, ...]."""
+    rows = found['rows'].T.reshape(-1)  # micro-batch i has rows i, i + A, ...
+    bad = np.flatnonzero(~np.isfinite(rows))
+    highest = int(np.argmax(np.where(np.isfinite(rows), rows, -np.inf)))
+    record.say(
+        f'\nbatch {number}: '
+        + (f'loss not finite in rows {", ".join(map(str, bad[:20]))}' if len(bad) else 'all finite'),
+        f'highest loss of a row {rows[highest]:.4f} (row {highest}), mean {np.mean(rows):.4f}',
+        f'{"layer":>5}  {"placement":<16} {"attention adds":>14} {"MLP adds":>14} {"stream":>14} {"gradient":>14}',
+    )
+    attention, mlp = np.moveaxis(found['branch'].max(axis=0), -1, 0)
+    stream, gradient = found['stream'].max(axis=0), found['gradient'].max(axis=0)
+    for l, name in enumerate(norm_position):
+        numbers = ' '.join(f'{value:14.6g}' for value in (attention[l], mlp[l], stream[l], gradient[l]))
+        record.say(f'{l + 1:>5}  {name:<16} {numbers}')
+    for l in range(len(norm_position)):
+        for what, value in (('attention', attention[l]), ('MLP', mlp[l]), ('stream behind', stream[l])):
+            if not np.isfinite(value):
+                record.say(f'the first number that is not finite: {what} of layer {l + 1}')
+                return
+
+
+def _number(path):
+    return int(re.search(r'\d+', path.name)[0])
+
+
+def main(argv):
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog='python -m mixln_jax.replay', description=__doc__, allow_abbrev=False)
+    parser.add_argument('--workdir', required=True, metavar='DIR', help='of a run that ended with exit code 6')
+    parser.add_argument('--compute_dtype', choices=('float32', 'bfloat16'), help='type of activations [float32]')
+    parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
+
+    def job():
+        options = exits.parse(parser, argv)
+        replay(options.workdir, options.compute_dtype)
+
+    return exits.call(job, show_traceback='--traceback' in argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
