@@ -9,7 +9,7 @@ LEVELS = [
     {'mesh', 'processes', 'data', 'models'},
     {'losses', 'optim', 'metrics', 'measures'},
     {'checkpoint', 'step', 'program', 'weights'},
-    {'train', 'hooks', 'evaluate'},
+    {'train', 'hooks', 'evaluate', 'harness'},
     {'plan', 'main', 'report', 'replay'},
 ]
 WITHIN = {
@@ -20,6 +20,7 @@ WITHIN = {
     ('program', 'step'),
     ('train', 'hooks'),
     ('hooks', 'evaluate'),
+    ('evaluate', 'harness'),
 }
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 

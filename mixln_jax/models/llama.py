@@ -72,8 +72,12 @@ class Llama(nn.Module):
     def __call__(self, ids, keep=None, capture=False, positions=None, segments=None):
         """Logits [B,T,V] in float32, and what `trunk` gives besides."""
         x, out = self.trunk(ids, keep, capture, positions, segments)
+        return self.logits(x), out
+
+    def logits(self, x):
+        """The head: [...,V] float32 of what `trunk` gives [...,D], without the columns that pad the vocabulary."""
         with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
-            return self.head(x)[..., : self.config.vocab_size], out
+            return self.head(x)[..., : self.config.vocab_size]
 
     @nn.nowrap
     def init(self, key):

@@ -1,0 +1,372 @@
+"""The adapter to the lm-evaluation-harness: against plain loops over logits, and against the harness's own `hf` model.
+
+Needs lm_eval, torch and transformers; offline.
+"""
+
+import json
+import os
+import random
+import types
+
+os.environ['HF_HUB_OFFLINE'] = os.environ['HF_DATASETS_OFFLINE'] = '1'
+
+import jax
+import lm_eval
+import numpy as np
+import pytest
+import tokenizers as library
+import torch
+import transformers
+import vocabularies
+import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from mixln_jax import config as configs
+from mixln_jax import harness, weights
+from mixln_jax import mesh as meshes
+from mixln_jax.data import tokenizers
+from mixln_jax.exits import NumericsError, UsageError
+from mixln_jax.models import llama
+
+V, WINDOW = 400, 40  # ids; in memory the vocabulary is padded to 512
+MESHES = {'1': (1, 1, 1), '8': (8, 1, 1), '2x2x2': (2, 2, 2)}
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    """The same random LLaMA twice: its tokenizer has a bos, and puts it before a text or does not."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.15, tie_word_embeddings=False,
+    )  # fmt: skip
+    model, made = transformers.LlamaForCausalLM(config), {}
+    for name in ('plain', 'bos'):
+        made[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(made[name])
+        tokenizer = library.Tokenizer.from_str(vocabularies.byte_level().decode())
+        settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<s>', 'eos_token': '</s>'}
+        if name == 'bos':
+            tokenizer.post_processor = library.processors.TemplateProcessing(
+                single='<s> $A', special_tokens=[('<s>', tokenizer.token_to_id('<s>'))]
+            )
+        tokenizer.save(str(made[name] / 'tokenizer.json'))
+        (made[name] / 'tokenizer_config.json').write_text(json.dumps(settings))
+    return made
+
+
+@pytest.fixture(scope='module')
+def found(folders):
+    return weights.load(folders['plain'])
+
+
+@pytest.fixture(scope='module')
+def logits(found):
+    """ids [n] -> log-probabilities [n,V] float64, one text at a time, nothing padded but in a run of 128."""
+    apply = jax.jit(lambda ids: found.model.apply({'params': found.params}, ids)[0])
+
+    def of(ids):
+        assert 0 < len(ids) <= 128
+        made = np.asarray(apply(np.pad(np.array(ids, np.int32), (0, 128 - len(ids)))[None]))[0, : len(ids)]
+        made = made.astype(np.float64)
+        largest = made.max(-1, keepdims=True)
+        return made - largest - np.log(np.exp(made - largest).sum(-1, keepdims=True))
+
+    return of
+
+
+def on(name):
+    return meshes.make_mesh(configs.Mesh(*MESHES[name]), jax.devices('cpu'))
+
+
+def asked(*arguments):
+    return types.SimpleNamespace(args=arguments, task_name='some_task', doc_id=0)
+
+
+def pairs():
+    """Contexts and continuations: most fit, some contexts do not, one is empty, one continuation fills windows."""
+    rng, texts = random.Random(1), vocabularies.prose(60, seed=3)
+    made = [(texts[2 * i][: rng.randrange(1, 90)], ' ' + texts[2 * i + 1][: rng.randrange(1, 30)]) for i in range(20)]
+    long = ' '.join(texts[40:50])
+    return [*made, ('', 'badu'), ('', long[:300]), (long, ' gi'), ('bo ', 'bi'), ('ba \n', ' ' + long[:400])]
+
+
+def by_hand(logits, lm, context, continuation, window):
+    """(log-likelihood, whether greedy decoding gives it), token by token."""
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    encode = lambda text: lm.tok_encode(text, add_special_tokens=False)  # noqa: E731
+    before = encode(context) or [lm.prefix_token_id]
+    ids = before + encode(context + continuation)[len(encode(context)) :]
+    places = range(len(before), len(ids))
+    return sum_of(logits, ids, places, window)
+
+
+def sum_of(logits, ids, places, window):
+    total, greedy = 0.0, True
+    if len(places) <= window:  # all from one window, which ends where they end
+        first, groups = 0, [places]
+    else:  # side by side; none sees more than `window` tokens, and nothing before the last token of the context
+        first = places[0] - 1
+        groups = [places[start : start + window] for start in range(0, len(places), window)]
+    for group in groups:
+        inputs = ids[max(first, group[-1] - window) : group[-1]]
+        made = logits(inputs)[-len(group) :]
+        wanted = np.array([ids[place] for place in group])
+        total += made[np.arange(len(group)), wanted].sum()
+        greedy &= bool((made.argmax(-1) == wanted).all())
+    return total, greedy
+
+
+class TestLoglikelihood:
+    @pytest.mark.parametrize('mesh', MESHES)
+    def test_is_the_plain_sum(self, found, logits, mesh):
+        lm = harness.Harness(found, batch_size=8, max_length=WINDOW, mesh=on(mesh))
+        made = lm.loglikelihood([asked(*pair) for pair in pairs()], disable_tqdm=True)
+        wanted = [by_hand(logits, lm, *pair, WINDOW) for pair in pairs()]
+        lengths = [len(lm.tok_encode(a)) for a, _ in pairs()], [len(lm.tok_encode(b)) for _, b in pairs()]
+        assert max(lengths[0]) > WINDOW < max(lengths[1]) and min(lengths[0]) == 0  # all kinds are there
+        np.testing.assert_allclose([a for a, _ in made], [a for a, _ in wanted], rtol=1e-5)
+        assert [b for _, b in made] == [b for _, b in wanted]
+
+    def test_what_stands_beside_a_request_changes_nothing(self, found):
+        wanted = harness.Harness(found, 4, WINDOW, on('1')).loglikelihood([asked(*p) for p in pairs()], True)
+        order = random.Random(0).sample(range(len(wanted)), len(wanted))
+        for size, mesh in ((1, '1'), (3, '1'), (7, '8'), (64, '8')):
+            lm = harness.Harness(found, size, WINDOW, on(mesh))
+            made = lm.loglikelihood([asked(*pairs()[i]) for i in order], disable_tqdm=True)
+            for i, (value, greedy) in zip(order, made, strict=True):
+                assert value == pytest.approx(wanted[i][0], rel=1e-5) and greedy == wanted[i][1]
+        [alone] = lm.loglikelihood([asked(*pairs()[5])], disable_tqdm=True)
+        assert alone[0] == pytest.approx(wanted[5][0], rel=1e-5)
+
+    def test_greedy_is_found(self, found, logits):
+        lm = harness.Harness(found, 2, WINDOW, on('1'))
+        context = lm.tok_encode('the bado')
+        likeliest = context + [int(logits(context)[-1].argmax())]
+        likeliest.append(int(logits(likeliest)[-1].argmax()))
+        second = likeliest[:-1] + [int(logits(likeliest[:-1])[-1].argsort()[-2])]
+        requests = [(None, context, ids[len(context) :]) for ids in (likeliest, second)]
+        assert [greedy for _, greedy in lm._loglikelihood_tokens(requests, disable_tqdm=True)] == [True, False]
+
+    def test_padded_vocabulary_takes_no_part(self, found):
+        params = dict(found.params, head={'kernel': found.params['head']['kernel'].at[:, V:].set(1e4)})
+        poisoned = weights.Weights(found.model, params, found.where)
+        requests = [asked(*pair) for pair in pairs()]
+        made, wanted = (harness.Harness(w, 8, WINDOW, on('8')) for w in (poisoned, found))
+        assert made.loglikelihood(requests, True) == wanted.loglikelihood(requests, True)
+        options = {'until': [], 'max_gen_toks': 5}
+        assert made.generate_until([asked('ba', options)], True) == wanted.generate_until([asked('ba', options)], True)
+
+    def test_few_lengths_are_compiled(self, found):
+        lm = harness.Harness(found, batch_size=2, max_length=128, mesh=on('1'))
+        lm.loglikelihood([asked('ba' * n, ' du') for n in range(1, 60)], disable_tqdm=True)
+        assert lm._predict._cache_size() <= 3  # 32, 64, 128
+
+    def test_texts_that_are_cut_are_counted(self, found, capsys):
+        lm = harness.Harness(found, 8, WINDOW, on('1'))
+        lm.loglikelihood([asked(*pair) for pair in pairs()], disable_tqdm=True)
+        sizes = [len(lm.tok_encode(context + continuation)) for context, continuation in pairs()]
+        cut = sum(size + (not context) > WINDOW + 1 for size, (context, _) in zip(sizes, pairs(), strict=True))
+        said = capsys.readouterr().err
+        assert f'warning: {cut} of 25 texts are longer than the window of {WINDOW} tokens' in said and cut
+        lm.loglikelihood_rolling([asked(' '.join(vocabularies.prose(9)))], disable_tqdm=True)
+        assert not capsys.readouterr().err  # nothing is lost there
+
+    def test_weights_that_are_not_finite(self, found):
+        params = dict(found.params, norm={'scale': found.params['norm']['scale'] * float('nan')})
+        lm = harness.Harness(weights.Weights(found.model, params, found.where), 1, WINDOW, on('1'))
+        with pytest.raises(NumericsError, match='a log-likelihood is not finite'):
+            lm.loglikelihood([asked('ba', ' du')], disable_tqdm=True)
+
+    def test_no_continuation(self, found):
+        lm = harness.Harness(found, 1, WINDOW, on('1'))
+        with pytest.raises(UsageError, match=r"the continuation of \('ba', ''\) has no token of its own"):
+            lm.loglikelihood([asked('ba', '')], disable_tqdm=True)
+
+
+def test_rolling_is_the_sum_by_hand(found, logits):
+    lm = harness.Harness(found, 4, WINDOW, on('8'))
+    text = ' '.join(vocabularies.prose(12, seed=5))
+    texts = ['', 'b', text[:50], text[:400], text]
+    wanted, counts = [], []
+    for text in texts:
+        ids = [lm.prefix_token_id, *lm.tok_encode(text)]
+        counts.append(len(ids) - 1)
+        wanted.append(sum_of(logits, ids, range(1, len(ids)), WINDOW)[0] if text else 0.0)
+    assert counts[2] < WINDOW < counts[3] and counts[4] > 3 * WINDOW
+    np.testing.assert_allclose(lm.loglikelihood_rolling([asked(text) for text in texts], True), wanted, rtol=1e-5)
+
+
+class TestGeneration:
+    def loop(self, logits, lm, context, count):
+        ids = lm.tok_encode(context) or [lm.prefix_token_id]
+        made = []
+        for _ in range(count):
+            made.append(int(logits((ids + made)[-WINDOW:])[-1].argmax()))
+            if made[-1] == lm.eot_token_id:
+                return made[:-1]
+        return made
+
+    @pytest.mark.parametrize('mesh', ['1', '8'])
+    def test_is_the_plain_loop(self, found, logits, mesh):
+        lm = harness.Harness(found, 4, WINDOW, on(mesh))
+        long = ' '.join(vocabularies.prose(5, seed=7))
+        contexts = ['the quick', 'ba', '', long, long[:75]]  # the last grows out of the window
+        assert len(lm.tok_encode(contexts[-1])) < WINDOW
+        options = {'until': [], 'max_gen_toks': 24, 'do_sample': False, 'temperature': 0.0}
+        texts = [lm._tokenizer.decode(self.loop(logits, lm, context, 24)) for context in contexts]
+        assert len(set(texts)) == len(texts) and all(texts)
+        assert lm.generate_until([asked(context, options) for context in contexts], True) == texts
+        stops = [text[len(text) // 2 :][:3] for text in texts]
+        cut = [text[: text.index(stop)] for text, stop in zip(texts, stops, strict=True)]
+        requests = [
+            asked(context, options | {'until': [stop, '<never>']})
+            for context, stop in zip(contexts, stops, strict=True)
+        ]
+        assert lm.generate_until(requests, True) == cut and cut != texts
+
+    def test_ends_at_an_eos(self, found, logits):
+        lm = harness.Harness(found, 4, WINDOW, on('1'))
+        made = self.loop(logits, lm, 'the quick', 12)
+        last = max(range(12), key=lambda i: i if made.index(made[i]) == i else 0)
+        assert last > 0
+        swap = np.arange(512)
+        swap[[lm.eot_token_id, made[last]]] = made[last], lm.eot_token_id  # what was likeliest then is now an eos
+        params = dict(found.params, head={'kernel': found.params['head']['kernel'][:, swap]})
+        lm = harness.Harness(weights.Weights(found.model, params, found.where), 4, WINDOW, on('1'))
+        [text] = lm.generate_until([asked('the quick', {'until': [], 'max_gen_toks': 12})], True)
+        assert text == lm._tokenizer.decode(made[:last])
+
+    @pytest.mark.parametrize('options', [{'do_sample': True, 'temperature': 0.7}, {'temperature': 0.5}, {'top_k': 5}])
+    def test_others_are_refused(self, found, options):
+        lm = harness.Harness(found, 1, WINDOW, on('1'))
+        with pytest.raises(UsageError, match=f'task some_task asks for generation with .*{[*options][-1]}'):
+            lm.generate_until([asked('ba', {'until': ['\n']} | options)], True)
+
+
+class TestBeginnings:
+    @pytest.mark.parametrize('mode, start', [('pad', []), ('pack', []), ('concat', [258])])
+    def test_of_a_run_are_those_of_its_rows(self, mode, start):
+        sizes = configs.Model(vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
+        config = configs.Config(seq_length=16, model=sizes, data=configs.Data(mode=mode, tokenizer='bytes'))
+        model = llama.from_config(sizes, 'float32')
+        params = model.init(jax.random.key(0))['params']
+        lm = harness.Harness(weights.Weights(model, params, '', 1, config, tokenizers.Bytes()), 1, mesh=on('1'))
+        assert lm.max_length == 16 and lm.prefix_token_id == 258
+        assert lm.tok_encode('ab') == [*start, 97, 98] and lm.tok_encode('ab', add_special_tokens=False) == [97, 98]
+        made = lm.loglikelihood([asked('ab', 'c'), asked('', 'c')], True)
+        for (value, _), ids in zip(made, ([*start, 97, 98], [258]), strict=True):
+            logits, _ = model.apply({'params': params}, np.array([ids]))
+            assert value == pytest.approx(float(jax.nn.log_softmax(logits[0, -1])[99]), rel=1e-5)
+
+    def test_of_a_folder_are_those_of_its_tokenizer(self, folders):
+        for name in folders:
+            lm = harness.Harness(weights.load(folders[name]), 1, mesh=on('1'))
+            theirs = transformers.AutoTokenizer.from_pretrained(folders[name])
+            bos = theirs.bos_token_id
+            for text in ('badu gi', ' 17, x', '\n'):
+                ids = lm.tok_encode(text)
+                assert ids == theirs.encode(text) and ids.count(bos) == (name == 'bos')
+            assert (lm.prefix_token_id, lm.eot_token_id, lm.max_length) == (bos, theirs.eos_token_id, 128)
+
+    @pytest.mark.parametrize('name', ['llama', 't5'])
+    def test_of_a_sentencepiece_model(self, found, tmp_path, name):
+        (tmp_path / 'tokenizer.model').write_bytes(vocabularies.content(name))
+        (tmp_path / 'config.json').write_text('{"max_position_embeddings": 64}')
+        lm = harness.Harness(weights.Weights(found.model, found.params, str(tmp_path)), 1, mesh=on('1'))
+        start = [lm.prefix_token_id] if name == 'llama' else []
+        assert lm.tok_encode('badu gi') == start + lm.tok_encode('badu gi', add_special_tokens=False)
+        assert (lm.prefix_token_id == lm.eot_token_id) == (name == 't5') and lm.max_length == 64
+
+    def test_tokenizers_that_do_not_fit(self, found, folders, tmp_path):
+        with pytest.raises(UsageError, match=f'{tmp_path} holds no tokenizer'):
+            harness.Harness(weights.Weights(found.model, found.params, str(tmp_path)), 1)
+        small = found.model.clone(config=configs.Model(vocab_size=V - 1))
+        with pytest.raises(UsageError, match=f'tokenizer has {V} ids, the network only {V - 1}'):
+            harness.Harness(weights.Weights(small, found.params, str(folders['plain'])), 1)
+
+
+@pytest.fixture(scope='module')
+def tasks(tmp_path_factory):
+    """A folder of tasks over 20 questions as in ARC: choices, texts as a whole, generation."""
+    folder, rng, lines = tmp_path_factory.mktemp('tasks'), random.Random(2), iter(vocabularies.prose(120, seed=11))
+    with (folder / 'questions.jsonl').open('w') as file:
+        for number in range(20):
+            options = [' '.join(rng.choices(vocabularies.words(), k=rng.randint(1, 5))) for _ in range(4)]
+            question = {'id': f'q{number}', 'question': ' '.join(next(lines) for _ in range(rng.randint(1, 6)))}
+            labels = ['A', 'B', 'C', 'D'] if number % 5 else ['1', '2', '3', '4']
+            choices = {'choices': {'text': options, 'label': labels}, 'answerKey': rng.choice(labels)}
+            file.write(json.dumps(question | choices) + '\n')
+    common = {
+        'dataset_path': 'json', 'test_split': 'test',
+        'dataset_kwargs': {'data_files': {'test': f'{folder}/questions.jsonl'}, 'cache_dir': f'{folder}/cache'},
+    }  # fmt: skip
+    mean = {'aggregation': 'mean', 'higher_is_better': True}
+    arc = {
+        'task': 'local_arc',
+        'output_type': 'multiple_choice',
+        'doc_to_text': 'Question: {{question}}\nAnswer:',
+        'doc_to_target': '{{choices.label.index(answerKey)}}',
+        'doc_to_choice': '{{choices.text}}',
+        'metric_list': [
+            {'metric': name, 'aggregation': 'mean', 'higher_is_better': True} for name in ('acc', 'acc_norm')
+        ],
+    }
+    rolling = {
+        'task': 'local_text',
+        'output_type': 'loglikelihood_rolling',
+        'doc_to_text': '',
+        'doc_to_target': '{{question}}',
+        'metric_list': [{'metric': 'byte_perplexity'}, {'metric': 'bits_per_byte'}],
+    }
+    written = {
+        'task': 'local_written',
+        'output_type': 'generate_until',
+        'doc_to_text': '{{choices.text[0]}}',
+        'doc_to_target': '{{choices.text[1]}}',
+        'generation_kwargs': {'until': ['d'], 'max_gen_toks': 10, 'do_sample': False},
+        'metric_list': [{'metric': 'exact_match'} | mean],
+    }
+    missing = arc | {'task': 'local_missing', 'dataset_kwargs': {'data_files': {'test': f'{folder}/missing.jsonl'}}}
+    for task in (arc, rolling, written, missing):
+        (folder / f'{task["task"]}.yaml').write_text(yaml.safe_dump(common | task))
+    return folder
+
+
+def run(lm, tasks, *names):
+    return lm_eval.simple_evaluate(lm, tasks=list(names), task_manager=TaskManager(include_path=str(tasks)))
+
+
+class TestAgainstTransformers:
+    @pytest.mark.parametrize('name', ['plain', 'bos'])
+    def test_choices(self, folders, tasks, name):
+        theirs = run(HFLM(str(folders[name]), device='cpu', dtype='float32', batch_size=4), tasks, 'local_arc')
+        ours = run(harness.Harness(weights.load(folders[name]), 4), tasks, 'local_arc')
+        of_task = ours['results']['local_arc']
+        for metric in ('acc,none', 'acc_norm,none', 'acc_stderr,none'):
+            assert of_task[metric] == theirs['results']['local_arc'][metric], metric
+        samples = [sorted(found['samples']['local_arc'], key=lambda s: s['doc_id']) for found in (ours, theirs)]
+        compared = 0
+        for mine, other in zip(*samples, strict=True):
+            for (value, greedy), (wanted, as_greedy) in zip(
+                mine['filtered_resps'], other['filtered_resps'], strict=True
+            ):
+                assert abs(value - wanted) < 1e-4 and greedy == as_greedy
+                compared += 1
+        assert compared == 80
+
+    def test_texts_and_generation(self, folders, tasks):
+        names = 'local_text', 'local_written'
+        theirs = run(HFLM(str(folders['plain']), device='cpu', dtype='float32', batch_size=4), tasks, *names)
+        ours = run(harness.Harness(weights.load(folders['plain']), 4), tasks, *names)
+        for metric in ('byte_perplexity,none', 'bits_per_byte,none'):
+            wanted = theirs['results']['local_text'][metric]
+            assert ours['results']['local_text'][metric] == pytest.approx(wanted, rel=1e-5)
+        written = [
+            [s['filtered_resps'] for s in sorted(found['samples']['local_written'], key=lambda s: s['doc_id'])]
+            for found in (ours, theirs)
+        ]
+        assert written[0] == written[1] and any(text for [text] in written[0])
