@@ -1,9 +1,27 @@
-"""Evaluation: loss, perplexity and bits per byte over a fixed stretch of text, weighed by tokens."""
+"""Evaluation: loss, perplexity and bits per byte over a fixed stretch of text, weighed by tokens.
+
+`python -m mixln_jax.evaluate --checkpoint DIR` evaluates trained weights on the run's own text, or with --tasks in the
+lm-evaluation-harness (`pip install lm_eval`).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import pathlib
+import sys
 
 import jax
 
+from mixln_jax import config as configs
+from mixln_jax import exits, metrics, record, weights
 from mixln_jax import mesh as meshes
-from mixln_jax import metrics
+from mixln_jax.data import batches
+from mixln_jax.data import rows as data_rows
+from mixln_jax.exits import NumericsError, UsageError
+from mixln_jax.program import Program
+
+OF_TEXT, OF_TASKS = ('split', 'tokens'), ('task_path', 'limit', 'num_fewshot')  # options without and with --tasks
 
 
 def evaluate(
@@ -38,3 +56,114 @@ def evaluate(
     sums = [float(jax.device_get(total)) for total in sums]
     values = metrics.evaluation(sum(sums), sum(counts), num_bytes)
     return values | ({'eval/perplexity_official': metrics.official_perplexity(sums, counts)} if official else {})
+
+
+def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size=None):
+    """Evaluates the weights of a run as the run itself does, on all devices that share a batch evenly.
+
+    Args:
+        found: from `weights.load`.
+        split: of the run's data; None: config.eval.split.
+        num_tokens: target tokens, at least (or the whole split); None: config.eval.tokens.
+        batch_size: rows at a time, a divisor of the run's batch; None: the run's micro-batch.
+
+    Returns:
+        As `evaluate`.
+
+    Raises:
+        UsageError: no run, or a batch that does not divide the run's. DataError: as `rows.open_rows`. NumericsError:
+        the loss is not finite.
+    """
+    config = found.config
+    if not config:
+        raise UsageError(f'{found.where} is a Hugging Face folder, which names no text to evaluate on; give --tasks')
+    batch_size = batch_size or config.batch_size // config.accumulate
+    if config.batch_size % batch_size:
+        raise UsageError(f"--batch_size {batch_size} does not divide the run's config.batch_size={config.batch_size}")
+    devices = meshes.devices('auto')
+    mesh = meshes.make_mesh(configs.Mesh(data=math.gcd(batch_size, len(devices))), devices)
+    program = Program(dataclasses.replace(config, batch_size=batch_size, accumulate=1), mesh)
+    rows = data_rows.open_rows(
+        config.data, split or config.eval.split, found.tokenizer, config.seq_length, config.model.vocab_size
+    )
+    params = jax.device_put(found.params, jax.tree.map(lambda leaf: leaf.sharding, program.state.params))
+    with contextlib.closing(batches.read(batches.evaluation(rows, batch_size), 0, workers=0)) as reader:
+        values = evaluate(
+            program.eval_step,
+            params,
+            reader,
+            at_a_time=config.batch_size // batch_size,
+            byte_lengths=found.tokenizer.byte_lengths,
+            num_tokens=num_tokens or config.eval.tokens,
+            sharding=meshes.batch_sharding(mesh),
+            official=config.compat != 'none',
+        )
+    if not math.isfinite(values['eval/loss']):
+        raise NumericsError(f'{found.where}: the evaluation loss is not finite')
+    return values
+
+
+def _tasks(found, options):
+    """The table and JSON object of --tasks."""
+    try:
+        from mixln_jax import harness  # not for those who need no tasks
+    except ModuleNotFoundError as error:
+        if error.name.partition('.')[0] != 'lm_eval':
+            raise
+        raise UsageError('--tasks needs the lm-evaluation-harness: pip install lm_eval') from error
+    about = {name: getattr(options, name) for name in OF_TASKS}
+    return harness.run(found, options.tasks.split(','), batch_size=options.batch_size or 32, **about)
+
+
+def _text(found, options):
+    """The line and JSON object without --tasks."""
+    values = evaluate_run(found, options.split, options.tokens, options.batch_size)
+    split, bits = options.split or found.config.eval.split, values['eval/bits_per_byte']
+    line = (
+        f'{split}: loss {values["eval/loss"]:.4f}  perplexity {values["eval/perplexity"]:.2f}  '
+        f'bits per byte {"-" if bits is None else format(bits, ".4f")}  ({values["eval/tokens"]:,} tokens)'
+    )
+    return line, {'split': split} | values
+
+
+def main(argv):
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog='python -m mixln_jax.evaluate',
+        description="Evaluates trained weights: on the run's own text, or in the lm-evaluation-harness.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add('--checkpoint', required=True, metavar='DIR', help='a run, <run>/checkpoints/<step> or a Hugging Face folder')
+    add('--norm_position', metavar='P', help='placement of a Hugging Face folder that does not say it')
+    add('--batch_size', type=int, metavar='B', help="rows at a time [the run's micro-batch; with --tasks 32]")
+    add('--out', metavar='FILE.json', help='write the results here too')
+    add('--split', metavar='SPLIT', help="of the run's data [config.eval.split]")
+    add('--tokens', type=int, metavar='N', help='target tokens, at least [config.eval.tokens]')
+    add('--tasks', metavar='TASK,...', help='tasks of the harness instead: arc_easy,hellaswag')
+    add('--task_path', metavar='DIR', help='YAML files that define more tasks')
+    add('--limit', type=int, metavar='N', help='documents of each task [all]')
+    add('--num_fewshot', type=int, metavar='N', help='examples before each document [what the task says]')
+    add('--traceback', action='store_true', help='show where an error comes from')
+
+    def job():
+        options = exits.parse(parser, argv)
+        for name, least in (('batch_size', 1), ('tokens', 1), ('limit', 1), ('num_fewshot', 0)):
+            if (value := getattr(options, name)) is not None and value < least:
+                raise UsageError(f'--{name} must be at least {least}')
+        for name in OF_TEXT if options.tasks else OF_TASKS:
+            if getattr(options, name) is not None:
+                raise UsageError(f'--{name} has no meaning {"with" if options.tasks else "without"} --tasks')
+        if options.task_path and not pathlib.Path(options.task_path).is_dir():
+            raise UsageError(f'--task_path {options.task_path} is not a folder')
+        found = weights.load(options.checkpoint, norm_position=options.norm_position)
+        shown, values = (_tasks if options.tasks else _text)(found, options)
+        record.say(f'{found.where}', shown)
+        if options.out:
+            record.write_json(options.out, {'checkpoint': found.where, 'step': found.step} | values)
+
+    return exits.call(job, show_traceback='--traceback' in argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
