@@ -245,7 +245,7 @@ class TestFolders:
     def copy(self, tmp_path, name='mix'):
         return pathlib.Path(shutil.copytree(GOLDEN / name, tmp_path / name))
 
-    @pytest.mark.parametrize('claimed', ['pre', 'post', 'sandwich', 'lns', None])
+    @pytest.mark.parametrize('claimed', ['pre', 'post', 'sandwich', 'lns'])
     def test_a_folder_is_not_opened_as_another_placement(self, claimed):
         with pytest.raises(CheckpointError, match=r'tensor model\.layers\.'):
             hf.load(GOLDEN / 'mix', norm_position=claimed)

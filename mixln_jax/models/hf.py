@@ -1,82 +1,61 @@
-"""Hugging Face folders (config.json, model.safetensors): tensor names here, nowhere else.
+"""Hugging Face folders (config.json, safetensors): tensor names here, nowhere else.
 
 Stock LLaMA names, and the Mix-LN authors' layout for the placements that stock LLaMA cannot express.
 """
 
 import json
 import pathlib
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
-from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import llama, norms, transformer
+from mixln_jax.models import hf_config, tensors, transformer
 
 MATRICES = {
-    'attention/q/kernel': 'self_attn.q_proj.weight',
-    'attention/k/kernel': 'self_attn.k_proj.weight',
-    'attention/v/kernel': 'self_attn.v_proj.weight',
-    'attention/o/kernel': 'self_attn.o_proj.weight',
-    'mlp/gate/kernel': 'mlp.gate_proj.weight',
-    'mlp/up/kernel': 'mlp.up_proj.weight',
-    'mlp/down/kernel': 'mlp.down_proj.weight',
-}
-STOCK_NORMS = {'attention_norm_in': 'input_layernorm', 'mlp_norm_in': 'post_attention_layernorm'}
-OTHER_NORMS = {  # as soon as a layer normalises after a sub-layer
-    'attention_norm_in': 'input_layernorm',
-    'attention_norm_out': 'post_attention_layernorm',
-    'attention_norm_post': 'post_attention_layernorm',
-    'mlp_norm_in': 'pre_feedforward_layernorm',
-    'mlp_norm_out': 'post_feedforward_layernorm',
-    'mlp_norm_post': 'post_feedforward_layernorm',
+    'attention/q/kernel': 'self_attn.q_proj',
+    'attention/k/kernel': 'self_attn.k_proj',
+    'attention/v/kernel': 'self_attn.v_proj',
+    'attention/o/kernel': 'self_attn.o_proj',
+    'mlp/gate/kernel': 'mlp.gate_proj',
+    'mlp/up/kernel': 'mlp.up_proj',
+    'mlp/down/kernel': 'mlp.down_proj',
 }
 WHOLE = {
     'embed/embedding': 'model.embed_tokens.weight',
     'norm/scale': 'model.norm.weight',
     'head/kernel': 'lm_head.weight',
 }
-CONFIG_KEYS = {
-    'vocab_size': 'vocab_size',
-    'hidden_size': 'hidden_size',
-    'intermediate_size': 'intermediate_size',
-    'num_layers': 'num_hidden_layers',
-    'num_heads': 'num_attention_heads',
-    'norm_eps': 'rms_norm_eps',
-}
-
-
-FIXED = {  # what a config.json may say besides, and the only value that `llama` computes
-    'model_type': 'llama',
-    'hidden_act': 'silu',
-    'rope_scaling': None,
-    'rope_parameters.rope_type': 'default',
-    'attention_bias': False,
-    'mlp_bias': False,
-    'tie_word_embeddings': False,
-}
+VOCAB_AXIS = {'embed/embedding': 0, 'head/kernel': 1}
+DTYPES = ('float32', 'bfloat16')
 
 
 def tensor_name(path, norm_position):
-    """The tensor of a leaf `layers/<l>/...` (l from 0) or of one outside the layers, `path` joined by slashes."""
+    """The tensor of a leaf `layers/<l>/...` (l from 0) or of one outside the layers, `path` joined by slashes.
+
+    Raises UsageError for a parameter that no tensor stands for.
+    """
     if path in WHOLE:
         return WHOLE[path]
-    _, number, inside = path.split('/', 2)
-    if inside in MATRICES:
-        return f'model.layers.{number}.{MATRICES[inside]}'
-    placement = norms.PLACEMENTS[norm_position[int(number)]].attention
-    names = OTHER_NORMS if placement.out or placement.post else STOCK_NORMS
-    return f'model.layers.{number}.{names[inside.removesuffix("/scale")]}.weight'
+    group, number, inside = [*path.split('/', 2), '', ''][:3]
+    if group == trees.STACKED:
+        name = norm_position[int(number)]
+        inside = MATRICES.get(inside) or hf_config.norm_name(name, inside.removesuffix('/scale'))
+        if inside:
+            return f'model.layers.{number}.{inside}.weight'
+        path = f'{path} of norm_position {name}'
+    raise UsageError(f'parameter {path} has no tensor name in a Hugging Face folder')
 
 
 def load(folder, norm_position=None, compute_dtype='float32'):
     """Reads a LLaMA folder.
 
     Args:
-        folder: holds config.json and model.safetensors.
+        folder: holds config.json and model.safetensors, or shards with model.safetensors.index.json.
         norm_position: as in a config, or a sequence of L names. None: what config.json says, or Pre-LN for stock LLaMA.
         compute_dtype: of the network; weights are float32.
 
@@ -87,78 +66,100 @@ def load(folder, norm_position=None, compute_dtype='float32'):
         UsageError: no such folder or file, or a `norm_position` that does not fit.
         CheckpointError: unreadable content, tensors missing or left over (so another placement), wrong shapes.
     """
+    model, params = read(folder, norm_position, compute_dtype)
+    return model, jax.tree.map(jnp.asarray, params)
+
+
+def read(folder, norm_position=None, compute_dtype='float32'):
+    """As `load`, with numpy arrays: no device needs to hold them all."""
     folder = pathlib.Path(folder)
-    config = read_config(folder, norm_position)
-    model = llama.from_config(config, compute_dtype)
-    tensors = _read_tensors(folder / 'model.safetensors')
+    tensors.refuse_pickled(folder)
+    model, stated = hf_config.read(folder / 'config.json', norm_position, compute_dtype)
+    found = tensors.read(folder)
+    if not stated:
+        _check_pre(folder, found)
+    config, named = model.config, f'norm_position={model.config.norm_position}'
 
     def take(path, leaf):
         path = trees.path_name(path)
         name = tensor_name(path, model.norm_position)
-        if name not in tensors:
-            raise CheckpointError(f'{folder}: no tensor {name}, which norm_position={config.norm_position} needs')
-        tensor = tensors.pop(name)
+        if name not in found:
+            raise CheckpointError(f'{folder}: no tensor {name}, which {named} needs')
+        tensor = found.pop(name)
         if tensor.dtype.kind in 'iub' or not np.isfinite(tensor := tensor.astype(np.float32)).all():
             raise CheckpointError(f'{folder}: tensor {name} is not finite numbers ({tensor.dtype})')
         tensor = tensor.T if path.endswith('kernel') else tensor
-        axis = {'embed/embedding': 0, 'head/kernel': 1}.get(path)
+        axis = VOCAB_AXIS.get(path)
         expected = tuple(config.vocab_size if at == axis else size for at, size in enumerate(leaf.shape))
         if tensor.shape != expected:
             raise CheckpointError(f'{folder}: tensor {name} has shape {tensor.shape}, config.json makes it {expected}')
         return np.pad(tensor, [(0, size - n) for size, n in zip(leaf.shape, expected, strict=True)])
 
-    shapes = jax.eval_shape(lambda: _by_layer(model.init(jax.random.key(0))['params'], model.norm_position))
+    shapes = jax.eval_shape(lambda params: _by_layer(params, model.norm_position), model.shapes()['params'])
     params = jax.tree_util.tree_map_with_path(take, shapes)
-    if tensors:
-        raise CheckpointError(
-            f'{folder}: tensor {min(tensors)} has no place in a network with norm_position={config.norm_position}'
-        )
+    if found:
+        raise CheckpointError(f'{folder}: tensor {min(found)} has no place in a network with {named}')
     params['layers'] = transformer.stack_layers(params['layers'], model.norm_position)
-    return model, jax.tree.map(jnp.asarray, params)
+    return model, params
 
 
-def read_config(folder, norm_position=None):
-    """config.Model of a Hugging Face folder; errors as in `load`."""
-    path = folder / 'config.json'
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f'{path} does not exist') from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f'{path} is not readable JSON: {error}') from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f'{path} is not a JSON object')
-    for name in CONFIG_KEYS.values():
-        if name not in found:
-            raise CheckpointError(f'{path} has no key {name}')
-    values = {ours: found[theirs] for ours, theirs in CONFIG_KEYS.items()}
-    rope = found.get('rope_parameters') or {}  # transformers 5; before it rope_theta and rope_scaling
-    for name, value in (found | {f'rope_parameters.{name}': value for name, value in rope.items()}).items():
-        if name in FIXED and value not in (None, FIXED[name]):
-            raise CheckpointError(f'{path}: {name}={value!r} is not modelled here, only {FIXED[name]!r}')
-    kv_heads = found.get('num_key_value_heads') or values['num_heads']
-    values['num_kv_heads'] = 0 if kv_heads == values['num_heads'] else kv_heads
-    values['rope_theta'] = rope.get('rope_theta', found.get('rope_theta', 10000.0))
-    values['norm_position'] = norm_position or found.get('norm_position', 'pre')
-    if not isinstance(values['norm_position'], str):
-        values['norm_position'] = ','.join(values['norm_position'])
-    try:
-        config = configs.build({'model': values}).model
-    except UsageError as error:
-        raise CheckpointError(f'{path}: {error}') from None
-    if found.get('head_dim') not in (None, config.hidden_size // config.num_heads):
-        raise CheckpointError(f'{path}: head_dim={found["head_dim"]} is not hidden_size / num_attention_heads')
-    return config
+def _check_pre(folder, found):
+    """Raises CheckpointError where tensor names contradict Pre-LN, which is what a folder means that says nothing."""
+    others = set(hf_config.OTHER_NORMS.values()) - set(hf_config.STOCK_NORMS.values())
+    pattern = re.compile(rf'model\.layers\.(\d+)\.({"|".join(sorted(others))})\.weight')
+    matches = [match for match in map(pattern.fullmatch, found) if match]
+    if matches:
+        number = min(int(match[1]) for match in matches)
+        names = ' and '.join(sorted(match[2] for match in matches if int(match[1]) == number))
+        raise CheckpointError(f'{folder}: layer {number} has {names}: not Pre-LN; pass norm_position')
+
+
+def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.0, max_position_embeddings=2048):
+    """Writes a folder that `load` and transformers read.
+
+    Pre-LN networks become stock LLaMA; all others the authors' layout, with a modelling file beside it that
+    `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` runs.
+
+    Args:
+        folder: empty, or made here.
+        model: the network; its compute_dtype does not matter.
+        params: its parameters, in this process; rows that only pad the vocabulary are left out.
+        tokenizer: a data.tokenizers.Tokenizer to save beside it; its special ids go into config.json.
+        dtype: float32 or bfloat16.
+        max_shard_gb: largest size of a file in units of 10^9 bytes; more become shards with an index.
+        max_position_embeddings: the longest text, as other tools are told; nothing here depends on it.
+
+    Raises:
+        UsageError: a folder with something in it, bad options, or a network that cannot be said in such a folder.
+    """
+    folder = pathlib.Path(folder)
+    if dtype not in DTYPES:
+        raise UsageError(f'dtype={dtype!r} is not one of {", ".join(DTYPES)}')
+    if not 0 < max_shard_gb < float('inf'):
+        raise UsageError(f'max_shard_gb={max_shard_gb} must be above 0, and finite')
+    config = hf_config.content(model, tokenizer) | {
+        'dtype': dtype,
+        'torch_dtype': dtype,  # as transformers 4 has it
+        'max_position_embeddings': max_position_embeddings,
+    }
+    named = {}
+    for path, leaf in trees.named_leaves(_by_layer(jax.device_get(params), model.norm_position)):
+        name = tensor_name(path, model.norm_position)
+        if name in named:
+            raise UsageError(f'two parameters of {hf_config.spell(model.norm_position)} have the tensor name {name}')
+        if path in VOCAB_AXIS:
+            leaf = leaf[(slice(None),) * VOCAB_AXIS[path] + (slice(model.config.vocab_size),)]
+        named[name] = leaf.T if path.endswith('kernel') else leaf
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UsageError(f'{folder} is not empty')
+    tensors.write(folder, named, jnp.dtype(dtype), int(max_shard_gb * 1e9))
+    if tokenizer:
+        tokenizer.save(folder)
+    if config['model_type'] == hf_config.OTHER_TYPE:
+        shutil.copy(hf_config.MODELLING, folder)
+    (folder / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
 
 
 def _by_layer(params, norm_position):
     return dict(params, layers=transformer.split_layers(params['layers'], norm_position))
-
-
-def _read_tensors(path):
-    try:
-        return safetensors.numpy.load_file(path)
-    except FileNotFoundError:
-        raise UsageError(f'{path} does not exist') from None
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f'{path} is not a readable safetensors file: {error}') from None

@@ -1,0 +1,189 @@
+"""config.json of a Hugging Face folder: its keys, and how it says a placement."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+
+from mixln_jax import config as configs
+from mixln_jax.exits import CheckpointError, UsageError
+from mixln_jax.models import llama, norms
+
+CONFIG_KEYS = {
+    'vocab_size': 'vocab_size',
+    'hidden_size': 'hidden_size',
+    'intermediate_size': 'intermediate_size',
+    'num_layers': 'num_hidden_layers',
+    'num_heads': 'num_attention_heads',
+    'norm_eps': 'rms_norm_eps',
+}
+FIXED = {  # what a config.json may say besides, and the only value that `llama` computes
+    'hidden_act': 'silu',
+    'rope_scaling': None,
+    'rope_parameters.rope_type': 'default',
+    'attention_bias': False,
+    'mlp_bias': False,
+    'tie_word_embeddings': False,
+}
+STOCK_NORMS = {'attention_norm_in': 'input_layernorm', 'mlp_norm_in': 'post_attention_layernorm'}
+OTHER_NORMS = {  # as soon as a layer normalises after a sub-layer
+    'attention_norm_in': 'input_layernorm',
+    'attention_norm_out': 'post_attention_layernorm',
+    'attention_norm_post': 'post_attention_layernorm',
+    'mlp_norm_in': 'pre_feedforward_layernorm',
+    'mlp_norm_out': 'post_feedforward_layernorm',
+    'mlp_norm_post': 'post_feedforward_layernorm',
+}
+OTHER_TYPE = 'mixln'  # model_type of what stock LLaMA is not: no tool may open it as Pre-LN
+MODELLING = pathlib.Path(__file__).with_name('modeling_mixln.py')  # goes with such a folder, for transformers
+# The switches of a placement, and the norm that each uses.
+SWITCHES = {'residual_normed': 'in', 'pre': 'in', 'out': 'out', 'post': 'post'}
+CONSTANTS = ('in_scale', 'residual_scale', 'branch_scale')
+
+
+def read(path, norm_position=None, compute_dtype='float32'):
+    """(network of a config.json, whether `norm_position` or the file says its placement).
+
+    Arguments and errors are those of `hf.load`.
+    """
+    found = _read_json(path)
+    config, given = _model_config(path, found), norm_position
+    if found.get('model_type') not in (None, 'llama', OTHER_TYPE):
+        raise CheckpointError(f'{path}: model_type={found["model_type"]!r} is not llama or {OTHER_TYPE}')
+    if found.get('model_type') == OTHER_TYPE and 'norm_position' not in found:
+        raise CheckpointError(f'{path} has no key norm_position, which model_type={OTHER_TYPE} needs')
+    L, says = config.num_layers, found.get('norm_position')
+    index, depth = found.get('layer_index', list(range(1, L + 1))), found.get('depth', L)
+    if not _whole([depth]) or not _whole(index) or len(index) != L or index != sorted({*index}) or index[-1] > depth:
+        raise CheckpointError(
+            f'{path}: layer_index={index}, depth={depth}: {L} rising layer numbers from 1 up to the depth are needed'
+        )
+    try:
+        names = norms.resolve(_spelled('pre' if says is None else says), L)
+    except (UsageError, TypeError) as error:
+        raise CheckpointError(f'{path}: norm_position: {error}') from None
+    if given:
+        wanted = norms.resolve(_spelled(given), L)
+        if says is not None and wanted != names:
+            raise UsageError(f'{path} says norm_position={spell(names)}, not {spell(wanted)}')
+        names = wanted
+    config = dataclasses.replace(config, norm_position=spell(names))
+    model = llama.Llama(config, names, tuple(index), depth, compute_dtype)
+    if 'placements' in found and found['placements'] != placements(model):
+        raise CheckpointError(f'{path}: placements are not those of norm_position, layer_index and depth here')
+    return model, bool(given) or says is not None
+
+
+def _whole(numbers):
+    return isinstance(numbers, list) and all(type(number) is int and number > 0 for number in numbers)
+
+
+def _spelled(names):
+    return names if isinstance(names, str) else ','.join(names)
+
+
+def spell(names):
+    """The text of a list of placements, `post*2,pre*6`."""
+    return ','.join(f'{name}*{end - first}' for name, first, end in norms.segments(names))
+
+
+def _read_json(path):
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f'{path} does not exist') from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f'{path} is not readable JSON: {error}') from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f'{path} is not a JSON object')
+    return found
+
+
+def _model_config(path, found):
+    """config.Model of the content of a config.json, its placement left out."""
+    for name in CONFIG_KEYS.values():
+        if name not in found:
+            raise CheckpointError(f'{path} has no key {name}')
+    values = {ours: found[theirs] for ours, theirs in CONFIG_KEYS.items()}
+    rope = found.get('rope_parameters') or {}  # transformers 5; before it rope_theta and rope_scaling
+    for name, value in (found | {f'rope_parameters.{name}': value for name, value in rope.items()}).items():
+        if name in FIXED and value not in (None, FIXED[name]):
+            raise CheckpointError(f'{path}: {name}={value!r} is not modelled here, only {FIXED[name]!r}')
+    kv_heads = found.get('num_key_value_heads') or values['num_heads']
+    values['num_kv_heads'] = 0 if kv_heads == values['num_heads'] else kv_heads
+    values['rope_theta'] = rope.get('rope_theta', found.get('rope_theta', 10000.0))
+    try:
+        config = configs.build({'model': values}).model
+    except UsageError as error:
+        raise CheckpointError(f'{path}: {error}') from None
+    if found.get('head_dim') not in (None, config.hidden_size // config.num_heads):
+        raise CheckpointError(f'{path}: head_dim={found["head_dim"]} is not hidden_size / num_attention_heads')
+    return config
+
+
+def content(model, tokenizer):
+    """config.json of a network as a dict; stock LLaMA where it is that. Raises UsageError as `placements` does."""
+    config, said = model.config, placements(model)
+    stock = all(
+        layer == {'attention': {'pre': 'input_layernorm'}, 'mlp': {'pre': 'post_attention_layernorm'}} for layer in said
+    )
+    module, other = MODELLING.stem, 'MixlnForCausalLM'
+    auto_map = {'AutoConfig': f'{module}.MixlnConfig', 'AutoModelForCausalLM': f'{module}.{other}'}
+    return {
+        'architectures': ['LlamaForCausalLM' if stock else other],
+        'model_type': 'llama' if stock else OTHER_TYPE,
+        **({} if stock else {'auto_map': auto_map}),
+        **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS.items()},
+        'num_key_value_heads': config.num_kv_heads or config.num_heads,
+        'head_dim': config.hidden_size // config.num_heads,
+        'rope_theta': config.rope_theta,
+        'rope_parameters': {'rope_type': FIXED['rope_parameters.rope_type'], 'rope_theta': config.rope_theta},
+        **{name: FIXED[name] for name in ('hidden_act', 'attention_bias', 'mlp_bias', 'tie_word_embeddings')},
+        'initializer_range': config.init_std,
+        'bos_token_id': tokenizer and tokenizer.bos_id,
+        'eos_token_id': tokenizer and tokenizer.eos_id,
+        'pad_token_id': None,  # torch would not train the row that it names
+        'norm_position': list(model.norm_position),
+        'layer_index': list(model.layer_index),
+        'depth': model.depth,
+        **({} if stock else {'placements': said}),
+    }
+
+
+def placements(model):
+    """What each layer does to the residual stream, as config.json and modeling_mixln.py have it.
+
+    Returns:
+        L dicts {'attention': {...}, 'mlp': {...}}: the switches that are on, each with the name of its norm, and the
+        constants of the layer.
+
+    Raises:
+        UsageError: a placement that says more than that, naming it.
+    """
+    found = []
+    for name, index in zip(model.norm_position, model.layer_index, strict=True):
+        layer = norms.PLACEMENTS[name]
+        _check_said(name, layer, ('attention', 'mlp', 'init'))
+        found.append({})
+        for sublayer in ('attention', 'mlp'):
+            at = getattr(layer, sublayer)
+            _check_said(name, at, (*SWITCHES, *CONSTANTS))
+            on = {switch: f'{sublayer}_norm_{norm}' for switch, norm in SWITCHES.items() if getattr(at, switch)}
+            said = {switch: norm_name(name, norm) for switch, norm in on.items()}
+            constants = at.constants([index], model.depth).items()
+            found[-1][sublayer] = said | {by: float(np.float32(value)) for by, [value] in constants}
+    return found
+
+
+def _check_said(name, placement, known):
+    for field in dataclasses.fields(placement):
+        if field.name not in known and getattr(placement, field.name) != field.default:
+            raise UsageError(f'norm_position {name}: {field.name} cannot be said in a Hugging Face folder')
+
+
+def norm_name(placement, norm):
+    """The name of a layer's norm, such as `mlp_norm_in`, under a placement; None: it has none."""
+    layer = norms.PLACEMENTS[placement]
+    behind = any(at.out or at.post for at in (layer.attention, layer.mlp))
+    return (OTHER_NORMS if behind else STOCK_NORMS).get(norm)

@@ -1,0 +1,342 @@
+"""Hugging Face folders out and in: every placement bit for bit, shards, layers that were removed, what is refused."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from mixln_jax import config as configs
+from mixln_jax.exits import CheckpointError, UsageError
+from mixln_jax.models import hf, hf_config, llama, norms
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+PLACEMENTS = [*norms.PLACEMENTS, 'mix', 'post,deepnorm,lns', 'sandwich*2,res_post']
+SHARD = 3e-6  # 10^9 bytes: the network below becomes three shards
+
+
+@functools.cache
+def network(norm_position, **changes):
+    """(model, params): three layers, 11 words, no two numbers alike."""
+    sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_heads=4, num_kv_heads=2, num_layers=3)
+    model = llama.from_config(configs.Model(norm_position=norm_position, **(sizes | changes)), 'float32')
+    rng = np.random.default_rng(0)
+    draw = lambda path, leaf: rng.normal('norm' in str(path), 0.4, leaf.shape).astype(np.float32)  # noqa: E731
+    params = jax.tree_util.tree_map_with_path(draw, model.shapes()['params'])
+    params['embed']['embedding'][11:], params['head']['kernel'][:, 11:] = 0, 0
+    return model, params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, params):
+    return model.apply({'params': params}, np.arange(10).reshape(2, 5))[0]
+
+
+def edit(folder, name='config.json', **changes):
+    """Changes keys of a JSON file; None takes one away."""
+    found = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
+
+
+def change(folder, name, how, file='model.safetensors'):
+    """Changes a tensor of a file; `how` gives the new one, None: none."""
+    tensors = safetensors.numpy.load_file(folder / file)
+    new = how(tensors.pop(name, None))
+    safetensors.numpy.save_file(tensors if new is None else tensors | {name: np.ascontiguousarray(new)}, folder / file)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """An exported Mix-LN network."""
+    hf.save(tmp_path / 'mixed', *network('mix'))
+    return tmp_path / 'mixed'
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """An exported Pre-LN network, in shards."""
+    hf.save(tmp_path / 'sharded', *network('pre'), max_shard_gb=SHARD)
+    return tmp_path / 'sharded'
+
+
+@pytest.mark.parametrize('max_shard_gb', [5.0, SHARD])
+@pytest.mark.parametrize('norm_position', PLACEMENTS)
+def test_out_and_in_again_is_bitwise_the_same(tmp_path, norm_position, max_shard_gb):
+    model, params = network(norm_position)
+    hf.save(tmp_path / 'out', model, params, max_shard_gb=max_shard_gb)
+    assert len(list((tmp_path / 'out').glob('*.safetensors'))) == (1 if max_shard_gb == 5.0 else 3)
+    again, found = hf.load(tmp_path / 'out')
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype('float32')}
+    assert found['embed']['embedding'].shape == (128, 8)  # what pads the vocabulary is not stored, and zeros again
+    assert (again.norm_position, again.layer_index, again.depth) == (model.norm_position, (1, 2, 3), 3)
+    assert again.config == dataclasses.replace(model.config, norm_position=again.config.norm_position)
+    np.testing.assert_array_equal(logits(again, found), logits(model, params))
+
+
+@pytest.mark.parametrize('norm_position', PLACEMENTS)
+def test_only_pre_ln_is_stock_llama(tmp_path, norm_position):
+    hf.save(tmp_path / 'out', *network(norm_position))
+    config = json.loads((tmp_path / 'out/config.json').read_text())
+    stock = norm_position == 'pre'
+    assert config['model_type'] == ('llama' if stock else 'mixln')
+    assert ('auto_map' in config, (tmp_path / 'out/modeling_mixln.py').exists()) == (not stock, not stock)
+    tensors = safetensors.numpy.load_file(tmp_path / 'out/model.safetensors')
+    assert tensors['lm_head.weight'].shape == tensors['model.embed_tokens.weight'].shape == (11, 8)  # nothing pads
+
+
+def test_the_placements_in_words():
+    model, _ = network('post,deepnorm,lns')
+    post = {'attention': {'post': 'post_attention_layernorm'}, 'mlp': {'post': 'post_feedforward_layernorm'}}
+    alpha, third = {'residual_scale': float(np.float32(6**0.25))}, {'in_scale': float(np.float32(3**-0.5))}
+    assert hf_config.placements(model) == [
+        post,
+        {name: at | alpha for name, at in post.items()},
+        {'attention': {'pre': 'input_layernorm'} | third, 'mlp': {'pre': 'post_attention_layernorm'} | third},
+    ]
+
+
+@pytest.mark.parametrize('name', ['bfloat16', 'float16'])
+def test_half_precision_loads_as_float32(tmp_path, name):
+    model, params = network('mix')
+    if name == 'bfloat16':
+        hf.save(tmp_path / 'out', model, params, dtype='bfloat16')
+        kind = ml_dtypes.bfloat16
+    else:
+        hf.save(tmp_path / 'out', model, params)
+        tensors = safetensors.numpy.load_file(tmp_path / 'out/model.safetensors')
+        kind = np.float16
+        safetensors.numpy.save_file(
+            {at: tensor.astype(kind) for at, tensor in tensors.items()}, tmp_path / 'out/model.safetensors'
+        )
+    stored = safetensors.numpy.load_file(tmp_path / 'out/model.safetensors')
+    assert {tensor.dtype for tensor in stored.values()} == {np.dtype(kind)}
+    _, found = hf.load(tmp_path / 'out')
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(kind).astype(np.float32), params)
+    jax.tree.map(np.testing.assert_array_equal, found, rounded)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype('float32')}
+
+
+class TestPruned:
+    """A network whose layers 2 and 5 of 6 are left keeps their constants."""
+
+    names = ('lns', 'deepnorm')
+
+    def make(self, tmp_path):
+        model, params = network('lns,deepnorm', num_layers=2)
+        model = model.clone(layer_index=(2, 5), depth=6)
+        hf.save(tmp_path / 'out', model, params)
+        return tmp_path / 'out', model, params
+
+    def test_constants_are_kept(self, tmp_path):
+        folder, model, params = self.make(tmp_path)
+        again, found = hf.load(folder)
+        assert (again.layer_index, again.depth) == ((2, 5), 6)
+        np.testing.assert_array_equal(logits(again, found), logits(model, params))
+        edit(folder, layer_index=None, depth=None, placements=None)
+        forgot, found = hf.load(folder)
+        assert np.abs(logits(forgot, found) - logits(model, params)).max() > 1e-3
+
+    @pytest.mark.parametrize(
+        'changes',
+        [
+            {'layer_index': [2]},
+            {'layer_index': [5, 2]},
+            {'layer_index': [2, 2]},
+            {'layer_index': [0, 5]},
+            {'layer_index': [2, 7]},
+            {'layer_index': [2, 5.0]},
+            {'layer_index': 'all'},
+            {'depth': 4},
+            {'depth': '6'},
+        ],
+    )
+    def test_numbers_that_cannot_be(self, tmp_path, changes):
+        folder, _, _ = self.make(tmp_path)
+        edit(folder, **changes)
+        with pytest.raises(CheckpointError, match=r'config\.json: layer_index=.* 2 rising layer numbers from 1'):
+            hf.load(folder)
+
+    def test_constants_that_are_not_ours(self, tmp_path):
+        folder, _, _ = self.make(tmp_path)
+        edit(folder, layer_index=[3, 5])
+        with pytest.raises(CheckpointError, match='placements are not those of'):
+            hf.load(folder)
+
+
+class TestPlacementOfAFolder:
+    @pytest.mark.parametrize(
+        'name, names',
+        [
+            ('mix', 'post_feedforward_layernorm'),
+            ('post', 'post_feedforward_layernorm'),
+            ('sandwich', 'post_feedforward_layernorm and pre_feedforward_layernorm'),
+        ],
+    )
+    def test_tensor_names_that_are_not_pre_ln(self, name, names):
+        with pytest.raises(CheckpointError, match=f'{name}: layer 0 has {names}: not Pre-LN; pass norm_position$'):
+            hf.load(GOLDEN / name)
+
+    def test_a_folder_that_says_it_is_not_read_as_another(self, mixed):
+        for same in ('mix', ['post', 'pre', 'pre'], 'post*1,pre*2'):
+            assert hf.load(mixed, same)[0].norm_position == ('post', 'pre', 'pre')
+        with pytest.raises(UsageError, match=r'config.json says norm_position=post\*1,pre\*2, not pre\*3'):
+            hf.load(mixed, 'pre')
+
+    @pytest.mark.parametrize(
+        'value, message',
+        [
+            (['post', 'pre'], 'lists 2 layers'),
+            (['post', 'pre', 'pree'], "'pree' is not one of"),
+            ([1, 2, 3], 'norm_position: .*str'),
+            (3, 'norm_position: '),
+            (None, 'has no key norm_position, which model_type=mixln needs'),
+        ],
+    )
+    def test_bad_values(self, mixed, value, message):
+        edit(mixed, norm_position=value)
+        with pytest.raises(CheckpointError, match=rf'config\.json.*{message}'):
+            hf.load(mixed)
+
+
+class TestShards:
+    def first(self, folder):
+        return sorted(folder.glob('model-00001-*'))[0].name
+
+    def test_a_missing_shard(self, sharded):
+        (sharded / self.first(sharded)).unlink()
+        with pytest.raises(CheckpointError, match=r'index\.json names model-00001-of-00003\.safetensors, which is not'):
+            hf.load(sharded)
+
+    def test_a_tensor_that_the_shard_lacks(self, sharded):
+        change(sharded, 'model.embed_tokens.weight', lambda tensor: None, 'model-00001-of-00003.safetensors')
+        with pytest.raises(CheckpointError, match='00001-of-00003.safetensors lacks tensor model.embed_tokens.weight'):
+            hf.load(sharded)
+
+    def test_a_tensor_that_the_index_does_not_name(self, sharded):
+        change(sharded, 'stray', lambda _: np.zeros(3, np.float32), self.first(sharded))
+        with pytest.raises(CheckpointError, match='holds tensor stray, which .* does not put there'):
+            hf.load(sharded)
+
+    @pytest.mark.parametrize('path', ['../mixed/model.safetensors', '/etc/passwd', 'a/b.safetensors', '..', 7])
+    def test_a_path_that_leaves_the_folder(self, sharded, path):
+        name = 'model.safetensors.index.json'
+        index = json.loads((sharded / name).read_text())
+        index['weight_map']['model.norm.weight'] = path
+        (sharded / name).write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match='model.norm.weight is in .*, which is not a file of this folder'):
+            hf.load(sharded)
+
+    @pytest.mark.parametrize('content', ['{', '[]', '{}', '{"weight_map": 3}'])
+    def test_an_index_that_is_none(self, sharded, content):
+        (sharded / 'model.safetensors.index.json').write_text(content)
+        with pytest.raises(CheckpointError, match='is not a readable index'):
+            hf.load(sharded)
+
+
+class TestRefused:
+    @pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pt', 'model.pkl', 'consolidated.00.pth'])
+    def test_pickles_are_not_opened(self, mixed, name):
+        (mixed / 'model.safetensors').rename(mixed / name)
+        with pytest.raises(CheckpointError, match=f'has {name}, a pickle, which is never opened here: safetensors'):
+            hf.load(mixed)
+
+    def test_a_pickle_beside_safetensors_is_nobodys_business(self, mixed):
+        (mixed / 'training_args.bin').write_bytes(b'')
+        hf.load(mixed)
+
+    @pytest.mark.parametrize(
+        'name, how, message',
+        [
+            ('model.layers.1.mlp.up_proj.weight', lambda tensor: None, 'no tensor model.layers.1.mlp.up_proj.weight'),
+            ('model.stray.weight', lambda _: np.ones(3, np.float32), 'tensor model.stray.weight has no place'),
+            ('lm_head.weight', lambda tensor: tensor[:-1], r'lm_head.weight has shape \(8, 10\)'),
+            ('lm_head.weight', lambda tensor: tensor.astype(np.int32), 'lm_head.weight is not finite numbers'),
+            ('lm_head.weight', lambda tensor: tensor * np.nan, 'lm_head.weight is not finite numbers'),
+        ],
+    )
+    def test_tensors(self, mixed, name, how, message):
+        hf.load(mixed)
+        change(mixed, name, how)
+        with pytest.raises(CheckpointError, match=message):
+            hf.load(mixed)
+
+    def test_a_missing_file(self, mixed):
+        (mixed / 'model.safetensors').unlink()
+        with pytest.raises(UsageError, match='model.safetensors does not exist'):
+            hf.load(mixed)
+
+    @pytest.mark.parametrize(
+        'options, message',
+        [
+            ({'dtype': 'int8'}, "dtype='int8' is not one of float32, bfloat16"),
+            ({'max_shard_gb': 0}, 'max_shard_gb=0 must be above 0'),
+            ({'max_shard_gb': float('nan')}, 'max_shard_gb=nan must be'),
+        ],
+    )
+    def test_options(self, tmp_path, options, message):
+        with pytest.raises(UsageError, match=message):
+            hf.save(tmp_path / 'out', *network('pre'), **options)
+        assert not (tmp_path / 'out').exists()
+
+    def test_a_folder_with_something_in_it(self, mixed):
+        before = sorted(mixed.iterdir())
+        with pytest.raises(UsageError, match='mixed is not empty'):
+            hf.save(mixed, *network('pre'))
+        assert sorted(mixed.iterdir()) == before
+
+    def test_a_switch_that_cannot_be_said(self, tmp_path, monkeypatch):
+        @dataclasses.dataclass(frozen=True)
+        class Spun(norms.Placement):
+            spin: bool = False
+
+        monkeypatch.setitem(norms.PLACEMENTS, 'spun', norms.Layer(Spun(pre=True), Spun(pre=True, spin=True)))
+        with pytest.raises(UsageError, match='norm_position spun: spin cannot be said'):
+            hf.save(tmp_path / 'out', *network('pre,spun*2'))
+        assert not (tmp_path / 'out').exists()
+
+    def test_two_norms_of_one_name(self, tmp_path, monkeypatch):
+        both = norms.Placement(out=True, post=True)
+        monkeypatch.setitem(norms.PLACEMENTS, 'both', norms.Layer(both, both))
+        with pytest.raises(UsageError, match=r'parameters of both\*3 have the tensor name .*post_attention_layernorm'):
+            hf.save(tmp_path / 'out', *network('both'))
+
+    def test_a_parameter_without_a_name(self, tmp_path):
+        model, params = network('pre')
+        segment = params['layers']['segment_0'] | {'attention_spin': np.ones((3, 1), np.float32)}
+        params = params | {'layers': {'segment_0': segment}}
+        with pytest.raises(UsageError, match='parameter layers/0/attention_spin of norm_position pre has no tensor'):
+            hf.save(tmp_path / 'out', model, params)
+        assert not (tmp_path / 'out').exists()
+
+
+def test_a_new_row_of_known_switches_needs_nothing_here(tmp_path, monkeypatch):
+    half = norms.Placement(pre=True, residual_scale=lambda l, L: 0.5 * l, branch_scale=lambda l, L: 1 / L)
+    normed = norms.Placement(residual_normed=True, out=True)
+    monkeypatch.setitem(norms.PLACEMENTS, 'new', norms.Layer(half, normed))
+    model, params = network('new,post,new')
+    hf.save(tmp_path / 'out', model, params)
+    again, found = hf.load(tmp_path / 'out')
+    np.testing.assert_array_equal(logits(again, found), logits(model, params))
+    assert hf_config.placements(model)[2]['attention'] == {
+        **{'pre': 'input_layernorm', 'residual_scale': 1.5, 'branch_scale': float(np.float32(1 / 3))}
+    }
+
+
+def test_copied_golden_folders_gain_their_placement(tmp_path):
+    """The authors' folder, written again: what it is then stands in it."""
+    model, params = hf.load(GOLDEN / 'sandwich', 'sandwich')
+    hf.save(tmp_path / 'out', model, params)
+    theirs, ours = (
+        safetensors.numpy.load_file(folder / 'model.safetensors') for folder in (GOLDEN / 'sandwich', tmp_path / 'out')
+    )
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    assert hf.load(shutil.copytree(tmp_path / 'out', tmp_path / 'copy'))[0].norm_position == ('sandwich',) * 8
