@@ -8,7 +8,7 @@ from mixln_jax import checkpoint, trees
 from mixln_jax import config as configs
 from mixln_jax.data import tokenizers
 from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import hf, llama
+from mixln_jax.models import hf, llama, tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Weights:
     model: llama.Llama
     params: Any
     where: str
-    step: int | None = None  # None, as the two below: a Hugging Face folder
+    step: int | None = None  # None, as config is: a Hugging Face folder
     config: configs.Config | None = None
     tokenizer: tokenizers.Tokenizer | None = None
 
@@ -43,10 +43,12 @@ def load(path, compute_dtype='float32', norm_position=None) -> Weights:
     if path.name.isdigit() and path.parent.name == 'checkpoints':
         run, steps = path.parents[1], path.parent
     elif not steps.is_dir():
+        tensors.refuse_pickled(path)
         if not (path / 'config.json').is_file():
             raise UsageError(f'{path} is neither a run of ours (checkpoints/) nor a Hugging Face folder (config.json)')
         model, params = hf.load(path, norm_position, compute_dtype)
-        return Weights(model, params, str(path))
+        ours = (path / 'tokenizer/fingerprint.json').is_file()  # from an export
+        return Weights(model, params, str(path), tokenizer=tokenizers.load(path / 'tokenizer') if ours else None)
     if norm_position:
         raise UsageError(f'{run} is a run of ours, which knows its placement')
     found = [int(folder.name) for folder in steps.iterdir() if folder.name.isdigit()]

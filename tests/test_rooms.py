@@ -10,7 +10,7 @@ LEVELS = [
     {'losses', 'optim', 'metrics', 'measures'},
     {'checkpoint', 'step', 'program', 'weights'},
     {'train', 'hooks', 'evaluate', 'harness'},
-    {'plan', 'main', 'report', 'replay'},
+    {'plan', 'main', 'export', 'report', 'replay'},
 ]
 WITHIN = {
     ('config', 'exits'),

@@ -123,7 +123,7 @@ def whole(tokenizer, text):
 
 
 def content_of(tokenizer):
-    [body, *_] = tokenizer._files.values()
+    [body, *_] = tokenizer.files.values()
     return body
 
 

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from mixln_jax import config, record
-from mixln_jax.data import files
+from mixln_jax.data import files, tokenizer_json
 from mixln_jax.exits import DataError, UsageError, first_line
 
 T5 = 'gs://t5-data/vocabs/cc_all.32000/sentencepiece.model'
@@ -64,6 +64,9 @@ class Tokenizer(Protocol):
     def save(self, folder):
         """Writes the tokenizer into `folder`, which is made if need be, for `load`."""
 
+    def export(self, folder) -> bool:
+        """Writes it as transformers opens it, where that gives the same ids; returns whether (tokenizer_json.py)."""
+
 
 class Bytes:
     """UTF-8 bytes as ids 0..255."""
@@ -86,6 +89,9 @@ class Bytes:
     def save(self, folder):
         _save(self, folder, {'tokenizer.json': json.dumps(self._description(), indent=2).encode() + b'\n'})
 
+    def export(self, folder):
+        return tokenizer_json.write(self, folder)
+
     def _description(self):
         names = ('vocab_size', 'pad_id', 'bos_id', 'eos_id')
         return {'kind': 'bytes'} | {name: getattr(self, name) for name in names}
@@ -95,7 +101,7 @@ class _Learned:
     """What vocabularies learned from text share. `files` are the contents of `FILES`, `where` names them in errors."""
 
     def __init__(self, files: dict[str, bytes], where: str):
-        self._files, self._where = files, where
+        self.files, self._where = files, where
         self._open()
         # Most tokens begin with their space, so a text is cut before one. Where encoding puts a space before every text
         # (LLaMA's sentencepiece model), that fails the trial, and the space at the cut has to go.
@@ -105,12 +111,12 @@ class _Learned:
         self._cut = re.compile(rf'.*\w(?=[{cuts or " "}])', re.DOTALL)
 
     def __reduce__(self):
-        return type(self), (self._files, self._where)
+        return type(self), (self.files, self._where)
 
     @property
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(self.kind.encode(), digest_size=16)
-        for body in self._files.values():
+        for body in self.files.values():
             digest.update(hashlib.blake2b(body).digest())
         return digest.hexdigest()
 
@@ -126,7 +132,10 @@ class _Learned:
         return np.concatenate(parts)[:limit]
 
     def save(self, folder):
-        _save(self, folder, self._files)
+        _save(self, folder, self.files)
+
+    def export(self, folder):
+        return tokenizer_json.write(self, folder)
 
     def _pieces(self, text):
         start = 0
@@ -153,7 +162,7 @@ class SentencePiece(_Learned):
     FILES = ('tokenizer.model',)
 
     def _open(self):
-        model = self._files['tokenizer.model']
+        model = self.files['tokenizer.model']
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             # Pieces, trainer, normaliser, in this order: what is cut off between two pieces loads without a word.
@@ -197,7 +206,7 @@ class HuggingFace(_Learned):
 
     def _open(self):
         try:
-            tokenizer = self._tokenizer = tokenizers.Tokenizer.from_buffer(self._files['tokenizer.json'])
+            tokenizer = self._tokenizer = tokenizers.Tokenizer.from_buffer(self.files['tokenizer.json'])
         except ValueError as error:
             raise DataError(f'{self._where}: not a tokenizer.json, or not whole: {first_line(error)}') from error
         tokenizer.no_truncation()
@@ -212,7 +221,7 @@ class HuggingFace(_Learned):
         self._set_specials(*ids, f'none in a tokenizer_config.json beside it, none of {common} in the vocabulary')
         names = {'pad': names['eos'], 'bos': names['eos']} | names
         settings = {f'{role}_token': name for role, name in sorted(names.items())}
-        self._files = self._files | {'tokenizer_config.json': json.dumps(settings, indent=2).encode() + b'\n'}
+        self.files = self.files | {'tokenizer_config.json': json.dumps(settings, indent=2).encode() + b'\n'}
         tokenizer.add_special_tokens(list(names.values()))  # they may stand in the file as ordinary tokens
         self._guard()
         if self.eos_id in self._ids(eos := names['eos']):
@@ -220,7 +229,7 @@ class HuggingFace(_Learned):
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
-        spec = json.loads(self._files['tokenizer.json'])
+        spec = json.loads(self.files['tokenizer.json'])
         model, added = spec['model'], self._tokenizer.get_added_tokens_decoder()
         # In the byte alphabet every character stands for one byte.
         byte_level = '"ByteLevel"' in json.dumps(
@@ -254,7 +263,7 @@ class HuggingFace(_Learned):
     def _names(self):
         """The special tokens by role."""
         try:
-            settings = json.loads(self._files['tokenizer_config.json'])
+            settings = json.loads(self.files['tokenizer_config.json'])
             names = {role: settings.get(f'{role}_token') for role in COMMON}
         except (ValueError, AttributeError) as error:
             raise DataError(f'{self._where}: the tokenizer_config.json beside it is not a JSON object') from error

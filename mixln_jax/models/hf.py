@@ -32,6 +32,7 @@ WHOLE = {
 }
 VOCAB_AXIS = {'embed/embedding': 0, 'head/kernel': 1}
 DTYPES = ('float32', 'bfloat16')
+ABOUT = {'max_position_embeddings': 2048, 'bos_token_id': None, 'eos_token_id': None}  # for other tools; nothing here
 
 
 def tensor_name(path, norm_position):
@@ -114,7 +115,7 @@ def _check_pre(folder, found):
         raise CheckpointError(f'{folder}: layer {number} has {names}: not Pre-LN; pass norm_position')
 
 
-def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.0, max_position_embeddings=2048):
+def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.0, about=None):
     """Writes a folder that `load` and transformers read.
 
     Pre-LN networks become stock LLaMA; all others the authors' layout, with a modelling file beside it that
@@ -124,10 +125,10 @@ def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.
         folder: empty, or made here.
         model: the network; its compute_dtype does not matter.
         params: its parameters, in this process; rows that only pad the vocabulary are left out.
-        tokenizer: a data.tokenizers.Tokenizer to save beside it; its special ids go into config.json.
+        tokenizer: a data.tokenizers.Tokenizer to save in `tokenizer/` and, where it can be, for transformers.
         dtype: float32 or bfloat16.
         max_shard_gb: largest size of a file in units of 10^9 bytes; more become shards with an index.
-        max_position_embeddings: the longest text, as other tools are told; nothing here depends on it.
+        about: keys of ABOUT that are to have other values.
 
     Raises:
         UsageError: a folder with something in it, bad options, or a network that cannot be said in such a folder.
@@ -137,11 +138,9 @@ def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.
         raise UsageError(f'dtype={dtype!r} is not one of {", ".join(DTYPES)}')
     if not 0 < max_shard_gb < float('inf'):
         raise UsageError(f'max_shard_gb={max_shard_gb} must be above 0, and finite')
-    config = hf_config.content(model, tokenizer) | {
-        'dtype': dtype,
-        'torch_dtype': dtype,  # as transformers 4 has it
-        'max_position_embeddings': max_position_embeddings,
-    }
+    special = {f'{role}_token_id': getattr(tokenizer, f'{role}_id', None) for role in ('bos', 'eos')}
+    config = hf_config.content(model) | ABOUT | special | (about or {})
+    config |= {'dtype': dtype, 'torch_dtype': dtype}  # the latter for transformers 4
     named = {}
     for path, leaf in trees.named_leaves(_by_layer(jax.device_get(params), model.norm_position)):
         name = tensor_name(path, model.norm_position)
@@ -155,7 +154,8 @@ def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.
         raise UsageError(f'{folder} is not empty')
     tensors.write(folder, named, jnp.dtype(dtype), int(max_shard_gb * 1e9))
     if tokenizer:
-        tokenizer.save(folder)
+        tokenizer.save(folder / 'tokenizer')
+        tokenizer.export(folder)
     if config['model_type'] == hf_config.OTHER_TYPE:
         shutil.copy(hf_config.MODELLING, folder)
     (folder / 'config.json').write_text(json.dumps(config, indent=1) + '\n')

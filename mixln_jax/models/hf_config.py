@@ -122,7 +122,7 @@ def _model_config(path, found):
     return config
 
 
-def content(model, tokenizer):
+def content(model):
     """config.json of a network as a dict; stock LLaMA where it is that. Raises UsageError as `placements` does."""
     config, said = model.config, placements(model)
     stock = all(
@@ -141,8 +141,6 @@ def content(model, tokenizer):
         'rope_parameters': {'rope_type': FIXED['rope_parameters.rope_type'], 'rope_theta': config.rope_theta},
         **{name: FIXED[name] for name in ('hidden_act', 'attention_bias', 'mlp_bias', 'tie_word_embeddings')},
         'initializer_range': config.init_std,
-        'bos_token_id': tokenizer and tokenizer.bos_id,
-        'eos_token_id': tokenizer and tokenizer.eos_id,
         'pad_token_id': None,  # torch would not train the row that it names
         'norm_position': list(model.norm_position),
         'layer_index': list(model.layer_index),

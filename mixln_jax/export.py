@@ -1,0 +1,125 @@
+"""Weights for other tools: `python -m mixln_jax.export --checkpoint DIR --out DIR` writes a Hugging Face folder.
+
+Pre-LN networks become stock LLaMA. All others carry a small modelling file, which transformers runs with
+`AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import sys
+
+import jax
+import numpy as np
+import optax
+
+from mixln_jax import exits, record, weights
+from mixln_jax.exits import CheckpointError, UsageError
+from mixln_jax.models import hf
+
+MARK = 'export.json'  # which files an export consists of: what may be replaced
+BESIDE = ('tokenizer*.json', 'tokenizer.model', 'spiece.model', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
+# The largest difference of a logit, as a share of the largest logit, and of the perplexity, as a share of it.
+BOUNDS = {'float32': 0.0, 'bfloat16': 0.05}
+
+
+def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=None):
+    """Writes the weights at `checkpoint`, which is anything that `weights.load` opens, into the folder `out`.
+
+    It is written beside `out`, read back and compared, and then renamed, so `out` is never half.
+
+    Raises:
+        UsageError: `out` holds what is not an export; options, or a network, that cannot be written.
+        CheckpointError: weights that cannot be read, or that are others when read back.
+    """
+    out = pathlib.Path(out).expanduser().absolute()
+    _check_replaceable(out)
+    found = weights.load(checkpoint, norm_position=norm_position)
+    source, partial, old = pathlib.Path(found.where), *(out.with_name(f'.{out.name}.{end}') for end in ('new', 'old'))
+    shutil.rmtree(partial, ignore_errors=True)  # a kill left it
+    try:
+        about = {'max_position_embeddings': found.config.seq_length} if found.config else _about(source)
+        hf.save(partial, found.model, found.params, found.tokenizer, dtype, max_shard_gb, about)
+        if not found.config:
+            for path in (path for pattern in BESIDE for path in source.glob(pattern)):
+                shutil.copy(path, partial)
+        _check(partial, found, dtype)
+        files = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file()) + [MARK]
+        origin = {'from': found.where, 'step': found.step, 'dtype': dtype, 'versions': record.versions()}
+        record.write_json(partial / MARK, origin | {'files': files})
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size = sum(path.stat().st_size for path in out.rglob('*'))
+    record.say(f'{out}: {len(files)} files, {size:,} bytes')
+    if found.tokenizer and not (out / 'tokenizer.json').exists():
+        record.say('its tokenizer cannot be said as a tokenizer.json; tokenizer/ holds it as it is')
+
+
+def _check_replaceable(out):
+    try:
+        there = [path for path in out.rglob('*') if not path.is_dir()] if out.exists() else []
+        files = json.loads((out / MARK).read_text())['files'] if (out / MARK).exists() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f'--out {out}: {MARK} is not readable: {error!r}') from None
+    others = sorted(str(path.relative_to(out)) for path in there if str(path.relative_to(out)) not in files)
+    if others or (out.exists() and not out.is_dir()):
+        raise UsageError(f'--out {out} holds what is not an export of ours: {others[0] if others else "it is a file"}')
+
+
+def _about(folder):
+    """What a Hugging Face folder says for other tools."""
+    found = json.loads((folder / 'config.json').read_text())
+    return {name: found[name] for name in hf.ABOUT if name in found}
+
+
+def _check(folder, found, dtype):
+    """Reads back what was written and compares logits [2,64,V] and perplexity on fixed tokens."""
+    ids = np.random.default_rng(0).integers(0, found.model.config.vocab_size, (2, 64), np.int32)
+
+    def numbers(model, params):
+        logits, _ = jax.jit(model.apply)({'params': params}, ids)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
+        return np.asarray(logits), float(np.exp(loss))
+
+    (logits, perplexity), (written, again) = numbers(found.model, found.params), numbers(*hf.load(folder))
+    largest, apart, bound = np.abs(logits).max(), np.abs(written - logits).max(), BOUNDS[dtype]
+    record.say(
+        f'read back, on {ids.size} random tokens: largest difference of a logit {apart:.3g} (of {largest:.3g}), '
+        f'of the perplexity {abs(again - perplexity):.3g} (of {perplexity:.6g})'
+    )
+    if not (apart <= bound * largest and abs(again - perplexity) <= bound * perplexity):  # also where one is NaN
+        raise CheckpointError(f'{folder}: read back it is another network; {dtype} may differ by a share of {bound}')
+
+
+def main(argv):
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog='python -m mixln_jax.export', description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        '--checkpoint', required=True, metavar='DIR', help='a run, one of its checkpoints/<step>, a Hugging Face folder'
+    )
+    parser.add_argument('--out', required=True, metavar='DIR', help='folder to write; one of ours is replaced')
+    parser.add_argument('--dtype', choices=hf.DTYPES, default='float32', help='type of the weights [float32]')
+    parser.add_argument(
+        '--max_shard_gb', type=float, default=5.0, metavar='X', help='largest file, in 10^9 bytes [5.0]'
+    )
+    parser.add_argument(
+        '--norm_position', metavar='NAMES', help='placement of a Hugging Face folder that does not say it'
+    )
+    parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
+
+    def job():
+        options = exits.parse(parser, argv)
+        jax.config.update('jax_platforms', 'cpu')  # nothing here is worth waiting for a device
+        export(options.checkpoint, options.out, options.dtype, options.max_shard_gb, options.norm_position)
+
+    return exits.call(job, show_traceback='--traceback' in argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
