@@ -22,9 +22,11 @@ class Checkpoints:
     checksum.
     """
 
-    def __init__(self, folder, keep=3):
-        self._folder = pathlib.Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+    def __init__(self, folder, keep=3, read_only=False):
+        self._folder, writes = pathlib.Path(folder).absolute(), not read_only
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=writes, cleanup_tmp_directories=writes, read_only=read_only
+        )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self):
@@ -90,6 +92,16 @@ class Checkpoints:
                 'try it again, or remove them to start from step 0'
             )
         return None
+
+    def read(self, step, like):
+        """(state, JSON object) of one checkpoint, which keeps its name; `like` as for `restore`.
+
+        Raises CheckpointError for what is unreadable, damaged or of another structure.
+        """
+        state, about, problem = self._read(step, like)
+        if processes.any_of(problem) or (problem := _difference(about['leaves'], describe(state))):
+            raise CheckpointError(f'{self._folder / str(step)}: {problem or "another process cannot read it"}')
+        return state, about
 
     def _read(self, step, like):
         """(state, JSON object, None), or what is wrong in place of None. Each process reads by itself."""

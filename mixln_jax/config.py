@@ -196,6 +196,8 @@ class Config:
         'but weights and moments in bfloat16',
         choices=('none', 'official', 'official_float32'),
     )
+    init_from: str = key('', 'weights to start from: hf:FOLDER, or a run or checkpoint of ours; only the weights')
+    resume_from: str = key('', 'run or checkpoint of ours, whole state, to go on from in another work directory')
     model: Model = group(Model)
     data: Data = group(Data)
     optim: Optim = group(Optim)

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from mixln_jax import checkpoint, evaluate, exits, hooks, measures, metrics, processes, record, train
+from mixln_jax import checkpoint, evaluate, exits, hooks, measures, metrics, processes, record, train, weights
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
 from mixln_jax import step as steps
@@ -41,6 +41,7 @@ MAY_CHANGE = (
     *('device', 'accumulate', 'log_every', 'model.scan_unroll', 'model.remat'),
     *('eval.', 'checkpoint.', 'mesh.', 'processes.', 'profile.', 'expected.'),
     *('data.workers', 'data.path', 'data.data_dir', 'data.tokenizer_path'),  # to the same content
+    *('init_from', 'resume_from'),  # where a run begins; once it has a checkpoint they are not even read
 )
 
 
@@ -267,23 +268,33 @@ def _open_data(config):
 
 
 def _first_state(program, resolved, checkpoints, fingerprint, stop):
-    """The newest good checkpoint's state and JSON object, or a fresh state.
+    """The state to begin with and its JSON object: the newest good checkpoint's, else that of `resume_from`, else a
+    fresh state, with the weights of `init_from` if that is given.
 
-    Raises UsageError for a checkpoint that has seen other data.
+    Raises UsageError for a checkpoint that has seen other data, or of another configuration.
     """
+    config = program.config
     record.say(parameter_overview.get_parameter_overview(program.state.params, include_stats=False))
     with stop.wait():  # cut short, a restore would look like damage
-        restored = checkpoints.restore(program.state)
+        restored, where = checkpoints.restore(program.state), 'checkpoint'
+        if not restored and config.resume_from:
+            where = f'config.resume_from={config.resume_from}: checkpoint'
+            restored = _resume_from(config, program.state)
     if not restored:
-        key = jax.random.key(program.config.seed)
-        return program.init(key), {'step': 0, 'tokens': 0, 'open_line': None}
+        state = program.init(jax.random.key(config.seed))
+        if config.init_from:
+            params = weights.initial(config.init_from, program.model)
+            state = state.replace(params=_placed(params, program.state.params))
+            record.say(f'mixln_jax: starts from the weights of {config.init_from}')
+        return state, {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored
-    _check_same_run(f'checkpoint {about["step"]}', about['config'], resolved)
+    where = f'{where} {about["step"]}'
+    _check_same_run(where, about['config'], resolved)
     differ = [
         f'data.fingerprint.{part}' for part, seen in about['data']['fingerprint'].items() if fingerprint[part] != seen
     ]
     if differ:
-        raise UsageError(f'the checkpoint of step {about["step"]} has seen other data: {", ".join(differ)} differs')
+        raise UsageError(f'{where} has seen other data: {", ".join(differ)} differs')
     record.say(f'mixln_jax: goes on from step {about["step"]}')
     return state, about
 
@@ -297,6 +308,30 @@ def _unigram_entropy(rows, config):
         if counts.sum() > 500_000:
             break
     return measures.unigram_entropy(counts)
+
+
+def _resume_from(config, like):
+    """(state, JSON object) of the checkpoint that `resume_from` names, which is not touched."""
+    try:
+        folder = weights.checkpoint_folder(config.resume_from)
+        if not folder:
+            raise UsageError('not a run of ours')
+        with contextlib.closing(checkpoint.Checkpoints(folder.parent, read_only=True)) as source:
+            state, about = source.read(int(folder.name), like)
+        if about['step'] == config.num_steps and about['open_line'] is None:
+            raise UsageError(f'it is trained to its end, step {config.num_steps}')
+    except (UsageError, CheckpointError) as error:
+        raise type(error)(f'config.resume_from={config.resume_from}: {error}') from None
+    return state, about
+
+
+def _placed(params, like):
+    """Arrays that every process has whole, in the types and shardings of `like`."""
+
+    def of(values, leaf):
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: values[at].astype(leaf.dtype))
+
+    return jax.tree.map(of, params, like)
 
 
 def _flops_per_position(config, params):

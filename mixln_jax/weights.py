@@ -4,11 +4,16 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax
+
 from mixln_jax import checkpoint, trees
 from mixln_jax import config as configs
 from mixln_jax.data import tokenizers
 from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import hf, llama, tensors
+from mixln_jax.models import hf, hf_config, llama, norms, tensors
+
+# Keys of config.model in which two networks must agree to have the same weights, and mean the same by them.
+SAME = ('family', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads', 'norm_eps', 'rope_theta')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +42,8 @@ def load(path, compute_dtype='float32', norm_position=None) -> Weights:
         CheckpointError: unreadable, damaged or of another structure.
     """
     path = pathlib.Path(path).expanduser()
-    if not path.is_dir():
-        raise UsageError(f'{path} is not a folder')
-    run, steps = path, path / 'checkpoints'
-    if path.name.isdigit() and path.parent.name == 'checkpoints':
-        run, steps = path.parents[1], path.parent
-    elif not steps.is_dir():
+    folder = checkpoint_folder(path)
+    if not folder:
         tensors.refuse_pickled(path)
         if not (path / 'config.json').is_file():
             raise UsageError(f'{path} is neither a run of ours (checkpoints/) nor a Hugging Face folder (config.json)')
@@ -50,11 +51,7 @@ def load(path, compute_dtype='float32', norm_position=None) -> Weights:
         ours = (path / 'tokenizer/fingerprint.json').is_file()  # from an export
         return Weights(model, params, str(path), tokenizer=tokenizers.load(path / 'tokenizer') if ours else None)
     if norm_position:
-        raise UsageError(f'{run} is a run of ours, which knows its placement')
-    found = [int(folder.name) for folder in steps.iterdir() if folder.name.isdigit()]
-    if not found:
-        raise UsageError(f'{steps} holds no checkpoint')
-    folder = path if run != path else steps / str(max(found))
+        raise UsageError(f'{path} is a run of ours, which knows its placement')
     params, about = checkpoint.read_params(folder)
     config = configs.from_resolved(about['config'])
     model = llama.from_config(config.model, compute_dtype)
@@ -66,4 +63,78 @@ def load(path, compute_dtype='float32', norm_position=None) -> Weights:
             raise CheckpointError(
                 f'{folder}: {name} is {shapes.get(name, "not there")}, its config makes it {expected.get(name)}'
             )
-    return Weights(model, params, str(folder), about['step'], config, tokenizers.load(run / 'tokenizer'))
+    return Weights(model, params, str(folder), about['step'], config, tokenizers.load(folder.parents[1] / 'tokenizer'))
+
+
+def checkpoint_folder(path):
+    """`checkpoints/<step>` of a run, the newest, or of itself; None for another folder.
+
+    Raises UsageError: not a folder, or a run without a checkpoint.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.is_dir():
+        raise UsageError(f'{path} is not a folder')
+    if path.name.isdigit() and path.parent.name == 'checkpoints':
+        return path
+    if not (steps := path / 'checkpoints').is_dir():
+        return None
+    found = [int(folder.name) for folder in steps.iterdir() if folder.name.isdigit()]
+    if not found:
+        raise UsageError(f'{steps} holds no checkpoint')
+    return steps / str(max(found))
+
+
+def initial(where, model):
+    """What `config.init_from` names, as parameters of `model`, in numpy arrays: no device needs to hold them all.
+
+    Args:
+        where: `hf:FOLDER`, or what `load` opens as ours.
+        model: the network that is to start from them. A Hugging Face folder that does not say its placement, as the
+            authors' do not, is read under this network's.
+
+    Raises:
+        UsageError: nothing there, or weights of another network, naming the key that differs.
+        CheckpointError: unreadable, damaged, or tensors that are not those of this network.
+    """
+    try:
+        if where.startswith('hf:'):
+            folder = pathlib.Path(where.removeprefix('hf:')).expanduser()
+            found, stated = hf_config.read(folder / 'config.json')
+            _check_same(model, found, stated)
+            found, params = hf.read(folder, model.norm_position)
+        elif checkpoint_folder(where):
+            found = load(where)
+            _check_same(model, found.model)
+            params = jax.device_get(found.params)
+        else:
+            raise UsageError(f'not a run of ours; a Hugging Face folder is hf:{where}')
+    except (UsageError, CheckpointError) as error:
+        raise type(error)(f'config.init_from={where}: {error}') from None
+    return params
+
+
+def _check_same(model, found, stated=True):
+    """Raises UsageError where weights belong to another network than `model`; `stated`: whether they say placements."""
+
+    def facts(of):
+        found = {name: getattr(of.config, name) for name in SAME}
+        found['num_kv_heads'] = of.config.num_kv_heads or of.config.num_heads
+        return found | ({'norm_position': hf_config.spell(of.norm_position)} if stated else {})
+
+    ours, theirs = facts(model), facts(found)
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise UsageError(f'its network has {name} {theirs[name]}, config.model.{name} is {value}')
+    for number, (one, other) in enumerate(zip(_constants(model), _constants(found), strict=True), 1):
+        if stated and one != other:
+            raise UsageError(
+                f'its layer {number} is layer {found.layer_index[number - 1]} of {found.depth}, with other constants'
+            )
+
+
+def _constants(model):
+    layers = [norms.PLACEMENTS[name] for name in model.norm_position]
+    return [
+        [at.constants([index], model.depth) for at in (layer.attention, layer.mlp)]
+        for layer, index in zip(layers, model.layer_index, strict=True)
+    ]
