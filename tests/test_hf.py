@@ -29,7 +29,8 @@ def network(norm_position, **changes):
     rng = np.random.default_rng(0)
     draw = lambda path, leaf: rng.normal('norm' in str(path), 0.4, leaf.shape).astype(np.float32)  # noqa: E731
     params = jax.tree_util.tree_map_with_path(draw, model.shapes()['params'])
-    params['embed']['embedding'][11:], params['head']['kernel'][:, 11:] = 0, 0
+    vocab = model.config.vocab_size
+    params['embed']['embedding'][vocab:], params['head']['kernel'][:, vocab:] = 0, 0
     return model, params
 
 

@@ -1,0 +1,142 @@
+"""What transformers computes from our folders, and we from its: needs torch, see requirements-parity.txt."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+os.environ['HF_HUB_OFFLINE'] = '1'  # before transformers is imported: nothing here asks the network
+
+import torch
+import transformers
+import vocabularies
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from test_hf import PLACEMENTS, logits, network
+
+from mixln_jax.data import tokenizers
+from mixln_jax.models import hf
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+IDS = np.arange(10).reshape(2, 5)  # as `logits` takes them
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path, monkeypatch):
+    """Modelling files are copied into a folder of the test, never into the user's cache."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'modules'))
+
+
+def pretrained(folder, **options):
+    stock = json.loads((folder / 'config.json').read_text())['model_type'] == 'llama'
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not stock, **options).eval()
+
+
+@torch.no_grad()
+def theirs(model, ids=IDS):
+    return model(torch.asarray(ids), use_cache=False).logits.float().numpy()
+
+
+@pytest.mark.parametrize('max_shard_gb', [5.0, 3e-6], ids=['one file', 'shards'])
+@pytest.mark.parametrize('norm_position', PLACEMENTS)
+def test_exports_compute_the_same(tmp_path, norm_position, max_shard_gb):
+    model, params = network(norm_position)
+    hf.save(tmp_path / 'out', model, params, max_shard_gb=max_shard_gb)
+    found, expected = pretrained(tmp_path / 'out'), np.asarray(logits(model, params))
+    assert (type(found) is transformers.LlamaForCausalLM) == (norm_position == 'pre')
+    np.testing.assert_allclose(theirs(found), expected, rtol=0, atol=1e-4)
+    # The comparison must be able to fail: a gain of the last layer, moved a little.
+    with torch.no_grad():
+        next(weight for name, weight in found.model.layers[-1].named_parameters() if 'norm' in name)[3] *= 1.01
+    assert np.abs(theirs(found) - expected).max() > 1e-4
+
+
+@pytest.mark.parametrize('name', ['pre', 'post', 'mix', 'sandwich', 'lns'])
+def test_golden_folders_through_us(tmp_path, name):
+    """The authors' weights, read and written here, give the authors' numbers there."""
+    hf.save(tmp_path / 'out', *hf.load(GOLDEN / name, name))
+    expected = np.load(GOLDEN / name / 'expected.npz')
+    real = expected['attention_mask'].astype(bool)
+    found = theirs(pretrained(tmp_path / 'out'), expected['input_ids'])
+    np.testing.assert_allclose(found[real], expected['logits'][real], rtol=0, atol=1e-4)
+
+
+def test_removed_layers_keep_their_constants(tmp_path):
+    model, params = network('lns,deepnorm', num_layers=2)
+    model = model.clone(layer_index=(2, 5), depth=6)
+    hf.save(tmp_path / 'out', model, params)
+    np.testing.assert_allclose(theirs(pretrained(tmp_path / 'out')), logits(model, params), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('norm_position', ['pre', 'mix'])
+def test_generation_with_a_cache_and_without(tmp_path, norm_position):
+    hf.save(tmp_path / 'out', *network(norm_position))
+    model = pretrained(tmp_path / 'out')
+    options = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    cached, whole = (model.generate(torch.asarray(IDS), use_cache=cache, **options) for cache in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=0, atol=1e-4)
+
+
+def test_bfloat16(tmp_path):
+    model, params = network('mix')
+    hf.save(tmp_path / 'out', model, params, dtype='bfloat16')
+    assert pretrained(tmp_path / 'out', dtype='auto').dtype == torch.bfloat16
+    rounded = hf.load(tmp_path / 'out')
+    np.testing.assert_allclose(
+        theirs(pretrained(tmp_path / 'out', dtype='float32')), logits(*rounded), rtol=0, atol=1e-4
+    )
+
+
+def test_no_stock_class_opens_another_placement(tmp_path):
+    hf.save(tmp_path / 'out', *network('mix'))
+    with pytest.raises(ValueError, match='trust_remote_code'):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', trust_remote_code=False)
+
+
+@pytest.mark.parametrize('max_shard_size', ['5GB', '20KB'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_their_folders_here(tmp_path, dtype, max_shard_size):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, rms_norm_eps=1e-5, rope_theta=5e5,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / 'model.safetensors.index.json').exists() == (max_shard_size == '20KB')
+    ours, params = hf.load(tmp_path)
+    assert ours.config.rope_theta == config.rope_parameters['rope_theta']
+    ids = np.random.default_rng(0).integers(0, 200, (2, 40))
+    found, _ = ours.apply({'params': params}, ids)
+    np.testing.assert_allclose(found, theirs(pretrained(tmp_path, dtype='float32'), ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['bytes', 't5', 'byte_level', 'unigram', 'wordpiece'])
+@pytest.mark.parametrize('norm_position', ['pre', 'mix'])
+def test_tokenizers_give_the_same_ids(tmp_path, opened, name, norm_position):  # the fixture opens vocabularies
+    tokenizer = opened(name)
+    hf.save(tmp_path / 'out', *network(norm_position), tokenizer)
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out', trust_remote_code=norm_position == 'mix')
+    for text in (*vocabularies.prose(50, seed=2), ' two  spaces\n\tand Größe '):
+        assert found(text, add_special_tokens=False)['input_ids'] == tokenizer.encode(text).tolist()
+    assert (found.eos_token_id, found.bos_token_id) == (tokenizer.eos_id, tokenizer.bos_id)
+
+
+@pytest.mark.parametrize('norm_position', ['pre', 'mix'])
+def test_lm_eval(tmp_path, norm_position):
+    """The likelihoods that the evaluation harness finds are those of our logits."""
+    tokenizer = tokenizers.Bytes()
+    model, params = network(norm_position, vocab_size=tokenizer.vocab_size)
+    hf.save(tmp_path / 'out', model, params, tokenizer)
+    harness = HFLM(str(tmp_path / 'out'), device='cpu', dtype='float32', trust_remote_code=True, batch_size=2)
+    texts = [('The quick brown', ' fox'), ('Zwölf', ' Boxkämpfer jagen')]
+    asked = [Instance('loglikelihood', {}, text, number) for number, text in enumerate(texts)]
+    for (context, text), (found, _) in zip(texts, harness.loglikelihood(asked), strict=True):
+        ids = np.concatenate([tokenizer.encode(context), tokenizer.encode(text)])
+        scores = torch.asarray(np.array(model.apply({'params': params}, ids[None, :-1])[0][0])).log_softmax(-1)
+        first = len(tokenizer.encode(context)) - 1
+        expected = sum(scores[at, ids[at + 1]].item() for at in range(first, len(ids) - 1))
+        assert found == pytest.approx(expected, abs=1e-3)
