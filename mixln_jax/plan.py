@@ -189,7 +189,6 @@ def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
     )
     seconds = a_position * positions / (mfu * metrics.PEAK_FLOPS[device] * count)
     hours = seconds * config.num_steps / 3600
-    hours = seconds * config.num_steps / 3600
     parts = memory(program)
     total = sum(parts.values())
     shape = ', '.join(f'{axis} {size}' for axis, size in program.mesh.shape.items())
