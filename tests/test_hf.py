@@ -341,3 +341,19 @@ def test_copied_golden_folders_gain_their_placement(tmp_path):
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name])
     assert hf.load(shutil.copytree(tmp_path / 'out', tmp_path / 'copy'))[0].norm_position == ('sandwich',) * 8
+
+
+def test_scaled_embeddings_are_written_scaled(tmp_path):
+    model, params = network('post', scale_embed=True)
+    hf.save(tmp_path / 'out', model, params)
+    found = hf.load(tmp_path / 'out')
+    assert not found[0].config.scale_embed
+    np.testing.assert_array_equal(logits(*found), logits(model, params))
+
+
+def test_groups_go_along(tmp_path):
+    model, params = network('group_pre', norm_groups=2)
+    hf.save(tmp_path / 'out', model, params)
+    found = hf.load(tmp_path / 'out')
+    assert found[0].config.norm_groups == 2
+    np.testing.assert_array_equal(logits(*found), logits(model, params))

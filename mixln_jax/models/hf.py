@@ -25,8 +25,10 @@ MATRICES = {
     'mlp/up/kernel': 'mlp.up_proj',
     'mlp/down/kernel': 'mlp.down_proj',
 }
+QKV_NORMS = {f'attention/{name}_norm': f'self_attn.{name}_norm' for name in 'qkv'}
 WHOLE = {
     'embed/embedding': 'model.embed_tokens.weight',
+    'embed_norm/scale': 'model.embed_norm.weight',
     'norm/scale': 'model.norm.weight',
     'head/kernel': 'lm_head.weight',
 }
@@ -44,8 +46,10 @@ def tensor_name(path, norm_position):
         return WHOLE[path]
     group, number, inside = [*path.split('/', 2), '', ''][:3]
     if group == trees.STACKED:
-        name = norm_position[int(number)]
-        inside = MATRICES.get(inside) or hf_config.norm_name(name, inside.removesuffix('/scale'))
+        name, norm = norm_position[int(number)], inside.removesuffix('/scale')
+        if inside in hf_config.LEARNED:
+            return f'model.layers.{number}.{hf_config.LEARNED[inside]}'
+        inside = MATRICES.get(inside) or QKV_NORMS.get(norm) or hf_config.norm_name(name, norm)
         if inside:
             return f'model.layers.{number}.{inside}.weight'
         path = f'{path} of norm_position {name}'
@@ -94,7 +98,8 @@ def read(folder, norm_position=None, compute_dtype='float32'):
         expected = tuple(config.vocab_size if at == axis else size for at, size in enumerate(leaf.shape))
         if tensor.shape != expected:
             raise CheckpointError(f'{folder}: tensor {name} has shape {tensor.shape}, config.json makes it {expected}')
-        return np.pad(tensor, [(0, size - n) for size, n in zip(leaf.shape, expected, strict=True)])
+        padding = [(0, size - n) for size, n in zip(leaf.shape, expected, strict=True)]
+        return np.pad(tensor, padding) if padding else tensor
 
     shapes = jax.eval_shape(lambda params: _by_layer(params, model.norm_position), model.shapes()['params'])
     params = jax.tree_util.tree_map_with_path(take, shapes)
@@ -148,6 +153,8 @@ def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.
             raise UsageError(f'two parameters of {hf_config.spell(model.norm_position)} have the tensor name {name}')
         if path in VOCAB_AXIS:
             leaf = leaf[(slice(None),) * VOCAB_AXIS[path] + (slice(model.config.vocab_size),)]
+        if path == 'embed/embedding' and model.config.scale_embed:
+            leaf = leaf.astype(np.float32) * np.float32(model.config.hidden_size**0.5)
         named[name] = leaf.T if path.endswith('kernel') else leaf
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):

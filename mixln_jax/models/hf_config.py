@@ -35,11 +35,18 @@ OTHER_NORMS = {  # as soon as a layer normalises after a sub-layer
     'mlp_norm_out': 'post_feedforward_layernorm',
     'mlp_norm_post': 'post_feedforward_layernorm',
 }
+# Factors that are learned; the first two have the names of the authors' scale_res_pre_norm.
+LEARNED = {
+    'attention_branch_scale': 'raw_scaling_factor_attn',
+    'mlp_branch_scale': 'raw_scaling_factor_mlp',
+    'attention_residual_scale': 'attention_residual_scale',
+    'mlp_residual_scale': 'mlp_residual_scale',
+}
 OTHER_TYPE = 'mixln'  # model_type of what stock LLaMA is not: no tool may open it as Pre-LN
 MODELLING = pathlib.Path(__file__).with_name('modeling_mixln.py')  # goes with such a folder, for transformers
 # The switches of a placement, and the norm that each uses.
 SWITCHES = {'residual_normed': 'in', 'pre': 'in', 'out': 'out', 'post': 'post'}
-CONSTANTS = ('in_scale', 'residual_scale', 'branch_scale')
+FACTORS = ('in_scale', 'residual_scale', 'branch_scale')
 
 
 def read(path, norm_position=None, compute_dtype='float32'):
@@ -113,6 +120,8 @@ def _model_config(path, found):
     kv_heads = found.get('num_key_value_heads') or values['num_heads']
     values['num_kv_heads'] = 0 if kv_heads == values['num_heads'] else kv_heads
     values['rope_theta'] = rope.get('rope_theta', found.get('rope_theta', 10000.0))
+    if 'norm_groups' in found:
+        values['norm_groups'] = found['norm_groups']
     try:
         config = configs.build({'model': values}).model
     except UsageError as error:
@@ -146,6 +155,8 @@ def content(model):
         'layer_index': list(model.layer_index),
         'depth': model.depth,
         **({} if stock else {'placements': said}),
+        **({'embed_norm': True} if norms.PLACEMENTS[model.norm_position[0]].embed_norm else {}),
+        **({'norm_groups': config.norm_groups} if any('grouped' in layer['mlp'] for layer in said) else {}),
     }
 
 
@@ -153,8 +164,8 @@ def placements(model):
     """What each layer does to the residual stream, as config.json and modeling_mixln.py have it.
 
     Returns:
-        L dicts {'attention': {...}, 'mlp': {...}}: the switches that are on, each with the name of its norm, and the
-        constants of the layer.
+        L dicts {'attention': {...}, 'mlp': {...}}: the switches that are on, each with the name of its norm, the
+        constants of the layer, and for learned factors the parameter's name and shape.
 
     Raises:
         UsageError: a placement that says more than that, naming it.
@@ -162,15 +173,20 @@ def placements(model):
     found = []
     for name, index in zip(model.norm_position, model.layer_index, strict=True):
         layer = norms.PLACEMENTS[name]
-        _check_said(name, layer, ('attention', 'mlp', 'init'))
-        found.append({})
+        _check_said(name, layer, ('attention', 'mlp', 'init', 'qkv_norm', 'embed_norm'))
+        found.append({'qkv_norm': True} if layer.qkv_norm else {})
         for sublayer in ('attention', 'mlp'):
             at = getattr(layer, sublayer)
-            _check_said(name, at, (*SWITCHES, *CONSTANTS))
+            _check_said(name, at, (*SWITCHES, *FACTORS, 'grouped'))
             on = {switch: f'{sublayer}_norm_{norm}' for switch, norm in SWITCHES.items() if getattr(at, switch)}
             said = {switch: norm_name(name, norm) for switch, norm in on.items()}
             constants = at.constants([index], model.depth).items()
-            found[-1][sublayer] = said | {by: float(np.float32(value)) for by, [value] in constants}
+            said |= {by: float(np.float32(value)) for by, [value] in constants}
+            for by, factor in at.factors().items():
+                if isinstance(factor, norms.Learned):
+                    shape = [model.config.hidden_size] if factor.per_feature else []
+                    said[by] = {'parameter': LEARNED[f'{sublayer}_{by}'], 'shape': shape}
+            found[-1][sublayer] = said | ({'grouped': True} if at.grouped else {})
     return found
 
 

@@ -1,22 +1,39 @@
 """LLaMA with a norm placement per layer, for transformers: a copy lies beside weights that mixln_jax has exported.
 
 config.json says under `placements` what each layer does. A sub-layer F changes the residual stream x by one rule, where
-each of `residual_normed`, `pre`, `out` and `post` is the name of a norm or absent, and a scale that is absent is 1:
+each of `residual_normed`, `pre`, `out` and `post` is the name of a norm or absent, and a scale is a number, a parameter
+or, absent, 1:
 
     x = residual_normed(x)
     h = out(F(pre(x) * in_scale))
     y = post(residual_scale * x + branch_scale * h)
 """
 
+import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+NORMS = ('residual_normed', 'pre', 'out', 'post')
+
 
 class MixlnConfig(LlamaConfig):
-    """LlamaConfig with the keys `norm_position`, `layer_index`, `depth` and `placements`."""
+    """LlamaConfig with the keys `norm_position`, `layer_index`, `depth`, `placements`, `embed_norm`, `norm_groups`."""
 
     model_type = 'mixln'
+
+
+class GroupedRMSNorm(LlamaRMSNorm):
+    """LlamaRMSNorm whose mean square is taken over each of `groups` parts of the features."""
+
+    def __init__(self, hidden_size, eps, groups):
+        super().__init__(hidden_size, eps=eps)
+        self.groups = groups
+
+    def forward(self, hidden_states):
+        parts = hidden_states.float().unflatten(-1, (self.groups, -1))
+        parts = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * parts.flatten(-2).to(hidden_states.dtype)
 
 
 class MixlnDecoderLayer(LlamaDecoderLayer):
@@ -26,9 +43,20 @@ class MixlnDecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         del self.input_layernorm, self.post_attention_layernorm
         self.placement = config.placements[layer_idx]
-        for at in self.placement.values():
-            for name in sorted({name for name in at.values() if isinstance(name, str)}):
-                self.add_module(name, LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+        for at in (self.placement['attention'], self.placement['mlp']):
+            groups = config.norm_groups if 'grouped' in at else 1
+            for name in sorted({at[switch] for switch in NORMS if switch in at}):
+                self.add_module(name, GroupedRMSNorm(config.hidden_size, config.rms_norm_eps, groups))
+            for factor in at.values():
+                if isinstance(factor, dict):
+                    self.register_parameter(factor['parameter'], nn.Parameter(torch.ones(factor['shape'])))
+        if 'qkv_norm' in self.placement:  # of each head, before the rotation
+            for name in 'qkv':
+                norm = LlamaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
+                self.self_attn.add_module(f'{name}_norm', norm)
+                getattr(self.self_attn, f'{name}_proj').register_forward_hook(
+                    lambda _, __, y, norm=norm: norm(y.unflatten(-1, (-1, config.head_dim))).flatten(-2)
+                )
 
     def forward(self, hidden_states, **kwargs):
         """[B,T,D] -> [B,T,D]; the keywords are those of attention."""
@@ -42,9 +70,13 @@ class MixlnDecoderLayer(LlamaDecoderLayer):
         def norm(switch, x):
             return getattr(self, at[switch])(x) if switch in at else x
 
+        def scale(by):
+            factor = at.get(by, 1.0)
+            return getattr(self, factor['parameter']) if isinstance(factor, dict) else factor
+
         x = norm('residual_normed', x)
-        h = norm('out', sublayer(norm('pre', x) * at.get('in_scale', 1.0)))
-        return norm('post', x * at.get('residual_scale', 1.0) + h * at.get('branch_scale', 1.0))
+        h = norm('out', sublayer(norm('pre', x) * scale('in_scale')))
+        return norm('post', x * scale('residual_scale') + h * scale('branch_scale'))
 
 
 class MixlnModel(LlamaModel):
@@ -55,6 +87,9 @@ class MixlnModel(LlamaModel):
     def __init__(self, config):
         super().__init__(config)
         self.layers = nn.ModuleList([MixlnDecoderLayer(config, number) for number in range(config.num_hidden_layers)])
+        if getattr(config, 'embed_norm', False):
+            self.embed_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.embed_tokens.register_forward_hook(lambda _, __, x: self.embed_norm(x))
         self.post_init()
 
 

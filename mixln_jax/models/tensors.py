@@ -52,7 +52,7 @@ def write(folder, tensors, dtype, max_bytes):
         max_shard_size=max_bytes,
     )
     for file, names in split.filename_to_tensors.items():
-        shard = {name: np.ascontiguousarray(tensors[name].astype(dtype)) for name in names}  # converted one at a time
+        shard = {name: np.asarray(tensors[name]).astype(dtype, order='C') for name in names}  # converted one at a time
         safetensors.numpy.save_file(shard, folder / file, metadata={'format': 'pt'})
     if split.is_sharded:
         index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
