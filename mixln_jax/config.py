@@ -98,7 +98,11 @@ class Data:
 class Optim:
     """The optimiser and its learning-rate schedule."""
 
-    name: str = key('adam', 'optimiser', choices=('adam', 'adamw', 'sgd', 'lion', 'adafactor', 'muon', 'galore'))
+    name: str = key(
+        'adam',
+        "optimiser; adafactor's rates are relative to the size of each matrix",
+        choices=('adam', 'adamw', 'sgd', 'lion', 'adafactor', 'muon', 'galore'),
+    )
     learning_rate: float = key(1e-3, 'peak learning rate', above=0.0, at_most=1e38)
     min_ratio: float = key(0.1, 'last learning rate as a share of the peak', at_least=0.0, at_most=1.0)
     schedule: str = key('cosine', 'decay after the warm-up', choices=('cosine', 'linear', 'constant', 'wsd'))

@@ -153,7 +153,7 @@ def run(values, workdir, stop=None):
         dataset = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size, part=part)
         reader = closing.enter_context(contextlib.closing(batches.read(dataset, done, config.data.workers)))
         closing.callback(processes.watch, 0)
-        if not done and model.measured():
+        if not done and model.measured() and not config.init_from:  # given weights have theirs
             state = program.measure_factors(state, meshes.place(dataset[0], sharding, config.batch_size))
         stream = (meshes.place(batch, sharding, config.batch_size) for batch in watched(reader))
         stream = hooks.profiled(stream, done + 1, config.profile.start, config.profile.steps, workdir)

@@ -224,3 +224,16 @@ class TestResumeFrom:
         with pytest.raises(CheckpointError, match='^config.resume_from=.*checkpoints/2: its JSON has changed'):
             main.run(recipe(corpus, resume_from=str(tmp_path / 'copy/checkpoints/2')), tmp_path / 'new')
         assert (tmp_path / 'copy/checkpoints/2').is_dir()
+
+
+def test_learned_factors_start_as_they_were_given(corpus, tmp_path, begun):
+    """Admin's are measured before a run from chance, and kept where weights are given."""
+    main.run(recipe(corpus, **{'model.norm_position': 'admin'}), tmp_path / 'first')
+    main.run(
+        recipe(corpus, **{'model.norm_position': 'admin', 'init_from': str(tmp_path / 'first')}), tmp_path / 'next'
+    )
+    omega = [params['layers']['segment_0']['mlp_residual_scale'] for _, params in begun]
+    trained = weights.load(tmp_path / 'first').params['layers']['segment_0']['mlp_residual_scale']
+    assert omega[0].std(axis=1).max() == 0 and omega[0].min() > 0 and not np.all(omega[0] == 1)
+    np.testing.assert_array_equal(omega[1], trained)
+    assert trained.std() > 0
