@@ -25,7 +25,7 @@ ROWS = ('data', 'fsdp')  # the axes over which rows of a batch are split
 # whose axes divide the leaf's dimensions (those of one layer). No pattern matches everything: a new leaf needs a rule.
 RULES = (
     (r'(^|/)(step|bad_step|count|ns_coeffs)$', P()),
-    (r'/(v|v_row|v_col)/', P()),  # of adafactor: vectors, and matrices too small to factor
+    (r'/\d+/(v|v_row|v_col)/', P()),  # of adafactor's state: vectors, and matrices too small to factor
     (r'/(projector|base_optimizer_state)/', P('fsdp', None), P(None, 'fsdp'), P()),  # of galore: of a small rank
     (r'/embedding$', P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor'))),
     (r'/head/kernel$', P('fsdp', 'tensor')),
