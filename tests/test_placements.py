@@ -22,7 +22,9 @@ CONFIG = configs.Config(
     accumulate=2,
     compute_dtype='float32',
     device='cpu',
-    model=configs.Model(vocab_size=101, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=8),
+    model=configs.Model(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=8, scan_unroll='1'
+    ),
 )
 
 
@@ -141,7 +143,7 @@ def test_scaled_embeddings():
     np.testing.assert_allclose(out['hidden'], hidden, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize('placement', ['admin', 'hybridnorm_star', 'peri', 'scale_res_pre', 'group_pre'])
+@pytest.mark.parametrize('placement', ['admin', 'hybridnorm_star', 'peri,scale_res_pre'])
 def test_a_mesh_changes_no_number(placement):
     rng, found = np.random.default_rng(0), []
     tokens = (rng.integers(0, 100, (16, 1)) + 2 * np.arange(13)) % 101
@@ -170,7 +172,7 @@ def test_optimisers_on_a_mesh(name):
     tokens = (rng.integers(0, 100, (16, 1)) + 2 * np.arange(13)) % 101
     batch = {'inputs': tokens[:, :-1].astype(np.int32), 'targets': tokens[:, 1:].astype(np.int32)}
     batch['weights'] = np.ones((16, 12), np.float32)
-    for shape in ((1, 1, 1), (2, 4, 1), (2, 2, 2)):
+    for shape in ((1, 1, 1), (2, 2, 2)):
         optimiser = configs.Optim(name=name, learning_rate=1e-3, galore_rank=4, warmup_ratio=0.0)
         program = Program(
             dataclasses.replace(CONFIG, optim=optimiser), mesh.make_mesh(configs.Mesh(*shape), jax.devices('cpu'))
@@ -182,4 +184,4 @@ def test_optimisers_on_a_mesh(name):
             losses.append(float(values['loss']))
         found.append(losses)
     assert found[0][-1] < found[0][0]
-    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
