@@ -228,8 +228,8 @@ def load(recipe, overrides=()):
     Raises:
         UsageError: no such file, an error in it (naming the line), an unknown key, a text of another type.
     """
-    file, _, argument = recipe.partition('.py:')
-    file = pathlib.Path(f'{file}.py' if argument else recipe)
+    file, colon, argument = recipe.partition('.py:')
+    file = pathlib.Path(f'{file}.py' if colon else recipe)
     if not file.is_file():
         raise UsageError(f'--config: there is no file {file}')
     spec = importlib.util.spec_from_file_location(f'recipe_{file.stem}', file)
@@ -405,6 +405,10 @@ def _check_together(config):
         )
     if optim.weight_decay and optim.name == 'adam':
         raise UsageError('config.optim.weight_decay needs config.optim.name=adamw or another; adam has none')
+    if optim.name == 'adafactor' and optim.mu_dtype != 'auto':
+        raise UsageError(
+            'config.optim.mu_dtype has no meaning under config.optim.name=adafactor, which has no momentum'
+        )
     if config.batch_size * config.seq_length >= 2**31:
         raise UsageError('config.batch_size times config.seq_length must be below 2^31 positions')
     sizes = dataclasses.asdict(config.mesh)

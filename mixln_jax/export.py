@@ -64,7 +64,7 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
 def _check_replaceable(out):
     try:
         there = [path for path in out.rglob('*') if not path.is_dir()] if out.exists() else []
-        files = json.loads((out / MARK).read_text())['files'] if (out / MARK).exists() else []
+        files = set(json.loads((out / MARK).read_text())['files'] if (out / MARK).exists() else ())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'--out {out}: {MARK} is not readable: {error!r}') from None
     others = sorted(str(path.relative_to(out)) for path in there if str(path.relative_to(out)) not in files)
@@ -94,7 +94,10 @@ def _check(folder, found, dtype):
         f'of the perplexity {abs(again - perplexity):.3g} (of {perplexity:.6g})'
     )
     if not (apart <= bound * largest and abs(again - perplexity) <= bound * perplexity):  # also where one is NaN
-        raise CheckpointError(f'{folder}: read back it is another network; {dtype} may differ by a share of {bound}')
+        problem = (
+            f'read back, its logits differ by {apart:.3g} of {largest:.3g}; {dtype} may differ by a share of {bound}'
+        )
+        raise CheckpointError(f'{found.where}: {problem}{"" if dtype == "float32" else ": use --dtype float32"}')
 
 
 def main(argv):

@@ -96,4 +96,5 @@ def unigram_entropy(counts):
 
 
 def _unit(a):
-    return a / jnp.linalg.norm(a, axis=-1, keepdims=True)
+    length = jnp.linalg.norm(a, axis=-1, keepdims=True)
+    return a / jnp.maximum(length, jnp.finfo(jnp.float32).tiny)  # a frozen row of an embedding is zero

@@ -177,7 +177,7 @@ def summary_table(evaluation, grad_norms, distances, norm_position):
 
 
 def _bar(value, largest, width=14):
-    eighths = round(8 * width * value / largest) if largest else 0
+    eighths = round(8 * width * value / largest) if largest and math.isfinite(value / largest) else 0
     return '█' * (eighths // 8) + ('', *'▏▎▍▌▋▊▉')[eighths % 8]
 
 

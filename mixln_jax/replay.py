@@ -9,6 +9,7 @@ import functools
 import pathlib
 import re
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,14 @@ import numpy as np
 
 from mixln_jax import checkpoint, exits, losses, measures, record, step
 from mixln_jax import config as configs
-from mixln_jax.exits import UsageError
+from mixln_jax.exits import CheckpointError, UsageError, first_line
 from mixln_jax.models import llama
 
 
 def replay(folder, compute_dtype):
     """Prints what the batches of a debug/ folder do. Raises UsageError where there is nothing to replay."""
     folder = pathlib.Path(folder) / 'debug'
-    batches = sorted(folder.glob('batch_*.npz'), key=_number)
+    batches = sorted(folder.glob('batch_[0-9]*.npz'), key=_number)
     steps = sorted((path for path in (folder / 'checkpoints').glob('*') if path.name.isdigit()), key=_number)
     if not batches or not steps:
         raise UsageError(f'{folder} holds no batches and weights of a bad step')
@@ -33,9 +34,13 @@ def replay(folder, compute_dtype):
     record.say(f'weights of step {about["step"]}, {model.compute_dtype}, {len(model.norm_position)} layers')
     of_batch = jax.jit(functools.partial(_look, model))
     for path in batches:
-        with np.load(path) as stored:
-            batch = dict(stored)
-        micro = step.micro_batches(batch, config.accumulate)
+        try:
+            with np.load(path) as stored:
+                micro = step.micro_batches(dict(stored), config.accumulate)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f'{path} is not a batch: {first_line(error)}') from error
+        if _number(path) <= about['step']:
+            record.say(f'\nbatch {_number(path)} came before these weights, which it has helped to make:')
         found = [
             jax.device_get(of_batch(params, jax.tree.map(lambda a, i=i: a[i], micro))) for i in range(config.accumulate)
         ]

@@ -6,21 +6,22 @@ import sys
 
 from mixln_jax import config as configs
 from mixln_jax import exits, record
-from mixln_jax.exits import UsageError
+from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import norms
 
 COLUMNS = ('run', 'placement', 'steps', 'tokens', 'perplexity', 'paper', 'difference', 'source')
 
 
 def row(folder):
-    """The table's row of a work directory, a text a column. Raises UsageError where there is no run."""
-    folder = pathlib.Path(folder)
+    """The table's row of a work directory, a text a column.
+
+    Raises UsageError where there is no run, CheckpointError for metrics that cannot be read.
+    """
+    folder = pathlib.Path(folder).resolve()
     config = configs.read(folder / 'config.json')
     lines = record.read_metrics(folder / 'metrics.jsonl')
-    evaluated = [line for line in lines if line.get('eval/perplexity') is not None]
-    if not lines:
-        raise UsageError(f'{folder} has no metrics yet')
-    last, expected, model = lines[-1], config.expected, config.model
+    evaluated = [line for line in lines if 'eval/perplexity' in line]
+    last, expected, model = lines[-1] if lines else {'step': 0}, config.expected, config.model
     got = evaluated[-1]['eval/perplexity'] if evaluated else None
     paper = expected.perplexity or None
     done = '' if last['step'] == config.num_steps else f' of {config.num_steps:,}'
@@ -28,8 +29,8 @@ def row(folder):
         folder.name,
         norms.spelled(norms.resolve(model.norm_position, model.num_layers, model.post_ratio)),
         f'{last["step"]:,}{done}',
-        f'{last["tokens"]:.3g}',
-        f'{got:.2f}' if got else '-',
+        f'{last["tokens"]:.3g}' if 'tokens' in last else '-',
+        f'{got:.2f}' if got else 'not finite' if evaluated else '-',
         f'{paper:.2f}' if paper else '-',
         f'{got - paper:+.2f} ({(got / paper - 1):+.1%})' if got and paper else '-',
         expected.source or '-',
@@ -52,7 +53,18 @@ def main(argv):
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
     def job():
-        record.say(*table([row(folder) for folder in exits.parse(parser, argv).runs]))
+        rows, problems = [], []
+        for folder in exits.parse(parser, argv).runs:
+            try:
+                rows.append(row(folder))
+            except (UsageError, CheckpointError) as problem:  # the others are shown all the same
+                problems.append(problem)
+        if rows:
+            record.say(*table(rows))
+        for problem in problems[:-1]:
+            record.say(f'mixln_jax: {problem}', file=sys.stderr)
+        if problems:
+            raise problems[-1]
 
     return exits.call(job, show_traceback='--traceback' in argv)
 

@@ -231,10 +231,11 @@ class Meter:
 class Collapse:
     """Sees when a network knows the frequencies of tokens alone: the state of Post-LN networks that have collapsed.
 
-    Looked for is a mean loss of WINDOW steps above NEAR times the entropy of the tokens, behind the warm-up.
+    Looked for, behind the warm-up, are WINDOW steps whose second half has a mean loss within NEAR of the entropy of the
+    tokens, as a share of it, and is no better than the first half by PROGRESS of that.
     """
 
-    WINDOW, NEAR = 200, 0.95
+    WINDOW, NEAR, PROGRESS = 200, 0.05, 0.01
 
     def __init__(self, action, warmup, entropy):
         """`action`: warn, stop or ignore; `warmup`: steps; `entropy`: () -> nats, asked once."""
@@ -249,11 +250,12 @@ class Collapse:
         if len(self._losses) < self.WINDOW:
             return
         self._level = self._level or self._entropy()
-        mean = sum(self._losses) / self.WINDOW
+        half = self.WINDOW // 2
+        before, mean = (sum(losses) / half for losses in (self._losses[:half], self._losses[half:]))
         self._losses = []
-        if mean > self.NEAR * self._level:
+        if abs(mean / self._level - 1) < self.NEAR and before - mean < self.PROGRESS * self._level:
             problem = (
-                f'step {step}: the mean loss of {self.WINDOW} steps, {mean:.2f}, is near the {self._level:.2f} of the '
+                f'step {step}: the mean loss of {half} steps, {mean:.2f}, stays near the {self._level:.2f} of the '
                 "tokens' frequencies alone: the network has collapsed; a longer warm-up (config.optim.warmup_ratio), "
                 'a lower learning rate or fewer Post-LN layers may help'
             )

@@ -13,7 +13,10 @@ from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import hf, hf_config, llama, norms, tensors
 
 # Keys of config.model in which two networks must agree to have the same weights, and mean the same by them.
-SAME = ('family', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads', 'norm_eps', 'rope_theta')
+SAME = (
+    *('family', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads', 'norm_eps', 'rope_theta'),
+    'scale_embed',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,8 @@ def initial(where, model):
     """
     try:
         if where.startswith('hf:'):
+            if where == 'hf:':
+                raise UsageError('hf: must be followed by a folder')
             folder = pathlib.Path(where.removeprefix('hf:')).expanduser()
             found, stated = hf_config.read(folder / 'config.json')
             _check_same(model, found, stated)
@@ -119,11 +124,13 @@ def _check_same(model, found, stated=True):
     def facts(of):
         found = {name: getattr(of.config, name) for name in SAME}
         found['num_kv_heads'] = of.config.num_kv_heads or of.config.num_heads
+        if any(norms.PLACEMENTS[name].attention.grouped for name in of.norm_position):
+            found['norm_groups'] = of.config.norm_groups
         return found | ({'norm_position': hf_config.spell(of.norm_position)} if stated else {})
 
     ours, theirs = facts(model), facts(found)
     for name, value in ours.items():
-        if theirs[name] != value:
+        if theirs.get(name, value) != value:
             raise UsageError(f'its network has {name} {theirs[name]}, config.model.{name} is {value}')
     for number, (one, other) in enumerate(zip(_constants(model), _constants(found), strict=True), 1):
         if stated and one != other:

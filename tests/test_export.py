@@ -129,7 +129,7 @@ def test_other_numbers_are_found_and_nothing_is_left(tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(hf, 'save', wrong)
     assert command(*pre) == 5
-    assert 'read back it is another network' in capsys.readouterr().err
+    assert 'read back, its logits differ' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ['out']
     assert (out / 'model.safetensors').read_bytes() == before
 

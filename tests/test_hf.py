@@ -167,7 +167,7 @@ class TestPruned:
     def test_constants_that_are_not_ours(self, tmp_path):
         folder, _, _ = self.make(tmp_path)
         edit(folder, layer_index=[3, 5])
-        with pytest.raises(CheckpointError, match='placements are not those of'):
+        with pytest.raises(CheckpointError, match='placements is not that of'):
             hf.load(folder)
 
 
@@ -357,3 +357,14 @@ def test_groups_go_along(tmp_path):
     found = hf.load(tmp_path / 'out')
     assert found[0].config.norm_groups == 2
     np.testing.assert_array_equal(logits(*found), logits(model, params))
+
+
+@pytest.mark.parametrize(
+    'norm_position, key, value',
+    [('group_pre', 'norm_groups', None), ('peri', 'embed_norm', None), ('sandwich', 'embed_norm', True)],
+)
+def test_facts_that_contradict_the_placement(tmp_path, norm_position, key, value):
+    hf.save(tmp_path / 'out', *network(norm_position))
+    edit(tmp_path / 'out', **{key: value})
+    with pytest.raises(CheckpointError, match=f'config.json: {key} is not that of norm_position'):
+        hf.load(tmp_path / 'out')

@@ -296,13 +296,18 @@ class TestBadSteps:
         assert 'weights of step 1, float32, 3 layers' in shown
         assert 'batch 2: loss not finite in rows 0, 1, 2, 3, 4, 5, 6, 7' in shown
         assert 'the first number that is not finite: ' in shown and shown.count('    3  pre ') == 2
+        assert 'batch 1 came before these weights' in shown
+        (tmp_path / 'debug/batch_2.npz').write_bytes(b'nothing')
+        assert replay.main(['--workdir', str(tmp_path)]) == 5
+        assert 'batch_2.npz is not a batch' in capsys.readouterr().err
         assert replay.main(['--workdir', str(tmp_path / 'debug')]) == 2
         assert 'holds no batches and weights' in capsys.readouterr().err
 
-    def test_a_collapsed_network(self, corpus, tmp_path, capsys):
-        """A network that learns nothing stays above the tokens' entropy, as a collapsed one stays near it."""
+    def test_a_collapsed_network(self, corpus, tmp_path, capsys, monkeypatch):
+        """A network that learns nothing stays at ln 259, as a collapsed one stays at the tokens' entropy."""
+        monkeypatch.setattr(main, '_unigram_entropy', lambda *_: np.log(259))
         changes = {'optim.learning_rate': 1e-9, 'num_steps': 225, 'log_every': 100, 'eval.every': 0}
-        with pytest.raises(NumericsError, match='step 222: the mean loss of 200 steps, 5.5.*the network has collapsed'):
+        with pytest.raises(NumericsError, match='step 222: the mean loss of 100 steps, 5.5.*the network has collapsed'):
             main.run(recipe(corpus, **changes, collapse='stop'), tmp_path / 'stop')
         main.run(recipe(corpus, **changes), tmp_path / 'warn')
         assert capsys.readouterr().err.count('the network has collapsed') == 1
@@ -313,8 +318,12 @@ class TestBadSteps:
         for step in range(1, 411):  # high in the warm-up, then learning
             seen.see(step, 9.0 if step <= 10 else 6.0)
         assert len(asked) == 1
-        with pytest.raises(NumericsError, match='step 610: .*6.70, is near the 7.00'):
-            for step in range(411, 611):
+        for step in range(411, 611):  # on its way through the tokens' entropy
+            seen.see(step, 7.6 - 0.004 * (step - 410))
+        for step in range(611, 811):  # nothing learnt at all
+            seen.see(step, 10.0)
+        with pytest.raises(NumericsError, match='step 1010: .*6.70, stays near the 7.00'):
+            for step in range(811, 1011):
                 seen.see(step, 6.7)
         ignored = train.Collapse('ignore', 0, None)
         for step in range(1, 500):

@@ -69,3 +69,9 @@ def test_unigram_entropy():
     assert measures.unigram_entropy([2, 0, 2, 0]) == pytest.approx(np.log(2) + 1 / 8)
     counts = np.bincount(np.random.default_rng(0).integers(0, 1000, 5000), minlength=2000)
     assert measures.unigram_entropy(counts) == pytest.approx(np.log(1000), abs=0.01)
+
+
+def test_a_vector_of_zeros():
+    """What a frozen row of an embedding gives: no direction, and no NaN."""
+    zero, one = jnp.zeros(4), jnp.eye(4)[0]
+    assert measures.angular_distance(zero, zero) == 0 and measures.angular_distance(zero, one) == 0.5

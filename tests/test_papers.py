@@ -138,6 +138,23 @@ class TestReport:
         ]
         assert second == ['two', 'post x 1, pre x 2', '7 of 10', '1.2e+09', '99.00', '-', '-', '-']
 
+    def test_one_that_is_no_run_hides_no_other(self, tmp_path, capsys):
+        one = self.run(tmp_path / 'one', 33.0)
+        began = self.run(tmp_path / 'began', None)
+        (tmp_path / 'began/metrics.jsonl').unlink()
+        assert report.main([one, str(tmp_path), began]) == 2
+        shown = capsys.readouterr()
+        assert '33.00' in shown.out and '0 of 10' in shown.out and len(shown.out.splitlines()) == 4
+        assert f'{tmp_path}/config.json' in shown.err and len(shown.err.splitlines()) == 1
+
+    def test_the_last_perplexity_counts(self, tmp_path, capsys):
+        """Also where it was not finite, which is null in metrics.jsonl."""
+        one = self.run(tmp_path / 'one', 33.0)
+        with open(tmp_path / 'one/metrics.jsonl', 'a') as lines:
+            lines.write('{"step": 20, "eval/perplexity": null}\n')
+        assert report.main([one]) == 0
+        assert 'not finite' in capsys.readouterr().out
+
     @pytest.mark.parametrize('words, message', [(['nowhere'], 'nowhere/config.json'), ([], 'required')])
     def test_bad_input(self, capsys, words, message):
         assert report.main(words) == 2

@@ -237,3 +237,28 @@ def test_learned_factors_start_as_they_were_given(corpus, tmp_path, begun):
     assert omega[0].std(axis=1).max() == 0 and omega[0].min() > 0 and not np.all(omega[0] == 1)
     np.testing.assert_array_equal(omega[1], trained)
     assert trained.std() > 0
+
+
+@pytest.mark.parametrize(
+    'theirs, ours, message',
+    [
+        ({'scale_embed': True}, {}, ''),  # which goes into the exported weights
+        ({}, {'scale_embed': True}, 'has scale_embed False, config.model.scale_embed is True'),
+        ({'norm_groups': 4}, {'norm_groups': 2}, 'has norm_groups 4, config.model.norm_groups is 2'),
+    ],
+)
+def test_networks_that_mean_something_else_by_their_weights(tmp_path, theirs, ours, message):
+    networks = [
+        llama.from_config(configs.Model(norm_position='group_pre', **(SIZES | changes))) for changes in (theirs, ours)
+    ]
+    hf.save(tmp_path / 'folder', networks[0], jax.jit(networks[0].init)(jax.random.key(0))['params'])
+    if not message:
+        assert weights.initial(f'hf:{tmp_path}/folder', networks[1])
+        return
+    with pytest.raises(UsageError, match=message):
+        weights.initial(f'hf:{tmp_path}/folder', networks[1])
+
+
+def test_no_folder_behind_hf():
+    with pytest.raises(UsageError, match='config.init_from=hf:: hf: must be followed by a folder'):
+        weights.initial('hf:', llama.from_config(configs.Model(**SIZES)))

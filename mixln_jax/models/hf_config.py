@@ -77,8 +77,14 @@ def read(path, norm_position=None, compute_dtype='float32'):
         names = wanted
     config = dataclasses.replace(config, norm_position=spell(names))
     model = llama.Llama(config, names, tuple(index), depth, compute_dtype)
-    if 'placements' in found and found['placements'] != placements(model):
-        raise CheckpointError(f'{path}: placements are not those of norm_position, layer_index and depth here')
+    expected = content(model)
+    for key in ('placements', 'embed_norm', 'norm_groups'):
+        if 'placements' in found and found.get(key) != expected.get(key):
+            raise CheckpointError(f'{path}: {key} is not that of norm_position, layer_index and depth here')
+    if any(norms.PLACEMENTS[name].mlp.grouped for name in names) and config.hidden_size % config.norm_groups:
+        raise CheckpointError(
+            f'{path}: hidden_size={config.hidden_size} does not divide by {config.norm_groups} groups'
+        )
     return model, bool(given) or says is not None
 
 

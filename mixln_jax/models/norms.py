@@ -164,6 +164,7 @@ def resolve(norm_position, num_layers, post_ratio=0.25):
     Raises:
         UsageError: unknown name, bad repeat count, or a list of another length.
     """
+    norm_position = norm_position.strip()
     if norm_position == 'mix':
         return _first(post_layers(num_layers, post_ratio), 'post', then='pre')(num_layers)
     if norm_position in SCHEMES:
