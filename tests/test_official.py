@@ -12,6 +12,7 @@ import pytest
 
 from mixln_jax import config as configs
 from mixln_jax import main, mesh, metrics, optim, step
+from mixln_jax.exits import UsageError
 from mixln_jax.models import hf
 from mixln_jax.program import Program
 
@@ -139,5 +140,8 @@ def test_a_run_logs_both_perplexities(tmp_path):
     assert lines[-1]['eval/perplexity_official'] == pytest.approx(
         lines[-1]['eval/perplexity'] ** (n / (n + 1)), rel=1e-2
     )
+    recipe.accumulate = 2
+    with pytest.raises(UsageError, match=r'accumulate \(was 1, is 2\)'):
+        main.run(recipe, tmp_path)
     saved = json.loads((tmp_path / 'config.json').read_text())
     assert saved['param_dtype'] == 'bfloat16' and saved['compat'] == 'official'
