@@ -306,8 +306,9 @@ class TestBadSteps:
     def test_a_collapsed_network(self, corpus, tmp_path, capsys, monkeypatch):
         """A network that learns nothing stays at ln 259, as a collapsed one stays at the tokens' entropy."""
         monkeypatch.setattr(main, '_unigram_entropy', lambda *_: np.log(259))
-        changes = {'optim.learning_rate': 1e-9, 'num_steps': 225, 'log_every': 100, 'eval.every': 0}
-        with pytest.raises(NumericsError, match='step 222: the mean loss of 100 steps, 5.5.*the network has collapsed'):
+        monkeypatch.setattr(train.Collapse, 'WINDOW', 20)
+        changes = {'optim.learning_rate': 1e-9, 'num_steps': 25, 'log_every': 100, 'eval.every': 0, 'mesh.data': 1}
+        with pytest.raises(NumericsError, match='step 22: the mean loss of 10 steps, 5.5.*the network has collapsed'):
             main.run(recipe(corpus, **changes, collapse='stop'), tmp_path / 'stop')
         main.run(recipe(corpus, **changes), tmp_path / 'warn')
         assert capsys.readouterr().err.count('the network has collapsed') == 1
