@@ -7,7 +7,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = [
     {'exits', 'config', 'trees', 'record'},
     {'mesh', 'processes', 'data', 'models'},
-    {'losses', 'optim', 'metrics', 'measures'},
+    {'losses', 'optim', 'metrics', 'measures', 'figures', 'drawing'},
     {'checkpoint', 'step', 'program', 'weights'},
     {'train', 'hooks', 'evaluate', 'harness'},
     {'plan', 'main', 'export', 'report', 'replay'},
@@ -18,6 +18,7 @@ WITHIN = {
     ('checkpoint', 'step'),
     ('weights', 'checkpoint'),
     ('program', 'step'),
+    ('figures', 'drawing'),
     ('train', 'hooks'),
     ('hooks', 'evaluate'),
     ('evaluate', 'harness'),
