@@ -102,6 +102,11 @@ def test_the_sizes_in_the_docs_are_those_of_the_networks():
 
 
 class TestReport:
+    @pytest.fixture(autouse=True)
+    def elsewhere(self, tmp_path, monkeypatch):
+        """The report's own folder goes into the working directory."""
+        monkeypatch.chdir(tmp_path)
+
     def run(self, folder, got, step=10, **expected):
         folder.mkdir()
         config = configs.default()

@@ -10,7 +10,7 @@ LEVELS = [
     {'losses', 'optim', 'metrics', 'measures', 'figures', 'drawing'},
     {'checkpoint', 'step', 'program', 'weights'},
     {'train', 'hooks', 'evaluate', 'harness'},
-    {'plan', 'main', 'export', 'report', 'replay'},
+    {'plan', 'main', 'export', 'report', 'sections', 'page', 'replay'},
 ]
 WITHIN = {
     ('config', 'exits'),
@@ -22,6 +22,9 @@ WITHIN = {
     ('train', 'hooks'),
     ('hooks', 'evaluate'),
     ('evaluate', 'harness'),
+    ('report', 'sections'),
+    ('report', 'page'),
+    ('sections', 'page'),
 }
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 

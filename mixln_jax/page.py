@@ -1,0 +1,158 @@
+"""One self-contained HTML page of sections: text, figures as SVG, tables. No script, and nothing is fetched."""
+
+import base64
+import dataclasses
+import html
+import re
+
+from matplotlib.figure import Figure
+
+from mixln_jax import figures
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --paper: #fff; --card: #f6f8fa }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --soft: #9aa4af; --line: #373e47; --paper: #14181d; --card: #1d232a }
+}
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+header, main { max-width: 1180px; margin: 0 auto; padding: 0 20px }
+header { padding-top: 28px }
+h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere }
+h1 { font-size: 1.7rem; margin: 0 0 8px }
+h2 { font-size: 1.25rem; margin: 0 0 8px }
+h3 { font-size: 1rem; margin: 20px 0 8px }
+nav ul { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 0; padding: 0; list-style: none }
+a { color: #0969da }
+section { padding: 24px 0 8px; margin-top: 20px; border-top: 1px solid var(--line) }
+section section { border: 0; padding: 0; margin: 0 }
+p { max-width: 75ch; margin: 0 0 8px; overflow-wrap: anywhere }
+p.note { color: var(--soft); font-size: .87rem; margin-bottom: 2px }
+code { font: .87em ui-monospace, monospace; background: var(--card); padding: 1px 4px; border-radius: 4px }
+.grid { display: grid; gap: 16px; margin: 16px 0 }
+.grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)) }
+figure { margin: 0; min-width: 0; max-width: 430px }
+figure.wide { grid-column: 1 / -1; max-width: 860px }
+.frame { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 10px; overflow-x: auto }
+img { display: block; width: 100%; height: auto }
+.wide img { min-width: 600px }
+figcaption { color: var(--soft); font-size: .87rem; padding: 6px 2px 0 }
+.scroll { overflow-x: auto; margin: 8px 0 16px; max-width: 100% }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
+caption { text-align: left; color: var(--soft); padding: 0 0 6px; white-space: nowrap }
+th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { font-weight: 600; white-space: nowrap }
+td { max-width: 46ch; overflow-wrap: break-word; min-width: 3.5em }
+.number { text-align: right; white-space: nowrap }
+.dot { display: inline-block; width: .65em; height: .65em; border-radius: 50%; margin-right: .45em }
+details { margin: 8px 0 12px }
+summary { cursor: pointer; color: var(--soft); font-size: .87rem; padding: 4px 0 }
+a:focus-visible, summary:focus-visible, .scroll:focus-visible, .frame:focus-visible { outline: 2px solid #0969da }
+"""
+NUMERIC = re.compile(r'|-|not finite|[-+]?[\d.,]+(e[-+]?\d+)?( of [\d,]+| ± .*| \(.*%\))?')
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Texts under a head; a `folded` one opens on a click."""
+
+    caption: str
+    head: tuple
+    rows: list
+    folded: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure and what it shows in words, for those who do not see it; a `wide` one takes the whole width."""
+
+    figure: Figure
+    alt: str
+    caption: str = ''
+    wide: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """What stands under a heading: texts (`code` between backticks), smaller notes, pictures side by side, tables."""
+
+    heading: str
+    texts: tuple = ()
+    notes: tuple = ()
+    pictures: tuple = ()
+    tables: tuple = ()
+    parts: tuple = ()  # Sections under this one
+
+
+def render(title, lead, sections, colours):
+    """The page, a text.
+
+    Args:
+        title, lead: texts.
+        sections: Sections.
+        colours: {text: CSS colour}: cells with that text, names of runs, get a dot of the colour of their lines.
+    """
+    links = ''.join(f'<li><a href="#{_anchor(s.heading)}">{_text(s.heading)}</a></li>' for s in sections)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'  # or a browser would ask for one
+        f'<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
+        f'<header>\n<h1>{_text(title)}</h1>\n<p>{_text(lead)}</p>\n'
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n'
+        f'<main>\n{"".join(_section(section, 2, colours) for section in sections)}</main>\n</body>\n</html>\n'
+    )
+
+
+def _section(section, level, colours):
+    id = f' id="{_anchor(section.heading)}"' if level == 2 else ''
+    pictures = ''.join(map(_picture, section.pictures))
+    return (
+        f'<section{id}>\n<h{level}>{_text(section.heading)}</h{level}>\n'
+        + ''.join(f'<p>{_coded(text)}</p>\n' for text in section.texts)
+        + ''.join(f'<p class="note">{_coded(text)}</p>\n' for text in section.notes)
+        + (f'<div class="grid">\n{pictures}</div>\n' if pictures else '')
+        + ''.join(_table(table, colours) for table in section.tables)
+        + ''.join(_section(part, level + 1, colours) for part in section.parts)
+        + '</section>\n'
+    )
+
+
+def _picture(picture):
+    source = base64.b64encode(figures.svg(picture.figure)).decode()
+    caption = f'<figcaption>{_text(picture.caption)}</figcaption>' if picture.caption else ''
+    kind, focus = (' class="wide"', ' tabindex="0"') if picture.wide else ('', '')
+    image = f'<img src="data:image/svg+xml;base64,{source}" alt="{_text(picture.alt)}">'
+    return f'<figure{kind}><div class="frame"{focus}>{image}</div>{caption}</figure>\n'
+
+
+def _table(table, colours):
+    numeric = [all(NUMERIC.fullmatch(text) for text in column) for column in zip(*table.rows, strict=True)]
+
+    def cell(tag, text, number, scope=''):
+        dot = f'<span class="dot" style="background:{colours[text]}"></span>' if text in colours else ''
+        return f'<{tag}{scope}{" class=number" if number else ""}>{dot}{_text(text)}</{tag}>'
+
+    head = ''.join(cell('th', text, n, ' scope="col"') for text, n in zip(table.head, numeric, strict=True))
+    body = ''
+    for first, *rest in table.rows:
+        cells = ''.join(cell('td', text, number) for text, number in zip(rest, numeric[1:], strict=True))
+        body += f'<tr>{cell("th", first, False, scope=" scope=row")}{cells}</tr>\n'
+    caption = '' if table.folded else f'<caption>{_text(table.caption)}</caption>'
+    whole = (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(table.caption)}"><table>{caption}\n'
+        f'<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
+    )
+    return f'<details><summary>{_text(table.caption)}</summary>\n{whole}</details>\n' if table.folded else whole
+
+
+def _text(text):
+    return html.escape(text)
+
+
+def _coded(text):
+    return re.sub(r'`([^`]*)`', r'<code>\1</code>', html.escape(text))
+
+
+def _anchor(heading):
+    return re.sub(r'\W+', '-', heading.lower())
