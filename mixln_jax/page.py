@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 from mixln_jax import figures
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --paper: #fff; --card: #f6f8fa }
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --paper: #fff; --card: #f6f8fa;
+  --link: #0969da }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9aa4af; --line: #373e47; --paper: #14181d; --card: #1d232a }
+  :root { --ink: #e6edf3; --soft: #9aa4af; --line: #373e47; --paper: #14181d; --card: #1d232a;
+    --link: #6cb2ff }
 }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
@@ -23,7 +25,7 @@ h1 { font-size: 1.7rem; margin: 0 0 8px }
 h2 { font-size: 1.25rem; margin: 0 0 8px }
 h3 { font-size: 1rem; margin: 20px 0 8px }
 nav ul { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 0; padding: 0; list-style: none }
-a { color: #0969da }
+a { color: var(--link) }
 section { padding: 24px 0 8px; margin-top: 20px; border-top: 1px solid var(--line) }
 section section { border: 0; padding: 0; margin: 0 }
 p { max-width: 75ch; margin: 0 0 8px; overflow-wrap: anywhere }
@@ -31,6 +33,7 @@ p.note { color: var(--soft); font-size: .87rem; margin-bottom: 2px }
 code { font: .87em ui-monospace, monospace; background: var(--card); padding: 1px 4px; border-radius: 4px }
 .grid { display: grid; gap: 16px; margin: 16px 0 }
 .grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)) }
+.grid.pairs { max-width: 876px }
 figure { margin: 0; min-width: 0; max-width: 430px }
 figure.wide { grid-column: 1 / -1; max-width: 860px }
 .frame { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 10px; overflow-x: auto }
@@ -47,7 +50,7 @@ td { max-width: 46ch; overflow-wrap: break-word; min-width: 3.5em }
 .dot { display: inline-block; width: .65em; height: .65em; border-radius: 50%; margin-right: .45em }
 details { margin: 8px 0 12px }
 summary { cursor: pointer; color: var(--soft); font-size: .87rem; padding: 4px 0 }
-a:focus-visible, summary:focus-visible, .scroll:focus-visible, .frame:focus-visible { outline: 2px solid #0969da }
+a:focus-visible, summary:focus-visible, .scroll:focus-visible, .frame:focus-visible { outline: 2px solid var(--link) }
 """
 NUMERIC = re.compile(r'|-|not finite|[-+]?[\d.,]+(e[-+]?\d+)?( of [\d,]+| ± .*| \(.*%\))?')
 
@@ -107,11 +110,12 @@ def render(title, lead, sections, colours):
 def _section(section, level, colours):
     id = f' id="{_anchor(section.heading)}"' if level == 2 else ''
     pictures = ''.join(map(_picture, section.pictures))
+    pairs = ' pairs' if len(section.pictures) in (2, 4) else ''  # two and two, not three and one
     return (
         f'<section{id}>\n<h{level}>{_text(section.heading)}</h{level}>\n'
         + ''.join(f'<p>{_coded(text)}</p>\n' for text in section.texts)
         + ''.join(f'<p class="note">{_coded(text)}</p>\n' for text in section.notes)
-        + (f'<div class="grid">\n{pictures}</div>\n' if pictures else '')
+        + (f'<div class="grid{pairs}">\n{pictures}</div>\n' if pictures else '')
         + ''.join(_table(table, colours) for table in section.tables)
         + ''.join(_section(part, level + 1, colours) for part in section.parts)
         + '</section>\n'
@@ -133,6 +137,7 @@ def _table(table, colours):
         dot = f'<span class="dot" style="background:{colours[text]}"></span>' if text in colours else ''
         return f'<{tag}{scope}{" class=number" if number else ""}>{dot}{_text(text)}</{tag}>'
 
+    numeric[0] = False  # what the row is about
     head = ''.join(cell('th', text, n, ' scope="col"') for text, n in zip(table.head, numeric, strict=True))
     body = ''
     for first, *rest in table.rows:

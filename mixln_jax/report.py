@@ -121,9 +121,12 @@ def _check(job, result):
         ],
     }
     for quantity, shape in shapes[job]():
-        for values in (quantity['mean'], quantity.get('standard_error')):
-            if values is not None and np.array(values, float).shape != shape:
-                raise ValueError(f'shape {np.array(values, float).shape} where {shape} belongs')
+        mean, error = np.array(quantity['mean'], float), quantity.get('standard_error')
+        error = np.zeros(shape) if error is None else np.array(error, float)
+        if not mean.shape == error.shape == shape:
+            raise ValueError(f'shapes {mean.shape} and {error.shape} where {shape} belongs')
+        if (error < 0).any():
+            raise ValueError('a negative standard error')
     if job == 'variance' and result.get('theory') and np.array(result['theory'], float).shape != (L + 1,):
         raise ValueError('theory of another length')
 

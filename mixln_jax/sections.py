@@ -58,7 +58,7 @@ def _settings(runs):
     rows = [
         (name, *(f'{values[name]}' or '(empty)' for values in flat))
         for name in flat[0]
-        if len({values[name] for values in flat}) > 1
+        if len({values[name] for values in flat}) > 1 and not name.startswith('expected.')
     ]
     if not rows:
         return Section('Settings', texts=('One run.' if len(runs) == 1 else 'All settings are equal.',))
@@ -92,7 +92,7 @@ def _evaluations(runs):
     by_step = [{line['step']: line for line in run.lines if 'eval/perplexity' in line} for run in runs]
     steps = sorted(set().union(*by_step))
     rows = [
-        (f'{step:,}', *(_text(lines[step]['eval/perplexity']) if step in lines else '-' for lines in by_step))
+        (f'{step:,}', *(_text(_number(lines[step]['eval/perplexity'])) if step in lines else '-' for lines in by_step))
         for step in steps
     ]
     head = ('step', *(run.name for run in runs))
@@ -103,11 +103,11 @@ def _analysis(runs, job, heading, show):
     """The section of an analysis: `show(results)` gives (pictures, tables, parts) of the newest step of every run."""
     measured = [run for run in runs if job in run.analyses]
     contents = [run.analyses[job] for run in measured]
-    texts = tuple(dict.fromkeys(f'{content.get("definition", "")}'.strip() for content in contents))
+    texts = tuple(dict.fromkeys(_sentence(content['definition']) for content in contents if content.get('definition')))
     notes = [
-        f'{name.capitalize()}: {text}.'
+        f'{name.capitalize()}: {text}'
         for name in ('unit', 'source')
-        for text in dict.fromkeys(f'{content[name]}'.rstrip('.') for content in contents if content.get(name))
+        for text in dict.fromkeys(f'{content[name]}' for content in contents if content.get(name))
     ]
     notes += [
         f'{run.name}: not measured yet; `python -m mixln_jax.analysis.{job} --checkpoint {shlex.quote(run.folder)}`'
@@ -118,7 +118,7 @@ def _analysis(runs, job, heading, show):
         return Section(heading, notes=tuple(notes))
     results = [run.results(job)[-1] for run in measured]
     pictures, tables, parts = show([run.results(job) for run in measured], results)
-    names = ('step', 'tokens', 'rows', 'positions', 'gradients', 'rows_per_gradient')
+    names = ('step', 'tokens', 'rows', 'positions', 'gradients', 'rows_per_gradient', 'theory_constant')
     shown = [name for name in names if any(result.get(name) is not None for result in results)]
     rows = [(result['label'], f'{result["checkpoint_label"] or "-"}', *_about(result, shown)) for result in results]
     about = Table('What was measured', ('run', 'checkpoint', *(name.replace('_', ' ') for name in shown)), rows)
@@ -127,7 +127,10 @@ def _analysis(runs, job, heading, show):
 
 def _about(result, names):
     values = [result.get(name) for name in names]
-    return ['-' if v is None else f'{v:,}' if isinstance(v, int) else f'{v}' for v in values]
+    return [
+        '-' if v is None else f'{v:,}' if isinstance(v, int) else f'{v:.4g}' if isinstance(v, float) else f'{v}'
+        for v in values
+    ]
 
 
 def _angular(every, results):
@@ -165,7 +168,7 @@ def _drop(every, results):
                 )
                 for result, quantity in zip(of_block, quantities, strict=True)
             )
-            table = _by_layer(what.capitalize(), of_block, quantities)
+            table = _by_layer(what.capitalize(), of_block, quantities, what='layer' if block == 1 else 'first layer')
             parts.append(Section(what.capitalize(), (), (f'With all layers: {note}.',), pictures, (table,)))
     return (), (), parts
 
@@ -274,6 +277,11 @@ def _thinned(x, y):
     x, y = np.array(x, float), np.array(y, float)
     mean = lambda values: values[np.isfinite(values)].mean() if np.isfinite(values).any() else math.nan  # noqa: E731
     return [mean(x[part]) for part in parts], [mean(y[part]) for part in parts]
+
+
+def _sentence(text):
+    text = f'{text}'.strip()
+    return f'{text[:1].upper()}{text[1:]}{"" if text.endswith(".") else "."}'
 
 
 def _number(value):

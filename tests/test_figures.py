@@ -178,7 +178,7 @@ class TestLines:
         assert [tick.get_text() for tick in ax.get_xticklabels()] == ['100', '200']
 
 
-@pytest.mark.parametrize('count, L', [(1, 2), (8, 3), (3, 96), (9, 2)])
+@pytest.mark.parametrize('count, L', [(1, 2), (8, 3), (3, 96)])
 @pytest.mark.filterwarnings('error')
 def test_any_number_of_results_and_layers(count, L):
     """Also where nothing is known, and with a name that is mathematics to matplotlib."""

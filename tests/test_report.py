@@ -1,0 +1,266 @@
+"""The report of made runs: every number is on the page, nothing on it is fetched, malformed files hide nothing else."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from mixln_jax import config as configs
+from mixln_jax import figures, report, sections
+
+L = 3
+RNG = np.random.default_rng(0)
+
+
+def measured(values):
+    values = np.asarray(values, float)
+    return {'mean': values.tolist(), 'standard_error': np.abs(values / 100).tolist()}
+
+
+def result(job, step=10, **changes):
+    """One element of results of a network of L layers."""
+    vector = lambda: measured(RNG.uniform(1, 2, L))  # noqa: E731
+    matrix = np.abs(np.arange(L + 1)[:, None] - np.arange(L + 1)) / 10
+    keys = {
+        'angular': {'distance': {'mean': matrix.tolist(), 'standard_error': None}, 'positions': 'all'},
+        'drop': {
+            'metrics': {
+                'perplexity': {
+                    'value': 33.25,
+                    'standard_error': 0.5,
+                    'drop': {'1': measured([7000.5, 1.625, None]), '2': measured([2.0, 3.0])},
+                },
+                'arc_easy/acc': {'value': 0.5, 'standard_error': None, 'drop': {'1': measured([-0.125, 0, 0.0625])}},
+            }
+        },
+        'gradients': {
+            'layers': vector(),
+            'matrices': {name: vector() for name in figures.MATRICES},
+            'outside': {'embed': {'mean': 0.375, 'standard_error': None}},
+            'gradients': 4,
+            'rows_per_gradient': 32,
+        },
+        'variance': {
+            'variance': measured([0.0625, 1, 2, 4]),
+            'contribution': {'attention': vector(), 'mlp': vector()},
+            'theory': [None, 1.0, 2.0, 4.0],
+            'theory_constant': 0.875,
+        },
+    }[job]
+    about = {'label': f'one step {step}', 'step': step, 'norm_position': ['post', 'pre', 'pre'], 'tokens': 65_536}
+    return about | keys | changes
+
+
+def write_analysis(folder, job, *results, **changes):
+    content = {'job': job, 'definition': f'what <{job}> is', 'unit': f'unit of {job}', 'source': 'A & B 2025'}
+    (folder / 'analysis' / job).mkdir(parents=True)
+    (folder / f'analysis/{job}/result.json').write_text(json.dumps(content | {'results': results} | changes))
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Makes a work directory; the report goes into the folder `report` beside it."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(name, **changes):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        config = configs.default()
+        config.num_steps, config.model.num_layers = 10, L
+        config.update_from_flattened_dict(changes)
+        values = config.to_dict()
+        values['model'] |= {'norm_position': ['post', 'pre', 'pre'], 'layer_index': [1, 2, 3], 'depth': 3}
+        (folder / 'config.json').write_text(json.dumps(values))
+        environment = {'commit': 'c37492b0123456789-dirty', 'devices': {'kind': 'TPU v5', 'count': 4}}
+        (folder / 'environment.json').write_text(json.dumps(environment))
+        lines = [
+            {'step': 5, 'tokens': 500, 'train/loss': 4.5, 'train/grad_norm': 2.0, 'eval/perplexity': 99.5},
+            {'step': 10, 'tokens': 1000, 'train/loss': None, 'eval/perplexity': 33.25, 'eval/loss': 3.5},
+        ]
+        (folder / 'metrics.jsonl').write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+        return folder
+
+    return make
+
+
+class Reader(html.parser.HTMLParser):
+    """Headings, images, cells and the text of a page; raises AssertionError for tags that are not closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.headings, self.cells, self.text = [], [], [], [], ''
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        if tag == 'img':
+            self.images.append(dict(attributes))
+        if tag in ('th', 'td'):
+            self.cells.append('')
+        if tag not in ('meta', 'link', 'img'):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if 'style' in self.open:
+            return
+        self.text += data
+        if self.open and self.open[-1] in ('th', 'td'):
+            self.cells[-1] += data
+        if self.open and re.fullmatch('h[1-6]', self.open[-1]):
+            self.headings.append(data)
+
+
+def read(folder='report'):
+    with open(f'{folder}/report.html') as page, open(f'{folder}/report.md') as text:
+        return page.read(), text.read()
+
+
+def test_the_whole_page(made, capsys):
+    """Two runs, one with all analyses: figures, numbers, tokens, commands for what is missing, and nothing fetched."""
+    one = made('one', **{'expected.perplexity': 30.0, 'expected.source': 'Table <1>'})
+    two = made('two', **{'optim.learning_rate': 0.0125, 'data.path': 'a|b<script>'})
+    for job in ('angular', 'drop', 'variance'):
+        write_analysis(one, job, result(job))
+    write_analysis(one, 'gradients', result('gradients'), result('gradients', step=0))
+    evolving = {f'analysis/{name}': [1.0, 2.0, None] for name in ('angular_distance', 'grad_norm', 'variance')}
+    with open(one / 'metrics.jsonl', 'a') as lines:
+        lines.write(json.dumps({'step': 11, 'tokens': 1100, **evolving}) + '\n')
+
+    assert report.main([str(one), str(two)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    page, text = read()
+    seen = Reader(page)
+
+    for said in (page, text):  # what is only in these runs
+        for number in ('33.25', '+3.25 (+10.8%)', '99.5', '0.0125', '7000 ± 70', '1.625 ± 0.016', '-0.125', '0.375'):
+            assert number in said, number
+        for word in (
+            'post x 1, pre x 2',
+            'c37492b012-dirty',
+            '4 x TPU v5',
+            '65,536',
+            'unit of drop',
+            '0.875',
+            '33.25 ± 0.5',
+        ):
+            assert word in said, word
+        for job in report.ANALYSES:
+            assert f'python -m mixln_jax.analysis.{job} --checkpoint {two}' in said
+        assert f'--checkpoint {one}' not in said
+    assert 'What <drop> is.' in seen.text and 'A & B 2025' in seen.text and '<drop>' not in page
+    assert 'a|b<script>' in seen.cells and '<script' not in page and 'a\\|b<script>' in text
+    assert 'optim.learning_rate' in seen.cells and 'optim.schedule' not in seen.cells
+
+    assert seen.headings[0] == 'Runs side by side'
+    assert {'At initialisation', 'Change in perplexity without 2 layers in a row'} <= set(seen.headings)
+    # Training 4; angular 1; drop 3; gradients 2 at two steps; variance 2; evolution 3.
+    assert len(seen.images) == 4 + 1 + 3 + 4 + 2 + 3
+    assert all(image['src'].startswith('data:image/svg+xml;base64,') and image['alt'] for image in seen.images)
+    assert not re.search(r'(src|href)="(?!data:|#)|url\(|@import|http', page)
+
+
+def test_the_same_bytes_again(made):
+    one = made('one')
+    write_analysis(one, 'angular', result('angular'))
+    assert report.main([str(one), '--out', 'first']) == report.main([str(one), '--out', 'second']) == 0
+    assert read('first') == read('second')
+
+
+def test_runs_of_one_name_are_told_apart(made, capsys):
+    folders = [str(made('a/run')), str(made('b/run'))]
+    assert report.main(folders) == 0
+    assert '| a/run | ' in capsys.readouterr().out
+    assert {'a/run', 'b/run'} <= set(Reader(read()[0]).cells) and 'All settings are equal' in read()[1]
+
+
+def test_the_newest_step_counts(made):
+    """Whatever the order in the file; without a step (Hugging Face's folders) a result counts as old."""
+    one = made('one')
+    write_analysis(one, 'angular', *(result('angular', step=step) for step in (600, 2400, None)))
+    [run], _ = report.read([str(one)])
+    assert [found['step'] for found in run.results('angular')] == [None, 600, 2400]
+    section = sections.compose([run], report.COLUMNS, [report.row(run)])[4]
+    assert section.tables[0].rows == [('one', 'one step 2400', '2,400', '65,536', 'all')]
+
+
+MALFORMED = {
+    'no JSON': '{',
+    'a list': '[]',
+    'no results': '{"results": []}',
+    'another shape': json.dumps({'results': [result('angular', distance={'mean': [[0.0, 1.0], [1.0, 0.0]]})]}),
+    'a negative error': json.dumps(
+        {'results': [result('angular') | {'distance': {'mean': [[0.0] * 4] * 4, 'standard_error': [[-1.0] * 4] * 4}}]}
+    ),
+    'words': json.dumps({'results': [result('angular', distance={'mean': 'far'})]}),
+    'a part': json.dumps({'results': [{'label': 'one', 'norm_position': ['pre']}]}),
+    'a step': json.dumps({'results': [result('angular', step='last')]}),
+}
+
+
+@pytest.mark.parametrize('content', MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_result(made, capsys, content):
+    """It is named in one line, exit 5; the run's other numbers are shown, and it counts as not measured."""
+    one = made('one')
+    write_analysis(one, 'angular')
+    (one / 'analysis/angular/result.json').write_text(content)
+    runs, [problem] = report.read([str(one)])
+    assert 'analysis/angular/result.json is not the result of mixln_jax.analysis.angular: ' in str(problem)
+    assert problem.code == 5 and len(str(problem).splitlines()) == 1
+    assert runs[0].name == 'one' and not runs[0].analyses
+
+
+@pytest.mark.parametrize('job', ['drop', 'gradients', 'variance'])
+def test_a_result_of_another_depth(made, job):
+    one = made('one')
+    write_analysis(one, job, result(job, norm_position=['pre'] * 5))
+    _, [problem] = report.read([str(one)])
+    assert f'analysis/{job}/result.json is not' in str(problem)
+
+
+def test_a_problem_hides_nothing_else(made, capsys):
+    one, two = made('one'), made('two')
+    write_analysis(one, 'drop', {'label': 'one'})
+    (one / 'environment.json').write_text('[')
+    (two / 'metrics.jsonl').write_text('no line\n')
+    assert report.main(['nowhere', str(two), str(one)]) == 5
+    shown = capsys.readouterr()
+    assert '33.25' in shown.out and len(shown.out.splitlines()) == 3
+    for line, file in zip(
+        shown.err.splitlines(),
+        ('nowhere/config.json', 'two/metrics.jsonl:1', 'one/environment.json', 'one/analysis/drop/result.json'),
+        strict=True,
+    ):
+        assert file in line and line.startswith('mixln_jax: ')
+    assert '33.25' in read()[0]
+
+
+def test_a_run_that_has_not_begun(made):
+    one = made('one')
+    (one / 'metrics.jsonl').unlink()
+    (one / 'environment.json').unlink()
+    assert report.main([str(one)]) == 0
+    page, text = read()
+    assert 'No step is logged yet.' in text and not Reader(page).images and '0 of 10' in page
+
+
+def test_where_it_cannot_be_written(made, capsys, tmp_path):
+    (tmp_path / 'file').touch()
+    for out in ('file', 'file/under'):
+        assert report.main([str(made(f'run-{out[-5:]}'.replace('/', ''))), '--out', out]) == 2
+        error = capsys.readouterr().err
+        assert f'--out {out}: ' in error and len(error.splitlines()) == 1
+
+
+def test_curves_are_thinned_to_means():
+    """A number that is not finite does not count; a part without any is a gap."""
+    lines = [{'step': i, 'tokens': i, 'a': 2.0 * i} for i in range(1200)]
+    lines[1]['a'] = lines[1199]['a'] = None
+    x, y = sections._thinned(*sections._numbers(lines, 'a'))
+    assert len(x) == sections.MOST_POINTS and x[0] == 4.5 and y[0] == pytest.approx(2 * 44 / 9) and y[1] == 29
+    assert sections._thinned(*sections._numbers([{'step': 1}], 'a')) == ([], [])
+    assert np.isnan(sections._thinned([1, 2], [None, 3])[1][0])
