@@ -197,7 +197,8 @@ def plain(text):
 
 def legend(figure, handles, results):
     """Adds a legend above the axes and makes the figure higher for it; the figure."""
-    labels = [label if len(label) <= 48 else f'{label[:47]}…' for label in (result['label'] for result in results)]
+    labels = [result['label'] for result in results]
+    labels = [label if len(label) <= 48 else f'{label[:23]}…{label[-24:]}' for label in labels]
     width, height = figure.get_size_inches()
     columns = max(1, min(len(labels), int(width / (0.35 + 0.058 * max(map(len, labels))))))
     columns = math.ceil(len(labels) / math.ceil(len(labels) / columns))  # rows of about equal length

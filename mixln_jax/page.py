@@ -46,6 +46,7 @@ caption { text-align: left; color: var(--soft); padding: 0 0 6px; white-space: n
 th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { font-weight: 600; white-space: nowrap }
 td { max-width: 46ch; overflow-wrap: break-word; min-width: 3.5em }
+th.long { white-space: normal; word-break: break-all; min-width: 18ch; max-width: 26ch }
 .number { text-align: right; white-space: nowrap }
 .dot { display: inline-block; width: .65em; height: .65em; border-radius: 50%; margin-right: .45em }
 details { margin: 8px 0 12px }
@@ -133,16 +134,19 @@ def _picture(picture):
 def _table(table, colours):
     numeric = [all(NUMERIC.fullmatch(text) for text in column) for column in zip(*table.rows, strict=True)]
 
+    numeric[0] = False  # what the row is about
+
     def cell(tag, text, number, scope=''):
         dot = f'<span class="dot" style="background:{colours[text]}"></span>' if text in colours else ''
-        return f'<{tag}{scope}{" class=number" if number else ""}>{dot}{_text(text)}</{tag}>'
+        kinds = ['number'] * number + ['long'] * (len(text) > 24)
+        attributes = (f' scope="{scope}"' if scope else '') + (f' class="{" ".join(kinds)}"' if kinds else '')
+        return f'<{tag}{attributes}>{dot}{_text(text)}</{tag}>'
 
-    numeric[0] = False  # what the row is about
-    head = ''.join(cell('th', text, n, ' scope="col"') for text, n in zip(table.head, numeric, strict=True))
+    head = ''.join(cell('th', text, number, 'col') for text, number in zip(table.head, numeric, strict=True))
     body = ''
     for first, *rest in table.rows:
         cells = ''.join(cell('td', text, number) for text, number in zip(rest, numeric[1:], strict=True))
-        body += f'<tr>{cell("th", first, False, scope=" scope=row")}{cells}</tr>\n'
+        body += f'<tr>{cell("th", first, False, "row")}{cells}</tr>\n'
     caption = '' if table.folded else f'<caption>{_text(table.caption)}</caption>'
     whole = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(table.caption)}"><table>{caption}\n'
