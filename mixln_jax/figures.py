@@ -203,7 +203,8 @@ def curves(series, xlabel, ylabel, log=None):
     handles = []
     for number, one in enumerate(series):
         colour, dash = drawing.look(one, number)
-        handles += ax.plot(one['x'], np.array(one['y'], float), color=colour, linestyle=dash)
+        marker = 'o' if len(one['x']) <= 40 else None  # one point alone is no line
+        handles += ax.plot(one['x'], np.array(one['y'], float), color=colour, linestyle=dash, marker=marker)
         if one.get('points'):
             ax.plot(*np.array(one['points'], float), 'o', color=colour, mec='white', markersize=4.5, mew=0.6)
     ys = [np.array([*one['y'], *(one.get('points') or ((), ()))[1]], float) for one in series]

@@ -29,7 +29,7 @@ a { color: var(--link) }
 section { padding: 24px 0 8px; margin-top: 20px; border-top: 1px solid var(--line) }
 section section { border: 0; padding: 0; margin: 0 }
 p { max-width: 75ch; margin: 0 0 8px; overflow-wrap: anywhere }
-p.note { color: var(--soft); font-size: .87rem; margin-bottom: 2px }
+p.note { color: var(--soft); font-size: .87rem; margin-bottom: 2px; max-width: 110ch }
 code { font: .87em ui-monospace, monospace; background: var(--card); padding: 1px 4px; border-radius: 4px }
 .grid { display: grid; gap: 16px; margin: 16px 0 }
 .grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)) }

@@ -203,7 +203,7 @@ def main(argv):
             try:
                 write(runs, rows, pathlib.Path(options.out))
             except OSError as problem:
-                problems.append(UsageError(f'--out {options.out}: {problem.strerror}'))
+                problems.append(UsageError(f'--out {options.out} is no folder to write into: {problem.strerror}'))
         for problem in problems[:-1]:
             record.say(f'mixln_jax: {problem}', file=sys.stderr)
         if problems:

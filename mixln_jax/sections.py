@@ -16,7 +16,7 @@ EVOLUTIONS = (
     (('analysis/grad_norm', 'layers/grad_norm'), 'Gradient norm of each layer', 'gradient norm'),
     (('analysis/variance',), 'Variance of the residual stream behind each layer', 'variance'),
 )
-MOST_POINTS = 120  # of a line, and columns of a heat map, over the training: more are not seen
+MOST_POINTS = 60  # of a line, and columns of a heat map, over the training: more are not seen
 
 
 def compose(runs, columns, rows):
@@ -109,11 +109,11 @@ def _analysis(runs, job, heading, show):
         for name in ('unit', 'source')
         for text in dict.fromkeys(f'{content[name]}' for content in contents if content.get(name))
     ]
-    notes += [
-        f'{run.name}: not measured yet; `python -m mixln_jax.analysis.{job} --checkpoint {shlex.quote(run.folder)}`'
-        for run in runs
-        if run not in measured
-    ]
+    if missing := [run for run in runs if run not in measured]:
+        command = shlex.join(
+            ['python', '-m', f'mixln_jax.analysis.{job}', '--checkpoint', *(r.folder for r in missing)]
+        )
+        notes.append(f'Not measured yet: {_names(missing)}. `{command}` does it.')
     if not measured:
         return Section(heading, notes=tuple(notes))
     results = [run.results(job)[-1] for run in measured]

@@ -176,6 +176,7 @@ def test_runs_of_one_name_are_told_apart(made, capsys):
     assert report.main(folders) == 0
     assert '| a/run | ' in capsys.readouterr().out
     assert {'a/run', 'b/run'} <= set(Reader(read()[0]).cells) and 'All settings are equal' in read()[1]
+    assert f'`python -m mixln_jax.analysis.drop --checkpoint {" ".join(folders)}`' in read()[1]
 
 
 def test_the_newest_step_counts(made):
@@ -253,7 +254,7 @@ def test_where_it_cannot_be_written(made, capsys, tmp_path):
     for out in ('file', 'file/under'):
         assert report.main([str(made(f'run-{out[-5:]}'.replace('/', ''))), '--out', out]) == 2
         error = capsys.readouterr().err
-        assert f'--out {out}: ' in error and len(error.splitlines()) == 1
+        assert f'--out {out} is no folder to write into: ' in error and len(error.splitlines()) == 1
 
 
 def test_curves_are_thinned_to_means():
@@ -261,6 +262,6 @@ def test_curves_are_thinned_to_means():
     lines = [{'step': i, 'tokens': i, 'a': 2.0 * i} for i in range(1200)]
     lines[1]['a'] = lines[1199]['a'] = None
     x, y = sections._thinned(*sections._numbers(lines, 'a'))
-    assert len(x) == sections.MOST_POINTS and x[0] == 4.5 and y[0] == pytest.approx(2 * 44 / 9) and y[1] == 29
+    assert len(x) == sections.MOST_POINTS and x[0] == 9.5 and y[0] == pytest.approx(378 / 19) and y[1] == 59
     assert sections._thinned(*sections._numbers([{'step': 1}], 'a')) == ([], [])
     assert np.isnan(sections._thinned([1, 2], [None, 3])[1][0])
