@@ -1,4 +1,4 @@
-"""A small LLaMA of 12 layers on books, to see what each layer does: docs/results has the text, the runs and what came out.
+"""A small LLaMA of 12 layers on books, to see what each layer does: docs/results has the runs and what came out.
 
 python -m mixln_jax.main --config configs/books.py --config.model.norm_position=pre --workdir runs/pre-0
 """
@@ -13,7 +13,6 @@ def get_config():
     c.model.update(vocab_size=2048, hidden_size=64, intermediate_size=176, num_layers=12, num_heads=2)
     c.model.update(init_std=0.05, embed_std=0.05)  # narrow layers want larger weights
     c.data.update(source='tokens', path='data/books', mode='concat', tokenizer='huggingface')
-    c.data.tokenizer_path = 'data/books/tokenizer/tokenizer.json'
     c.optim.update(learning_rate=3e-3, b2=0.95, clip_norm=1.0)  # b2: 2400 steps are few
     c.eval.update(every=600, tokens=200_000)
     c.checkpoint.update(every=600, keep=4)

@@ -16,4 +16,5 @@ def get_config():
     c.optim.update(learning_rate=6e-3, b2=0.95, clip_norm=1.0)  # b2: 400 steps are few
     c.eval.update(every=200, tokens=50_000)
     c.checkpoint.every = 200
+    c.analysis.update(every=0, tokens=1024)
     return c

@@ -158,6 +158,14 @@ class Processes:
 
 
 @dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What each layer does, measured during training; it always comes after the last step (see analysis/during.py)."""
+
+    every: int = key(1000, 'steps between analyses; 0: only after the last step', at_least=0)
+    tokens: int = key(16_384, 'tokens of the evaluation split that they are made on; 0: no analyses', at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
     """A window of steps recorded by jax.profiler into the work directory."""
 
@@ -209,6 +217,7 @@ class Config:
     checkpoint: Checkpoint = group(Checkpoint)
     mesh: Mesh = group(Mesh)
     processes: Processes = group(Processes)
+    analysis: Analysis = group(Analysis)
     profile: Profile = group(Profile)
     expected: Expected = group(Expected)
 

@@ -103,16 +103,23 @@ def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size
     return values
 
 
-def _tasks(found, options):
-    """The table and JSON object of --tasks."""
+def open_harness(found, options):
+    """(Harness, evaluate) of options with --tasks and OF_TASKS: `evaluate()` gives what `harness.run` does.
+
+    Raises UsageError where lm_eval is not installed, and as `Harness` and `harness.open_tasks`.
+    """
+    if options.task_path and not pathlib.Path(options.task_path).is_dir():
+        raise UsageError(f'--task_path {options.task_path} is not a folder')
     try:
         from mixln_jax import harness  # not for those who need no tasks
     except ModuleNotFoundError as error:
         if error.name.partition('.')[0] != 'lm_eval':
             raise
         raise UsageError('--tasks needs the lm-evaluation-harness: pip install lm_eval') from error
-    about = {name: getattr(options, name) for name in OF_TASKS}
-    return harness.run(found, options.tasks.split(','), batch_size=options.batch_size or 32, **about)
+    names = options.tasks.split(',')
+    manager = harness.open_tasks(names, options.task_path)
+    model = harness.Harness(found, options.batch_size or 32)
+    return model, lambda: harness.run(model, manager, names, options.limit, options.num_fewshot)
 
 
 def _text(found, options):
@@ -154,10 +161,8 @@ def main(argv):
         for name in OF_TEXT if options.tasks else OF_TASKS:
             if getattr(options, name) is not None:
                 raise UsageError(f'--{name} has no meaning {"with" if options.tasks else "without"} --tasks')
-        if options.task_path and not pathlib.Path(options.task_path).is_dir():
-            raise UsageError(f'--task_path {options.task_path} is not a folder')
         found = weights.load(options.checkpoint, norm_position=options.norm_position)
-        shown, values = (_tasks if options.tasks else _text)(found, options)
+        shown, values = open_harness(found, options)[1]() if options.tasks else _text(found, options)
         record.say(f'{found.where}', shown)
         if options.out:
             record.write_json(options.out, {'checkpoint': found.where, 'step': found.step} | values)

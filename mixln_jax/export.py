@@ -24,10 +24,11 @@ BESIDE = ('tokenizer*.json', 'tokenizer.model', 'spiece.model', 'special_tokens_
 BOUNDS = {'float32': 0.0, 'bfloat16': 0.05}
 
 
-def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=None):
+def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=None, remove_layers=()):
     """Writes the weights at `checkpoint`, which is anything that `weights.load` opens, into the folder `out`.
 
-    It is written beside `out`, read back and compared, and then renamed, so `out` is never half.
+    It is written beside `out`, read back and compared, and then renamed, so `out` is never half. Layers of
+    `remove_layers`, numbers from 1, are left out.
 
     Raises:
         UsageError: `out` holds what is not an export; options, or a network, that cannot be written.
@@ -36,6 +37,8 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
     out = pathlib.Path(out).expanduser().absolute()
     _check_replaceable(out)
     found = weights.load(checkpoint, norm_position=norm_position)
+    if remove_layers:
+        found = weights.without_layers(found, remove_layers)
     source, partial, old = pathlib.Path(found.where), *(out.with_name(f'.{out.name}.{end}') for end in ('new', 'old'))
     shutil.rmtree(partial, ignore_errors=True)  # a kill left it
     try:
@@ -46,7 +49,8 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
                 shutil.copy(path, partial)
         _check(partial, found, dtype)
         files = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file()) + [MARK]
-        origin = {'from': found.where, 'step': found.step, 'dtype': dtype, 'versions': record.versions()}
+        origin = {'from': found.where, 'step': found.step, 'removed_layers': sorted({*remove_layers})}
+        origin |= {'dtype': dtype, 'versions': record.versions()}
         record.write_json(partial / MARK, origin | {'files': files})
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
@@ -114,12 +118,25 @@ def main(argv):
     parser.add_argument(
         '--norm_position', metavar='NAMES', help='placement of a Hugging Face folder that does not say it'
     )
+    parser.add_argument(
+        '--remove_layers', metavar='N,...', help='leave these layers out, counted from 1: what analysis.drop measures'
+    )
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
     def job():
         options = exits.parse(parser, argv)
         jax.config.update('jax_platforms', 'cpu')  # nothing here is worth waiting for a device
-        export(options.checkpoint, options.out, options.dtype, options.max_shard_gb, options.norm_position)
+        removed = [part.strip() for part in (options.remove_layers or '').split(',') if part.strip()]
+        if (options.remove_layers is not None and not removed) or not all(part.isdecimal() for part in removed):
+            raise UsageError(f'--remove_layers {options.remove_layers!r}: numbers from 1 are needed, such as 3 or 3,4')
+        export(
+            options.checkpoint,
+            options.out,
+            options.dtype,
+            options.max_shard_gb,
+            options.norm_position,
+            {int(part) for part in removed},
+        )
 
     return exits.call(job, show_traceback='--traceback' in argv)
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import lm_eval
 import numpy as np
 import optax
-import tokenizers as library
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
@@ -25,9 +24,8 @@ from tqdm import tqdm
 from mixln_jax import config as configs
 from mixln_jax import losses, record
 from mixln_jax import mesh as meshes
-from mixln_jax.data import tokenizers
 from mixln_jax.exits import DataError, NumericsError, UsageError, first_line
-from mixln_jax.weights import Weights
+from mixln_jax.weights import Weights, open_tokenizer
 
 GREEDY = 'do_sample', 'temperature'  # keys of a task's generation that are nothing where they are 0
 SHORTEST = 32  # positions; padding to fewer would save nothing
@@ -66,7 +64,7 @@ class Harness(TemplateLM):
             self.prefix_token_id = self._tokenizer.eos_id
             self._start = [self._tokenizer.eos_id] if weights.config.data.mode == 'concat' else []
         else:
-            self._tokenizer, self._start = _open_tokenizer(pathlib.Path(self._where))
+            self._tokenizer, self._start = open_tokenizer(pathlib.Path(self._where))
             self.prefix_token_id = self._tokenizer.bos_id
             settings = json.loads(pathlib.Path(self._where, 'config.json').read_text())
             self.max_length = settings.get('max_position_embeddings', 2048)
@@ -83,6 +81,7 @@ class Harness(TemplateLM):
         while self._lengths[0] > SHORTEST:
             self._lengths.insert(0, -(-self._lengths[0] // 2))
         self._sharding = meshes.batch_sharding(mesh)
+        self.keep = None  # [L] bool: layers that are False are the identity; None: all are kept
         self._params = jax.device_put(weights.params, meshes.state_shardings(mesh, weights.params))
         model = weights.model.clone(stream_sharding=self._sharding)
         stretch = max(1, losses.CHUNK * parts // self.batch_size)
@@ -172,18 +171,18 @@ class Harness(TemplateLM):
             ids = np.zeros((self.batch_size, length + 1), np.int32)  # attention is causal: nothing sees the padding
             for padded, number in zip(ids, numbers, strict=False):
                 padded[: len(rows[number])] = rows[number]
-            found = jax.device_get(self._predict(self._params, meshes.place(ids, self._sharding)))
+            found = jax.device_get(self._predict(self._params, meshes.place(ids, self._sharding), self.keep))
             for number, *of_row in zip(numbers, *found, strict=False):
                 made[number] = [values[: len(rows[number]) - 1] for values in of_row]
         return made
 
 
-def _predictions(params, ids, *, model, stretch):
+def _predictions(params, ids, keep, *, model, stretch):
     """Log-probability of each token of ids [B,T+1] but the first, and the likeliest token in its place: [B,T] each.
 
     Float32; the logits of `stretch` positions are there at a time.
     """
-    x, _ = model.apply({'params': params}, ids[:, :-1], method='trunk')
+    x, _ = model.apply({'params': params}, ids[:, :-1], keep=keep, method='trunk')
 
     def of_position(at):
         x, targets = at
@@ -194,40 +193,14 @@ def _predictions(params, ids, *, model, stretch):
     return log_probs.T, best.T
 
 
-def _open_tokenizer(folder):
-    """(Tokenizer, the ids that begin a text, one or none) of a Hugging Face folder.
-
-    A tokenizer.json says itself whether it puts a bos before a text; a tokenizer.model is LLaMA's, which does.
-    """
-    for kind in ('huggingface', 'sentencepiece'):
-        path = folder / tokenizers.KINDS[kind].FILES[0]
-        if path.is_file():
-            tokenizer = tokenizers.open_tokenizer(configs.Data(tokenizer=kind, tokenizer_path=str(path)))
-            if kind == 'sentencepiece':
-                puts_bos = tokenizer.bos_id != tokenizer.eos_id
-            else:
-                puts_bos = library.Tokenizer.from_file(str(path)).encode('a').ids[0] == tokenizer.bos_id
-            return tokenizer, [tokenizer.bos_id] if puts_bos else []
-    raise UsageError(f'{folder} holds no tokenizer (tokenizer.json or tokenizer.model), which tasks need')
-
-
-def run(weights: Weights, names, task_path=None, limit=None, num_fewshot=None, batch_size=32):
-    """Runs tasks of the harness.
+def open_tasks(names, task_path=None):
+    """The harness's TaskManager, which knows all tasks of `names`.
 
     Args:
-        weights: from `weights.load`.
         names: tasks, groups or tags.
         task_path: a folder of YAML files that define more of them.
-        limit: documents of each task; None: all.
-        num_fewshot: examples before each document; None: what the task says.
-        batch_size: rows at a time.
 
-    Returns:
-        (table for people, JSON object with `results` {task: {'acc,none': ..., 'acc_stderr,none': ..., ...}}).
-
-    Raises:
-        UsageError: an unknown task, and as `Harness`. DataError: a task that cannot be read, naming it. NumericsError:
-        a log-likelihood is not finite.
+    Raises UsageError for an unknown task, DataError for one that cannot be read, naming it.
     """
     manager = TaskManager(include_path=task_path)
     for name in names:
@@ -237,10 +210,27 @@ def run(weights: Weights, names, task_path=None, limit=None, num_fewshot=None, b
             manager.load(name)
         except Exception as error:  # files, hosts and YAML may be wrong in any way
             raise DataError(f'task {name} cannot be loaded: {first_line(error)}') from error
+    return manager
+
+
+def run(model: Harness, manager, names, limit=None, num_fewshot=None):
+    """Runs tasks of the harness.
+
+    Args:
+        model: the network.
+        manager, names: of `open_tasks`.
+        limit: documents of each task; None: all.
+        num_fewshot: examples before each document; None: what the task says.
+
+    Returns:
+        (table for people, JSON object with `results` {task: {'acc,none': ..., 'acc_stderr,none': ..., ...}}).
+
+    Raises NumericsError where a log-likelihood is not finite.
+    """
     # The harness's bootstrap forks processes, which may hang beside JAX's threads; in this one, 1000 draws are enough.
     os.environ['DISABLE_MULTIPROC'] = '1'
     found = lm_eval.simple_evaluate(
-        Harness(weights, batch_size),
+        model,
         tasks=list(names),
         task_manager=manager,
         limit=limit,

@@ -28,6 +28,15 @@ def evaluation(every, evaluate, metrics):
     return every, run
 
 
+def analysis(every, analyse, metrics):
+    """Measures what each layer does, (params) -> values, into the step's metrics line."""
+
+    def run(step, state):
+        metrics.add(step, analyse(state.params))
+
+    return every, run
+
+
 def saving(every, checkpoints, metrics, extra):
     """Saves a checkpoint once the metrics up to it are on disk; `extra()` gives what goes with the state."""
 

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import json
 import logging
@@ -29,7 +28,7 @@ from clu import parameter_overview
 from mixln_jax import checkpoint, evaluate, exits, hooks, measures, metrics, processes, record, train, weights
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
-from mixln_jax import step as steps
+from mixln_jax.analysis import during
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.exits import CheckpointError, UsageError
@@ -39,7 +38,7 @@ from mixln_jax.program import Program
 # What may differ when a run goes on; everything else would make it another run.
 MAY_CHANGE = (
     *('device', 'accumulate', 'log_every', 'model.scan_unroll', 'model.remat'),
-    *('eval.', 'checkpoint.', 'mesh.', 'processes.', 'profile.', 'expected.'),
+    *('eval.', 'checkpoint.', 'mesh.', 'processes.', 'analysis.', 'profile.', 'expected.'),
     *('data.workers', 'data.path', 'data.data_dir', 'data.tokenizer_path'),  # to the same content
     *('init_from', 'resume_from'),  # where a run begins; once it has a checkpoint they are not even read
 )
@@ -79,7 +78,7 @@ def run(values, workdir, stop=None):
                 record.say(f'mixln_jax: {workdir} is already finished ({config.num_steps} steps)')
                 return
             tokenizer, rows, eval_rows = _open_data(config)
-            _describe(config, model, rows, mesh)
+            _describe(config, program, rows, mesh)
             state, about = _first_state(program, resolved, checkpoints, rows.fingerprint, stop)
             if about['step'] == config.num_steps and about['open_line'] is None:
                 raise CheckpointError(f'{workdir} is trained to the end, but its metrics.jsonl lacks the last step')
@@ -91,7 +90,7 @@ def run(values, workdir, stop=None):
                 workdir / 'environment.json', record.environment(list(mesh.devices.flat)) | {'data': rows.fingerprint}
             )
             tokenizer.save(workdir / 'tokenizer')
-            lines = record.Metrics(workdir, about['step'], about['open_line'])
+            lines = record.Metrics(workdir, about['step'], about['open_line'], during.PICTURES)
             closing.callback(lines.close)
             start = time.perf_counter()
             train_step, eval_step = program.compile()
@@ -106,27 +105,15 @@ def run(values, workdir, stop=None):
                 kept.save(int(jax.device_get(state.step)), state, {'config': resolved})
 
         sharding = meshes.batch_sharding(mesh)
-        meter = train.Meter(
-            lines,
-            workdir,
-            num_steps=config.num_steps,
-            log_every=config.log_every,
-            log_also=lambda step: step == config.num_steps or (config.eval.every and step % config.eval.every == 0),
-            tokens=about['tokens'],
-            flops_per_position=_flops_per_position(config, state.params),
-            devices=list(mesh.devices.flat),
-            first_line={'perf/compile_sec': compile_sec},
-            collapse=train.Collapse(
-                config.collapse,
-                round(config.optim.warmup_ratio * config.num_steps),
-                lambda: _unigram_entropy(rows, config),
-            ),
-            save_debug=save_debug,
-        )
 
         def watched(reader):
             for batch in reader:
                 processes.watch(config.processes.stall)
+                yield batch
+
+        def checked(of_sample):
+            for batch in watched(of_sample):
+                stop.check()
                 yield batch
 
         def evaluate_weights(params):
@@ -143,6 +130,30 @@ def run(values, workdir, stop=None):
                     check=stop.check,
                     official=config.compat != 'none',
                 )
+
+        measuring = [hooks.evaluation(config.eval.every, evaluate_weights, lines)]
+        if config.analysis.tokens:
+            analyses = during.Analyses(config, model, eval_rows, checked)
+            measuring.append(hooks.analysis(config.analysis.every, analyses, lines))
+        meter = train.Meter(
+            lines,
+            workdir,
+            num_steps=config.num_steps,
+            log_every=config.log_every,
+            log_also=lambda step: (
+                step == config.num_steps or any(every and step % every == 0 for every, _ in measuring)
+            ),
+            tokens=about['tokens'],
+            flops_per_position=_flops_per_position(config, state.params),
+            devices=list(mesh.devices.flat),
+            first_line={'perf/compile_sec': compile_sec},
+            collapse=train.Collapse(
+                config.collapse,
+                round(config.optim.warmup_ratio * config.num_steps),
+                lambda: _unigram_entropy(rows, config),
+            ),
+            save_debug=save_debug,
+        )
 
         def about_state():
             return {'tokens': meter.tokens, 'data': {'fingerprint': rows.fingerprint}, 'config': resolved}
@@ -162,7 +173,7 @@ def run(values, workdir, stop=None):
                 state,
                 train_step,
                 stream,
-                [hooks.evaluation(config.eval.every, evaluate_weights, lines), saving],
+                [*measuring, saving],
                 first=done + 1,
                 last=config.num_steps,
                 meter=meter,
@@ -171,17 +182,8 @@ def run(values, workdir, stop=None):
                 resume_hooks=about['open_line'] is not None,
             )
             checkpoints.wait()
-        with stop.may_interrupt():
-            few = max(8, meshes.row_parts(mesh))  # every layer's stream is kept
-            few += -few % meshes.row_parts(mesh)
-            batch = meshes.place(batches.evaluation(eval_rows, few)[0], sharding)
-            of_layers = functools.partial(steps.distance_step, model=model)
-            distance, count = jax.jit(of_layers, out_shardings=meshes.replicated(mesh))(state.params, batch)
-            last, distances = lines.lines[-1], (distance / count).tolist()
-            record.say(
-                record.summary_table(last, last['layers/grad_norm'], distances, model.norm_position),
-                f'weights, metrics and configuration are in {given}',
-            )
+        record.say(record.summary_table(lines.lines[-1], model.norm_position))
+        record.say(f'weights, metrics and configuration are in {given}')
 
 
 def _digest(config):
@@ -343,14 +345,18 @@ def _flops_per_position(config, params):
     return metrics.flops_per_position(num_params, embedding, sizes.num_layers, sizes.hidden_size, config.seq_length)
 
 
-def _describe(config, model, rows, mesh):
+def _describe(config, program, rows, mesh):
     """The start line and what follows from the keys."""
+    model, analyses = program.model, config.analysis.tokens
     per_step = config.batch_size * config.seq_length
     record.say(
         f'{mesh.size} x {mesh.devices.flat[0].device_kind}; placement {norms.spelled(model.norm_position)}\n'
         f'{per_step:,} positions a step, {per_step * config.num_steps:,} in {config.num_steps:,} steps, '
         f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows'
     )
+    if analyses:
+        share = during.share(config, _flops_per_position(config, program.state.params))
+        record.say(f'analyses on {analyses:,} tokens: {share:.2%} of the FLOPs of training')
     for warning in norms.warnings(model.norm_position, config.model.init, config.optim.warmup_ratio):
         record.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
 

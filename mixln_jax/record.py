@@ -76,8 +76,11 @@ class Metrics:
     step's begins. What a line lacks of the contract (`step`, `tokens`) its first `add` brings.
     """
 
-    def __init__(self, workdir, resume_from=0, open_line=None):
-        """Cuts what lies behind step `resume_from`; `open_line` is that step's own line where it was not complete."""
+    def __init__(self, workdir, resume_from=0, open_line=None, pictures=None):
+        """Cuts what lies behind step `resume_from`; `open_line` is that step's own line where it was not complete.
+
+        `pictures`: {name: function} of values that TensorBoard shows as images, each giving [H,W,3] uint8."""
+        self._pictures = pictures or {}
         self._path = pathlib.Path(workdir) / 'metrics.jsonl'
         self.lines = read_metrics(self._path)
         first = resume_from + (open_line is None)  # the first step whose line is still to come
@@ -93,7 +96,7 @@ class Metrics:
         """Puts `values` into the line of `step`."""
         if self.open_line and self.open_line['step'] != step:
             self.flush()
-        self.open_line = (self.open_line or {'step': step}) | {name: _finite(value) for name, value in values.items()}
+        self.open_line = (self.open_line or {'step': step}) | finite(values)
 
     def flush(self):
         """Completes the open line; everything is on disk when this returns."""
@@ -113,7 +116,9 @@ class Metrics:
 
     def _show(self, line):
         for name, value in line.items():
-            if isinstance(value, list):
+            if name in self._pictures:
+                self._board.add_image(name, self._pictures[name](value), line['step'], dataformats='HWC')
+            elif isinstance(value, list):
                 for number, item in enumerate(value, 1):
                     if item is not None:
                         self._board.add_scalar(f'{name}/{number:03}', item, line['step'])
@@ -161,23 +166,27 @@ def progress_line(line, num_steps):
     return '  '.join(shown)
 
 
-def summary_table(evaluation, grad_norms, distances, norm_position):
-    """What ends a run: the evaluation, and per layer the gradient norm and the angular distance to the next layer."""
-    shown = (_number(evaluation[f'eval/{name}'], '.4g') for name in ('loss', 'perplexity', 'bits_per_byte'))
+def summary_table(line, norm_position):
+    """What ends a run, of its last metrics line: the evaluation, and per layer the gradient norm and, where it was
+    measured, the angular distance to the next layer."""
+    shown = (_number(line[f'eval/{name}'], '.4g') for name in ('loss', 'perplexity', 'bits_per_byte'))
+    grad_norms = line['layers/grad_norm']
+    distances = line.get('analysis/angular_distance', [None] * len(norm_position))
     rows = [
         'eval loss {}   perplexity {}   bits per byte {}'.format(*shown),
         f'{"layer":>5}  {"placement":<10} {"gradient norm":<24} angular distance to the next layer',
     ]
     for number, (name, grad, distance) in enumerate(zip(norm_position, grad_norms, distances, strict=True), 1):
         rows.append(
-            f'{number:>5}  {name:<10} {_number(grad, "8.4f")} {_bar(grad, max(grad_norms)):<14}'
-            f'  {_number(distance, "7.4f")} {_bar(distance, max(distances))}'
+            f'{number:>5}  {name:<10} {_number(grad, "8.4f")} {_bar(grad, grad_norms):<14}'
+            f'  {_number(distance, "7.4f")} {_bar(distance, distances)}'
         )
     return '\n'.join(rows)
 
 
-def _bar(value, largest, width=14):
-    eighths = round(8 * width * value / largest) if largest and math.isfinite(value / largest) else 0
+def _bar(value, among, width=14):
+    largest = max((one for one in among if one is not None), default=0)
+    eighths = round(8 * width * value / largest) if value and largest else 0
     return '█' * (eighths // 8) + ('', *'▏▎▍▌▋▊▉')[eighths % 8]
 
 
@@ -191,10 +200,12 @@ def _duration(seconds):
     return f'{hours}:{minutes:02}:{seconds:02}'
 
 
-def _finite(value):
-    """JSON has no NaN and no infinity: null."""
+def finite(value):
+    """A number, or lists and dicts of them, as JSON can say them, which has no NaN and no infinity: None."""
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

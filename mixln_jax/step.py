@@ -43,9 +43,9 @@ def trunk_inputs(batch):
     return {'ids': batch['inputs']} | {key: batch[key] for key in ('positions', 'segments') if key in batch}
 
 
-def batch_loss(model, params, batch):
-    """Next-token loss of a batch as (sum, count, aux); see losses.py."""
-    x, _ = model.apply({'params': params}, **trunk_inputs(batch), method='trunk')
+def batch_loss(model, params, batch, keep=None):
+    """Next-token loss of a batch as (sum, count, aux); see losses.py. `keep` [L] removes layers; see `trunk`."""
+    x, _ = model.apply({'params': params}, **trunk_inputs(batch), keep=keep, method='trunk')
     kernel, sharding = params['head']['kernel'], model.stream_sharding
     mesh = sharding and sharding.mesh
     return losses.token_losses(x, kernel, batch['targets'], batch['weights'], model.config.vocab_size, mesh=mesh)
@@ -134,12 +134,6 @@ def _without_row(params, row):
 def eval_step(params, batch, *, model):
     """Sum of token losses and number of real tokens of a batch."""
     return batch_loss(model, params, batch)[:2]
-
-
-def distance_step(params, batch, *, model):
-    """Sum over real tokens of the angular distance across each layer [L], and their number."""
-    _, out = model.apply({'params': params}, **trunk_inputs(batch), capture=True, method='trunk')
-    return measures.neighbour_distances(out['hidden'], batch['weights'])
 
 
 def micro_batches(batch, accumulate):

@@ -5,12 +5,13 @@ import pathlib
 from typing import Any
 
 import jax
+import tokenizers as library
 
 from mixln_jax import checkpoint, trees
 from mixln_jax import config as configs
 from mixln_jax.data import tokenizers
 from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import hf, hf_config, llama, norms, tensors
+from mixln_jax.models import hf, hf_config, llama, norms, tensors, transformer
 
 # Keys of config.model in which two networks must agree to have the same weights, and mean the same by them.
 SAME = (
@@ -69,6 +70,35 @@ def load(path, compute_dtype='float32', norm_position=None) -> Weights:
     return Weights(model, params, str(folder), about['step'], config, tokenizers.load(folder.parents[1] / 'tokenizer'))
 
 
+def without_layers(found: Weights, removed) -> Weights:
+    """The network without some layers, as if `keep` were False for them; the others keep their constants.
+
+    Args:
+        found: from `load`.
+        removed: numbers of layers, the first is 1.
+
+    Raises UsageError for a number that no layer has, for all of them, and where a norm of the embedding, which goes
+    with the first layer's placement, would appear or vanish.
+    """
+    model, L = found.model, len(found.model.norm_position)
+    if wrong := sorted(number for number in removed if not 1 <= number <= L):
+        raise UsageError(f'there is no layer {wrong[0]}: the {L} layers of {found.where} count from 1')
+    kept = [at for at in range(L) if at + 1 not in removed]
+    if not kept:
+        raise UsageError(f'all {L} layers of {found.where} would be removed')
+    names = tuple(model.norm_position[at] for at in kept)
+    if norms.PLACEMENTS[names[0]].embed_norm != norms.PLACEMENTS[model.norm_position[0]].embed_norm:
+        raise UsageError(
+            f'layer 1 ({model.norm_position[0]}) cannot be removed before a layer of {names[0]}: of the two only one '
+            'has the embedding normalised'
+        )
+    layers = transformer.split_layers(found.params['layers'], model.norm_position)
+    config = dataclasses.replace(model.config, num_layers=len(kept), norm_position=hf_config.spell(names))
+    pruned = model.clone(config=config, norm_position=names, layer_index=tuple(model.layer_index[at] for at in kept))
+    params = dict(found.params, layers=transformer.stack_layers([layers[at] for at in kept], names))
+    return dataclasses.replace(found, model=pruned, params=params)
+
+
 def checkpoint_folder(path):
     """`checkpoints/<step>` of a run, the newest, or of itself; None for another folder.
 
@@ -85,6 +115,25 @@ def checkpoint_folder(path):
     if not found:
         raise UsageError(f'{steps} holds no checkpoint')
     return steps / str(max(found))
+
+
+def open_tokenizer(folder):
+    """(Tokenizer, the ids that begin a text, one or none) of a Hugging Face folder.
+
+    A tokenizer.json says itself whether it puts a bos before a text; a tokenizer.model is LLaMA's, which does.
+
+    Raises UsageError where there is neither, DataError for one that is unreadable.
+    """
+    for kind in ('huggingface', 'sentencepiece'):
+        path = folder / tokenizers.KINDS[kind].FILES[0]
+        if path.is_file():
+            tokenizer = tokenizers.open_tokenizer(configs.Data(tokenizer=kind, tokenizer_path=str(path)))
+            if kind == 'sentencepiece':
+                puts_bos = tokenizer.bos_id != tokenizer.eos_id
+            else:
+                puts_bos = library.Tokenizer.from_file(str(path)).encode('a').ids[0] == tokenizer.bos_id
+            return tokenizer, [tokenizer.bos_id] if puts_bos else []
+    raise UsageError(f'{folder} holds no tokenizer (tokenizer.json or tokenizer.model)')
 
 
 def initial(where, model):

@@ -48,7 +48,7 @@ def test_recipes_have_the_official_sizes(size):
 
 
 def test_every_size_has_a_recipe():
-    assert {path.stem for path in RECIPES.glob('*.py')} == {f'llama_{size}' for size in SIZES} | {'quickstart'}
+    assert {path.stem for path in RECIPES.glob('*.py')} == {f'llama_{size}' for size in SIZES} | {'quickstart', 'books'}
 
 
 @pytest.mark.parametrize('norm_position', ['pre', 'post', 'deepnorm', 'lns', 'sandwich', 'res_post', 'mix'])

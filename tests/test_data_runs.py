@@ -46,7 +46,7 @@ def recipe(**changes):
     config.batch_size, config.seq_length, config.num_steps, config.log_every = 8, 16, 6, 1
     config.compute_dtype, config.device = 'float32', 'cpu'
     config.model.update(vocab_size=300, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
-    config.data.tokenizer = 'bytes'
+    config.data.tokenizer, config.analysis.tokens = 'bytes', 0
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     return config

@@ -24,6 +24,7 @@ def run(tmp_path_factory):
         'num_steps': 3, 'batch_size': 8, 'accumulate': 2, 'seq_length': 16, 'eval.tokens': 300, 'eval.every': 0,
         'model.num_layers': 2, 'model.hidden_size': 16, 'model.num_heads': 2, 'model.intermediate_size': 24,
         'mesh.data': 1, 'model.norm_position': 'post,pre', 'compute_dtype': 'bfloat16',
+        'analysis.tokens': 0,
     }  # fmt: skip
     main.run(configs.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()]), folder)
     return folder

@@ -37,6 +37,7 @@ def recipe(corpus, **changes):
     config.data.update(source='jsonl', path=str(corpus), tokenizer='bytes')
     config.eval.update(every=3, tokens=10_000)  # all three batches of the validation split
     config.checkpoint.every = 3
+    config.analysis.update(every=3, tokens=50)
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     return config
@@ -148,8 +149,8 @@ class TestRecords:
 
 
 class TestResume:
-    # Looks 0-3: start; 4-6: steps 1 to 3; 7-9: evaluation 3; 10: behind it; 11-17, 18-22 likewise; 23-24: the table.
-    @pytest.mark.parametrize('looks', [3, 4, 6, 7, 9, 10, 11, 17, 22])
+    # Looks 0-3: start; 4-6: steps 1 to 3; 7-9: evaluation 3; 10-13: analyses 3; 14: behind them; 15-25, 26-34 likewise.
+    @pytest.mark.parametrize('looks', [3, 4, 6, 7, 10, 13, 14, 15, 24, 34])
     def test_a_signal_at_any_point_changes_nothing(self, corpus, finished, tmp_path, looks):
         """Wherever the run looks for a signal (start, compilation, step, evaluation, save) it may stop there."""
         with pytest.raises(Stopped):
@@ -158,15 +159,15 @@ class TestResume:
         assert_same_run(tmp_path, finished)
 
     def test_no_look_is_left_out(self, corpus, tmp_path):
-        main.run(recipe(corpus), tmp_path, StopAfter(25))
+        main.run(recipe(corpus), tmp_path, StopAfter(35))
 
     def test_stop_in_an_evaluation_keeps_the_step(self, corpus, finished, tmp_path, monkeypatch):
         stop = exits.Stop()
         evaluation = main.batches.evaluation
 
-        def signal_then(*args):
-            stop.requested = 'SIGINT'
-            return evaluation(*args)
+        def signal_then(*args, **sampled):  # which the analyses' rows are, at the start
+            stop.requested = stop.requested if sampled else 'SIGINT'
+            return evaluation(*args, **sampled)
 
         monkeypatch.setattr(main.batches, 'evaluation', signal_then)
         with pytest.raises(Stopped):
@@ -205,7 +206,7 @@ class TestResume:
 
     def test_damaged_checkpoint_takes_the_one_before(self, corpus, finished, tmp_path, capsys):
         with pytest.raises(Stopped):
-            main.run(recipe(corpus), tmp_path, StopAfter(12))
+            main.run(recipe(corpus), tmp_path, StopAfter(16))
         latest = latest_step(tmp_path)
         assert latest > 3
         arrays = (tmp_path / 'checkpoints' / str(latest)).glob('state/d/*')
@@ -228,7 +229,7 @@ class TestResume:
     )
     def test_what_may_change(self, corpus, finished, tmp_path, changes):
         with pytest.raises(Stopped):
-            main.run(recipe(corpus), tmp_path, StopAfter(11))
+            main.run(recipe(corpus), tmp_path, StopAfter(15))
         main.run(recipe(corpus, **changes), tmp_path)
         mine, theirs = lines_of(tmp_path)[-1], lines_of(finished)[-1]
         assert mine['tokens'] == theirs['tokens']
@@ -255,7 +256,7 @@ class TestResume:
 
     def test_other_data_is_refused(self, corpus, tmp_path):
         with pytest.raises(Stopped):
-            main.run(recipe(corpus), tmp_path / 'run', StopAfter(11))
+            main.run(recipe(corpus), tmp_path / 'run', StopAfter(15))
         same = tmp_path / 'same.json.gz'
         same.write_bytes(corpus.read_bytes())
         other = tmp_path / 'other.jsonl'

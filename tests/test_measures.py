@@ -27,15 +27,6 @@ def test_angles():
     np.testing.assert_allclose(measures.angular_distance(u, near), reference.angular_distance(u, near), rtol=1e-2)
 
 
-def test_padding_does_not_count():
-    hidden = np.random.default_rng(0).normal(size=(4, 2, 6, 8)).astype(np.float32)
-    weights = np.ones((2, 6))
-    weights[1, 4:] = 0
-    total, count = measures.neighbour_distances(jnp.asarray(hidden), weights)
-    expected = reference.angular_distance(hidden[:-1], hidden[1:])[:, weights.astype(bool)].mean(axis=1)
-    np.testing.assert_allclose(total / count, expected, rtol=1e-6)
-
-
 def test_layer_norms():
     model = llama.from_config(MODEL, 'float32')
     params = jax.jit(model.init)(jax.random.key(0))['params']
@@ -50,17 +41,17 @@ def test_distance_matrix():
     """Between any two depths, over real tokens alone; element by element as the reference has it."""
     hidden = np.random.default_rng(1).normal(size=(4, 2, 6, 8)).astype(np.float32)
     hidden[2] = hidden[1]  # a layer that does nothing
+    hidden[3] = -hidden[0]
     weights = np.ones((2, 6))
     weights[0, 3:] = 0
-    total, count = measures.distance_matrix(jnp.asarray(hidden), weights)
-    matrix = np.asarray(total / count)
+    sums = measures.distance_matrix(jnp.asarray(hidden), weights)
+    assert sums.shape == (2, 4, 4)
+    matrix = measures.mean_and_error(sums, weights.sum(-1))['mean']
+    assert matrix[1, 2] == 0 and matrix[0, 3] == matrix[3, 0] == 1
     for a in range(4):
         for b in range(4):
             expected = reference.angular_distance(hidden[a], hidden[b])[weights.astype(bool)].mean()
-            assert matrix[a, b] == pytest.approx(0 if hidden[a] is hidden[b] else expected, abs=1e-6)
-    assert matrix[1, 2] == 0 == matrix[3, 3]
-    neighbours, _ = measures.neighbour_distances(jnp.asarray(hidden), weights)
-    np.testing.assert_allclose(np.diagonal(total, 1), neighbours, rtol=1e-6)
+            assert matrix[a, b] == pytest.approx(expected, abs=1e-6)
 
 
 def test_unigram_entropy():
@@ -75,3 +66,84 @@ def test_a_vector_of_zeros():
     """What a frozen row of an embedding gives: no direction, and no NaN."""
     zero, one = jnp.zeros(4), jnp.eye(4)[0]
     assert measures.angular_distance(zero, zero) == 0 and measures.angular_distance(zero, one) == 0.5
+
+
+def test_variance_and_contribution_by_hand():
+    """Two positions of width 4, the second does not count in row 1; variance over features, ratio of norms."""
+    hidden = jnp.asarray([[[[1, 1, 1, 1], [1, -1, 1, -1]]], [[[3, 1, 3, 1], [2, -2, 2, -2]]]], jnp.float32)
+    one, both = np.array([[1.0, 0.0]]), np.array([[1.0, 1.0]])
+    assert measures.stream_variance(hidden, one).tolist() == [[0, 1]]
+    assert measures.stream_variance(hidden, both).tolist() == [[1, 5]]
+    branches = {
+        'norm': jnp.asarray([[[[1.0, 6.0]], [[3.0, 2.0]]]]),
+        'stream_norm': jnp.asarray([[[[2.0, 2.0]], [[4.0, 0.0]]]]),
+    }
+    assert measures.contribution(branches, one).tolist() == [[[0.5, 0.75]]]
+    assert measures.contribution(branches, both)[0, 0, 0] == 3.5
+
+
+def test_standard_errors():
+    """Of equal rows the textbook's; of unequal ones as a jackknife over rows has it, to second order."""
+    rng = np.random.default_rng(2)
+    sums = rng.normal(3, 1, (40, 2))
+    found = measures.mean_and_error(sums, np.full(40, 5))
+    np.testing.assert_allclose(found['mean'], sums.mean(0) / 5)
+    np.testing.assert_allclose(found['standard_error'], sums.std(0, ddof=1) / 5 / np.sqrt(40))
+    counts = rng.integers(1, 9, 40)
+    sums *= counts[:, None]
+    found = measures.mean_and_error(np.append(sums, [[9, 9]], 0), np.append(counts, 0))  # padding
+    np.testing.assert_allclose(found['mean'], sums.sum(0) / counts.sum())
+    left_out = np.array([np.delete(sums, at, 0).sum(0) / np.delete(counts, at).sum() for at in range(40)])
+    jackknife = np.sqrt(39 / 40 * np.square(left_out - left_out.mean(0)).sum(0))
+    np.testing.assert_allclose(found['standard_error'], jackknife, rtol=0.05)
+    assert np.isnan(measures.mean_and_error(sums[:1], counts[:1])['standard_error']).all()
+
+
+def test_drops():
+    """Of perplexity exp(with) less exp(without); errors of paired rows, for perplexity against a jackknife."""
+    rng = np.random.default_rng(3)
+    counts = rng.integers(50, 90, 60)
+    whole = rng.normal(2, 0.3, 60) * counts
+    without = whole * 1.1 + rng.normal(0, 1, 60)
+    sums = np.stack([whole, whole, without], -1)
+    found = measures.drops(sums, counts)
+    loss, other = whole.sum() / counts.sum(), without.sum() / counts.sum()
+    assert found['loss']['value'] == pytest.approx(loss)
+    assert found['perplexity']['value'] == pytest.approx(np.exp(loss))
+    np.testing.assert_allclose(found['loss']['drop']['mean'], [0, other - loss])
+    np.testing.assert_allclose(found['perplexity']['drop']['mean'], [0, np.exp(other) - np.exp(loss)])
+    left_out = np.exp([np.delete(sums, at, 0).sum(0) / np.delete(counts, at).sum() for at in range(60)])
+    jackknife = lambda values: np.sqrt(59 / 60 * np.square(values - values.mean()).sum())  # noqa: E731
+    drop = found['perplexity']['drop']['standard_error']
+    assert drop[0] == 0 and drop[1] == pytest.approx(jackknife(left_out[:, 2] - left_out[:, 0]), rel=0.05)
+    assert found['perplexity']['standard_error'] == pytest.approx(jackknife(left_out[:, 0]), rel=0.05)
+
+
+def test_theory_of_the_variance():
+    """A stream that grows by the rule gives the rule's constant back; behind Post-LN layers it begins anew."""
+    c, factors = 0.7, np.array([np.nan, np.nan, 1.0, 0.5, 0.25])
+    variances = [9.0, 1.0, 2.0]
+    for factor in factors[2:]:
+        variances.append(variances[-1] * (1 + c * factor / np.sqrt(variances[-1])))
+    line, found = measures.variance_theory(variances, factors)
+    assert found == pytest.approx(c, rel=0.003)
+    assert np.isnan(line[:2]).all()
+    np.testing.assert_allclose(line[2:], variances[2:], rtol=0.003)
+    line, _ = measures.variance_theory([0.001, 2, 3, 4], np.ones(3))
+    assert np.isnan(line[0]) and line[1] == 2  # not at the embedding
+    for nothing in ([np.nan] * 3, [1.0, np.nan, np.nan]):
+        line, found = measures.variance_theory([1.0, 2.0, 3.0, 4.0], nothing)
+        assert np.isnan(line).all() and np.isnan(found)
+
+
+def test_matrix_norms():
+    model = llama.from_config(MODEL, 'float32')
+    params = jax.jit(model.init)(jax.random.key(1))['params']
+    found = measures.matrix_norms(params)
+    singles = transformer.split_layers(params['layers'], model.norm_position)
+    assert len(found) == 7 + 3
+    for name in ('attention/q', 'mlp/down'):
+        group, matrix = name.split('/')
+        expected = [np.linalg.norm(layer[group][matrix]['kernel']) for layer in singles]
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6)
+    np.testing.assert_allclose(found['embed'], np.linalg.norm(params['embed']['embedding']), rtol=1e-6)

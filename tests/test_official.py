@@ -131,7 +131,7 @@ def test_a_run_logs_both_perplexities(tmp_path):
     keys = {
         'num_steps': 4, 'batch_size': 4, 'seq_length': 16, 'eval.tokens': 200, 'eval.every': 2, 'compat': 'official',
         'model.num_layers': 2, 'model.hidden_size': 16, 'model.num_heads': 2, 'model.intermediate_size': 24,
-        'mesh.data': 1, 'checkpoint.every': 0,
+        'mesh.data': 1, 'checkpoint.every': 0, 'analysis.tokens': 0,
     }  # fmt: skip
     recipe = configs.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()])
     main.run(recipe, tmp_path)

@@ -10,7 +10,7 @@ LEVELS = [
     {'losses', 'optim', 'metrics', 'measures', 'figures', 'drawing'},
     {'checkpoint', 'step', 'program', 'weights'},
     {'train', 'hooks', 'evaluate', 'harness'},
-    {'plan', 'main', 'export', 'report', 'sections', 'page', 'replay'},
+    {'plan', 'main', 'export', 'analysis', 'report', 'sections', 'page', 'replay'},
 ]
 WITHIN = {
     ('config', 'exits'),
@@ -22,6 +22,7 @@ WITHIN = {
     ('train', 'hooks'),
     ('hooks', 'evaluate'),
     ('evaluate', 'harness'),
+    ('main', 'analysis'),
     ('report', 'sections'),
     ('report', 'page'),
     ('sections', 'page'),

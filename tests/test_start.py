@@ -32,7 +32,7 @@ def recipe(corpus, **changes):
     config.model.update(scan_unroll='1', **SIZES)
     config.data.update(source='jsonl', path=str(corpus), tokenizer='bytes')
     config.eval.update(every=2, tokens=100)
-    config.checkpoint.every = 2
+    config.checkpoint.every, config.analysis.tokens = 2, 0
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     return config

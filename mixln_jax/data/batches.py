@@ -63,13 +63,15 @@ def permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     return images.astype(np.int64)
 
 
-def evaluation(rows: Rows, batch_size: int) -> grain.MapDataset:
-    """All rows once, in order; the last batch is filled up with rows of weight 0."""
+def evaluation(rows: Rows, batch_size: int, seed: int | None = None) -> grain.MapDataset:
+    """All rows once, in order, or with a `seed` in the order of an epoch of training; the last batch is filled up with
+    rows of weight 0."""
 
     def batch(number):
-        wanted = np.arange(batch_size) + number * batch_size
-        made = rows.layout.batch(rows.tokens(np.where(wanted < len(rows), wanted, 0)))
-        return made | {'weights': made['weights'] * (wanted < len(rows))[:, None].astype(np.float32)}
+        places = np.arange(batch_size) + number * batch_size
+        wanted = np.where(places < len(rows), places, 0)
+        made = rows.layout.batch(rows.tokens(wanted if seed is None else order(rows, seed, wanted)))
+        return made | {'weights': made['weights'] * (places < len(rows))[:, None].astype(np.float32)}
 
     return grain.MapDataset.range(-(-len(rows) // batch_size)).map(batch)
 

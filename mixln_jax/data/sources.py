@@ -45,7 +45,7 @@ class Source(Protocol):
 
 
 def open_source(data: config.Data, split: str) -> Source:
-    """The documents of `data.source` in `split`, 'train' or 'validation'; a data set may have others.
+    """The documents of `data.source` in `split`, 'train', 'validation' or 'all'; a data set may have others.
 
     tfds is a TensorFlow data set (see datasets.py). stdlib is the embedded corpus; jsonl and text are the files of
     `data.path`, see files.py.
@@ -57,14 +57,15 @@ def open_source(data: config.Data, split: str) -> Source:
         from mixln_jax.data import datasets  # takes a second that nobody else need wait for
 
         return datasets.Dataset(data.name, split, data.data_dir)
-    if split not in ('train', 'validation'):
-        raise DataError(f'data.source={data.source} has no split {split} (there is train, validation)')
+    if split not in ('train', 'validation', 'all'):
+        raise DataError(f'data.source={data.source} has no split {split} (there is train, validation, all)')
     state = None
     if data.source != 'stdlib':
         state = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files.paths(data.path))
     gathered, first = _gather(data.source, state)
     validation = gathered.ranks < np.uint64(first)
-    return Texts(gathered, np.flatnonzero(validation if split == 'validation' else ~validation))
+    members = {'train': ~validation, 'validation': validation, 'all': np.full(len(validation), True)}
+    return Texts(gathered, np.flatnonzero(members[split]))
 
 
 class Texts:

@@ -208,6 +208,18 @@ def spelled(norm_position):
     return ', '.join(f'{name} x {end - first}' for name, first, end in segments(norm_position))
 
 
+def growth_factors(norm_position, layer_index, depth):
+    """The factor that a layer's norms give its sub-layers' inputs: [L], 1/sqrt(l) under LNS, 1 in other layers that are
+    Pre-LN and nothing else, NaN in all others, to which the Curse of Depth's theory does not speak."""
+    found = []
+    for name, index in zip(norm_position, layer_index, strict=True):
+        at = PLACEMENTS[name].attention
+        rest = dataclasses.replace(at, in_scale=None, grouped=False)
+        about = at == PLACEMENTS[name].mlp and rest == Placement(pre=True)
+        found.append(at.constants([index], depth).get('in_scale', [1.0])[0] if about else math.nan)
+    return found
+
+
 def warnings(norm_position, init, warmup_ratio):
     """Combinations that are known to train badly, a line each."""
     if 'lns' in norm_position and init == 'scaled':

@@ -383,7 +383,7 @@ class TestCommand:
         [
             ('plain', 'local_ark', 2, "unknown task 'local_ark', did you mean local_arc?"),
             ('plain', 'local_missing', 4, 'task local_missing cannot be loaded: '),
-            ('none', 'local_arc', 2, 'holds no tokenizer (tokenizer.json or tokenizer.model), which tasks need'),
+            ('none', 'local_arc', 2, 'holds no tokenizer (tokenizer.json or tokenizer.model)'),
         ],
     )
     def test_bad_input_is_one_line(self, folders, tasks, tmp_path, capsys, checkpoint, task, code, message):

@@ -1,0 +1,1 @@
+"""What each layer of a trained network does: jobs on checkpoints, and the same measures during training."""

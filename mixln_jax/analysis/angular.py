@@ -1,0 +1,74 @@
+"""Angular distance between the residual stream at any two depths: `python -m mixln_jax.analysis.angular`.
+
+A layer whose stream hardly turns, d(x_{l-1}, x_l) near 0, does little; many such layers are the sign of wasted depth
+(Mix-LN, Figures 2, 3 and 5).
+"""
+
+import functools
+import sys
+
+import jax
+
+from mixln_jax import figures, measures
+from mixln_jax.analysis import job
+from mixln_jax.step import trunk_inputs
+
+NAME = 'angular'
+DEFINITION = (
+    'd(x_a, x_b) = arccos(cosine of x_a and x_b) / pi, of the raw residual stream before the final norm: '
+    'depth 0 is what layer 1 sees, depth l what layer l gives; the mean over tokens'
+)
+UNIT = 'share of pi: 0 parallel, 1/2 orthogonal, 1 opposite'
+SOURCE = 'Gromov et al. 2024 (arXiv 2403.17887), equation 4; Mix-LN (arXiv 2412.13795), Figures 2, 3, 5'
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _distances(params, batch, *, model):
+    """Sums over the tokens of each row [B,L+1,L+1]."""
+    _, out = model.apply({'params': params}, **trunk_inputs(batch), capture=True, method='trunk')
+    return job.everywhere(measures.distance_matrix(out['hidden'], batch['weights']), model)
+
+
+def measure(model, params, batches):
+    """The distance between any two depths.
+
+    Args:
+        model: a network with `trunk` and `stream_sharding`.
+        params: its weights.
+        batches: batches of numpy arrays; see subjects.sample.
+
+    Returns:
+        {'distance': {'mean', 'standard_error'}}, [L+1,L+1] each.
+    """
+    sums, counts = job.by_row(lambda at: _distances(params, at, model=model), model, batches)
+    return {'distance': measures.mean_and_error(sums, counts)}
+
+
+def columns(result):
+    """{title: [L]} of an entry of result.json."""
+    matrix = result['distance']['mean']
+    return {'angular distance': [matrix[l][l + 1] for l in range(len(matrix) - 1)]}
+
+
+def draw(results):
+    """{name: figure} of a result.json's results."""
+    return {NAME: figures.angular(results)}
+
+
+def add_options(add):
+    """What this job takes besides."""
+    add('--positions', choices=('all', 'last'), default='all', help='tokens that count, or the last of each row [all]')
+
+
+def main(argv):
+    """The command; returns its exit code."""
+
+    def work(subject, options, texts):
+        batches = texts(subject, last=options.positions == 'last')
+        return measure(subject.model, subject.params, batches) | {'positions': options.positions}
+
+    return job.run(sys.modules[__name__], work, argv, add_options)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

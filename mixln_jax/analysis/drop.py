@@ -1,0 +1,162 @@
+"""What a network loses without each of its layers: `python -m mixln_jax.analysis.drop`.
+
+Every layer, and with --blocks every block of n neighbours, is removed in turn by a mask, so one compilation does for
+all (Mix-LN, Figures 2 and 3). `python -m mixln_jax.export --remove_layers` writes such a network.
+"""
+
+import functools
+import math
+import sys
+
+import jax
+import numpy as np
+
+from mixln_jax import figures, measures
+from mixln_jax import mesh as meshes
+from mixln_jax.analysis import job
+from mixln_jax.evaluate import open_harness
+from mixln_jax.exits import UsageError
+from mixln_jax.step import batch_loss
+
+NAME = 'drop'
+DEFINITION = (
+    'the metric without the removed layers minus the metric with all; a removed layer is the identity, its norms '
+    'included. Of perplexity and loss a positive drop says that the layer is needed, of accuracies a negative one'
+)
+UNIT = 'that of the metric: perplexity, nats a token, or a share of the questions'
+SOURCE = 'Mix-LN (arXiv 2412.13795), section 3 and Figures 2, 3; Gromov et al. 2024 (arXiv 2403.17887)'
+
+
+def masks(layers, block=1):
+    """[L-block+1, L] bool: which layers stay when each block of neighbours is removed in turn."""
+    at = np.arange(layers)
+    first = np.arange(layers - block + 1)[:, None]
+    return (at < first) | (at >= first + block)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _losses(params, batch, keeps, *, model):
+    """Summed losses of each row, with the layers of each of `keeps` [K,L]: [B,K]."""
+    of = lambda keep: batch_loss(model, params, batch, keep)[2]['token_loss'].sum(-1)  # noqa: E731
+    return job.everywhere(jax.lax.map(of, keeps).T, model)
+
+
+def measure(model, params, batches, blocks=(1,)):
+    """Loss and perplexity with and without layers; model, params and batches as angular.measure.
+
+    Returns:
+        {'loss', 'perplexity'}: {'value', 'standard_error', 'drop': {block: {'mean', 'standard_error'}, [L-block+1]}}.
+    """
+    L = len(model.norm_position)
+    removed = [masks(L, block) for block in blocks]
+    keeps = np.concatenate([np.ones((1, L), bool), *removed])
+    keeps = meshes.place(keeps, meshes.replicated(model.stream_sharding.mesh))
+    sums, counts = job.by_row(lambda at: _losses(params, at, keeps, model=model), model, batches)
+    ends = np.cumsum([len(masks) for masks in removed])[:-1]
+    found = measures.drops(sums, counts)
+    for metric in found.values():
+        mean, error = (np.split(metric['drop'][name], ends) for name in ('mean', 'standard_error'))
+        metric['drop'] = {
+            str(block): {'mean': m, 'standard_error': e} for block, m, e in zip(blocks, mean, error, strict=True)
+        }
+    return found
+
+
+def of_evaluations(evaluate, layers, blocks):
+    """Drops of any metrics, one evaluation a network.
+
+    Args:
+        evaluate: (keep [L] bool) -> {metric: (value, standard error or NaN)}.
+        layers: L.
+        blocks: sizes of blocks to remove.
+
+    Returns:
+        As `measure`, by metric. Errors of drops are those of two independent values, so rather too large: both are
+        measured on the same questions.
+    """
+    whole = evaluate(np.ones(layers, bool))
+    pruned = {block: [evaluate(keep) for keep in masks(layers, block)] for block in blocks}
+    found = {}
+    for name, (value, error) in whole.items():
+        drop = {
+            str(block): {
+                'mean': np.array([each[name][0] - value for each in of_block]),
+                'standard_error': np.array([math.hypot(each[name][1], error) for each in of_block]),
+            }
+            for block, of_block in pruned.items()
+        }
+        found[name] = {'value': value, 'standard_error': error, 'drop': drop}
+    return found
+
+
+def columns(result):
+    """{title: [L]} of an entry of result.json."""
+    found = result['metrics'].items()
+    return {f'{name} drop': metric['drop']['1']['mean'] for name, metric in found if '1' in metric['drop']}
+
+
+def draw(results):
+    """{name: figure} of a result.json's results: a chart of every metric but the loss, by size of block."""
+    metrics = {name: set(found['drop']) for result in results for name, found in result['metrics'].items()}
+    return {
+        '_'.join([name.replace('/', '_'), *([block] if block != '1' else [])]): figures.drop(
+            [result for result in results if block in result['metrics'].get(name, {}).get('drop', ())], name, int(block)
+        )
+        for name, blocks in metrics.items()
+        if name != 'loss'
+        for block in sorted(blocks, key=int)
+    }
+
+
+def add_options(add):
+    """What this job takes besides."""
+    add('--blocks', default='1', metavar='N,...', help='sizes of blocks of neighbouring layers to remove [1]')
+    add('--tasks', metavar='TASK,...', help='tasks of the lm-evaluation-harness besides: arc_easy,hellaswag')
+    add('--task_path', metavar='DIR', help='YAML files that define more tasks')
+    add('--limit', type=int, metavar='N', help='documents of each task [all]')
+    add('--num_fewshot', type=int, metavar='N', help='examples before each document [what the task says]')
+
+
+def _blocks(text, layers):
+    blocks = [int(part) if part.strip().isdigit() else 0 for part in text.split(',')]
+    for block in blocks:
+        if not 0 < block <= layers or len(set(blocks)) < len(blocks):
+            raise UsageError(f'--blocks {text}: different numbers from 1 to the {layers} layers are needed')
+    return blocks
+
+
+def _tasks(subject, options):
+    """(keep) -> {task/metric: (value, standard error)} in the harness."""
+    model, evaluate = open_harness(subject.found, options)
+
+    def of(keep):
+        model.keep = meshes.place(keep, meshes.replicated(subject.model.stream_sharding.mesh))
+        found = {}
+        for task, values in evaluate()[1]['results'].items():
+            for key, value in values.items():
+                metric, _, filtered = key.partition(',')
+                if isinstance(value, float) and not metric.endswith('_stderr'):
+                    error = values.get(f'{metric}_stderr,{filtered}')
+                    name = f'{task}/{metric}' + (f',{filtered}' if filtered != 'none' else '')
+                    found[name] = value, error if isinstance(error, float) else math.nan
+        return found
+
+    return of
+
+
+def main(argv):
+    """The command; returns its exit code."""
+
+    def work(subject, options, texts):
+        L = len(subject.model.norm_position)
+        blocks = _blocks(options.blocks, L)
+        metrics = measure(subject.model, subject.params, texts(subject), blocks)
+        if options.tasks:
+            metrics |= of_evaluations(_tasks(subject, options), L, blocks)
+        return {'metrics': metrics}
+
+    return job.run(sys.modules[__name__], work, argv, add_options)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

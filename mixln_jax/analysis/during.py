@@ -1,0 +1,62 @@
+"""The four analyses during training, on a fixed sample of the text to evaluate on."""
+
+from mixln_jax import config as configs
+from mixln_jax import figures
+from mixln_jax import mesh as meshes
+from mixln_jax.analysis import angular, drop, gradients, subjects, variance
+
+POSITIONS = 2048  # of a device at a time: every layer's stream is kept
+
+# Drawn by matplotlib, for TensorBoard.
+PICTURES = {'analysis/angular_matrix': lambda matrix: figures.image(figures.heat_map(matrix))}
+
+
+class Analyses:
+    """Calling it with the weights gives the values of a metrics line.
+
+    Lists have a number a layer: `analysis/angular_distance` across the layer, `analysis/perplexity_drop` without it,
+    `analysis/grad_norm` of the sample's mean loss, `analysis/variance` of the stream behind it,
+    `analysis/contribution_attention` and `_mlp`; `analysis/angular_matrix` is [L+1,L+1] between any two depths.
+    """
+
+    def __init__(self, config: configs.Config, model, rows, watched=iter):
+        """`rows`: text to measure on, of which `config.analysis.tokens` are taken; `watched`: wraps every reading of
+        its batches, and may raise to stop."""
+        self._model, self._watched = model.clone(compute_dtype='float32'), watched
+        parts = meshes.row_parts(model.stream_sharding.mesh)
+        wanted = -(-config.analysis.tokens // config.seq_length)
+        size = parts * max(1, min(POSITIONS // config.seq_length, -(-wanted // parts)))
+        self._batches = subjects.sample(rows, config.analysis.tokens, size)
+
+    def __call__(self, params):
+        def of(job):
+            return job.measure(self._model, params, self._watched(self._batches))
+
+        distances, dropped, norms, stream = (of(job) for job in (angular, drop, gradients, variance))
+        matrix = distances['distance']['mean']
+        return {
+            'analysis/angular_distance': matrix.diagonal(1).tolist(),
+            'analysis/angular_matrix': matrix.tolist(),
+            'analysis/perplexity_drop': dropped['perplexity']['drop']['1']['mean'].tolist(),
+            'analysis/grad_norm': norms['layers']['mean'].tolist(),
+            'analysis/variance': stream['variance']['mean'][1:].tolist(),
+            **{
+                f'analysis/contribution_{name}': found['mean'].tolist()
+                for name, found in stream['contribution'].items()
+            },
+        }
+
+
+def share(config: configs.Config, flops_per_position):
+    """FLOPs of the analyses as a share of those of training, by formula.
+
+    A position of the sample costs L+6 forward passes (one for angles and one for variances, three for the gradient, L+1
+    with a layer less or none), and 8 (L+1)^2 D for the angles; one of training three.
+
+    Args:
+        flops_per_position: of training.
+    """
+    L, D = config.model.num_layers, config.model.hidden_size
+    analyses = config.analysis.tokens * ((L + 6) * flops_per_position / 3 + 8 * (L + 1) ** 2 * D)
+    steps = min(config.analysis.every or config.num_steps, config.num_steps)
+    return analyses / (flops_per_position * config.batch_size * config.seq_length * steps)

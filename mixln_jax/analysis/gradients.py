@@ -1,0 +1,120 @@
+"""Norm of the gradient in every layer and matrix: `python -m mixln_jax.analysis.gradients`.
+
+Pre-LN gives deep layers small gradients, Post-LN the first ones; Mix-LN evens them out (Mix-LN, Figures 3e and 6a).
+`--steps init,all` has the network at initialisation and at every checkpoint.
+"""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixln_jax import figures, measures
+from mixln_jax import mesh as meshes
+from mixln_jax.analysis import job
+from mixln_jax.exits import UsageError
+from mixln_jax.step import batch_loss
+
+NAME = 'gradients'
+DEFINITION = (
+    'Euclidean norm, over all weights of a layer or over one matrix, of the gradient of the mean loss of a batch, '
+    'before clipping; the mean over batches'
+)
+UNIT = 'nats a token, by unit of weight'
+SOURCE = 'Li, Yin, Liu 2025, Mix-LN (arXiv 2412.13795), Figures 3e and 6a'
+ROWS = 32
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _gradient(params, batch, *, model):
+    """(gradient of the summed losses of a batch, its tokens)."""
+    grads, count = jax.grad(lambda params: batch_loss(model, params, batch)[:2], has_aux=True)(params)
+    shardings = meshes.state_shardings(model.stream_sharding.mesh, grads)
+    return jax.lax.with_sharding_constraint(grads, shardings), count
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _sum(one, other):
+    return jax.tree.map(jnp.add, one, other)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _norms(sums, *, model):
+    grads, count = sums
+    mean = jax.tree.map(lambda grad: grad / count, grads)
+    return job.everywhere({'layers': measures.layer_norms(mean)[0], 'matrices': measures.matrix_norms(mean)}, model)
+
+
+def measure(model, params, batches, rows=None):
+    """Norms of gradients.
+
+    Args:
+        model, params, batches: as angular.measure.
+        rows: that share one gradient, a multiple of a batch's; what is left at the end is none. None: all of them.
+
+    Returns:
+        {'layers': [L], 'matrices': {name: [L]}, 'outside': {name: scalar}}, each {'mean', 'standard_error'} over the
+        gradients (None of a single one), and 'gradients', their number, 'rows_per_gradient'.
+
+    Raises UsageError for fewer than `rows` rows.
+    """
+    found, sums, taken = [], None, 0
+    for batch in batches:
+        of_batch = _gradient(params, meshes.place(batch, model.stream_sharding), model=model)
+        sums = _sum(sums, of_batch) if sums else of_batch
+        taken += len(batch['inputs'])
+        if taken == rows:
+            found.append(jax.device_get(_norms(sums, model=model)))
+            sums, taken = None, 0
+    if not rows:
+        rows = taken
+        found.append(jax.device_get(_norms(sums, model=model)))
+    if not found:
+        raise UsageError(f'the sample has {taken} rows, one gradient takes {rows}: raise --tokens or lower --rows')
+
+    def over(*values):
+        values = np.asarray(values, np.float64)
+        error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
+        return {'mean': values.mean(0), 'standard_error': error}
+
+    norms = jax.tree.map(over, *found)
+    inside = {name: norm for name, norm in norms['matrices'].items() if np.ndim(norm['mean'])}
+    return {
+        'layers': norms['layers'],
+        'matrices': inside,
+        'outside': {name: norm for name, norm in norms['matrices'].items() if name not in inside},
+        'gradients': len(found),
+        'rows_per_gradient': rows,
+    }
+
+
+def columns(result):
+    """{title: [L]} of an entry of result.json."""
+    return {'gradient norm': result['layers']['mean']}
+
+
+def draw(results):
+    """{name: figure} of a result.json's results."""
+    return {NAME: figures.gradients(results), 'matrices': figures.gradient_matrices(results)}
+
+
+def add_options(add):
+    """What this job takes besides."""
+    add('--rows', type=int, metavar='N', default=ROWS, help=f'rows of text that share one gradient [{ROWS}]')
+
+
+def main(argv):
+    """The command; returns its exit code."""
+
+    def work(subject, options, texts):
+        if options.rows < 1 or options.rows % options.batch_size:
+            raise UsageError(f'--rows {options.rows} is not a multiple of --batch_size {options.batch_size}')
+        return measure(subject.model, subject.params, texts(subject), options.rows)
+
+    return job.run(sys.modules[__name__], work, argv, add_options)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

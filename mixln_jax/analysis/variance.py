@@ -1,0 +1,76 @@
+"""Growth of the residual stream with depth, and what sub-layers add to it: `python -m mixln_jax.analysis.variance`.
+
+Where the variance grows, a Pre-LN sub-layer, whose output does not, adds ever less: the layer nears the identity (Sun
+et al. 2025, The Curse of Depth).
+"""
+
+import functools
+import sys
+
+import jax
+import numpy as np
+
+from mixln_jax import figures, measures
+from mixln_jax.analysis import job
+from mixln_jax.models import norms
+from mixln_jax.step import trunk_inputs
+
+NAME = 'variance'
+DEFINITION = (
+    'variance: of the raw residual stream over the features of a token, the mean over tokens, at depth 0 (what layer 1 '
+    'sees) to L; contribution: |F(x)| / |x|, what a sub-layer adds over the stream before it, the mean over tokens; '
+    'theory: var_l = var_{l-1} (1 + c f_l / sqrt(var_{l-1})) in Pre-LN layers (f = 1) and under LayerNorm Scaling '
+    '(f_l = 1/sqrt(l)), c fitted'
+)
+UNIT = 'variance: squared units of the stream; contribution: a ratio'
+SOURCE = 'Sun et al. 2025, The Curse of Depth (arXiv 2502.05795), sections 3 and 4'
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _sums(params, batch, *, model):
+    """Sums over the tokens of each row: variance [B,L+1], contribution [B,L,2]."""
+    _, out = model.apply({'params': params}, **trunk_inputs(batch), capture=True, method='trunk')
+    variance = measures.stream_variance(out['hidden'], batch['weights'])
+    return job.everywhere((variance, measures.contribution(out['branches'], batch['weights'])), model)
+
+
+def measure(model, params, batches):
+    """Variance of the stream and contribution of the sub-layers; arguments as angular.measure.
+
+    Returns:
+        {'variance': [L+1], 'contribution': {'attention', 'mlp'}: [L]}, each {'mean', 'standard_error'}, 'theory' [L+1],
+        NaN where there is none, and 'theory_constant'.
+    """
+    (variance, contribution), counts = job.by_row(lambda at: _sums(params, at, model=model), model, batches)
+    variance = measures.mean_and_error(variance, counts)
+    factors = norms.growth_factors(model.norm_position, model.layer_index, model.depth)
+    theory, constant = measures.variance_theory(variance['mean'], factors)
+    return {
+        'variance': variance,
+        'contribution': {
+            name: measures.mean_and_error(contribution[..., at], counts) for at, name in enumerate(('attention', 'mlp'))
+        },
+        'theory': np.asarray(theory),
+        'theory_constant': constant,
+    }
+
+
+def columns(result):
+    """{title: [L]} of an entry of result.json."""
+    shares = {f'{name} adds': found['mean'] for name, found in result['contribution'].items()}
+    return {'variance behind': result['variance']['mean'][1:]} | shares
+
+
+def draw(results):
+    """{name: figure} of a result.json's results."""
+    return {NAME: figures.variance(results), 'contribution': figures.contribution(results)}
+
+
+def main(argv):
+    """The command; returns its exit code."""
+    work = lambda subject, _, texts: measure(subject.model, subject.params, texts(subject))  # noqa: E731
+    return job.run(sys.modules[__name__], work, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
