@@ -14,7 +14,7 @@ import numpy as np
 
 from mixln_jax import trees
 from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import hf_config, tensors, transformer
+from mixln_jax.models import hf_config, tensors
 
 MATRICES = {
     'attention/q/kernel': 'self_attn.q_proj',
@@ -83,30 +83,21 @@ def read(folder, norm_position=None, compute_dtype='float32'):
     found = tensors.read(folder)
     if not stated:
         _check_pre(folder, found)
-    config, named = model.config, f'norm_position={model.config.norm_position}'
+    shapes, named = model.shapes()['params'], f'norm_position={model.config.norm_position}'
+    params = tensors.fill(
+        folder,
+        found,
+        jax.eval_shape(lambda params: _unpadded(params, model.config.vocab_size), shapes),
+        model.norm_position,
+        lambda path: tensor_name(path, model.norm_position),
+        named,
+    )
 
-    def take(path, leaf):
-        path = trees.path_name(path)
-        name = tensor_name(path, model.norm_position)
-        if name not in found:
-            raise CheckpointError(f'{folder}: no tensor {name}, which {named} needs')
-        tensor = found.pop(name)
-        if tensor.dtype.kind in 'iub' or not np.isfinite(tensor := tensor.astype(np.float32)).all():
-            raise CheckpointError(f'{folder}: tensor {name} is not finite numbers ({tensor.dtype})')
-        tensor = tensor.T if path.endswith('kernel') else tensor
-        axis = VOCAB_AXIS.get(path)
-        expected = tuple(config.vocab_size if at == axis else size for at, size in enumerate(leaf.shape))
-        if tensor.shape != expected:
-            raise CheckpointError(f'{folder}: tensor {name} has shape {tensor.shape}, config.json makes it {expected}')
-        padding = [(0, size - n) for size, n in zip(leaf.shape, expected, strict=True)]
-        return np.pad(tensor, padding) if padding else tensor
+    def pad(leaf, to):
+        widths = [(0, size - n) for size, n in zip(to.shape, leaf.shape, strict=True)]
+        return leaf if leaf.shape == to.shape else np.pad(leaf, widths)
 
-    shapes = jax.eval_shape(lambda params: _by_layer(params, model.norm_position), model.shapes()['params'])
-    params = jax.tree_util.tree_map_with_path(take, shapes)
-    if found:
-        raise CheckpointError(f'{folder}: tensor {min(found)} has no place in a network with {named}')
-    params['layers'] = transformer.stack_layers(params['layers'], model.norm_position)
-    return model, params
+    return model, jax.tree.map(pad, params, shapes)
 
 
 def _check_pre(folder, found):
@@ -147,12 +138,11 @@ def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.
     config = hf_config.content(model) | ABOUT | special | (about or {})
     config |= {'dtype': dtype, 'torch_dtype': dtype}  # the latter for transformers 4
     named = {}
-    for path, leaf in trees.named_leaves(_by_layer(jax.device_get(params), model.norm_position)):
+    params = _unpadded(jax.device_get(params), model.config.vocab_size)
+    for path, leaf in trees.named_leaves(tensors.by_layer(params, model.norm_position)):
         name = tensor_name(path, model.norm_position)
         if name in named:
             raise UsageError(f'two parameters of {hf_config.spell(model.norm_position)} have the tensor name {name}')
-        if path in VOCAB_AXIS:
-            leaf = leaf[(slice(None),) * VOCAB_AXIS[path] + (slice(model.config.vocab_size),)]
         if path == 'embed/embedding' and model.config.scale_embed:
             leaf = leaf.astype(np.float32) * np.float32(model.config.hidden_size**0.5)
         named[name] = leaf.T if path.endswith('kernel') else leaf
@@ -168,5 +158,11 @@ def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.
     (folder / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
 
 
-def _by_layer(params, norm_position):
-    return dict(params, layers=transformer.split_layers(params['layers'], norm_position))
+def _unpadded(params, vocab_size):
+    """Without the rows and columns that only pad the vocabulary."""
+
+    def cut(path, leaf):
+        axis = VOCAB_AXIS.get(trees.path_name(path))
+        return leaf if axis is None else leaf[(slice(None),) * axis + (slice(vocab_size),)]
+
+    return jax.tree_util.tree_map_with_path(cut, params)

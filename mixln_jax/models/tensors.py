@@ -4,10 +4,13 @@ import json
 import pathlib
 
 import huggingface_hub
+import jax
 import numpy as np
 import safetensors.numpy
 
+from mixln_jax import trees
 from mixln_jax.exits import CheckpointError, UsageError
+from mixln_jax.models import transformer
 
 FILE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLED = ('*.bin', '*.bin.index.json', '*.pt', '*.pth', '*.pkl', '*.ckpt')
@@ -41,6 +44,50 @@ def read(folder):
             raise CheckpointError(f'{folder / file} {says} tensor {differ[0]}, which {INDEX} {puts} there')
         tensors |= found
     return tensors
+
+
+def by_layer(params, norm_position):
+    """Parameters with L single layers in place of the stack, as a folder has them."""
+    return dict(params, layers=transformer.split_layers(params[trees.STACKED], norm_position))
+
+
+def fill(folder, found, shapes, norm_position, tensor_name, network):
+    """The parameters of a network, from what `read` found.
+
+    Args:
+        folder: where that was, for errors.
+        found: {name: array}, which is emptied, so that few tensors are held twice.
+        shapes: the parameters as ShapeDtypeStructs, with the sizes that the folder has.
+        norm_position: placement name of each layer.
+        tensor_name: a leaf's path by layer, joined by slashes -> name of its tensor; a kernel is stored transposed.
+        network: what these names follow from, for errors.
+
+    Returns:
+        The tree in float32 numpy arrays.
+
+    Raises:
+        CheckpointError: a tensor missing, left over, of another shape, or not finite numbers, naming it.
+    """
+
+    def take(path, leaf):
+        path = trees.path_name(path)
+        name = tensor_name(path)
+        if name not in found:
+            raise CheckpointError(f'{folder}: no tensor {name}, which {network} needs')
+        tensor = found.pop(name)
+        if tensor.dtype.kind in 'iub' or not np.isfinite(tensor := tensor.astype(np.float32)).all():
+            raise CheckpointError(f'{folder}: tensor {name} is not finite numbers ({tensor.dtype})')
+        tensor = tensor.T if path.endswith('kernel') else tensor
+        if tensor.shape != leaf.shape:
+            raise CheckpointError(
+                f'{folder}: tensor {name} has shape {tensor.shape}, config.json makes it {leaf.shape}'
+            )
+        return tensor
+
+    params = jax.tree_util.tree_map_with_path(take, jax.eval_shape(lambda p: by_layer(p, norm_position), shapes))
+    if found:
+        raise CheckpointError(f'{folder}: tensor {min(found)} has no place in a network with {network}')
+    return dict(params, layers=transformer.stack_layers(params[trees.STACKED], norm_position))
 
 
 def write(folder, tensors, dtype, max_bytes):

@@ -4,6 +4,7 @@ B batch, T length, D width, H query heads, K key/value heads, F MLP width, L lay
 segment, run by one `nn.scan` over stacked parameters, so compile time grows with segments and not with depth.
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -116,9 +117,18 @@ class MLP(nn.Module):
         return linear(self.config.hidden_size, self.dtype, 'down')(nn.silu(gate) * up)
 
 
-def linear(features, dtype, name):
-    """A matrix without bias; its values come from `initialize`."""
-    return nn.Dense(features, use_bias=False, dtype=dtype, name=name, kernel_init=nn.initializers.zeros)
+def linear(features, dtype, name, bias=False):
+    """A matrix, without bias unless it is asked for; its values come from `initialize`, or from a file."""
+    return nn.Dense(features, use_bias=bias, dtype=dtype, name=name, kernel_init=nn.initializers.zeros)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What the layers of a family of networks are made of: modules with the fields and arguments of LLaMA's, here."""
+
+    norm: type[nn.Module] = RMSNorm
+    attention: type[nn.Module] = Attention
+    mlp: type[nn.Module] = MLP
 
 
 class Layer(nn.Module):
@@ -129,6 +139,7 @@ class Layer(nn.Module):
     placement: norms.Layer
     stream_sharding: jax.sharding.NamedSharding | None
     capture: bool = False
+    parts: Parts = Parts()
 
     @nn.compact
     def __call__(self, x, per_layer, angles, mask):
@@ -138,8 +149,8 @@ class Layer(nn.Module):
         norms of the stream before it and of what it adds, and the mean of the latter; else None.
         """
         branches = []
-        attention = Attention(self.config, self.dtype, self.placement.qkv_norm, name='attention')
-        mlp = MLP(self.config, self.dtype, name='mlp')
+        attention = self.parts.attention(self.config, self.dtype, self.placement.qkv_norm, name='attention')
+        mlp = self.parts.mlp(self.config, self.dtype, name='mlp')
         constants = per_layer['constants']
         if self.stream_sharding:
             x = jax.lax.with_sharding_constraint(x, self.stream_sharding)
@@ -158,7 +169,7 @@ class Layer(nn.Module):
     def residual(self, x, sublayer, placement, constants, name, branches):
         """The one residual rule (see norms.py). Factors act in float32, whatever type the stream has."""
         groups = self.config.norm_groups if placement.grouped else 1
-        norm = lambda at: RMSNorm(self.config.norm_eps, self.dtype, groups, name=f'{name}_norm_{at}')  # noqa: E731
+        norm = lambda at: self.parts.norm(self.config.norm_eps, self.dtype, groups, name=f'{name}_norm_{at}')  # noqa: E731
         factors = constants | {
             by: self.param(f'{name}_{by}', nn.initializers.zeros, x.shape[-1:] if factor.per_feature else ())
             for by, factor in placement.factors().items()
@@ -190,12 +201,14 @@ class Stack(nn.Module):
     layer_index: tuple[int, ...]
     depth: int
     stream_sharding: jax.sharding.NamedSharding | None = None
+    parts: Parts = Parts()
 
     @nn.compact
     def __call__(self, x, angles, mask=None, keep=None, capture=False):
         """Runs the stream x [B,T,D] through the layers.
 
-        `mask` [B,1,T,T] bool says which keys a query sees of those before it, None: all of them.
+        `angles` are those of `rotary_angles`, None: attention has none. `mask` [B,1,T,T] bool, or what broadcasts to
+        it, says which keys a query sees of those that attention lets it see, None: all of them.
         `keep` [L] (traced) removes layers: one that is False is the identity. With `capture` the second result is what
         every layer captures, stacked over them [L,...], else None.
         """
@@ -226,7 +239,7 @@ class Stack(nn.Module):
         )
         name = f'segment_{number}'
         return functools.partial(
-            loop, layer(self.config, self.dtype, placement, self.stream_sharding, capture, name=name)
+            loop, layer(self.config, self.dtype, placement, self.stream_sharding, capture, self.parts, name=name)
         )
 
     def per_layer(self, placement, first, end, keep):
