@@ -9,7 +9,7 @@ LEVELS = [
     {'mesh', 'processes', 'data', 'models'},
     {'losses', 'optim', 'metrics', 'measures', 'figures', 'drawing'},
     {'checkpoint', 'step', 'program', 'weights'},
-    {'train', 'hooks', 'evaluate', 'harness'},
+    {'train', 'hooks', 'evaluate', 'harness', 'squad'},
     {'plan', 'main', 'export', 'analysis', 'report', 'sections', 'page', 'replay'},
 ]
 WITHIN = {

@@ -54,7 +54,7 @@ def read(path, norm_position=None, compute_dtype='float32'):
 
     Arguments and errors are those of `hf.load`.
     """
-    found = _read_json(path)
+    found = read_json(path)
     config, given = _model_config(path, found), norm_position
     if found.get('model_type') not in (None, 'llama', OTHER_TYPE):
         raise CheckpointError(f'{path}: model_type={found["model_type"]!r} is not llama or {OTHER_TYPE}')
@@ -101,7 +101,8 @@ def spell(names):
     return ','.join(f'{name}*{end - first}' for name, first, end in norms.segments(names))
 
 
-def _read_json(path):
+def read_json(path):
+    """The object in a JSON file. Raises UsageError: it does not exist. CheckpointError: unreadable, or no object."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
@@ -115,26 +116,36 @@ def _read_json(path):
 
 def _model_config(path, found):
     """config.Model of the content of a config.json, its placement left out."""
-    for name in CONFIG_KEYS.values():
-        if name not in found:
-            raise CheckpointError(f'{path} has no key {name}')
-    values = {ours: found[theirs] for ours, theirs in CONFIG_KEYS.items()}
     rope = found.get('rope_parameters') or {}  # transformers 5; before it rope_theta and rope_scaling
-    for name, value in (found | {f'rope_parameters.{name}': value for name, value in rope.items()}).items():
-        if name in FIXED and value not in (None, FIXED[name]):
-            raise CheckpointError(f'{path}: {name}={value!r} is not modelled here, only {FIXED[name]!r}')
+    values = take(path, found | {f'rope_parameters.{name}': value for name, value in rope.items()}, CONFIG_KEYS, FIXED)
     kv_heads = found.get('num_key_value_heads') or values['num_heads']
     values['num_kv_heads'] = 0 if kv_heads == values['num_heads'] else kv_heads
     values['rope_theta'] = rope.get('rope_theta', found.get('rope_theta', 10000.0))
     if 'norm_groups' in found:
         values['norm_groups'] = found['norm_groups']
-    try:
-        config = configs.build({'model': values}).model
-    except UsageError as error:
-        raise CheckpointError(f'{path}: {error}') from None
+    config = build(path, values)
     if found.get('head_dim') not in (None, config.hidden_size // config.num_heads):
         raise CheckpointError(f'{path}: head_dim={found["head_dim"]} is not hidden_size / num_attention_heads')
     return config
+
+
+def take(path, found, keys, fixed):
+    """{ours: value} of `keys` {ours: theirs}. Raises CheckpointError: one is missing, or a value is not the `fixed`."""
+    for name in keys.values():
+        if name not in found:
+            raise CheckpointError(f'{path} has no key {name}')
+    for name, value in found.items():
+        if name in fixed and value not in (None, fixed[name]):
+            raise CheckpointError(f'{path}: {name}={value!r} is not modelled here, only {fixed[name]!r}')
+    return {ours: found[theirs] for ours, theirs in keys.items()}
+
+
+def build(path, values):
+    """config.Model of its keys. Raises CheckpointError for values that it cannot have."""
+    try:
+        return configs.build({'model': values}).model
+    except UsageError as error:
+        raise CheckpointError(f'{path}: {error}') from None
 
 
 def content(model):
