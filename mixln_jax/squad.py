@@ -1,7 +1,8 @@
 """SQuAD (Rajpurkar et al. 2016, 2018): its files, rows of tokens for BERT, best spans, exact match and F1.
 
-As in Devlin et al.'s run_squad.py, of which transformers 4's squad processors are a copy; answers are cut out of the
-text by the tokenizer's offsets. Q questions, N rows (windows of texts, in the order of the questions), T tokens.
+As in Devlin et al.'s run_squad.py, which transformers 4 follows in data/processors/squad.py; but answers are cut out of
+the text by the tokenizer's offsets, so one that begins with a later piece of a word begins there, not with the word.
+Q questions, N rows (windows of texts, in the order of the questions), T tokens.
 """
 
 import collections
@@ -217,7 +218,7 @@ def _shows_best(spans, total):
     for window, (start, end) in enumerate(spans):
         at = np.arange(start, end)
         around[window, start:end] = np.minimum(at - start, end - 1 - at) + 0.01 * (end - start)
-    best = around.argmax(axis=0) if total else around
+    best = around.argmax(axis=0)
     return [best[start:end] == window for window, (start, end) in enumerate(spans)]
 
 
