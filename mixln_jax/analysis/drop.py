@@ -14,7 +14,7 @@ import numpy as np
 from mixln_jax import figures, measures
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import job
-from mixln_jax.evaluate import open_harness
+from mixln_jax.evaluate import OF_TASKS, open_harness
 from mixln_jax.exits import UsageError
 from mixln_jax.step import batch_loss
 
@@ -148,6 +148,9 @@ def main(argv):
     """The command; returns its exit code."""
 
     def work(subject, options, texts):
+        for name in OF_TASKS:
+            if getattr(options, name) is not None and not options.tasks:
+                raise UsageError(f'--{name} has no meaning without --tasks')
         L = len(subject.model.norm_position)
         blocks = _blocks(options.blocks, L)
         metrics = measure(subject.model, subject.params, texts(subject), blocks)

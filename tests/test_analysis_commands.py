@@ -1,0 +1,234 @@
+"""The analyses as commands: what they write of runs and folders, what they refuse; networks without some layers."""
+
+import importlib
+import json
+import pathlib
+import re
+
+import corpora
+import jax
+import numpy as np
+import pytest
+from test_hf import PLACEMENTS, network
+
+from mixln_jax import config as configs
+from mixln_jax import evaluate, export, main, record, weights
+from mixln_jax.analysis import drop, subjects
+from mixln_jax.data import tokenizers
+from mixln_jax.exits import UsageError
+from mixln_jax.models import hf
+
+ROOT = pathlib.Path(__file__).parents[1]
+JOBS = {
+    'angular': ['angular'],
+    'variance': ['contribution', 'variance'],
+    'drop': ['perplexity'],
+    'gradients': ['gradients', 'matrices'],
+}
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('runs') / 'small'
+    texts = [f'text {n}, which has {"many " * (n % 5)}words' for n in range(300)]
+    path = corpora.write(folder.parent / 'text.jsonl', texts)
+    keys = {
+        'data.source': 'jsonl', 'data.path': str(path),
+        'num_steps': 4, 'batch_size': 8, 'seq_length': 16, 'checkpoint.every': 2, 'eval.tokens': 1000, 'eval.every': 0,
+        'model.num_layers': 3, 'model.hidden_size': 16, 'model.num_heads': 2, 'model.intermediate_size': 24,
+        'model.norm_position': 'post,pre*2', 'analysis.every': 2, 'analysis.tokens': 100,
+        'accumulate': 2, 'mesh.data': 2,
+    }  # fmt: skip
+    main.run(configs.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()]), folder)
+    return folder
+
+
+def command(job, *words):
+    return importlib.import_module(f'mixln_jax.analysis.{job}').main([str(word) for word in words])
+
+
+def content(folder):
+    return json.loads((folder / 'result.json').read_text())
+
+
+def test_a_run_has_them_in_its_records(run):
+    lines = record.read_metrics(run / 'metrics.jsonl')
+    assert [line['step'] for line in lines if 'analysis/grad_norm' in line] == [2, 4]
+    [events] = run.glob('events.out.tfevents.*')
+    found = events.read_bytes()
+    assert all(name in found for name in (b'analysis/perplexity_drop/003', b'analysis/angular_matrix', b'IHDR'))
+    assert b'analysis/angular_matrix/' not in found  # an image, not a scalar a row
+
+
+@pytest.mark.parametrize('job', JOBS)
+def test_a_run(run, job, capsys):
+    assert command(job, '--checkpoint', run, '--tokens', 300, *(['--rows', 8] if job == 'gradients' else [])) == 0
+    folder = run / 'analysis' / job
+    assert sorted(path.name for path in folder.glob('*.png')) == [f'{name}.png' for name in JOBS[job]]
+    assert sorted(path.name for path in folder.glob('*.svg')) == [f'{name}.svg' for name in JOBS[job]]
+    found = content(folder)
+    assert found['job'] == job and found['definition'] and found['unit'] and found['source']
+    assert found['settings']['tokens'] == 300 and found['environment']['versions']
+    [result] = found['results']
+    assert (result['label'], result['step'], result['norm_position']) == ('small', 4, ['post', 'pre', 'pre'])
+    assert result['checkpoint'] == f'{run}/checkpoints/4'
+    assert result['tokens'] == 16 * result['rows'] >= 300
+    shown = capsys.readouterr().out
+    assert f'{run}/checkpoints/4, step 4 on {result["tokens"]} tokens' in shown
+    assert [line.split()[:2] for line in shown.splitlines() if line.split()[:1] in (['1'], ['3'])] == [
+        ['1', 'post'],
+        ['3', 'pre'],
+    ]
+
+
+def test_what_is_written_of_each(run):
+    """Shapes, errors, and numbers that another room knows."""
+    for job in JOBS:
+        assert (
+            command(job, '--checkpoint', run, '--tokens', 10**6, *(['--rows', 32] if job == 'gradients' else [])) == 0
+        )
+    angles, stream, drops, norms = (content(run / 'analysis' / job)['results'][0] for job in JOBS)
+    assert np.shape(angles['distance']['mean']) == np.shape(angles['distance']['standard_error']) == (4, 4)
+    assert len(stream['variance']['mean']) == 4 and len(stream['contribution']['mlp']['standard_error']) == 3
+    assert stream['theory'][:1] == [None] and len(stream['theory']) == 4 and stream['theory_constant'] > 0
+    whole = evaluate.evaluate_run(weights.load(run), num_tokens=10**9)
+    for name in ('loss', 'perplexity'):
+        assert drops['metrics'][name]['value'] == pytest.approx(whole[f'eval/{name}'], rel=1e-5)
+        assert 0 < drops['metrics'][name]['standard_error'] < drops['metrics'][name]['value']
+    assert drops['tokens'] == whole['eval/tokens']
+    assert set(norms['matrices']) == {f'attention/{name}' for name in 'qkvo'} | {
+        f'mlp/{name}' for name in ('gate', 'up', 'down')
+    }
+    assert norms['gradients'] == norms['rows'] // 32 > 1 and all(norms['layers']['standard_error'])
+
+
+def test_several_checkpoints_and_the_beginning(run, tmp_path):
+    words = ['--tokens', 100, '--rows', 8, '--out', tmp_path]
+    assert command('gradients', '--checkpoint', run, '--steps', 'init,all', *words) == 0
+    results = content(tmp_path)['results']
+    assert [result['step'] for result in results] == [0, 2, 4]
+    assert [result['label'] for result in results] == ['small at init', 'small step 2', 'small step 4']
+    assert len({tuple(result['layers']['mean']) for result in results}) == 3
+    found = weights.load(run)
+    first = jax.jit(found.model.init)(jax.random.key(found.config.seed))['params']
+    begun = subjects.open_subject(run, subjects.INITIAL)
+    jax.tree.map(np.testing.assert_array_equal, begun.params, first)
+
+
+def test_admin_begins_with_what_it_measures(run, tmp_path):
+    """The factors that a run measures before its first step are measured again for `--steps init`."""
+    keys = {'model.norm_position': 'admin', 'num_steps': 1, 'optim.learning_rate': 1e-30, 'analysis.tokens': 0}
+    keys |= {'batch_size': 8, 'seq_length': 16, 'eval.tokens': 100, 'model.num_layers': 2, 'model.hidden_size': 18}
+    recipe = configs.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()])
+    main.run(recipe, tmp_path / 'run')
+    begun = subjects.open_subject(tmp_path / 'run', subjects.INITIAL).params
+    trained = weights.load(tmp_path / 'run').params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), begun, trained)
+    assert (np.asarray(begun['layers']['segment_0']['mlp_residual_scale']) != 1).all()
+
+
+def test_a_folder_and_a_text_of_its_own(tmp_path):
+    tokenizer = tokenizers.Bytes()
+    model, params = network('mix', vocab_size=tokenizer.vocab_size)
+    hf.save(tmp_path / 'folder', model, params, tokenizer)
+    path = corpora.write(tmp_path / 'text.jsonl.gz', [f'text number {n}' * (n % 3 + 1) for n in range(9)])
+    words = ['--checkpoint', tmp_path / 'folder', '--text', path, '--seq_length', 12, '--out', tmp_path / 'out']
+    assert command('drop', *words, '--blocks', '1,2', '--batch_size', 2) == 0
+    [result] = content(tmp_path / 'out')['results']
+    assert (result['rows'], result['step'], result['label']) == (9, None, 'folder')
+    assert [len(result['metrics']['loss']['drop'][block]['mean']) for block in '12'] == [3, 2]
+    assert sorted(path.name for path in (tmp_path / 'out').glob('*.png')) == ['perplexity.png', 'perplexity_2.png']
+    assert command('angular', *words, '--positions', 'last') == 0
+    assert content(tmp_path / 'out')['results'][0]['tokens'] == 9
+
+
+@pytest.mark.parametrize(
+    'job, words, message, code',
+    [
+        ('angular', [], 'required: --checkpoint', 2),
+        ('angular', ['--checkpoint', 'nowhere'], 'nowhere is not a folder', 2),
+        ('angular', ['--checkpoint', 'RUN', '--tokens', '0'], '--tokens must be at least 1', 2),
+        ('angular', ['--checkpoint', 'RUN', '--batch_size', '-3'], '--batch_size must be at least 1', 2),
+        ('angular', ['--checkpoint', 'RUN', '--positions', 'first'], "invalid choice: 'first'", 2),
+        ('variance', ['--checkpoint', 'RUN', '--steps', '3'], "has no checkpoint '3' .there is init, 2, 4", 2),
+        ('variance', ['--checkpoint', 'RUN/checkpoints/2', '--steps', 'all'], 'is not the folder of a run', 2),
+        ('variance', ['--checkpoint', 'RUN', '--norm_position', 'pre'], 'which knows its placement', 2),
+        ('variance', ['--checkpoint', 'RUN', '--split', 'test'], 'has no split test', 4),
+        ('variance', ['--checkpoint', 'RUN', '--text', 'none.txt'], 'none.txt', 4),
+        ('variance', ['--checkpoint', 'RUN', '--seq_length', '1'], '--seq_length must be at least 2', 2),
+        ('gradients', ['--checkpoint', 'RUN', '--rows', '12'], '--rows 12 is not a multiple of --batch_size 8', 2),
+        ('gradients', ['--checkpoint', 'RUN', '--tokens', '20', '--rows', '64'], 'raise --tokens or lower --rows', 2),
+        ('drop', ['--checkpoint', 'RUN', '--blocks', '1,4'], '--blocks 1,4: different numbers from 1 to the 3', 2),
+        ('drop', ['--checkpoint', 'RUN', '--blocks', 'x'], '--blocks x: different numbers', 2),
+        ('drop', ['--checkpoint', 'RUN', '--limit', '3'], '--limit has no meaning without --tasks', 2),
+        ('angular', ['--checkpoint', 'GOLDEN'], 'is not a run of ours, .* give --out DIR', 2),
+        ('angular', ['--checkpoint', 'GOLDEN', '--out', 'OUT'], 'names no text; give --text FILES', 2),
+        ('angular', ['--checkpoint', 'GOLDEN', '--out', 'OUT', '--text', 'README'], 'holds no tokenizer', 2),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, capsys, job, words, message, code):
+    names = {
+        'RUN': str(run),
+        'GOLDEN': str(ROOT / 'tests/golden/pre'),
+        'OUT': str(tmp_path),
+        'README': str(ROOT / 'README.md'),
+    }
+    words = [re.sub('RUN|GOLDEN|OUT|README', lambda match: names[match[0]], word) for word in words]
+    assert command(job, *words) == code
+    said = capsys.readouterr().err
+    assert re.search(message, said), said
+    assert len(said.splitlines()) == 1
+
+
+class TestRemovedLayers:
+    @pytest.mark.parametrize('norm_position', PLACEMENTS)
+    def test_a_pruned_network_is_the_masked_one(self, norm_position):
+        """Every layer in turn, and two at once, under every placement."""
+        model, params = network(norm_position)
+        found = weights.Weights(model, params, 'here')
+        ids = np.arange(10).reshape(2, 5)
+        masked = jax.jit(lambda keep: model.apply({'params': params}, ids, keep=keep)[0])
+        keeps = [*drop.masks(3), [True, False, False]]
+        for keep in keeps:
+            removed = {at + 1 for at in range(3) if not keep[at]}
+            pruned = weights.without_layers(found, removed)
+            assert pruned.model.layer_index == tuple(at + 1 for at in range(3) if keep[at]) and pruned.model.depth == 3
+            logits, _ = pruned.model.apply({'params': pruned.params}, ids)
+            expected = masked(np.array(keep))
+            np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+            assert np.abs(expected - masked(np.ones(3, bool))).max() > 1e-3
+
+    def test_the_command(self, run, tmp_path, capsys):
+        """Its folder, opened as any other, has the loss that the drop job gives for the layer."""
+        assert export.main(['--checkpoint', str(run), '--out', str(tmp_path / 'out'), '--remove_layers', '2']) == 0
+        assert json.loads((tmp_path / 'out/export.json').read_text())['removed_layers'] == [2]
+        model, _ = hf.load(tmp_path / 'out')
+        assert (model.layer_index, model.depth, model.norm_position) == ((1, 3), 3, ('post', 'pre'))
+        # Texts that are rows of 16 in any mode: an eos ends each.
+        path = corpora.write(tmp_path / 'text.jsonl', [f'text {n:010}' for n in range(12)])
+        words = ['--text', path, '--seq_length', 16]
+        assert command('drop', '--checkpoint', tmp_path / 'out', *words, '--out', tmp_path / 'pruned') == 0
+        assert command('drop', '--checkpoint', run, *words, '--out', tmp_path / 'whole') == 0
+        [pruned], [whole] = (content(tmp_path / name)['results'] for name in ('pruned', 'whole'))
+        loss = whole['metrics']['loss']
+        if pruned['tokens'] == whole['tokens']:  # rows of one mode
+            assert pruned['metrics']['loss']['value'] == pytest.approx(
+                loss['value'] + loss['drop']['1']['mean'][1], abs=1e-5
+            )
+
+    def test_what_is_refused(self, run, tmp_path, capsys):
+        for removed, message in (
+            ('4', 'there is no layer 4: the 3 layers'),
+            ('0', 'there is no layer 0'),
+            ('1,2,3', 'all 3 layers'),
+            ('two', "'two': numbers from 1 are needed"),
+            ('', 'numbers from 1 are needed'),
+        ):
+            words = ['--checkpoint', str(run), '--out', str(tmp_path / 'out'), '--remove_layers', removed]
+            assert export.main(words) == 2
+            said = capsys.readouterr().err
+            assert message in said and len(said.splitlines()) == 1
+        assert not (tmp_path / 'out').exists()
+        model, params = network('peri,pre*2')
+        with pytest.raises(UsageError, match=r'layer 1 \(peri\) cannot be removed before a layer of pre'):
+            weights.without_layers(weights.Weights(model, params, 'here'), {1})
