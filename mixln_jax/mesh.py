@@ -31,7 +31,7 @@ RULES = (
     (r'/head/kernel$', P('fsdp', 'tensor')),
     (r'/(q|k|v|gate|up)/kernel$', P('fsdp', 'tensor'), P(('fsdp', 'tensor'), None)),
     (r'/(o|down)/kernel$', P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor'))),
-    (r'(norm\w*/|_)scale$', P()),
+    (r'((norm\w*/|_)scale|/bias|/span/kernel)$', P()),
 )
 
 

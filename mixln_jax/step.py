@@ -39,8 +39,10 @@ def measure_factors(state, batch, *, model, accumulate=1):
 
 
 def trunk_inputs(batch):
-    """What `trunk` takes of a batch: the ids and, in a packed batch, where the documents of each row lie."""
-    return {'ids': batch['inputs']} | {key: batch[key] for key in ('positions', 'segments') if key in batch}
+    """What `trunk` takes of a batch: the ids and, in a packed batch, where the documents of each row lie; of BERT the
+    kinds of tokens and which are seen."""
+    keys = ('positions', 'segments', 'types', 'mask')
+    return {'ids': batch['inputs']} | {key: batch[key] for key in keys if key in batch}
 
 
 def batch_loss(model, params, batch, keep=None):

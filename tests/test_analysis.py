@@ -219,18 +219,20 @@ def test_meshes(name):
 
 def test_a_sample_of_rows(corpus_rows):
     """Rows at random, the same whatever the batch size, real tokens counted, weight 0 behind the last."""
-    one, three = (subjects.sample(corpus_rows, 100, size) for size in (1, 3))
+    one, three = (subjects.sample(subjects.rows_of_text(corpus_rows), 100, size) for size in (1, 3))
     rows = np.concatenate([batch['inputs'] for batch in one])
     np.testing.assert_array_equal(np.concatenate([batch['inputs'] for batch in three])[: len(rows)], rows)
     counts = np.concatenate([batch['weights'].sum(-1) for batch in three])
     assert counts[: len(rows)].sum() >= 100 > counts[: len(rows) - 1].sum() and not counts[len(rows) :].any()
     in_order = corpus_rows.tokens(range(len(rows)))[:, :-1]
     assert not np.array_equal(in_order, rows)
-    last = np.concatenate([batch['weights'] for batch in subjects.sample(corpus_rows, 100, 1, last=True)])
+    last = np.concatenate(
+        [batch['weights'] for batch in subjects.sample(subjects.rows_of_text(corpus_rows), 100, 1, last=True)]
+    )
     real = np.concatenate([batch['weights'] for batch in one])
     assert (last.sum(-1) == 1).all()
     assert [np.flatnonzero(row)[-1] for row in real] == last.argmax(-1).tolist()
-    everything = subjects.sample(corpus_rows, 10**9, 4)
+    everything = subjects.sample(subjects.rows_of_text(corpus_rows), 10**9, 4)
     assert sum((batch['weights'].sum(-1) > 0).sum() for batch in everything) == len(corpus_rows)
 
 
@@ -267,7 +269,7 @@ class TestDuringTraining:
         found = during.Analyses(config, model, corpus_rows, watched)(params)
         assert len(looks) == 4
         precise = model.clone(compute_dtype='float32')
-        batches = subjects.sample(corpus_rows, 100, 8)
+        batches = subjects.sample(subjects.rows_of_text(corpus_rows), 100, 8)
         expected = {name: measure(precise, params, batches) for name, measure in EACH.items()}
         matrix = expected['angular']['distance']['mean']
         np.testing.assert_allclose(found['analysis/angular_matrix'], matrix, rtol=0, atol=1e-6)

@@ -12,11 +12,11 @@ import pytest
 from test_hf import PLACEMENTS, network
 
 from mixln_jax import config as configs
-from mixln_jax import evaluate, export, main, record, weights
+from mixln_jax import evaluate, export, main, record, squad, weights
 from mixln_jax.analysis import drop, subjects
 from mixln_jax.data import tokenizers
 from mixln_jax.exits import UsageError
-from mixln_jax.models import hf
+from mixln_jax.models import hf, hf_bert
 
 ROOT = pathlib.Path(__file__).parents[1]
 JOBS = {
@@ -84,9 +84,7 @@ def test_a_run(run, job, capsys):
 def test_what_is_written_of_each(run):
     """Shapes, errors, and numbers that another room knows."""
     for job in JOBS:
-        assert (
-            command(job, '--checkpoint', run, '--tokens', 10**6, *(['--rows', 32] if job == 'gradients' else [])) == 0
-        )
+        assert command(job, '--checkpoint', run, '--tokens', 10**6, *(['--rows', 8] if job == 'gradients' else [])) == 0
     angles, stream, drops, norms = (content(run / 'analysis' / job)['results'][0] for job in JOBS)
     assert np.shape(angles['distance']['mean']) == np.shape(angles['distance']['standard_error']) == (4, 4)
     assert len(stream['variance']['mean']) == 4 and len(stream['contribution']['mlp']['standard_error']) == 3
@@ -99,7 +97,7 @@ def test_what_is_written_of_each(run):
     assert set(norms['matrices']) == {f'attention/{name}' for name in 'qkvo'} | {
         f'mlp/{name}' for name in ('gate', 'up', 'down')
     }
-    assert norms['gradients'] == norms['rows'] // 32 > 1 and all(norms['layers']['standard_error'])
+    assert norms['gradients'] == -(-norms['rows'] // 8) > 1 and all(norms['layers']['standard_error'])
 
 
 def test_several_checkpoints_and_the_beginning(run, tmp_path):
@@ -140,6 +138,77 @@ def test_a_folder_and_a_text_of_its_own(tmp_path):
     assert sorted(path.name for path in (tmp_path / 'out').glob('*.png')) == ['perplexity.png', 'perplexity_2.png']
     assert command('angular', *words, '--positions', 'last') == 0
     assert content(tmp_path / 'out')['results'][0]['tokens'] == 9
+
+
+class TestBert:
+    """A folder with transformers' own numbers of two SQuAD files; see tests/golden/README.md."""
+
+    FOLDER = ROOT / 'tests/golden/squad'
+
+    def test_the_drop_of_its_answers(self, tmp_path, capsys):
+        words = ['--checkpoint', self.FOLDER, '--squad', self.FOLDER / 'v1.json', '--seq_length', 32]
+        assert command('drop', *words, '--out', tmp_path, '--blocks', '1,2', '--batch_size', 8) == 0
+        [result] = content(tmp_path)['results']
+        model, params = hf_bert.load(self.FOLDER)
+        examples = squad.read(self.FOLDER / 'v1.json')
+        features = squad.make_features(examples, squad.open_tokenizer(self.FOLDER), max_length=32, max_query=8)
+        L = len(model.norm_position)
+        compiled = squad._logits._cache_size()
+        scores = [squad.evaluate(model, params, features, examples, 4, keep) for keep in (None, *drop.masks(L))]
+        assert squad._logits._cache_size() == compiled + 1
+        for name in ('exact_match', 'f1'):
+            whole, *without = (100 * of[name].mean() for of in scores)
+            metric = result['metrics'][name]
+            assert metric['value'] == pytest.approx(whole)
+            np.testing.assert_allclose(metric['drop']['1']['mean'], np.array(without) - whole, atol=1e-9)
+            assert len(metric['drop']['2']['mean']) == L - 1
+        assert result['questions'] == len(examples) and any(result['metrics']['f1']['drop']['1']['mean'])
+        assert sorted(path.name for path in tmp_path.glob('*.svg')) == [
+            'exact_match.svg',
+            'exact_match_2.svg',
+            'f1.svg',
+            'f1_2.svg',
+        ]
+        assert 'f1 drop' in capsys.readouterr().out
+
+    @pytest.mark.parametrize('job', ['angular', 'variance'])
+    def test_its_stream(self, tmp_path, job):
+        """Of the tokens of questions and texts; padding is neither seen nor counted."""
+        words = ['--checkpoint', self.FOLDER, '--squad', self.FOLDER / 'v1.json', '--out', tmp_path, '--tokens', 10**6]
+        found = []
+        for length in (36, 40):
+            assert command(job, *words, '--seq_length', length) == 0
+            found.append(content(tmp_path)['results'][0])
+        name = {'angular': 'distance', 'variance': 'variance'}[job]
+        short, long = (np.array(result[name]['mean']) for result in found)
+        if found[0]['rows'] == found[1]['rows']:  # the same windows
+            np.testing.assert_allclose(short, long, rtol=1e-5, atol=1e-6)
+        assert short.shape[0] == len(found[0]['norm_position']) + 1
+
+    @pytest.mark.parametrize(
+        'job, words, message, code',
+        [
+            ('angular', [], 'is a BERT; give --squad FILE', 2),
+            ('gradients', ['--squad', 'SQUAD'], 'next tokens, which a BERT does not predict', 2),
+            ('drop', ['--squad', 'none.json'], 'none.json is not readable JSON', 4),
+            ('drop', ['--squad', 'SQUAD', '--tasks', 'arc_easy'], '--tasks are for language models', 2),
+            ('drop', ['--squad', 'SQUAD', '--seq_length', '1000'], '--seq_length 1000: .* positions', 2),
+            ('drop', ['--squad', 'SQUAD', '--seq_length', '3'], 'max_length=3', 2),
+        ],
+    )
+    def test_bad_input_is_one_line(self, tmp_path, capsys, job, words, message, code):
+        words = [str(self.FOLDER / 'v1.json') if word == 'SQUAD' else word for word in words]
+        assert command(job, '--checkpoint', self.FOLDER, '--out', tmp_path, *words) == code
+        said = capsys.readouterr().err
+        assert re.search(message, said) and len(said.splitlines()) == 1, said
+
+    def test_other_networks_and_other_commands(self, run, tmp_path, capsys):
+        assert command('drop', '--checkpoint', run, '--squad', self.FOLDER / 'v1.json') == 2
+        assert 'small/checkpoints/4 is not a BERT' in capsys.readouterr().err
+        for other in (evaluate, export):
+            words = ['--checkpoint', str(self.FOLDER), '--out', str(tmp_path / 'out')]
+            assert other.main(words) == 5
+            assert "model_type='bert' is not llama or mixln" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import sys
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
-from mixln_jax import figures, measures
+from mixln_jax import figures, measures, squad
 from mixln_jax import mesh as meshes
-from mixln_jax.analysis import job
+from mixln_jax.analysis import job, subjects
 from mixln_jax.evaluate import OF_TASKS, open_harness
 from mixln_jax.exits import UsageError
 from mixln_jax.step import batch_loss
@@ -23,7 +24,7 @@ DEFINITION = (
     'the metric without the removed layers minus the metric with all; a removed layer is the identity, its norms '
     'included. Of perplexity and loss a positive drop says that the layer is needed, of accuracies a negative one'
 )
-UNIT = 'that of the metric: perplexity, nats a token, or a share of the questions'
+UNIT = 'that of the metric: perplexity, nats a token, a share of the questions, of SQuAD percent of them'
 SOURCE = 'Mix-LN (arXiv 2412.13795), section 3 and Figures 2, 3; Gromov et al. 2024 (arXiv 2403.17887)'
 
 
@@ -52,12 +53,41 @@ def measure(model, params, batches, blocks=(1,)):
     keeps = np.concatenate([np.ones((1, L), bool), *removed])
     keeps = meshes.place(keeps, meshes.replicated(model.stream_sharding.mesh))
     sums, counts = job.by_row(lambda at: _losses(params, at, keeps, model=model), model, batches)
-    ends = np.cumsum([len(masks) for masks in removed])[:-1]
     found = measures.drops(sums, counts)
-    for metric in found.values():
-        mean, error = (np.split(metric['drop'][name], ends) for name in ('mean', 'standard_error'))
-        metric['drop'] = {
-            str(block): {'mean': m, 'standard_error': e} for block, m, e in zip(blocks, mean, error, strict=True)
+    return {name: metric | {'drop': _by_block(metric['drop'], blocks, L)} for name, metric in found.items()}
+
+
+def _by_block(drop, blocks, layers):
+    """A drop of all removals, one after the other, as {size of block: drop}."""
+    ends = np.cumsum([layers - block + 1 for block in blocks])[:-1]
+    split = {name: np.split(values, ends) for name, values in drop.items()}
+    return {str(block): {name: parts[at] for name, parts in split.items()} for at, block in enumerate(blocks)}
+
+
+def of_questions(evaluate, layers, blocks):
+    """Drops of scores that each question has, one evaluation a network.
+
+    Args:
+        evaluate: (keep [L] bool) -> {metric: [Q] in 0..1}.
+        layers: L.
+        blocks: sizes of blocks to remove.
+
+    Returns:
+        As `measure`, by metric, in percent. Errors are those of paired questions.
+    """
+    keeps = np.concatenate([np.ones((1, layers), bool), *(masks(layers, block) for block in blocks)])
+    made, found = [evaluate(keep) for keep in tqdm(keeps, desc='networks', leave=False, disable=None)], {}
+    for name in made[0]:
+        scores = 100 * np.stack([of_network[name] for of_network in made], axis=-1)
+        one = np.ones(len(scores))
+        whole, drop = (
+            measures.mean_and_error(scores[:, 0], one),
+            measures.mean_and_error(scores[:, 1:] - scores[:, :1], one),
+        )
+        found[name] = {
+            'value': whole['mean'],
+            'standard_error': whole['standard_error'],
+            'drop': _by_block(drop, blocks, layers),
         }
     return found
 
@@ -78,14 +108,12 @@ def of_evaluations(evaluate, layers, blocks):
     pruned = {block: [evaluate(keep) for keep in masks(layers, block)] for block in blocks}
     found = {}
     for name, (value, error) in whole.items():
+        every = [each[name] for of_block in pruned.values() for each in of_block]
         drop = {
-            str(block): {
-                'mean': np.array([each[name][0] - value for each in of_block]),
-                'standard_error': np.array([math.hypot(each[name][1], error) for each in of_block]),
-            }
-            for block, of_block in pruned.items()
+            'mean': np.array([without - value for without, _ in every]),
+            'standard_error': np.array([math.hypot(of, error) for _, of in every]),
         }
-        found[name] = {'value': value, 'standard_error': error, 'drop': drop}
+        found[name] = {'value': value, 'standard_error': error, 'drop': _by_block(drop, blocks, layers)}
     return found
 
 
@@ -144,6 +172,17 @@ def _tasks(subject, options):
     return of
 
 
+def _squad(subject, options, blocks):
+    """Exact match and F1 of a BERT, and on how much."""
+    if options.tasks:
+        raise UsageError('--tasks are for language models, not with --squad')
+    features, examples = subjects.questions(subject, options.squad, options.seq_length)
+    evaluate = functools.partial(squad.evaluate, subject.model, subject.params, features, examples, options.batch_size)
+    metrics = of_questions(lambda keep: evaluate(keep=keep), len(subject.model.norm_position), blocks)
+    about = {'tokens': int(features.weights.sum()), 'rows': len(features.inputs), 'questions': len(examples)}
+    return about | {'metrics': metrics}
+
+
 def main(argv):
     """The command; returns its exit code."""
 
@@ -153,6 +192,8 @@ def main(argv):
                 raise UsageError(f'--{name} has no meaning without --tasks')
         L = len(subject.model.norm_position)
         blocks = _blocks(options.blocks, L)
+        if options.squad:
+            return _squad(subject, options, blocks)
         metrics = measure(subject.model, subject.params, texts(subject), blocks)
         if options.tasks:
             metrics |= of_evaluations(_tasks(subject, options), L, blocks)

@@ -15,6 +15,7 @@ from mixln_jax import figures, measures
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import job
 from mixln_jax.exits import UsageError
+from mixln_jax.models.bert import Bert
 from mixln_jax.step import batch_loss
 
 NAME = 'gradients'
@@ -109,6 +110,8 @@ def main(argv):
     """The command; returns its exit code."""
 
     def work(subject, options, texts):
+        if options.squad or isinstance(subject.model, Bert):
+            raise UsageError('gradients are those of the loss of next tokens, which a BERT does not predict')
         if options.rows < 1 or options.rows % options.batch_size:
             raise UsageError(f'--rows {options.rows} is not a multiple of --batch_size {options.batch_size}')
         return measure(subject.model, subject.params, texts(subject), options.rows)

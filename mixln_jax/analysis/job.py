@@ -70,6 +70,7 @@ def run(job, work, argv, add_options=lambda add: None):
     add('--out', metavar='DIR', help="folder for the results of all [each run's own analysis/<job>]")
     add('--norm_position', metavar='P', help='placement of a Hugging Face folder that does not say it')
     add('--text', metavar='FILES', help="measure on these .jsonl or text files [the run's own text]")
+    add('--squad', metavar='FILE.json', help='a BERT reads the questions and texts of this SQuAD file')
     add('--split', metavar='SPLIT', help='of the text [config.eval.split; of --text all]')
     add('--seq_length', type=int, metavar='T', help="tokens in a row [the run's; of a Hugging Face folder 256]")
     add('--tokens', type=int, default=TOKENS, metavar='N', help=f'real tokens to measure on, at least [{TOKENS:,}]')
@@ -111,8 +112,12 @@ def _result(path, step, options, work):
     about = {}
 
     def texts(subject, last=False):
-        rows = subjects.text(subject, options.text, options.split, options.seq_length)
-        batches = subjects.sample(rows, options.tokens, options.batch_size, last)
+        if options.squad:
+            singles = subjects.rows_of_questions(subjects.questions(subject, options.squad, options.seq_length)[0])
+        else:
+            rows = subjects.text(subject, options.text, options.split, options.seq_length)
+            singles = subjects.rows_of_text(rows)
+        batches = subjects.sample(singles, options.tokens, options.batch_size, last)
         counts = np.concatenate([batch['weights'].sum(-1) for batch in batches])
         about.update(tokens=int(counts.sum()), rows=int((counts > 0).sum()))
         return tqdm(batches, desc=subject.label, leave=False, disable=None)

@@ -11,10 +11,12 @@ import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
-from mixln_jax import weights
+from mixln_jax import squad, weights
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.exits import UsageError
+from mixln_jax.models import hf_bert
+from mixln_jax.models.bert import Bert
 from mixln_jax.program import Program
 from mixln_jax.weights import Weights
 
@@ -76,7 +78,10 @@ def open_subject(path, step=None, norm_position=None, batch_size=8) -> Subject:
     Raises:
         UsageError, CheckpointError: as `weights.load`; DataError where initial weights need the run's data.
     """
-    found = weights.load(path, norm_position=norm_position)
+    if hf_bert.is_bert(path):
+        found = Weights(*hf_bert.load(path), str(path))
+    else:
+        found = weights.load(path, norm_position=norm_position)
     mesh = _mesh(batch_size)
     if step == INITIAL:
         found = dataclasses.replace(found, params=_initial(found), step=0, where=f'{path} at initialisation')
@@ -120,9 +125,11 @@ def text(subject, path=None, split=None, seq_length=None):
         seq_length: tokens of a row; None: the run's, of a Hugging Face folder 256.
 
     Raises:
-        UsageError: no text, or no tokenizer. DataError: as `rows.open_rows`.
+        UsageError: no text, no tokenizer, or a network that does not read plain text. DataError: as `rows.open_rows`.
     """
     found = subject.found
+    if isinstance(subject.model, Bert):
+        raise UsageError(f'{found.where} is a BERT; give --squad FILE, questions and texts for it to read')
     data, length = (found.config.data, found.config.seq_length) if found.config else (configs.Data(), 256)
     if path:
         source = 'jsonl' if re.search(r'\.jsonl?(\.gz)?$', path.split(',')[0]) else 'text'
@@ -136,11 +143,46 @@ def text(subject, path=None, split=None, seq_length=None):
     return data_rows.open_rows(data, split, tokenizer, seq_length or length, subject.model.config.vocab_size)
 
 
-def sample(rows, num_tokens, batch_size, last=False):
-    """A fixed sample of rows as batches: drawn at random, the same for every network and whatever the batch size.
+def questions(subject, path, seq_length=None):
+    """(Features, Examples) of a SQuAD file for a BERT.
 
     Args:
-        rows: from `text`.
+        subject: from `open_subject`.
+        path: the file.
+        seq_length: tokens of a row, at most a quarter (and 64) of them a question's; None: 384, or the network's
+            positions where those are fewer.
+
+    Raises:
+        UsageError: not a BERT, or no tokenizer. DataError: as `squad.read`.
+    """
+    found = subject.found
+    if not isinstance(subject.model, Bert):
+        raise UsageError(f'--squad {path}: {found.where} is not a BERT')
+    length, most = seq_length or min(384, subject.model.config.num_positions), subject.model.config.num_positions
+    if length > most:
+        raise UsageError(f'--seq_length {length}: {found.where} has {most} positions')
+    examples = squad.read(path)
+    tokenizer = squad.open_tokenizer(found.where)
+    return squad.make_features(examples, tokenizer, max_length=length, max_query=min(64, length // 4)), examples
+
+
+def rows_of_text(rows):
+    """Rows from `text` as batches of one, in a random order that is always the same; for `sample`."""
+    return map(batches.evaluation(rows, 1, seed=0).__getitem__, range(len(rows)))
+
+
+def rows_of_questions(features):
+    """Rows from `questions` as batches of one, in a random order that is always the same; for `sample`."""
+    for number in np.random.default_rng(0).permutation(len(features.inputs)):
+        batch = {name: getattr(features, name)[number : number + 1] for name in ('inputs', 'types', 'weights')}
+        yield batch | {'mask': batch['weights'][:, None, None, :] > 0}
+
+
+def sample(singles, num_tokens, batch_size, last=False):
+    """A fixed sample of rows as batches: the same for every network and whatever the batch size.
+
+    Args:
+        singles: batches of one row, from `rows_of_text` or `rows_of_questions`.
         num_tokens: real tokens, at least, or all rows; whole rows are taken.
         batch_size: rows at a time; the last batch is filled up with rows of weight 0.
         last: whether the last real token of each row alone counts.
@@ -149,7 +191,7 @@ def sample(rows, num_tokens, batch_size, last=False):
         Batches of numpy arrays (see data/layout.py), of which `weights` says what counts.
     """
     taken, tokens = [], 0
-    for batch in map(batches.evaluation(rows, 1, seed=0).__getitem__, range(len(rows))):
+    for batch in singles:
         real = batch['weights'].sum()
         if real:
             taken.append(batch | {'weights': _last(batch['weights'])} if last else batch)

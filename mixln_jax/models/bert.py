@@ -85,15 +85,18 @@ class Bert(nn.Module):
     depth: int
     compute_dtype: str = 'float32'
     span_head: bool = True
+    stream_sharding: jax.sharding.NamedSharding | None = None  # of the residual stream; None: one device
 
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
-        table = lambda rows: transformer.Embedding(rows, config.hidden_size, dtype, None)  # noqa: E731
+        table = lambda rows: transformer.Embedding(rows, config.hidden_size, dtype, self.stream_sharding)  # noqa: E731
         self.words = table(config.vocab_size)
         self.positions = table(config.num_positions)
         self.types = table(config.num_types)
         self.embed_norm = LayerNorm(config.norm_eps, dtype)
-        self.layers = transformer.Stack(config, dtype, self.norm_position, self.layer_index, self.depth, parts=PARTS)
+        self.layers = transformer.Stack(
+            config, dtype, self.norm_position, self.layer_index, self.depth, self.stream_sharding, PARTS
+        )
         if self.span_head:
             self.span = transformer.linear(2, jnp.float32, None, bias=True)
 

@@ -85,6 +85,12 @@ def load(folder, compute_dtype='float32'):
     return model, jax.tree.map(jnp.asarray, params)
 
 
+def is_bert(folder):
+    """Whether a folder's config.json says that it holds a BERT."""
+    path = pathlib.Path(folder) / 'config.json'
+    return path.is_file() and hf_config.read_json(path).get('model_type') == 'bert'
+
+
 def tensor_name(path, prefix, old):
     """The tensor of a leaf `layers/<l>/...` (l from 0) or of one outside the layers, `path` joined by slashes.
 

@@ -55,9 +55,9 @@ def read(path, norm_position=None, compute_dtype='float32'):
     Arguments and errors are those of `hf.load`.
     """
     found = read_json(path)
-    config, given = _model_config(path, found), norm_position
     if found.get('model_type') not in (None, 'llama', OTHER_TYPE):
         raise CheckpointError(f'{path}: model_type={found["model_type"]!r} is not llama or {OTHER_TYPE}')
+    config, given = _model_config(path, found), norm_position
     if found.get('model_type') == OTHER_TYPE and 'norm_position' not in found:
         raise CheckpointError(f'{path} has no key norm_position, which model_type={OTHER_TYPE} needs')
     L, says = config.num_layers, found.get('norm_position')
