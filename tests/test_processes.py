@@ -155,6 +155,7 @@ def start(workdir, count, missing=(), num_steps=30, program=('-m', 'mixln_jax.ma
         'num_steps': num_steps, 'batch_size': 8, 'seq_length': 16, 'log_every': 1, 'compute_dtype': 'float32',
         'device': 'cpu', 'model.num_layers': 2, 'model.hidden_size': 16, 'model.intermediate_size': 32,
         'model.num_heads': 2, 'model.vocab_size': 259, 'eval.every': 0, 'eval.tokens': 500, 'checkpoint.every': 5,
+        'analysis.every': 10, 'analysis.tokens': 200,
     } | changes  # fmt: skip
     words = [f'--config.{key}={value}' for key, value in keys.items()]
     made = []
