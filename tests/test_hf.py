@@ -66,8 +66,7 @@ def sharded(tmp_path):
     return tmp_path / 'sharded'
 
 
-@pytest.mark.parametrize('max_shard_gb', [5.0, SHARD])
-@pytest.mark.parametrize('norm_position', PLACEMENTS)
+@pytest.mark.parametrize('norm_position, max_shard_gb', [*((name, SHARD) for name in PLACEMENTS), ('mix', 5.0)])
 def test_out_and_in_again_is_bitwise_the_same(tmp_path, norm_position, max_shard_gb):
     model, params = network(norm_position)
     hf.save(tmp_path / 'out', model, params, max_shard_gb=max_shard_gb)

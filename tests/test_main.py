@@ -19,6 +19,8 @@ from mixln_jax.exits import DataError, DeviceError, NumericsError, Stopped, Usag
 
 WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
 
+NO_ANALYSES = {'analysis.tokens': 0}  # which are half of a small run's time
+
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
@@ -30,7 +32,7 @@ def corpus(tmp_path_factory):
 def recipe(corpus, **changes):
     config = configs.default()
     config.batch_size, config.seq_length, config.num_steps, config.log_every = 8, 16, 7, 2
-    config.compute_dtype, config.device = 'float32', 'cpu'
+    config.compute_dtype, config.device, config.mesh.data = 'float32', 'cpu', 2
     config.model.update(
         vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2, scan_unroll='1'
     )
@@ -119,7 +121,7 @@ class TestRecords:
         assert config['data']['path'] == str(corpus)
         environment = json.loads((finished / 'environment.json').read_text())
         assert environment['versions']['jax'] == jax.__version__
-        assert environment['devices']['count'] == 8
+        assert environment['devices']['count'] == 2
         assert json.loads((finished / 'tokenizer' / 'tokenizer.json').read_text())['kind'] == 'bytes'
 
     def test_tensorboard_has_the_scalars(self, finished):
@@ -137,7 +139,7 @@ class TestRecords:
         assert lines_of(finished) == before
 
     def test_what_the_terminal_shows(self, corpus, tmp_path, capsys):
-        changes = {'optim.warmup_ratio': 0.0, 'profile.start': 2, 'profile.steps': 9}
+        changes = {'optim.warmup_ratio': 0.0, 'profile.start': 2, 'profile.steps': 9, **NO_ANALYSES}
         main.run(recipe(corpus, num_steps=2, **changes), tmp_path)
         shown, warned = capsys.readouterr()
         assert 'placement post x 1, pre x 2' in shown
@@ -221,10 +223,8 @@ class TestResume:
     @pytest.mark.parametrize(
         'changes',
         [
-            {'accumulate': 2, 'mesh.data': 4},
-            {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2},
-            {'data.workers': 1},
-            {'log_every': 3, 'eval.every': 2},
+            {'accumulate': 2, 'mesh.fsdp': 2, **NO_ANALYSES},
+            {'mesh.data': 8, 'data.workers': 1, 'log_every': 3, 'eval.every': 2},
         ],
     )
     def test_what_may_change(self, corpus, finished, tmp_path, changes):
@@ -237,7 +237,7 @@ class TestResume:
         assert mine['eval/loss'] == pytest.approx(theirs['eval/loss'], rel=1e-5)
 
     def test_evaluation_sees_the_same_text_under_accumulation(self, corpus, tmp_path):
-        changes = {'num_steps': 1, 'mesh.data': 1, 'eval.tokens': 60, 'checkpoint.every': 0}
+        changes = {'num_steps': 1, 'mesh.data': 1, 'eval.tokens': 60, 'checkpoint.every': 0, **NO_ANALYSES}
         ends = []
         for accumulate in (1, 4):
             workdir = tmp_path / str(accumulate)
@@ -256,19 +256,20 @@ class TestResume:
 
     def test_other_data_is_refused(self, corpus, tmp_path):
         with pytest.raises(Stopped):
-            main.run(recipe(corpus), tmp_path / 'run', StopAfter(15))
+            main.run(recipe(corpus, **NO_ANALYSES), tmp_path / 'run', StopAfter(9))
         same = tmp_path / 'same.json.gz'
         same.write_bytes(corpus.read_bytes())
         other = tmp_path / 'other.jsonl'
         other.write_text(gzip.decompress(corpus.read_bytes()).decode().replace('queen', 'king'))
         with pytest.raises(UsageError, match='fingerprint'):
-            main.run(recipe(other), tmp_path / 'run')
-        main.run(recipe(same), tmp_path / 'run')  # another path, the same text
+            main.run(recipe(other, **NO_ANALYSES), tmp_path / 'run')
+        main.run(recipe(same, **NO_ANALYSES), tmp_path / 'run')  # another path, the same text
 
 
 class TestBadSteps:
     def test_exit_6_leaves_debug_and_no_bad_checkpoint(self, corpus, tmp_path):
         changes = {'optim.learning_rate': 1e30, 'optim.warmup_ratio': 0.0, 'optim.name': 'sgd', 'checkpoint.every': 1}
+        changes |= NO_ANALYSES
         with pytest.raises(NumericsError, match='step 2: the loss or a gradient is not finite') as error:
             main.run(recipe(corpus, **changes), tmp_path)
         assert error.value.code == 6
@@ -287,6 +288,7 @@ class TestBadSteps:
             'optim.name': 'sgd',
             'accumulate': 2,
             'mesh.data': 1,
+            **NO_ANALYSES,
         }
         for _ in range(2):  # run again it ends in the same way
             with pytest.raises(NumericsError):
@@ -309,6 +311,7 @@ class TestBadSteps:
         monkeypatch.setattr(main, '_unigram_entropy', lambda *_: np.log(259))
         monkeypatch.setattr(train.Collapse, 'WINDOW', 20)
         changes = {'optim.learning_rate': 1e-9, 'num_steps': 25, 'log_every': 100, 'eval.every': 0, 'mesh.data': 1}
+        changes |= NO_ANALYSES
         with pytest.raises(NumericsError, match='step 22: the mean loss of 10 steps, 5.5.*the network has collapsed'):
             main.run(recipe(corpus, **changes, collapse='stop'), tmp_path / 'stop')
         main.run(recipe(corpus, **changes), tmp_path / 'warn')
@@ -333,7 +336,7 @@ class TestBadSteps:
 
     def test_weights_that_the_last_update_ruined(self, corpus, tmp_path):
         """Finite, but no longer a model: no checkpoint, debug/, and never "finished"."""
-        changes = {'optim.learning_rate': 1e30, 'optim.warmup_ratio': 0.0, 'num_steps': 1}
+        changes = {'optim.learning_rate': 1e30, 'optim.warmup_ratio': 0.0, 'num_steps': 1, **NO_ANALYSES}
         for _ in range(2):
             with pytest.raises(NumericsError, match='step 1: the evaluation loss is not finite'):
                 main.run(recipe(corpus, **changes), tmp_path)
@@ -351,8 +354,16 @@ class TestBadInput:
     @pytest.mark.parametrize(
         'changes, kind, words',
         [
-            ({'batch_size': 12}, UsageError, 'batch_size=12 does not divide by config.accumulate=1 times 8 parts'),
-            ({'accumulate': 2}, UsageError, 'batch_size=8 does not divide by config.accumulate=2 times 8'),
+            (
+                {'batch_size': 12, 'mesh.data': 8},
+                UsageError,
+                'batch_size=12 does not divide by config.accumulate=1 times 8 parts',
+            ),
+            (
+                {'accumulate': 2, 'mesh.data': 8},
+                UsageError,
+                'batch_size=8 does not divide by config.accumulate=2 times 8',
+            ),
             ({'mesh.data': 9}, UsageError, r'config.mesh.data=9, .* does not fit the 8 cpu devices'),
             ({'device': 'tpu'}, DeviceError, 'config.device=tpu: there is no such device'),
             ({'model.norm_position': 'foo'}, UsageError, "'foo' is not one of"),

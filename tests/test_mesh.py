@@ -3,6 +3,10 @@
 import contextlib
 import dataclasses
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -70,23 +74,31 @@ def run(built):
     return np.array(seen), float(total / count)
 
 
+def compare_first_weights():
+    expected = program((1, 1, 1)).init(jax.random.key(3))
+    for shape in SHAPES:
+        made = program(shape).init(jax.random.key(3))
+        for (name, one), other in zip(trees.named_leaves(expected), jax.tree.leaves(made), strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=f'{shape} {name}')
+
+
 class TestNumbers:
-    @pytest.mark.parametrize('placement', ['pre', 'mix', 'sandwich'])
-    def test_of_every_mesh_are_those_of_one_device(self, placement):
+    @pytest.mark.parametrize('placement, shapes', [('mix', SHAPES), ('sandwich', [(2, 2, 2)])])
+    def test_of_every_mesh_are_those_of_one_device(self, placement, shapes):
         expected, evaluated = run(program((1, 1, 1), norm_position=placement))
         assert expected[-1, 0] < 0.95 * expected[0, 0]  # it learns
-        for shape in SHAPES:
+        for shape in shapes:
             seen, last = run(program(shape, norm_position=placement))
             np.testing.assert_allclose(seen[:, 0], expected[:, 0], rtol=1e-5, err_msg=str(shape))
             np.testing.assert_allclose(seen[:, 1:], expected[:, 1:], rtol=1e-4, err_msg=str(shape))
             np.testing.assert_allclose(last, evaluated, rtol=1e-5)
 
     def test_of_the_first_weights_do_not_depend_on_the_mesh(self):
-        expected = program((1, 1, 1)).init(jax.random.key(3))
-        for shape in SHAPES:
-            made = program(shape).init(jax.random.key(3))
-            for (name, one), other in zip(trees.named_leaves(expected), jax.tree.leaves(made), strict=True):
-                np.testing.assert_array_equal(one, other, err_msg=f'{shape} {name}')
+        """As users' compiler makes them; the flag of conftest.py that saves time costs here and there the last bit."""
+        folder = pathlib.Path(__file__).parent
+        settings = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': f'{folder}:{folder.parent}'}
+        call = 'import test_mesh; test_mesh.compare_first_weights()'
+        subprocess.run([sys.executable, '-c', call], env=settings, check=True)
 
 
 @pytest.mark.parametrize('shape', [(8, 1, 1), (2, 2, 2)])

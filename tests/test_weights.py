@@ -22,7 +22,7 @@ def run(tmp_path_factory):
     keys = {
         'num_steps': 4, 'batch_size': 4, 'seq_length': 16, 'checkpoint.every': 2, 'eval.tokens': 50, 'eval.every': 0,
         'model.num_layers': 3, 'model.hidden_size': 16, 'model.num_heads': 2, 'model.intermediate_size': 24,
-        'mesh.data': 1, 'model.norm_position': 'post,pre*2',
+        'mesh.data': 1, 'model.norm_position': 'post,pre*2', 'analysis.tokens': 0,
     }  # fmt: skip
     main.run(configs.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()]), folder)
     return folder
