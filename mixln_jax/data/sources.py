@@ -51,7 +51,7 @@ def open_source(data: config.Data, split: str) -> Source:
     `data.path`, see files.py.
 
     Raises DataError, naming file and line, for what is missing, unreadable or malformed; for more than 1 GB of text to
-    hold in memory; and for fewer than two different documents, which cannot be split.
+    hold in memory; and, of 'train' and 'validation', for fewer than two different documents, which cannot be split.
     """
     if data.source == 'tfds':
         from mixln_jax.data import datasets  # takes a second that nobody else need wait for
@@ -62,10 +62,10 @@ def open_source(data: config.Data, split: str) -> Source:
     state = None
     if data.source != 'stdlib':
         state = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files.paths(data.path))
-    gathered, first = _gather(data.source, state)
-    validation = gathered.ranks < np.uint64(first)
-    members = {'train': ~validation, 'validation': validation, 'all': np.full(len(validation), True)}
-    return Texts(gathered, np.flatnonzero(members[split]))
+    gathered = _gather(data.source, state)
+    if split == 'all':
+        return Texts(gathered, np.arange(len(gathered.ranks)))
+    return Texts(gathered, np.flatnonzero((gathered.ranks < gathered.first_for_training) == (split == 'validation')))
 
 
 class Texts:
@@ -101,8 +101,8 @@ class Texts:
 class _Gathered:
     """Every document of a source, both splits: `blob`, `ends` [n] in it, `ranks` [n], `places` [n, 2] (file, line)."""
 
-    def __init__(self, prefix=''):
-        self.prefix, self.blob, self.names = prefix, bytearray(), []
+    def __init__(self, one_in, prefix=''):
+        self.prefix, self.blob, self.names, self._one_in = prefix, bytearray(), [], one_in
         self._ends, self._ranks, self._places = array.array('q'), array.array('Q'), array.array('q')
 
     def add(self, text, unit, file, line):
@@ -123,22 +123,26 @@ class _Gathered:
         self.places = np.array(self._places, np.int64).reshape(-1, 2)
         del self._ends, self._ranks, self._places
 
+    @functools.cached_property
+    def first_for_training(self):
+        return np.uint64(first_for_training((int(number) for number in self.ranks), self._one_in))
+
 
 @functools.lru_cache(maxsize=1)  # both splits come from one reading
 def _gather(kind, state):
-    """All documents of a source and the rank at which the training ones begin."""
+    """All documents of a source."""
     if kind == 'stdlib':
-        gathered = _Gathered(f'python-{platform.python_version()}-')
+        gathered = _Gathered(HELD_OUT[kind], f'python-{platform.python_version()}-')
         for name, text in stdlib.gather():
             gathered.add(text.encode(), name.encode(), name, 1)
     else:
-        gathered = _Gathered()
+        gathered = _Gathered(HELD_OUT[kind])
         for path, _, _ in state:
             for line, record in files.Reader(kind, path):
                 text = record['text'].encode()
                 gathered.add(text, text, path, line)
     gathered.close()
-    return gathered, first_for_training((int(number) for number in gathered.ranks), HELD_OUT[kind])
+    return gathered
 
 
 def rank(unit: bytes) -> int:
