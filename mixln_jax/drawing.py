@@ -5,6 +5,7 @@ matplotlib's settings are changed only inside `styled`; nothing touches pyplot.
 
 import itertools
 import math
+import pathlib
 import textwrap
 
 import matplotlib
@@ -86,15 +87,20 @@ def look(result, number):
     return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
 
 
-def lines(ax, quantities, results, first):
-    """Draws quantities over layers, counted from `first`, in bands of one standard error; the lines, for a legend."""
+def layers(result):
+    """The numbers of a result's layers [L]; those of a pruned network have gaps."""
+    return np.array(result['layer_index'])
+
+
+def lines(ax, quantities, results, over=layers):
+    """Draws quantities in bands of one standard error over what `over` gives of a result; the lines, for a legend."""
     handles = []
     for number, ((mean, error), result) in enumerate(zip(quantities, results, strict=True)):
         colour, dash = look(result, number)
-        layers = np.arange(first, first + len(mean))
+        x = over(result)
         if error is not None:
-            ax.fill_between(layers, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
-        handles += ax.plot(layers, mean, color=colour, linestyle=dash, marker='o' if len(mean) <= 40 else None)
+            ax.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+        handles += ax.plot(x, mean, color=colour, linestyle=dash, marker='o' if len(mean) <= 40 else None)
     integers(ax.xaxis)
     return handles
 
@@ -155,20 +161,21 @@ def cells(ax, values, norm, extent):
     return ax.imshow(np.ma.masked_invalid(values), cmap='viridis_r', norm=norm, **place)
 
 
-def placements(ax, names):
+def placements(ax, result):
     """Marks which layers of a panel have which placement where there are several, in few runs; whether it did."""
-    runs = [(name, len(list(group))) for name, group in itertools.groupby(names or ())]
+    numbered = zip(layers(result), result['norm_position'], strict=True)
+    runs = [[at for at, _ in group] for _, group in itertools.groupby(numbered, lambda pair: pair[1])]
+    names = [name for name, _ in itertools.groupby(result['norm_position'])]
     if not 2 <= len(runs) <= 4:
         return False
-    start = 0.5
-    for name, count in runs:
-        if start > 0.5:
+    ends = [(before[-1] + behind[0]) / 2 for before, behind in itertools.pairwise(runs)]
+    for name, start, end in zip(names, [runs[0][0] - 0.5, *ends], [*ends, runs[-1][-1] + 0.5], strict=True):
+        if start in ends:
             ax.axvline(start, color=INK, linewidth=0.4, linestyle=(0, (2, 2)))
         ax.annotate(
-            name, (start + count / 2, 1), (0, 1), xycoords=('data', 'axes fraction'), textcoords='offset points',
+            name, ((start + end) / 2, 1), (0, 1), xycoords=('data', 'axes fraction'), textcoords='offset points',
             ha='center', va='bottom', fontsize=6.5, color='#666666',
         )  # fmt: skip
-        start += count
     return True
 
 
@@ -188,6 +195,17 @@ def title(ax, label, figure, columns, pad=None):
     room = int(figure.get_figwidth() / columns * 15)
     lines = textwrap.wrap(label, room, max_lines=2, placeholder=' …')
     ax.set_title(plain('\n'.join(lines)), pad=pad)
+
+
+def names(folders):
+    """Short names that tell folders apart, of each its last part; where those are equal, with parts before it."""
+    parts = [pathlib.Path(folder).resolve().parts for folder in folders]
+
+    def name(of):
+        others = [other for other in parts if other != of]
+        return next(of[-n:] for n in range(1, len(of) + 1) if all(other[-n:] != of[-n:] for other in others))
+
+    return ['/'.join(name(of)) for of in parts]
 
 
 def plain(text):

@@ -103,11 +103,30 @@ def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size
     return values
 
 
-def open_harness(found, options):
-    """(Harness, evaluate) of options with --tasks and OF_TASKS: `evaluate()` gives what `harness.run` does.
+def add_task_options(add):
+    """Options for `open_harness`."""
+    add('--tasks', metavar='TASK,...', help='tasks of the lm-evaluation-harness: arc_easy,hellaswag')
+    add('--task_path', metavar='DIR', help='YAML files that define more tasks')
+    add('--limit', type=int, metavar='N', help='documents of each task [all]')
+    add('--num_fewshot', type=int, metavar='N', help='examples before each document [what the task says]')
 
-    Raises UsageError where lm_eval is not installed, and as `Harness` and `harness.open_tasks`.
+
+def open_harness(options):
+    """Opens the tasks that `add_task_options` names: a function of Weights that gives (Harness, evaluate).
+
+    `evaluate()` gives what `harness.run` does. None without --tasks.
+
+    Raises UsageError for options out of range or without --tasks, where lm_eval is not installed, and as
+    `harness.open_tasks`; the function as `Harness`.
     """
+    for name, least in (('limit', 1), ('num_fewshot', 0)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise UsageError(f'--{name} must be at least {least}')
+    if not options.tasks:
+        for name in OF_TASKS:
+            if getattr(options, name) is not None:
+                raise UsageError(f'--{name} has no meaning without --tasks')
+        return None
     if options.task_path and not pathlib.Path(options.task_path).is_dir():
         raise UsageError(f'--task_path {options.task_path} is not a folder')
     try:
@@ -118,8 +137,12 @@ def open_harness(found, options):
         raise UsageError('--tasks needs the lm-evaluation-harness: pip install lm_eval') from error
     names = options.tasks.split(',')
     manager = harness.open_tasks(names, options.task_path)
-    model = harness.Harness(found, options.batch_size or 32)
-    return model, lambda: harness.run(model, manager, names, options.limit, options.num_fewshot)
+
+    def of(found):
+        model = harness.Harness(found, options.batch_size or 32)
+        return model, lambda: harness.run(model, manager, names, options.limit, options.num_fewshot)
+
+    return of
 
 
 def _text(found, options):
@@ -147,22 +170,20 @@ def main(argv):
     add('--out', metavar='FILE.json', help='write the results here too')
     add('--split', metavar='SPLIT', help="of the run's data [config.eval.split]")
     add('--tokens', type=int, metavar='N', help='target tokens, at least [config.eval.tokens]')
-    add('--tasks', metavar='TASK,...', help='tasks of the harness instead: arc_easy,hellaswag')
-    add('--task_path', metavar='DIR', help='YAML files that define more tasks')
-    add('--limit', type=int, metavar='N', help='documents of each task [all]')
-    add('--num_fewshot', type=int, metavar='N', help='examples before each document [what the task says]')
+    add_task_options(add)
     add('--traceback', action='store_true', help='show where an error comes from')
 
     def job():
         options = exits.parse(parser, argv)
-        for name, least in (('batch_size', 1), ('tokens', 1), ('limit', 1), ('num_fewshot', 0)):
-            if (value := getattr(options, name)) is not None and value < least:
-                raise UsageError(f'--{name} must be at least {least}')
-        for name in OF_TEXT if options.tasks else OF_TASKS:
-            if getattr(options, name) is not None:
-                raise UsageError(f'--{name} has no meaning {"with" if options.tasks else "without"} --tasks')
+        for name in ('batch_size', 'tokens'):
+            if (value := getattr(options, name)) is not None and value < 1:
+                raise UsageError(f'--{name} must be at least 1')
+        for name in OF_TEXT:
+            if options.tasks and getattr(options, name) is not None:
+                raise UsageError(f'--{name} has no meaning with --tasks')
+        harness = open_harness(options)
         found = weights.load(options.checkpoint, norm_position=options.norm_position)
-        shown, values = open_harness(found, options)[1]() if options.tasks else _text(found, options)
+        shown, values = harness(found)[1]() if harness else _text(found, options)
         record.say(f'{found.where}', shown)
         if options.out:
             record.write_json(options.out, {'checkpoint': found.where, 'step': found.step} | values)

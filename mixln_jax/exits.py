@@ -202,6 +202,9 @@ def call(job, *args, show_traceback=False):
     except Stopped as stopped:
         print(stopped_line(stopped), file=sys.stderr)
         return STOPPED
+    except KeyboardInterrupt:
+        print('mixln_jax: stopped by SIGINT', file=sys.stderr)
+        return STOPPED
     except Exception as error:
         if show_traceback:
             traceback.print_exception(error)

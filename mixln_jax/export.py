@@ -18,7 +18,6 @@ from mixln_jax import exits, record, weights
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import hf
 
-MARK = 'export.json'  # which files an export consists of: what may be replaced
 BESIDE = ('tokenizer*.json', 'tokenizer.model', 'spiece.model', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
 # The largest difference of a logit, as a share of the largest logit, and of the perplexity, as a share of it.
 BOUNDS = {'float32': 0.0, 'bfloat16': 0.05}
@@ -28,7 +27,7 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
     """Writes the weights at `checkpoint`, which is anything that `weights.load` opens, into the folder `out`.
 
     It is written beside `out`, read back and compared, and then renamed, so `out` is never half. Layers of
-    `remove_layers`, numbers from 1, are left out.
+    `remove_layers`, see `weights.without_layers`, are left out.
 
     Raises:
         UsageError: `out` holds what is not an export; options, or a network, that cannot be written.
@@ -48,10 +47,10 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
             for path in (path for pattern in BESIDE for path in source.glob(pattern)):
                 shutil.copy(path, partial)
         _check(partial, found, dtype)
-        files = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file()) + [MARK]
+        files = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file())
         origin = {'from': found.where, 'step': found.step, 'removed_layers': sorted({*remove_layers})}
-        origin |= {'dtype': dtype, 'versions': record.versions()}
-        record.write_json(partial / MARK, origin | {'files': files})
+        origin |= {'data_mode': found.data_mode, 'dtype': dtype, 'versions': record.versions()}
+        record.write_json(partial / weights.EXPORT, origin | {'files': [*files, weights.EXPORT]})
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
             out.rename(old)
@@ -60,7 +59,7 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.rglob('*'))
-    record.say(f'{out}: {len(files)} files, {size:,} bytes')
+    record.say(f'{out}: {len(files) + 1} files, {size:,} bytes')
     if found.tokenizer and not (out / 'tokenizer.json').exists():
         record.say('its tokenizer cannot be said as a tokenizer.json; tokenizer/ holds it as it is')
 
@@ -68,9 +67,9 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
 def _check_replaceable(out):
     try:
         there = [path for path in out.rglob('*') if not path.is_dir()] if out.exists() else []
-        files = set(json.loads((out / MARK).read_text())['files'] if (out / MARK).exists() else ())
+        files = set(json.loads((out / weights.EXPORT).read_text())['files'] if (out / weights.EXPORT).exists() else ())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f'--out {out}: {MARK} is not readable: {error!r}') from None
+        raise UsageError(f'--out {out}: {weights.EXPORT} is not readable: {error!r}') from None
     others = sorted(str(path.relative_to(out)) for path in there if str(path.relative_to(out)) not in files)
     if others or (out.exists() and not out.is_dir()):
         raise UsageError(f'--out {out} holds what is not an export of ours: {others[0] if others else "it is a file"}')
@@ -119,7 +118,7 @@ def main(argv):
         '--norm_position', metavar='NAMES', help='placement of a Hugging Face folder that does not say it'
     )
     parser.add_argument(
-        '--remove_layers', metavar='N,...', help='leave these layers out, counted from 1: what analysis.drop measures'
+        '--remove_layers', metavar='N,...', help='leave these layers out, the first is 1: what analysis.drop measures'
     )
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 

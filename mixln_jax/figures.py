@@ -1,8 +1,9 @@
 """Figures of what was measured: results in, matplotlib's Figure out, for a column (3.25 inches) or a page (6.75).
 
-A result is one element of `results` in the result.json of an analysis. A quantity in it is {'mean': list,
-'standard_error': list or None}; None or nan is a number that is not known or not finite, and is left blank or marked
-with a cross. Beside its own keys a result may have `colour`, its number in drawing.COLOURS; else its place counts.
+A result is one element of `results` in the result.json of an analysis; its layers have the numbers `layer_index`. A
+quantity in it is {'mean': list, 'standard_error': list or None}; None or nan is a number that is not known or not
+finite, and is left blank or marked with a cross. Beside its own keys a result may have `colour`, its number in
+drawing.COLOURS; else its place counts.
 """
 
 import io
@@ -18,7 +19,7 @@ from matplotlib.colors import Normalize
 from mixln_jax import drawing, record
 
 MATRICES = ('attention/q', 'attention/k', 'attention/v', 'attention/o', 'mlp/gate', 'mlp/up', 'mlp/down')
-UNITS = {'loss': 'nats'}
+UNITS = {'loss': 'nats', 'exact_match': '%', 'f1': '%'}
 
 
 def image(figure):
@@ -45,6 +46,8 @@ def save(figure, folder, name):
 def angular(results, among=None):
     """Angular distance of the residual stream over n layers from depth l, a heat map a result, on one scale from 0.
 
+    Depth l is behind l layers; in a pruned network they are not those of the first l numbers.
+
     The axes of Gromov et al. 2024 (arXiv 2403.17887), figure 4, and Mix-LN, figures 2, 3 and 5: cell (l, n) is
     d(x_l, x_{l+n}), which exists for l + n <= L; yellow is small.
 
@@ -60,7 +63,7 @@ def angular(results, among=None):
         shown = drawing.cells(ax, values, Normalize(0, largest), (-0.5, L - 0.5, 0.5, L + 0.5))
         ax.set_box_aspect(1)
         drawing.integers(ax.xaxis), drawing.integers(ax.yaxis)
-        ax.set_xlabel('start layer $l$' if number + columns >= len(results) else '')
+        ax.set_xlabel('start depth $l$' if number + columns >= len(results) else '')
         ax.set_ylabel('layers spanned $n$' if number % columns == 0 else '')
         drawing.title(ax, result['label'], figure, columns)
     bar = figure.colorbar(shown, ax=axes, fraction=0.05, aspect=25, pad=0.02)
@@ -98,10 +101,11 @@ def drop(results, metric='perplexity', block=1, among=None):
         [_measured(r['metrics'][metric]['drop'][f'{block}']) for r in among or results]
     )
     figure, axes, columns = drawing.panels(len(results), sharey=True, most_columns=2)
-    marked = [drawing.placements(ax, result.get('norm_position')) for ax, result in zip(axes, results, strict=True)]
+    marked = [drawing.placements(ax, result) for ax, result in zip(axes, results, strict=True)]
+    ends = [number for result in results for number in result['layer_index']]
     for number, (ax, result) in enumerate(zip(axes, results, strict=True)):
         mean, error = _measured(result['metrics'][metric]['drop'][f'{block}'])
-        layers = np.arange(1, len(mean) + 1)
+        layers = drawing.layers(result)[: len(mean)]
         colour, _ = drawing.look(result, number)
         ax.bar(layers, np.nan_to_num(mean, posinf=0, neginf=0), 0.78, color=colour, linewidth=0)
         if error is not None:
@@ -113,7 +117,7 @@ def drop(results, metric='perplexity', block=1, among=None):
             ax.annotate('× not finite', (1, 1), xycoords='axes fraction', ha='right', va='top', fontsize=6.5)
         if scale == 'symlog':
             ax.set_yscale('symlog', linthresh=threshold, linscale=0.6)
-        ax.set(ylim=(low, high), xlim=(0.3, len(mean) + 0.7))
+        ax.set(ylim=(low, high), xlim=(min(ends) - 0.7, max(ends) + 0.7))
         drawing.integers(ax.xaxis)
         left_out = 'layer left out' if block == 1 else f'first of {block} layers left out'
         ax.set_xlabel(left_out if number + columns >= len(results) else '')
@@ -129,7 +133,7 @@ def gradients(results):
     """Norm of the gradient of the loss by layer, a line a result, with its standard error; `analysis.gradients`."""
     figure, [ax] = drawing.chart()
     quantities = [_measured(result['layers']) for result in results]
-    handles = drawing.lines(ax, quantities, results, first=1)
+    handles = drawing.lines(ax, quantities, results)
     drawing.scale(ax, quantities)
     ax.set(xlabel='layer', ylabel='gradient norm')
     return drawing.legend(figure, handles, results)
@@ -142,7 +146,7 @@ def gradient_matrices(results):
     quantities = [_measured(result['matrices'][name]) for name in MATRICES for result in results]
     for ax, name in zip(axes, MATRICES, strict=False):
         of_matrix = [_measured(result['matrices'][name]) for result in results]
-        handles = drawing.lines(ax, of_matrix, results, first=1)
+        handles = drawing.lines(ax, of_matrix, results)
         ax.set_title(name)
     drawing.scale(axes[0], quantities)
     axes[-1].set_axis_off()
@@ -156,7 +160,8 @@ def gradient_matrices(results):
 def variance(results):
     """Variance of the residual stream with depth, a line a result, and dashed what theory says; `analysis.variance`."""
     figure, [ax] = drawing.chart()
-    handles = drawing.lines(ax, [_measured(result['variance']) for result in results], results, first=0)
+    depths = lambda result: np.arange(len(result['variance']['mean']))  # noqa: E731
+    handles = drawing.lines(ax, [_measured(result['variance']) for result in results], results, depths)
     theory = []
     for number, result in enumerate(results):
         expected = np.array(result.get('theory') or [], float)
@@ -173,7 +178,7 @@ def variance(results):
     ax.set(xlabel='depth (layers passed)', ylabel='variance of the residual stream')
     if theory:
         handles.append(matplotlib.lines.Line2D([], [], color=drawing.INK, linewidth=0.9, dashes=(3, 2)))
-    return drawing.legend(figure, handles, [*results, {'label': 'theory'}][: len(handles)])
+    return drawing.legend(figure, handles, [*results, {'label': 'theory, one constant fitted'}][: len(handles)])
 
 
 @drawing.styled
@@ -182,7 +187,7 @@ def contribution(results):
     figure, axes = drawing.chart(2, 1, drawing.COLUMN, 1.45, sharex=True, sharey=True)
     quantities = {name: [_measured(r['contribution'][name]) for r in results] for name in ('attention', 'mlp')}
     for ax, (name, of_part) in zip(axes, quantities.items(), strict=True):
-        handles = drawing.lines(ax, of_part, results, first=1)
+        handles = drawing.lines(ax, of_part, results)
         ax.set_title({'attention': 'attention', 'mlp': 'MLP'}[name])
         ax.set_ylabel('$|F(x)|\\,/\\,|x|$')
     drawing.scale(axes[0], [q for of_part in quantities.values() for q in of_part])

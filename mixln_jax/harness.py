@@ -5,7 +5,6 @@ The only room that imports `lm_eval`, which nothing else here needs: `pip instal
 
 import functools
 import importlib.metadata
-import json
 import os
 import pathlib
 import sys
@@ -60,15 +59,13 @@ class Harness(TemplateLM):
         super().__init__()
         self._where = weights.where
         if weights.config:
-            self._tokenizer, self.max_length = weights.tokenizer, weights.config.seq_length
+            self._tokenizer = weights.tokenizer
             self.prefix_token_id = self._tokenizer.eos_id
             self._start = [self._tokenizer.eos_id] if weights.config.data.mode == 'concat' else []
         else:
             self._tokenizer, self._start = open_tokenizer(pathlib.Path(self._where))
             self.prefix_token_id = self._tokenizer.bos_id
-            settings = json.loads(pathlib.Path(self._where, 'config.json').read_text())
-            self.max_length = settings.get('max_position_embeddings', 2048)
-        self.eot_token_id, self.max_length = self._tokenizer.eos_id, max_length or self.max_length
+        self.eot_token_id, self.max_length = self._tokenizer.eos_id, max_length or weights.max_length
         vocab_size = weights.model.config.vocab_size
         if self._tokenizer.vocab_size > vocab_size:
             raise UsageError(

@@ -104,16 +104,17 @@ def drops(sums, counts):
         [M]. Errors of drops are those of paired rows, of perplexities by the delta method.
     """
     sums = np.asarray(sums, np.float64)
-    losses, loss_drops = mean_and_error(sums, counts), mean_and_error(sums[:, 1:] - sums[:, :1], counts)
-    perplexity = np.exp(losses['mean'])
-    linear = perplexity * sums
-    found = {'loss': (losses['mean'], losses, loss_drops['mean'], loss_drops)}
-    found['perplexity'] = (
-        perplexity,
-        mean_and_error(linear, counts),
-        perplexity[1:] - perplexity[0],
-        mean_and_error(linear[:, 1:] - linear[:, :1], counts),
-    )
+    with np.errstate(over='ignore', invalid='ignore'):  # without a layer nothing may be left of a network
+        losses, loss_drops = mean_and_error(sums, counts), mean_and_error(sums[:, 1:] - sums[:, :1], counts)
+        perplexity = np.exp(losses['mean'])
+        linear = perplexity * sums
+        found = {'loss': (losses['mean'], losses, loss_drops['mean'], loss_drops)}
+        found['perplexity'] = (
+            perplexity,
+            mean_and_error(linear, counts),
+            perplexity[1:] - perplexity[0],
+            mean_and_error(linear[:, 1:] - linear[:, :1], counts),
+        )
     return {
         name: {
             'value': value[0],

@@ -168,13 +168,13 @@ def progress_line(line, num_steps):
 
 def summary_table(line, norm_position):
     """What ends a run, of its last metrics line: the evaluation, and per layer the gradient norm and, where it was
-    measured, the angular distance to the next layer."""
+    measured, the angular distance across the layer."""
     shown = (_number(line[f'eval/{name}'], '.4g') for name in ('loss', 'perplexity', 'bits_per_byte'))
     grad_norms = line['layers/grad_norm']
     distances = line.get('analysis/angular_distance', [None] * len(norm_position))
     rows = [
         'eval loss {}   perplexity {}   bits per byte {}'.format(*shown),
-        f'{"layer":>5}  {"placement":<10} {"gradient norm":<24} angular distance to the next layer',
+        f'{"layer":>5}  {"placement":<10} {"gradient norm":<24} angular distance across it',
     ]
     for number, (name, grad, distance) in enumerate(zip(norm_position, grad_norms, distances, strict=True), 1):
         rows.append(

@@ -59,10 +59,11 @@ def read(folders):
             path = pathlib.Path(folder).resolve()
             config = configs.read(path / 'config.json')
             lines = record.read_metrics(path / 'metrics.jsonl')
+            _check_lines(path / 'metrics.jsonl', lines)
         except (UsageError, CheckpointError) as problem:
             problems.append(problem)
             continue
-        run = Run(folder, config, lines, {}, {}, path.name, len(runs))
+        run = Run(folder, config, lines, {}, {}, '', len(runs))
         runs.append(run)
         for name, into in (('environment', None), *((f'analysis/{job}/result', job) for job in ANALYSES)):
             try:
@@ -74,11 +75,22 @@ def read(folders):
                 run.environment = content or {}
             elif content:
                 run.analyses[into] = content
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = f'{pathlib.Path(run.folder).resolve().parent.name}/{run.name}'
+    for run, name in zip(runs, drawing.names([run.folder for run in runs]), strict=True):
+        run.name = name
     return runs, problems
+
+
+def _check_lines(path, lines):
+    """Raises CheckpointError for a value that is not a number, or numbers."""
+    for line in lines:
+        for name, value in line.items():
+            if not _numeric(value):
+                raise CheckpointError(f'{path}: {name} of step {line["step"]} is no number')
+
+
+def _numeric(value):
+    """Whether a value, or all in a list of lists, are numbers or None, which stands for one that is not finite."""
+    return all(map(_numeric, value)) if isinstance(value, list) else isinstance(value, int | float | None)
 
 
 def _content(path, job):
@@ -102,8 +114,18 @@ def _content(path, job):
 def _check(job, result):
     """Raises ValueError, KeyError or TypeError for an element of `results` that is not as the figures need it."""
     L = len(result['norm_position'])
-    if not isinstance(result.get('step'), int | None):
-        raise ValueError('a step that is no number')
+    for name, kind in (('norm_position', str), ('layer_index', int)):
+        if not (isinstance(result[name], list) and {*map(type, result[name])} == {kind} and len(result[name]) == L):
+            raise ValueError(f'{name} that is not a list with something of every layer')
+    for name in ('step', 'tokens', 'rows', 'gradients', 'rows_per_gradient', 'theory_constant'):
+        if not isinstance(result.get(name), int | float | None):
+            raise ValueError(f'{name} that is no number')
+    for name, kind in (('label', str | None), ('text', dict | None)):
+        if not isinstance(result.get(name), kind):
+            raise ValueError(f'{name} that is none')
+    for metric in result['metrics'].values() if job == 'drop' else ():
+        if not _numeric([metric.get('value'), metric.get('standard_error')]):
+            raise ValueError('a value that is no number')
     shapes = {
         'angular': lambda: [(result['distance'], (L + 1, L + 1))],
         'gradients': lambda: [
@@ -121,6 +143,8 @@ def _check(job, result):
         ],
     }
     for quantity, shape in shapes[job]():
+        if not _numeric([quantity['mean'], quantity.get('standard_error')]):
+            raise ValueError('what is no number among numbers')
         mean, error = np.array(quantity['mean'], float), quantity.get('standard_error')
         error = np.zeros(shape) if error is None else np.array(error, float)
         if not mean.shape == error.shape == shape:

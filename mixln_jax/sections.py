@@ -9,12 +9,13 @@ from mixln_jax import config as configs
 from mixln_jax import figures
 from mixln_jax.page import Picture, Section, Table
 
-# Lists over layers in metrics.jsonl: keys (the first that is there), heading, what the bar of colours says.
+# Lists over layers in metrics.jsonl: key, heading, what the bar of colours says.
 EVOLUTIONS = (
-    (('analysis/angular_distance',), 'Angular distance across each layer', 'angular distance (share of π)'),
-    (('analysis/perplexity_drop',), 'Change in perplexity without each layer', 'change in perplexity'),
-    (('analysis/grad_norm', 'layers/grad_norm'), 'Gradient norm of each layer', 'gradient norm'),
-    (('analysis/variance',), 'Variance of the residual stream behind each layer', 'variance'),
+    ('analysis/angular_distance', 'Angular distance across each layer', 'angular distance (share of π)'),
+    ('analysis/perplexity_drop', 'Change in perplexity without each layer', 'change in perplexity'),
+    ('analysis/grad_norm', 'Gradient norm of each layer, on a fixed sample', 'gradient norm'),
+    ('layers/grad_norm', 'Gradient norm of each layer, of the batch of the step', 'gradient norm'),
+    ('analysis/variance', 'Variance of the residual stream behind each layer', 'variance'),
 )
 MOST_POINTS = 60  # of a line, and columns of a heat map, over the training: more are not seen
 
@@ -121,8 +122,18 @@ def _analysis(runs, job, heading, show):
     names = ('step', 'tokens', 'rows', 'positions', 'gradients', 'rows_per_gradient', 'theory_constant')
     shown = [name for name in names if any(result.get(name) is not None for result in results)]
     rows = [(result['label'], f'{result["checkpoint_label"] or "-"}', *_about(result, shown)) for result in results]
+    if differ := _differences([result.get('text') for result in results]):
+        notes.append(f'Not measured on the same text: {differ}. So these numbers are not of one kind.')
     about = Table('What was measured', ('run', 'checkpoint', *(name.replace('_', ' ') for name in shown)), rows)
     return Section(heading, texts, tuple(notes), tuple(pictures), (about, *tables), tuple(parts))
+
+
+def _differences(texts):
+    """In what the texts differ that results were measured on, '' where in nothing; None: unknown."""
+    texts = [text or {} for text in texts]
+    names = dict.fromkeys(name for text in texts for name in text)
+    said = {'source': 'the documents', 'seq_length': 'the length of rows', 'mode': 'how rows are made'}
+    return ', '.join(said.get(name, f'the {name}') for name in names if len({f'{t.get(name)}' for t in texts}) > 1)
 
 
 def _about(result, names):
@@ -218,7 +229,8 @@ def _variance(every, results):
             'What attention and MLP add, relative to the stream.',
         ),
     )
-    tables = [_by_layer('Variance at each depth', results, [r['variance'] for r in results], first=0, what='depth')]
+    depths = [range(len(result['variance']['mean'])) for result in results]
+    tables = [_by_layer('Variance at each depth', results, [r['variance'] for r in results], depths, what='depth')]
     for name, shown in (('attention', 'attention'), ('mlp', 'MLP')):
         quantities = [result['contribution'][name] for result in results]
         tables.append(_by_layer(f'|F(x)| / |x| of {shown} by layer', results, quantities))
@@ -227,18 +239,16 @@ def _variance(every, results):
 
 def _evolution(runs):
     parts = []
-    for keys, heading, quantity in EVOLUTIONS:
+    for key, heading, quantity in EVOLUTIONS:
         found = []
         for run in runs:
-            for key in keys:
-                lines = [line for line in run.lines if isinstance(line.get(key), list)]
-                L = len(lines[-1][key]) if lines else 0
-                lines = [line for line in lines if len(line[key]) == L]
-                if L:
-                    some = np.unique(np.linspace(0, len(lines) - 1, min(MOST_POINTS, len(lines))).round().astype(int))
-                    steps = [lines[i]['step'] for i in some]
-                    found.append((run, steps, [[_number(value) for value in lines[i][key]] for i in some]))
-                    break
+            lines = [line for line in run.lines if isinstance(line.get(key), list)]
+            L = len(lines[-1][key]) if lines else 0
+            lines = [line for line in lines if len(line[key]) == L]
+            if L:
+                some = np.unique(np.linspace(0, len(lines) - 1, min(MOST_POINTS, len(lines))).round().astype(int))
+                steps = [lines[i]['step'] for i in some]
+                found.append((run, steps, [[_number(value) for value in lines[i][key]] for i in some]))
         among = [values for _, _, values in found]
         pictures = tuple(
             Picture(
@@ -252,16 +262,14 @@ def _evolution(runs):
     return Section('Layer by layer during the training', parts=tuple(parts)) if parts else None
 
 
-def _by_layer(caption, results, quantities, first=1, what='layer'):
-    """A folded table: a row a layer, a column a result."""
-    depth = max(len(quantity['mean']) for quantity in quantities)
-    rows = []
-    for at in range(depth):
-        cells = []
-        for quantity in quantities:
-            mean, error = quantity['mean'], quantity.get('standard_error')
-            cells.append(_text(mean[at], error and error[at]) if at < len(mean) else '')
-        rows.append((f'{at + first}', *cells))
+def _by_layer(caption, results, quantities, numbers=None, what='layer'):
+    """A folded table: a row a layer (or what else `numbers` counts), a column a result."""
+    columns = []
+    for quantity, of in zip(quantities, numbers or [result['layer_index'] for result in results], strict=True):
+        mean, error = quantity['mean'], quantity.get('standard_error')
+        errors = [None] * len(mean) if error is None else error
+        columns.append({number: _text(*of_one) for number, *of_one in zip(of, mean, errors, strict=False)})
+    rows = [(f'{at}', *(column.get(at, '') for column in columns)) for at in sorted(set().union(*columns))]
     return Table(caption, (what, *(result['label'] for result in results)), rows, folded=True)
 
 

@@ -1,6 +1,8 @@
 """Trained weights, wherever they lie: a run's folder, one of its checkpoints, a Hugging Face folder."""
 
 import dataclasses
+import json
+import os
 import pathlib
 from typing import Any
 
@@ -13,6 +15,7 @@ from mixln_jax.data import tokenizers
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import hf, hf_config, llama, norms, tensors, transformer
 
+EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
 # Keys of config.model in which two networks must agree to have the same weights, and mean the same by them.
 SAME = (
     *('family', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads', 'norm_eps', 'rope_theta'),
@@ -31,6 +34,21 @@ class Weights:
     config: configs.Config | None = None
     tokenizer: tokenizers.Tokenizer | None = None
 
+    @property
+    def max_length(self):
+        """Tokens of the longest row that the weights were trained for."""
+        if self.config:
+            return self.config.seq_length
+        return json.loads(pathlib.Path(self.where, 'config.json').read_text()).get('max_position_embeddings', 2048)
+
+    @property
+    def data_mode(self):
+        """config.data.mode of the rows that the weights were trained on; None where nothing says it."""
+        if self.config:
+            return self.config.data.mode
+        path = pathlib.Path(self.where, EXPORT)
+        return json.loads(path.read_text()).get('data_mode') if path.is_file() else None
+
 
 def load(path, compute_dtype='float32', norm_position=None) -> Weights:
     """Opens weights for evaluation, analysis or export.
@@ -45,17 +63,14 @@ def load(path, compute_dtype='float32', norm_position=None) -> Weights:
         UsageError: nothing there, or a `norm_position` for a run, which has its own.
         CheckpointError: unreadable, damaged or of another structure.
     """
-    path = pathlib.Path(path).expanduser()
-    folder = checkpoint_folder(path)
-    if not folder:
-        tensors.refuse_pickled(path)
-        if not (path / 'config.json').is_file():
-            raise UsageError(f'{path} is neither a run of ours (checkpoints/) nor a Hugging Face folder (config.json)')
+    path, of_run = find(path)
+    if not of_run:
         model, params = hf.load(path, norm_position, compute_dtype)
         ours = (path / 'tokenizer/fingerprint.json').is_file()  # from an export
         return Weights(model, params, str(path), tokenizer=tokenizers.load(path / 'tokenizer') if ours else None)
     if norm_position:
-        raise UsageError(f'{path} is a run of ours, which knows its placement')
+        raise UsageError(f'--norm_position: {path} is a run of ours, which knows its placement')
+    folder = path
     params, about = checkpoint.read_params(folder)
     config = configs.from_resolved(about['config'])
     model = llama.from_config(config.model, compute_dtype)
@@ -75,28 +90,40 @@ def without_layers(found: Weights, removed) -> Weights:
 
     Args:
         found: from `load`.
-        removed: numbers of layers, the first is 1.
+        removed: numbers of layers, as `layer_index` has them: the first is 1, a pruned network has gaps.
 
     Raises UsageError for a number that no layer has, for all of them, and where a norm of the embedding, which goes
     with the first layer's placement, would appear or vanish.
     """
-    model, L = found.model, len(found.model.norm_position)
-    if wrong := sorted(number for number in removed if not 1 <= number <= L):
-        raise UsageError(f'there is no layer {wrong[0]}: the {L} layers of {found.where} count from 1')
-    kept = [at for at in range(L) if at + 1 not in removed]
+    model, numbers = found.model, found.model.layer_index
+    if wrong := sorted({*removed} - {*numbers}):
+        listed = ', '.join(map(str, numbers))
+        raise UsageError(f'there is no layer {wrong[0]}: {found.where} has the layers {listed}')
+    kept = [at for at, number in enumerate(numbers) if number not in removed]
     if not kept:
-        raise UsageError(f'all {L} layers of {found.where} would be removed')
+        raise UsageError(f'all {len(numbers)} layers of {found.where} would be removed')
     names = tuple(model.norm_position[at] for at in kept)
     if norms.PLACEMENTS[names[0]].embed_norm != norms.PLACEMENTS[model.norm_position[0]].embed_norm:
         raise UsageError(
-            f'layer 1 ({model.norm_position[0]}) cannot be removed before a layer of {names[0]}: of the two only one '
-            'has the embedding normalised'
+            f'layer {numbers[0]} ({model.norm_position[0]}) cannot be removed before a layer of {names[0]}: of the two '
+            'only one has the embedding normalised'
         )
     layers = transformer.split_layers(found.params['layers'], model.norm_position)
     config = dataclasses.replace(model.config, num_layers=len(kept), norm_position=hf_config.spell(names))
     pruned = model.clone(config=config, norm_position=names, layer_index=tuple(model.layer_index[at] for at in kept))
     params = dict(found.params, layers=transformer.stack_layers([layers[at] for at in kept], names))
     return dataclasses.replace(found, model=pruned, params=params)
+
+
+def find(path):
+    """(`checkpoint_folder(path)`, True) of a run, (the folder, False) of Hugging Face. Raises UsageError for others."""
+    path = pathlib.Path(path).expanduser()
+    if folder := checkpoint_folder(path):
+        return folder, True
+    tensors.refuse_pickled(path)
+    if not (path / 'config.json').is_file():
+        raise UsageError(f'{path} is neither a run of ours (checkpoints/) nor a Hugging Face folder (config.json)')
+    return path, False
 
 
 def checkpoint_folder(path):
@@ -107,8 +134,9 @@ def checkpoint_folder(path):
     path = pathlib.Path(path).expanduser()
     if not path.is_dir():
         raise UsageError(f'{path} is not a folder')
-    if path.name.isdigit() and path.parent.name == 'checkpoints':
-        return path
+    whole = pathlib.Path(os.path.abspath(path))  # said from inside checkpoints/ it is a number alone
+    if whole.name.isdigit() and whole.parent.name == 'checkpoints':
+        return path if path.parent.name == 'checkpoints' else whole
     if not (steps := path / 'checkpoints').is_dir():
         return None
     found = [int(folder.name) for folder in steps.iterdir() if folder.name.isdigit()]

@@ -23,20 +23,27 @@ def angular(label, L, factor=0.1):
     return {'label': label, 'distance': {'mean': matrix(L, factor), 'standard_error': None}}
 
 
+def numbered(label, values):
+    return {'label': label, 'layer_index': list(range(1, len(values) + 1))}
+
+
 def dropped(label, values, names=None, error=0.1):
     drop = {'1': measured(values, error), '2': measured(values[:-1], error)}
-    return {'label': label, 'norm_position': names, 'metrics': {'loss': {'drop': drop}, 'perplexity': {'drop': drop}}}
+    names = names or ['pre'] * len(values)
+    return numbered(label, values) | {
+        'norm_position': names,
+        'metrics': {'loss': {'drop': drop}, 'perplexity': {'drop': drop}},
+    }
 
 
 def gradient(label, values, error=0.1):
     quantity = measured(values, error)
-    return {'label': label, 'layers': quantity, 'matrices': {name: quantity for name in figures.MATRICES}}
+    return numbered(label, values) | {'layers': quantity, 'matrices': {name: quantity for name in figures.MATRICES}}
 
 
 def stream(label, values, theory, error=0.01):
     layers = measured(values[1:], error)
-    return {
-        'label': label,
+    return numbered(label, values[1:]) | {
         'variance': measured(values, error),
         'contribution': {'attention': layers, 'mlp': layers},
         'theory': theory,
@@ -76,7 +83,7 @@ class TestAngular:
             assert image.get_array().count() == L * (L + 1) / 2
             assert image.get_extent() == [-0.5, L - 0.5, 0.5, L + 0.5]
         assert len(figure.axes) == 3 and figure.axes[2].get_ylabel() == 'angular distance (share of π)'
-        assert first.get_ylabel() == 'layers spanned $n$' and first.get_xlabel() == 'start layer $l$'
+        assert first.get_ylabel() == 'layers spanned $n$' and first.get_xlabel() == 'start depth $l$'
 
     def test_a_panel_alone_on_the_scale_of_all(self):
         both = [angular('a', 4), angular('b', 6, 0.05)]
@@ -125,6 +132,17 @@ class TestDrop:
         assert '× not finite' in [text.get_text() for text in ax.texts]
 
 
+def test_layers_keep_their_numbers_in_a_pruned_network():
+    pruned = {'layer_index': [1, 4, 5], 'norm_position': ['post', 'pre', 'pre']}
+    [ax] = panels(figures.drop([dropped('a', [1.0, 2.0, 3.0]) | pruned]))
+    assert [bar.get_x() + bar.get_width() / 2 for bar in ax.patches] == pytest.approx([1, 4, 5])
+    assert [line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1] == [2.5]  # post | pre
+    [ax] = panels(figures.drop([dropped('a', [1.0, 2.0, 3.0]) | pruned], block=2))
+    assert [bar.get_x() + bar.get_width() / 2 for bar in ax.patches] == pytest.approx([1, 4])
+    [ax] = panels(figures.gradients([gradient('a', [1.0, 2.0, 3.0]) | pruned]))
+    assert ax.lines[0].get_xdata().tolist() == [1, 4, 5]
+
+
 class TestLines:
     def test_gradients_in_a_band(self):
         figure = figures.gradients([gradient('a', [1.0, 2.0]), gradient('b', [3.0, 4.0, 5.0], None)])
@@ -150,7 +168,7 @@ class TestLines:
         a, b, theory = ax.lines
         assert ax.get_yscale() == 'log' and a.get_xdata().tolist() == [0, 1, 2]
         assert theory.get_linestyle() == '--' and theory.get_color() == a.get_color() != b.get_color()
-        assert legend(figure) == ['a', 'b', 'theory'] and ax.get_ylim()[1] <= 40
+        assert legend(figure) == ['a', 'b', 'theory, one constant fitted'] and ax.get_ylim()[1] <= 40
         assert legend(figures.variance([stream('b', [1.0, 1.0, 1.0], [None] * 3)])) == ['b']
 
     def test_contribution(self):

@@ -50,6 +50,7 @@ def result(job, step=10, **changes):
         },
     }[job]
     about = {'label': f'one step {step}', 'step': step, 'norm_position': ['post', 'pre', 'pre'], 'tokens': 65_536}
+    about |= {'layer_index': [1, 2, 3], 'text': {'source': 'ab12', 'split': 'validation', 'mode': 'pad'}}
     return about | keys | changes
 
 
@@ -200,6 +201,11 @@ MALFORMED = {
     'words': json.dumps({'results': [result('angular', distance={'mean': 'far'})]}),
     'a part': json.dumps({'results': [{'label': 'one', 'norm_position': ['pre']}]}),
     'a step': json.dumps({'results': [result('angular', step='last')]}),
+    'tokens': json.dumps({'results': [result('angular', tokens='many')]}),
+    'placements': json.dumps({'results': [result('angular', norm_position=['post', 2, 'pre'])]}),
+    'layers': json.dumps({'results': [result('angular', layer_index=[1, 2])]}),
+    'a text': json.dumps({'results': [result('angular', text='books')]}),
+    'a number in words': json.dumps({'results': [result('angular', distance={'mean': [['1'] * 4] * 4})]}),
 }
 
 
@@ -215,12 +221,42 @@ def test_a_malformed_result(made, capsys, content):
     assert runs[0].name == 'one' and not runs[0].analyses
 
 
+def test_words_for_numbers(made, capsys):
+    """In metrics.jsonl they hide the run alone, in a result the analysis."""
+    one, two, three = made('one'), made('two'), made('three')
+    with (one / 'metrics.jsonl').open('a') as file:
+        file.write('{"step": 11, "tokens": 1100, "layers/grad_norm": [1.0, "2"]}\n')
+    wrong = result('drop')
+    wrong['metrics']['perplexity']['value'] = 'much'
+    write_analysis(two, 'drop', wrong)
+    write_analysis(three, 'drop', result('drop'))
+    assert report.main([str(one), str(two), str(three)]) == 5
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and 'one/metrics.jsonl: layers/grad_norm of step 11 is no number' in said[0]
+    assert 'two/analysis/drop/result.json is not' in said[1] and '7000' in read()[0]
+
+
 @pytest.mark.parametrize('job', ['drop', 'gradients', 'variance'])
 def test_a_result_of_another_depth(made, job):
     one = made('one')
     write_analysis(one, job, result(job, norm_position=['pre'] * 5))
     _, [problem] = report.read([str(one)])
     assert f'analysis/{job}/result.json is not' in str(problem)
+
+
+def test_layers_of_a_pruned_network_and_other_texts(made):
+    """Rows of tables are numbers of layers; numbers from other texts are marked."""
+    one, two = made('one'), made('two')
+    write_analysis(one, 'gradients', result('gradients'))
+    shorter = {'mode': 'concat', 'source': 'ab12', 'split': 'validation'}
+    write_analysis(two, 'gradients', result('gradients', layer_index=[1, 2, 4], text=shorter))
+    assert report.main([str(one), str(two)]) == 0
+    page, text = read()
+    assert 'Not measured on the same text: how rows are made. So these numbers are not of one kind.' in page
+    table = text.split('Gradient norm by layer:')[1].split('\n\n')[1].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip('|').split('|')] for row in table]
+    assert [row[0] for row in cells] == ['1', '2', '3', '4']
+    assert cells[2][1] and not cells[2][2] and cells[3][2] and not cells[3][1]
 
 
 def test_a_problem_hides_nothing_else(made, capsys):

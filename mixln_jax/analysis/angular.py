@@ -44,6 +44,11 @@ def measure(model, params, batches):
     return {'distance': measures.mean_and_error(sums, counts)}
 
 
+def whole(numbers):
+    """What must be finite."""
+    return [numbers['distance']['mean']]
+
+
 def columns(result):
     """{title: [L]} of an entry of result.json."""
     matrix = result['distance']['mean']

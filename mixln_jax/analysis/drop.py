@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mixln_jax import figures, measures, squad
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import job, subjects
-from mixln_jax.evaluate import OF_TASKS, open_harness
+from mixln_jax.evaluate import add_task_options, open_harness
 from mixln_jax.exits import UsageError
 from mixln_jax.step import batch_loss
 
@@ -117,6 +117,11 @@ def of_evaluations(evaluate, layers, blocks):
     return found
 
 
+def whole(numbers):
+    """What must be finite: the network with all its layers."""
+    return [metric['value'] for metric in numbers['metrics'].values()]
+
+
 def columns(result):
     """{title: [L]} of an entry of result.json."""
     found = result['metrics'].items()
@@ -139,23 +144,20 @@ def draw(results):
 def add_options(add):
     """What this job takes besides."""
     add('--blocks', default='1', metavar='N,...', help='sizes of blocks of neighbouring layers to remove [1]')
-    add('--tasks', metavar='TASK,...', help='tasks of the lm-evaluation-harness besides: arc_easy,hellaswag')
-    add('--task_path', metavar='DIR', help='YAML files that define more tasks')
-    add('--limit', type=int, metavar='N', help='documents of each task [all]')
-    add('--num_fewshot', type=int, metavar='N', help='examples before each document [what the task says]')
+    add_task_options(add)
 
 
-def _blocks(text, layers):
-    blocks = [int(part) if part.strip().isdigit() else 0 for part in text.split(',')]
-    for block in blocks:
-        if not 0 < block <= layers or len(set(blocks)) < len(blocks):
-            raise UsageError(f'--blocks {text}: different numbers from 1 to the {layers} layers are needed')
+def _blocks(text):
+    """The numbers of --blocks."""
+    blocks = [int(part) if part.strip().isdecimal() else 0 for part in text.split(',')]
+    if min(blocks) < 1 or len(set(blocks)) < len(blocks):
+        raise UsageError(f'--blocks {text}: different numbers from 1 are needed')
     return blocks
 
 
-def _tasks(subject, options):
+def _tasks(subject, harness):
     """(keep) -> {task/metric: (value, standard error)} in the harness."""
-    model, evaluate = open_harness(subject.found, options)
+    model, evaluate = harness(subject.found)
 
     def of(keep):
         model.keep = meshes.place(keep, meshes.replicated(subject.model.stream_sharding.mesh))
@@ -173,33 +175,38 @@ def _tasks(subject, options):
 
 
 def _squad(subject, options, blocks):
-    """Exact match and F1 of a BERT, and on how much."""
-    if options.tasks:
-        raise UsageError('--tasks are for language models, not with --squad')
-    features, examples = subjects.questions(subject, options.squad, options.seq_length)
+    """Exact match and F1 of a BERT on all questions, and on how much."""
+    features, examples, text = subjects.questions(subject, options.squad, options.seq_length)
     evaluate = functools.partial(squad.evaluate, subject.model, subject.params, features, examples, options.batch_size)
     metrics = of_questions(lambda keep: evaluate(keep=keep), len(subject.model.norm_position), blocks)
     about = {'tokens': int(features.weights.sum()), 'rows': len(features.inputs), 'questions': len(examples)}
-    return about | {'metrics': metrics}
+    return about | {'text': text, 'metrics': metrics}
 
 
 def main(argv):
     """The command; returns its exit code."""
+    harness = None
+
+    def check(options):
+        nonlocal harness
+        _blocks(options.blocks)
+        for name in ('tasks', 'tokens'):
+            if options.squad and getattr(options, name) is not None:
+                raise UsageError(f'--{name} has no meaning with --squad, of which all questions are asked')
+        harness = open_harness(options)
 
     def work(subject, options, texts):
-        for name in OF_TASKS:
-            if getattr(options, name) is not None and not options.tasks:
-                raise UsageError(f'--{name} has no meaning without --tasks')
-        L = len(subject.model.norm_position)
-        blocks = _blocks(options.blocks, L)
+        L, blocks = len(subject.model.norm_position), _blocks(options.blocks)
+        if max(blocks) > L:
+            raise UsageError(f'--blocks {options.blocks}: {subject.found.where} has {L} layers')
         if options.squad:
             return _squad(subject, options, blocks)
         metrics = measure(subject.model, subject.params, texts(subject), blocks)
-        if options.tasks:
-            metrics |= of_evaluations(_tasks(subject, options), L, blocks)
+        if harness:
+            metrics |= of_evaluations(_tasks(subject, harness), L, blocks)
         return {'metrics': metrics}
 
-    return job.run(sys.modules[__name__], work, argv, add_options)
+    return job.run(sys.modules[__name__], work, argv, add_options, check)
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ class Analyses:
         parts = meshes.row_parts(model.stream_sharding.mesh)
         wanted = -(-config.analysis.tokens // config.seq_length)
         size = parts * max(1, min(POSITIONS // config.seq_length, -(-wanted // parts)))
-        self._batches = subjects.sample(subjects.rows_of_text(rows), config.analysis.tokens, size)
+        self._batches = subjects.sample(subjects.rows_of_text(rows), config.analysis.tokens, size, parts=parts)
 
     def __call__(self, params):
         def of(job):

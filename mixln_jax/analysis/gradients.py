@@ -15,7 +15,6 @@ from mixln_jax import figures, measures
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import job
 from mixln_jax.exits import UsageError
-from mixln_jax.models.bert import Bert
 from mixln_jax.step import batch_loss
 
 NAME = 'gradients'
@@ -53,27 +52,29 @@ def measure(model, params, batches, rows=None):
 
     Args:
         model, params, batches: as angular.measure.
-        rows: that share one gradient, a multiple of a batch's; what is left at the end is none. None: all of them.
+        rows: that share one gradient, a multiple of a batch's; fewer, at the end, are left out. None: all of them.
 
     Returns:
         {'layers': [L], 'matrices': {name: [L]}, 'outside': {name: scalar}}, each {'mean', 'standard_error'} over the
-        gradients (None of a single one), and 'gradients', their number, 'rows_per_gradient'.
+        gradients (None of a single one), and what they were made of: 'gradients', their number, 'rows_per_gradient',
+        'rows' and 'tokens' of all.
 
     Raises UsageError for fewer than `rows` rows.
     """
-    found, sums, taken = [], None, 0
+    found, tokens, sums, of_sums, real = [], 0, None, 0, 0  # of the gradient that is being summed: its tokens, its rows
     for batch in batches:
         of_batch = _gradient(params, meshes.place(batch, model.stream_sharding), model=model)
         sums = _sum(sums, of_batch) if sums else of_batch
-        taken += len(batch['inputs'])
-        if taken == rows:
+        counts = batch['weights'].sum(-1)
+        of_sums, real = of_sums + int(counts.sum()), real + int((counts > 0).sum())
+        if real == rows:
             found.append(jax.device_get(_norms(sums, model=model)))
-            sums, taken = None, 0
-    if not rows:
-        rows = taken
+            tokens, sums, of_sums, real = tokens + of_sums, None, 0, 0
+    if rows is None:
         found.append(jax.device_get(_norms(sums, model=model)))
+        tokens, rows = of_sums, real
     if not found:
-        raise UsageError(f'the sample has {taken} rows, one gradient takes {rows}: raise --tokens or lower --rows')
+        raise UsageError(f'the sample has {real} rows, one gradient takes {rows}: raise --tokens or lower --rows')
 
     def over(*values):
         values = np.asarray(values, np.float64)
@@ -88,7 +89,14 @@ def measure(model, params, batches, rows=None):
         'outside': {name: norm for name, norm in norms['matrices'].items() if name not in inside},
         'gradients': len(found),
         'rows_per_gradient': rows,
+        'rows': rows * len(found),
+        'tokens': tokens,
     }
+
+
+def whole(numbers):
+    """What must be finite."""
+    return [numbers['layers']['mean']]
 
 
 def columns(result):
@@ -109,14 +117,16 @@ def add_options(add):
 def main(argv):
     """The command; returns its exit code."""
 
-    def work(subject, options, texts):
-        if options.squad or isinstance(subject.model, Bert):
+    def check(options):
+        if options.squad:
             raise UsageError('gradients are those of the loss of next tokens, which a BERT does not predict')
         if options.rows < 1 or options.rows % options.batch_size:
             raise UsageError(f'--rows {options.rows} is not a multiple of --batch_size {options.batch_size}')
+
+    def work(subject, options, texts):
         return measure(subject.model, subject.params, texts(subject), options.rows)
 
-    return job.run(sys.modules[__name__], work, argv, add_options)
+    return job.run(sys.modules[__name__], work, argv, add_options, check)
 
 
 if __name__ == '__main__':

@@ -1,11 +1,14 @@
 """What the analyses share: options, opening, progress, result.json and figures.
 
-A job is a module with NAME, DEFINITION, UNIT, SOURCE, `measure` (numbers of one network), `draw` (figures of many) and
-`columns` (what its table shows by layer).
+A job is a module with NAME, DEFINITION, UNIT, SOURCE, `measure` (numbers of one network), `whole` (those of them that
+must be finite), `draw` (figures of many networks) and `columns` (what its table shows by layer).
 """
 
 import argparse
+import json
+import os
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -14,7 +17,7 @@ from tqdm import tqdm
 from mixln_jax import exits, figures, record
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import subjects
-from mixln_jax.exits import UsageError
+from mixln_jax.exits import NumericsError, UsageError
 
 TOKENS, BATCH_SIZE = 65_536, 8
 
@@ -42,8 +45,10 @@ def by_row(compiled, model, batches):
     return jax.tree.map(lambda *of_batches: np.concatenate(of_batches), *sums), np.concatenate(counts)
 
 
-def run(job, work, argv, add_options=lambda add: None):
+def run(job, work, argv, add_options=lambda add: None, check=lambda options: None):
     """A job's command; returns its exit code.
+
+    What can be checked is checked before anything is measured; a network that is not finite hides no other.
 
     Args:
         job: the module.
@@ -51,6 +56,7 @@ def run(job, work, argv, add_options=lambda add: None):
             batches, with a progress bar.
         argv: words of the command.
         add_options: (add_argument), for options of the job's own.
+        check: (options), raises UsageError for those.
     """
     parser = argparse.ArgumentParser(
         prog=f'python -m mixln_jax.analysis.{job.NAME}',
@@ -72,88 +78,144 @@ def run(job, work, argv, add_options=lambda add: None):
     add('--text', metavar='FILES', help="measure on these .jsonl or text files [the run's own text]")
     add('--squad', metavar='FILE.json', help='a BERT reads the questions and texts of this SQuAD file')
     add('--split', metavar='SPLIT', help='of the text [config.eval.split; of --text all]')
-    add('--seq_length', type=int, metavar='T', help="tokens in a row [the run's; of a Hugging Face folder 256]")
-    add('--tokens', type=int, default=TOKENS, metavar='N', help=f'real tokens to measure on, at least [{TOKENS:,}]')
+    add('--seq_length', type=int, metavar='T', help="tokens in a row [the run's; of a Hugging Face folder up to 256]")
+    add('--mode', choices=('pad', 'pack', 'concat'), help="how rows are made [the run's; of a Hugging Face folder pad]")
+    add('--tokens', type=int, metavar='N', help=f'real tokens to measure on, at least [{TOKENS:,}]')
     add('--batch_size', type=int, default=BATCH_SIZE, metavar='B', help=f'rows at a time [{BATCH_SIZE}]')
     add_options(add)
     add('--traceback', action='store_true', help='show where an error comes from')
 
     def command():
         options = exits.parse(parser, argv)
-        for name in ('tokens', 'batch_size'):
-            if getattr(options, name) < 1:
-                raise UsageError(f'--{name} must be at least 1')
-        if options.seq_length is not None and options.seq_length < 2:
-            raise UsageError('--seq_length must be at least 2')
-        paths = subjects.paths(options.checkpoint, options.steps)
+        _check(options)
+        check(options)
         by_folder = {}
-        for path, step in paths:
-            by_folder.setdefault(_folder(job, options, path), []).append((path, step))
-        for folder, of_folder in by_folder.items():
-            results = [_result(path, step, options, work) for path, step in of_folder]
-            _write(job, folder, results, options)
+        for place in subjects.places(options.checkpoint, options.steps):
+            by_folder.setdefault(_folder(job, options, place), []).append(place)
+        for folder in by_folder:
+            _claim(job, folder)
+        problems = []
+        for folder, places in by_folder.items():
+            results = []
+            for place in places:
+                try:
+                    results.append(_result(job, place, options, work))
+                except NumericsError as problem:
+                    problems.append(problem)
+                    continue
+                _write(job, folder, results, options)
+                record.say(*_table(results[-1], job.columns(results[-1])), '')
+            if results:
+                _draw(job, folder, results)
+        for problem in problems[:-1]:
+            record.say(f'mixln_jax: {problem}', file=sys.stderr)
+        if problems:
+            raise problems[-1]
 
     return exits.call(command, show_traceback='--traceback' in argv)
 
 
-def _folder(job, options, path):
+def _check(options):
+    """Raises UsageError for options that are out of range or say nothing together."""
+    for name, least in (('tokens', 1), ('batch_size', 1), ('seq_length', 2)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise UsageError(f'--{name} must be at least {least}')
+    for name in ('text', 'split', 'mode', 'norm_position'):
+        if options.squad and getattr(options, name) is not None:
+            raise UsageError(f'--{name} has no meaning with --squad')
+
+
+def _folder(job, options, place):
     """Where the results of a checkpoint go."""
     if options.out:
-        return pathlib.Path(options.out)
-    run = path.parents[1] if path.parent.name == 'checkpoints' else path
-    if not (run / 'checkpoints').is_dir() and path.is_dir():
-        raise UsageError(f'{path} is not a run of ours, which would keep its results; give --out DIR')
-    return run / 'analysis' / job.NAME
+        return pathlib.Path(options.out).expanduser()
+    if not place.run:
+        raise UsageError(f'{place.folder} is not a run of ours, which would keep its results; give --out DIR')
+    return place.run / 'analysis' / job.NAME
 
 
-def _result(path, step, options, work):
-    """The entry of one network in result.json."""
-    subject = subjects.open_subject(path, step, options.norm_position, options.batch_size)
+def _claim(job, folder):
+    """Makes a folder for results. Raises UsageError where that cannot be, or where another job's are."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f'--out {folder} is no folder to write into: {error.strerror}') from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f'--out {folder} is not writable')
+    if (other := _written(folder).get('job', job.NAME)) != job.NAME:
+        raise UsageError(f'--out {folder} has the results of mixln_jax.analysis.{other}; give another folder')
+
+
+def _written(folder):
+    """What result.json in a folder says, {} where there is none."""
+    path = folder / 'result.json'
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f'{path} is not the result of an analysis; give another folder as --out')
+    return found
+
+
+def _result(job, place, options, work):
+    """The entry of one network in result.json. Raises NumericsError where it is not finite."""
+    subject = subjects.open_subject(place, options.norm_position, options.batch_size)
     about = {}
 
     def texts(subject, last=False):
         if options.squad:
-            singles = subjects.rows_of_questions(subjects.questions(subject, options.squad, options.seq_length)[0])
+            features, _, about['text'] = subjects.questions(subject, options.squad, options.seq_length)
+            singles = subjects.rows_of_questions(features)
         else:
-            rows = subjects.text(subject, options.text, options.split, options.seq_length)
+            rows, about['text'] = subjects.text(subject, options.text, options.split, options.seq_length, options.mode)
             singles = subjects.rows_of_text(rows)
-        batches = subjects.sample(singles, options.tokens, options.batch_size, last)
+        parts = subjects.parts(options.batch_size)
+        batches = subjects.sample(singles, options.tokens or TOKENS, options.batch_size, last, parts)
         counts = np.concatenate([batch['weights'].sum(-1) for batch in batches])
         about.update(tokens=int(counts.sum()), rows=int((counts > 0).sum()))
-        return tqdm(batches, desc=subject.label, leave=False, disable=None)
+        return tqdm(batches, desc=place.label, leave=False, disable=None)
 
     numbers = work(subject, options, texts)
-    model = subject.model
-    return {
-        'label': subject.label,
+    if not all(np.isfinite(part).all() for part in job.whole(numbers)):
+        raise NumericsError(f'{subject.found.where}: its {job.NAME} is not finite')
+    result = {
+        'label': place.label,
         'checkpoint': subject.found.where,
         'step': subject.found.step,
-        'norm_position': list(model.norm_position),
-        'layer_index': list(model.layer_index),
-        **about,
-        **numbers,
+        'norm_position': list(subject.model.norm_position),
+        'layer_index': list(subject.model.layer_index),
     }
+    return record.finite(jax.tree.map(_plain, result | about | numbers, is_leaf=lambda value: value is None))
 
 
 def _write(job, folder, results, options):
-    """Writes result.json and the figures, and prints the table of each network."""
+    """Writes what has been measured so far."""
     kept = {name: value for name, value in vars(options).items() if name not in ('checkpoint', 'out', 'traceback')}
     content = {
         'job': job.NAME,
         'definition': job.DEFINITION,
         'unit': job.UNIT,
         'source': job.SOURCE,
-        'settings': kept,
+        'settings': kept | {'tokens': options.tokens or TOKENS},
         'environment': record.environment(jax.devices()),
+        'figures': _written(folder).get('figures', []),
         'results': results,
     }
-    content = record.finite(jax.tree.map(_plain, content, is_leaf=lambda value: value is None))
     record.write_json(folder / 'result.json', content)
-    for result in content['results']:
-        record.say(*_table(result, job.columns(result)), '')
-    for name, figure in job.draw(content['results']).items():
+
+
+def _draw(job, folder, results):
+    """Writes the figures, in place of those of an earlier result."""
+    made = job.draw(results)
+    for name, figure in made.items():
         figures.save(figure, folder, name)
-    record.say(f'{folder}: result.json, {", ".join(sorted(path.name for path in folder.glob("*.png")))}')
+    content = _written(folder)
+    for name in {*content['figures']} - {*made}:
+        for suffix in ('png', 'svg'):
+            (folder / f'{name}.{suffix}').unlink(missing_ok=True)
+    record.write_json(folder / 'result.json', content | {'figures': sorted(made)})
+    record.say(f'{folder}: result.json, {", ".join(f"{name}.png" for name in sorted(made))} (.svg)')
 
 
 def _table(result, columns):

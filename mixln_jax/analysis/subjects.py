@@ -1,20 +1,22 @@
 """What an analysis measures: networks with their weights on the devices, and a fixed sample of text."""
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 import re
+import sys
 from typing import Any
 
 import jax
 import numpy as np
 
 from mixln_jax import config as configs
+from mixln_jax import drawing, record, squad, weights
 from mixln_jax import mesh as meshes
-from mixln_jax import squad, weights
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
-from mixln_jax.exits import UsageError
+from mixln_jax.exits import DataError, UsageError
 from mixln_jax.models import hf_bert
 from mixln_jax.models.bert import Bert
 from mixln_jax.program import Program
@@ -24,79 +26,104 @@ INITIAL = 'init'  # the step of weights that no training has changed
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """A network in float32, its weights on all devices that share `batch_size` rows evenly, and what it is called."""
+class Place:
+    """Where weights lie: a checkpoint's folder or Hugging Face's, and the run it is of, or None.
 
+    `initial`: not they, but those that the run began with. `label` is their name among others.
+    """
+
+    folder: pathlib.Path
+    run: pathlib.Path | None
+    initial: bool
     label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A network in float32, its weights on all devices that share `batch_size` rows evenly."""
+
     found: Weights
     model: Any
     params: Any
 
 
-def paths(checkpoints, steps):
-    """[(path, step)] of what `open_subject` takes: every checkpoint's folder, or its `steps`.
+def places(checkpoints, steps=None) -> list[Place]:
+    """What is to be measured, once each.
 
     Args:
         checkpoints: folders of runs, of single checkpoints of them, or of Hugging Face.
-        steps: None: the newest. Else text: `init`, numbers of steps and `all` (that are kept), separated by commas.
+        steps: of every run; None: the newest. Else text: `init`, numbers of steps and `all` (that are kept), separated
+            by commas.
 
     Raises:
-        UsageError: a step that is not kept, or steps of what is not a run.
+        UsageError: nothing there, a step that is not kept, or steps of what is not a run.
     """
-    found = []
-    for path in map(pathlib.Path, checkpoints):
+    found = {}  # (folder, initial) -> (folder, run, what is said behind the run's name)
+    for path in checkpoints:
+        folder, of_run = weights.find(path)
+        run = folder.parents[1] if of_run else None
+        is_run = (pathlib.Path(path).expanduser() / 'checkpoints').is_dir()
         if not steps:
-            found.append((path, None))
-            continue
-        if not (path / 'checkpoints').is_dir():
+            chosen = [(folder, False, f' step {folder.name}' if run and not is_run else '')]
+        elif not is_run:
             raise UsageError(f'--steps {steps}: {path} is not the folder of a run')
-        kept = sorted(int(folder.name) for folder in (path / 'checkpoints').iterdir() if folder.name.isdigit())
-        for step in re.split(r'\s*,\s*', steps.strip()):
-            if step == 'all':
-                found += [(path / 'checkpoints' / str(number), number) for number in kept]
-            elif step == INITIAL:
-                found.append((path, INITIAL))
-            elif step.isdigit() and int(step) in kept:
-                found.append((path / 'checkpoints' / str(int(step)), int(step)))
-            else:
-                raise UsageError(f'--steps: {path} has no checkpoint {step!r} (there is {INITIAL}, {_listed(kept)})')
-    return found
+        else:
+            chosen = _steps(folder, steps)
+        for at, initial, said in chosen:
+            found.setdefault((at.absolute(), initial), (at, run, initial, said))
+    names = drawing.names([run or folder for folder, run, *_ in found.values()])
+    return [
+        Place(folder, run, initial, name + said)
+        for name, (folder, run, initial, said) in zip(names, found.values(), strict=True)
+    ]
 
 
-def _listed(numbers):
-    return ', '.join(map(str, numbers))
+def _steps(newest, steps):
+    """[(folder, whether initial, suffix of the name)] of the run with this newest checkpoint."""
+    kept = sorted(int(folder.name) for folder in newest.parent.iterdir() if folder.name.isdigit())
+    for step in re.split(r'\s*,\s*', steps.strip()):
+        if step == INITIAL:
+            yield newest, True, ' at init'
+        elif step == 'all' or (step.isdecimal() and int(step) in kept):
+            for number in kept if step == 'all' else [int(step)]:
+                yield newest.with_name(str(number)), False, f' step {number}'
+        else:
+            listed = ', '.join([INITIAL, *map(str, kept)])
+            raise UsageError(f'--steps: {newest.parents[1]} has no checkpoint {step!r} (there is {listed})')
 
 
-def open_subject(path, step=None, norm_position=None, batch_size=8) -> Subject:
-    """Opens one of `paths`.
+def open_subject(place: Place, norm_position=None, batch_size=8) -> Subject:
+    """Opens one of `places`.
 
     Args:
-        path, step: from `paths`.
+        place: which.
         norm_position: placement of a Hugging Face folder that does not say it.
         batch_size: rows that the devices are to share.
 
     Raises:
         UsageError, CheckpointError: as `weights.load`; DataError where initial weights need the run's data.
     """
-    if hf_bert.is_bert(path):
-        found = Weights(*hf_bert.load(path), str(path))
+    if hf_bert.is_bert(place.folder):
+        if norm_position:
+            raise UsageError(f'--norm_position: {place.folder} is a BERT, which has Post-LN')
+        found = Weights(*hf_bert.load(place.folder), str(place.folder))
     else:
-        found = weights.load(path, norm_position=norm_position)
+        found = weights.load(place.folder, norm_position=norm_position)
     mesh = _mesh(batch_size)
-    if step == INITIAL:
-        found = dataclasses.replace(found, params=_initial(found), step=0, where=f'{path} at initialisation')
+    if place.initial:
+        found = dataclasses.replace(found, params=_initial(found), step=0, where=f'{place.run} at initialisation')
     model = found.model.clone(stream_sharding=meshes.batch_sharding(mesh))
-    params = jax.device_put(found.params, meshes.state_shardings(mesh, found.params))
-    folder = pathlib.Path(path).absolute()
-    run = folder.parents[1] if folder.parent.name == 'checkpoints' else folder
-    label = {None: run.name, INITIAL: f'{run.name} at init'}.get(step, f'{run.name} step {found.step}')
-    return Subject(label, found, model, params)
+    return Subject(found, model, jax.device_put(found.params, meshes.state_shardings(mesh, found.params)))
 
 
 def _mesh(rows):
     """Devices along `data`, as many as share so many rows evenly."""
-    devices = meshes.devices('auto')
-    return meshes.make_mesh(configs.Mesh(data=math.gcd(rows, len(devices))), devices)
+    return meshes.make_mesh(configs.Mesh(data=parts(rows)), meshes.devices('auto'))
+
+
+def parts(rows):
+    """How many devices share so many rows."""
+    return math.gcd(rows, len(meshes.devices('auto')))
 
 
 def _initial(found):
@@ -115,14 +142,19 @@ def _initial(found):
     return jax.device_get(state.params)
 
 
-def text(subject, path=None, split=None, seq_length=None):
+def text(subject, path=None, split=None, seq_length=None, mode=None):
     """Rows of text to measure a network on.
 
     Args:
         subject: from `open_subject`.
         path: files, .jsonl (also gzipped) or plain text, as `data.path`; None: the run's own text.
         split: of it; None: the run's config.eval.split, of `path` all.
-        seq_length: tokens of a row; None: the run's, of a Hugging Face folder 256.
+        seq_length: tokens of a row; None: the run's, also where it was exported; of other Hugging Face folders 256, or
+            as many as they have positions.
+        mode: as config.data.mode; None: the run's, also where it was exported; of other Hugging Face folders `pad`.
+
+    Returns:
+        (rows, what says which text it is: a dict).
 
     Raises:
         UsageError: no text, no tokenizer, or a network that does not read plain text. DataError: as `rows.open_rows`.
@@ -130,21 +162,44 @@ def text(subject, path=None, split=None, seq_length=None):
     found = subject.found
     if isinstance(subject.model, Bert):
         raise UsageError(f'{found.where} is a BERT; give --squad FILE, questions and texts for it to read')
-    data, length = (found.config.data, found.config.seq_length) if found.config else (configs.Data(), 256)
+    data = found.config.data if found.config else configs.Data()
+    length = seq_length or (found.max_length if found.data_mode else min(256, found.max_length))
     if path:
         source = 'jsonl' if re.search(r'\.jsonl?(\.gz)?$', path.split(',')[0]) else 'text'
         data = dataclasses.replace(data, source=source, path=path)
     elif not found.config:
         raise UsageError(f'{found.where} is a Hugging Face folder, which names no text; give --text FILES')
-    elif seq_length not in (None, length) and data.source == 'tokens':
-        raise UsageError(f'--seq_length {seq_length}: the run has rows of {length} tokens, made beforehand')
-    tokenizer = found.tokenizer or weights.open_tokenizer(pathlib.Path(found.where))[0]
+    if length > found.max_length:
+        warning = f'{found.where} was trained on rows of up to {found.max_length} tokens, not {length}'
+        record.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
+    data = dataclasses.replace(data, mode=mode or found.data_mode or data.mode)
     split = split or ('all' if path else found.config.eval.split)
-    return data_rows.open_rows(data, split, tokenizer, seq_length or length, subject.model.config.vocab_size)
+    tokenizer = found.tokenizer or _Begun(*weights.open_tokenizer(pathlib.Path(found.where)))
+    try:
+        rows = data_rows.open_rows(data, split, tokenizer, length, subject.model.config.vocab_size)
+    except (DataError, UsageError) as error:
+        said = str(error)
+        for key, option in (('data.mode', '--mode'), ('seq_length', '--seq_length'), ('data.path', '--text')):
+            said = said.replace(f'config.{key}', option)
+        raise type(error)(said) from None
+    return rows, {'split': split} | rows.fingerprint
+
+
+class _Begun:
+    """A tokenizer whose texts begin as those did that the weights were trained on: with a bos, or with nothing."""
+
+    def __init__(self, tokenizer, start):
+        self._tokenizer, self._start = tokenizer, np.array(start, np.int32)
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text, limit=None):
+        return np.concatenate([self._start, self._tokenizer.encode(text, limit)])[:limit]
 
 
 def questions(subject, path, seq_length=None):
-    """(Features, Examples) of a SQuAD file for a BERT.
+    """(Features, Examples, what says which they are: a dict) of a SQuAD file for a BERT.
 
     Args:
         subject: from `open_subject`.
@@ -161,9 +216,13 @@ def questions(subject, path, seq_length=None):
     length, most = seq_length or min(384, subject.model.config.num_positions), subject.model.config.num_positions
     if length > most:
         raise UsageError(f'--seq_length {length}: {found.where} has {most} positions')
+    if length < 8:
+        raise UsageError(f'--seq_length {length}: too short for a question and a text')
     examples = squad.read(path)
     tokenizer = squad.open_tokenizer(found.where)
-    return squad.make_features(examples, tokenizer, max_length=length, max_query=min(64, length // 4)), examples
+    features = squad.make_features(examples, tokenizer, max_length=length, max_query=min(64, length // 4))
+    digest = hashlib.blake2b(pathlib.Path(path).read_bytes(), digest_size=16)
+    return features, examples, {'source': digest.hexdigest(), 'seq_length': length}
 
 
 def rows_of_text(rows):
@@ -178,14 +237,15 @@ def rows_of_questions(features):
         yield batch | {'mask': batch['weights'][:, None, None, :] > 0}
 
 
-def sample(singles, num_tokens, batch_size, last=False):
+def sample(singles, num_tokens, batch_size, last=False, parts=None):
     """A fixed sample of rows as batches: the same for every network and whatever the batch size.
 
     Args:
         singles: batches of one row, from `rows_of_text` or `rows_of_questions`.
         num_tokens: real tokens, at least, or all rows; whole rows are taken.
-        batch_size: rows at a time; the last batch is filled up with rows of weight 0.
+        batch_size: rows at a time, at most; the last batch is filled up with rows of weight 0.
         last: whether the last real token of each row alone counts.
+        parts: devices that share the rows of a batch, so that of few rows smaller batches can be made; None: none are.
 
     Returns:
         Batches of numpy arrays (see data/layout.py), of which `weights` says what counts.
@@ -201,6 +261,8 @@ def sample(singles, num_tokens, batch_size, last=False):
     if not taken:
         raise UsageError('the text has no real token')
     empty = {name: np.zeros_like(values) for name, values in taken[0].items()}
+    if parts:
+        batch_size = min(batch_size, -(-len(taken) // parts) * parts)
     taken += [empty] * (-len(taken) % batch_size)
     return [
         {name: np.concatenate([row[name] for row in taken[at : at + batch_size]]) for name in empty}

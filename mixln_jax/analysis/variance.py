@@ -55,6 +55,11 @@ def measure(model, params, batches):
     }
 
 
+def whole(numbers):
+    """What must be finite."""
+    return [numbers['variance']['mean'], *(found['mean'] for found in numbers['contribution'].values())]
+
+
 def columns(result):
     """{title: [L]} of an entry of result.json."""
     shares = {f'{name} adds': found['mean'] for name, found in result['contribution'].items()}
