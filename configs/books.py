@@ -16,4 +16,5 @@ def get_config():
     c.optim.update(learning_rate=3e-3, b2=0.95, clip_norm=1.0)  # b2: 2400 steps are few
     c.eval.update(every=600, tokens=200_000)
     c.checkpoint.update(every=600, keep=4)
+    c.analysis.update(every=1200, tokens=2048)  # 1 % of the FLOPs
     return c

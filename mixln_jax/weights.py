@@ -13,7 +13,7 @@ from mixln_jax import checkpoint, trees
 from mixln_jax import config as configs
 from mixln_jax.data import tokenizers
 from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import hf, hf_config, llama, norms, tensors, transformer
+from mixln_jax.models import bert, hf, hf_config, llama, norms, tensors, transformer
 
 EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
 # Keys of config.model in which two networks must agree to have the same weights, and mean the same by them.
@@ -27,7 +27,7 @@ SAME = (
 class Weights:
     """A network, its parameters on one device here, and what is known about them."""
 
-    model: llama.Llama
+    model: llama.Llama | bert.Bert
     params: Any
     where: str
     step: int | None = None  # None, as config is: a Hugging Face folder

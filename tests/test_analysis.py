@@ -1,5 +1,6 @@
 """The analyses: cases by hand, float64 references, the authors' hidden states, batching, meshes, during training."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -303,4 +304,9 @@ class TestDuringTraining:
             batch_size=20, seq_length=100, num_steps=300, analysis=configs.Analysis(every=50, tokens=1000),
             model=configs.Model(num_layers=4, hidden_size=8),
         )  # fmt: skip
-        assert during.share(config, 3000) == pytest.approx(1000 * (10 * 1000 + 1600) / (3000 * 2000 * 50))
+        call = 1000 * (10 * 1000 + 1600)
+        assert during.share(config, 3000) == pytest.approx(6 * call / (3000 * 2000 * 300))
+        some = dataclasses.replace(config, num_steps=120)
+        assert during.share(some, 3000) == pytest.approx(3 * call / (3000 * 2000 * 120))  # also behind the last step
+        once = dataclasses.replace(config, analysis=configs.Analysis(every=0, tokens=1000))
+        assert during.share(once, 3000) == pytest.approx(call / (3000 * 2000 * 300))

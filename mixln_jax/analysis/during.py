@@ -58,5 +58,5 @@ def share(config: configs.Config, flops_per_position):
     """
     L, D = config.model.num_layers, config.model.hidden_size
     analyses = config.analysis.tokens * ((L + 6) * flops_per_position / 3 + 8 * (L + 1) ** 2 * D)
-    steps = min(config.analysis.every or config.num_steps, config.num_steps)
-    return analyses / (flops_per_position * config.batch_size * config.seq_length * steps)
+    times = -(-config.num_steps // (config.analysis.every or config.num_steps))  # the last behind the last step
+    return times * analyses / (flops_per_position * config.batch_size * config.seq_length * config.num_steps)
