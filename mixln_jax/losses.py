@@ -59,17 +59,22 @@ def _shared(gradient, x, head_kernel, labels, weights, vocab_size, chunk, mesh):
     """What `_local` gives, on one device or on each of a mesh with the parts put together."""
     arguments = x, head_kernel.astype(x.dtype), labels, weights
     local = functools.partial(_local, gradient=gradient, vocab_size=vocab_size, chunk=chunk)
-    if mesh is None:
+    if mesh is None or mesh.size == 1:
         return local(*arguments)
     rows = P(meshes.ROWS)
 
+    def shared(*axes):  # of one device alone some compilers make copies
+        return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
     def on_device(*parts):
-        total, losses, *gradients = local(*parts, columns=('tensor',))
-        total = jax.lax.psum(total, meshes.ROWS)
+        total, losses, *gradients = local(*parts, columns=shared('tensor'))
+        total = jax.lax.psum(total, shared(*meshes.ROWS))
         if gradient:
             d_x, d_kernel = gradients
-            d_kernel = jax.lax.psum_scatter(jax.lax.psum(d_kernel, 'data'), 'fsdp', tiled=True)
-            gradients = jax.lax.psum(d_x, 'tensor'), d_kernel
+            d_kernel = jax.lax.psum(d_kernel, shared('data'))
+            if shared('fsdp'):
+                d_kernel = jax.lax.psum_scatter(d_kernel, 'fsdp', tiled=True)
+            gradients = jax.lax.psum(d_x, shared('tensor')), d_kernel
         return total, losses, *gradients
 
     specs = rows, P(None, 'tensor'), rows, rows

@@ -145,14 +145,16 @@ def needed(executable):
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
     """{kind: (how often in a step, bytes of their results on a device)} of a compiled program's text; what stands in a
-    loop counts as often as the loop runs."""
+    loop counts as often as the loop runs, what a device says to itself alone not at all."""
     found, inside, entry, name = collections.defaultdict(list), collections.defaultdict(list), None, None
+    alone = re.compile(r'replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\]<)')
     limits = {}  # of computations that compare a counter with a constant, which is how a loop of JAX's ends
     for line in text.splitlines():
         if head := re.match(r'(ENTRY )?%?([\w.-]+) .*\{$', line):
             name = head[2]
             entry = name if head[1] else entry
-        if operation := re.search(rf'= (.*?) ({"|".join(COLLECTIVES)})(-start)?\(', line):
+        operation = re.search(rf'= (.*?) ({"|".join(COLLECTIVES)})(-start)?\(', line)
+        if operation and not alone.search(line):
             # An asynchronous one shows its operands before its results, and its state, which has no dimensions.
             shapes = re.findall(r'(\w+)\[([\d,]+)\]', operation[1])
             shapes = shapes[len(shapes) // 2 :] if operation[3] else shapes

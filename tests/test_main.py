@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import pathlib
+import re
 import shutil
 
 import jax
@@ -148,6 +149,13 @@ class TestRecords:
         assert len([line for line in shown.splitlines() if line.split()[1:2] in (['post'], ['pre'])]) == 3
         assert 'warm-up of about 10 %' in warned
         assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+    def test_nothing_is_compiled_twice(self, corpus, tmp_path, caplog):
+        with jax.log_compiles():
+            main.run(recipe(corpus), tmp_path)
+        compiled = re.findall(r'Compiling jit\((\w+)\)', caplog.text)
+        steps = ['train_step', 'eval_step', '_distances', '_losses', '_gradient', '_norms', '_sums']
+        assert {name: compiled.count(name) for name in steps} == dict.fromkeys(steps, 1)
 
 
 class TestResume:
