@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def count(recipe, rows, axis, devices):
     """(FLOPs of a device, {collective: (times, bytes)}, the fewest bytes) of a compiled step."""
-    length = losses.CHUNK // rows  # one chunk of the loss: XLA counts the body of a loop once
+    length = losses.CHUNK_ON_CPU // rows  # one chunk of the loss: XLA counts the body of a loop once
     given = {'batch_size': rows * devices, 'seq_length': length, 'model.scan_unroll': 'all', 'device': 'cpu'}
     given |= {'compute_dtype': 'float32', 'mesh.data': 1, f'mesh.{axis}': devices}
     config = configs.build(configs.load(f'{ROOT}/configs/{recipe}.py', [(k, str(v)) for k, v in given.items()]))

@@ -4,14 +4,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mixln_jax import mesh as meshes
 
 CHUNK = 2048  # positions whose logits are alive at a time on a device
+CHUNK_ON_CPU = 512  # faster there, with less memory: benchmarks/NOTES.md
 
 
-def token_losses(x, head_kernel, labels, weights, vocab_size, chunk=CHUNK, mesh=None):
+def token_losses(x, head_kernel, labels, weights, vocab_size, chunk=None, mesh=None):
     """Cross-entropy of next tokens without ever holding the logits of the whole batch.
 
     Positions are taken in chunks along T; the gradient is made while a chunk's logits are there, so the backward pass
@@ -23,7 +25,7 @@ def token_losses(x, head_kernel, labels, weights, vocab_size, chunk=CHUNK, mesh=
         labels: [B,T] int.
         weights: [B,T], 1 for a real target, 0 elsewhere.
         vocab_size: V.
-        chunk: positions in a chunk (the rows of a device times a stretch of T).
+        chunk: positions in a chunk (the rows of a device times a stretch of T); None: what suits the devices.
         mesh: the devices that share the work: rows over `data` and `fsdp`, the vocabulary over `tensor`. The kernel is
             gathered once and its gradient summed once, whatever the number of chunks. None: one device.
 
@@ -31,6 +33,8 @@ def token_losses(x, head_kernel, labels, weights, vocab_size, chunk=CHUNK, mesh=
         sum of weighted losses (nats), sum of weights, {'token_loss': [B,T] weighted losses}.
     """
     weights = weights.astype(jnp.float32)
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    chunk = chunk or (CHUNK_ON_CPU if platform == 'cpu' else CHUNK)
     total, losses = _losses(x, head_kernel, labels, weights, vocab_size, chunk, mesh)
     return total, weights.sum(), {'token_loss': jax.lax.stop_gradient(losses)}
 
@@ -58,7 +62,8 @@ _losses.defvjp(_forward, _backward)
 def _shared(gradient, x, head_kernel, labels, weights, vocab_size, chunk, mesh):
     """What `_local` gives, on one device or on each of a mesh with the parts put together."""
     arguments = x, head_kernel.astype(x.dtype), labels, weights
-    local = functools.partial(_local, gradient=gradient, vocab_size=vocab_size, chunk=chunk)
+    padded = vocab_size if vocab_size < head_kernel.shape[1] else None
+    local = functools.partial(_local, gradient=gradient, padded_from=padded, chunk=chunk)
     if mesh is None or mesh.size == 1:
         return local(*arguments)
     rows = P(meshes.ROWS)
@@ -82,10 +87,11 @@ def _shared(gradient, x, head_kernel, labels, weights, vocab_size, chunk, mesh):
     return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
 
 
-def _local(x, kernel, labels, weights, *, gradient, vocab_size, chunk, columns=()):
+def _local(x, kernel, labels, weights, *, gradient, padded_from, chunk, columns=()):
     """Sum of losses, losses [B,T] and, with `gradient`, those of x [B,T,D] and of the kernel [D,Vp] (float32).
 
-    `columns` names the mesh axis over which the kernel's columns lie; both gradients are then parts of a sum.
+    `columns` names the mesh axis over which the kernel's columns lie; both gradients are then parts of a sum. Columns
+    from `padded_from` on take no part; None: all do.
     """
     T = x.shape[1]
     stretch = max(1, min(T, chunk // x.shape[0]))
@@ -106,7 +112,8 @@ def _local(x, kernel, labels, weights, *, gradient, vocab_size, chunk, columns=(
         x, labels, weights = of
         labels = labels - first
         logits = jnp.einsum('btd,dv->btv', x, kernel, preferred_element_type=jnp.float32)
-        logits = jnp.where(column + first < vocab_size, logits, -jnp.inf)
+        if padded_from:
+            logits = jnp.where(column + first < padded_from, logits, -jnp.inf)
         largest = jax.lax.pmax(logits.max(axis=-1, keepdims=True), columns)
         normalizer = largest + jnp.log(jax.lax.psum(jnp.exp(logits - largest).sum(-1, keepdims=True), columns))
         here = (labels >= 0) & (labels < kernel.shape[1])
