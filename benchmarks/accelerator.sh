@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What only an accelerator can show, in one call: the quickstart there, bitwise resume, and speed of a paper recipe.
-# usage, from the repository root: benchmarks/accelerator.sh [OUT=runs/accelerator] [DEVICE=gpu] [RECIPE=llama_130m] [STEPS=60]
+# What only an accelerator can show, in one call of about nine minutes at most: the quickstart there, bitwise resume, and
+# the train step's speed, whose tables come last.
+# usage, from the repository root: benchmarks/accelerator.sh [OUT=runs/accelerator] [DEVICE=gpu]
 set -euo pipefail
-out=${1:-runs/accelerator} device=${2:-gpu} recipe=${3:-llama_130m} steps=${4:-60}
+out=${1:-runs/accelerator} device=${2:-gpu}
 mkdir -p "$out"
 train=(python3 -m mixln_jax.main --config.device="$device")
 
@@ -27,13 +28,9 @@ def lines(name):
 print('bitwise equal:', lines('whole') == lines('stopped'))
 PYTHON
 
-echo "== speed of $recipe"
-for placement in pre mix sandwich; do
-  for accumulate in 1 4; do
-    echo "-- $placement, accumulate $accumulate"
-    "${train[@]}" --config "configs/$recipe.py" --config.data.source=stdlib --config.data.tokenizer=bytes \
-      --config.data.mode=concat --config.eval.tokens=10000 --config.num_steps="$steps" \
-      --config.model.norm_position="$placement" --config.accumulate="$accumulate" \
-      --workdir "$out/$recipe-$placement-$accumulate" | grep -E '^step' | tail -n 2 || echo "failed"
-  done
-done
+echo "== speed, against Hugging Face where torch and transformers are installed"
+speed=(python3 -m benchmarks.train_step --device "$device")
+python3 -c 'import torch, transformers' 2> /dev/null && speed+=(--against) || echo "they are not: ours alone"
+"${speed[@]}" --cases llama_130m:32x256 llama_130m:8x1024 --total 120 --seconds 20 --out "$out/130m" || true
+"${speed[@]}" --cases llama_1b:4x1024 llama_1b:8x256 --placements pre --total 60 --seconds 20 --out "$out/1b" || true
+cat "$out"/130m/*.md "$out"/1b/*.md

@@ -41,13 +41,17 @@ def main(argv):
     add('--rounds', type=int, default=9, metavar='N', help='[9]')
     add('--steps', type=int, default=10, metavar='N', help='of each contender in a round [10]')
     add('--seconds', type=float, default=90, metavar='S', help='begin no new round of a case behind so many [90]')
+    add('--total', type=float, default=1e9, metavar='S', help='begin no new case behind so many')
     add('--out', default=str(RESULTS), metavar='DIR', help='[benchmarks/results]')
     add('--traceback', action='store_true', help='show where an error comes from')
 
     def command():
         options = exits.parse(parser, argv)
-        rows = []
+        rows, begun = [], time.monotonic()
         for case in options.cases:
+            if rows and time.monotonic() - begun > options.total:
+                print(f'{case} and what follows is left out: --total {options.total:g}')
+                break
             if not (match := re.fullmatch(r'(\w+):(\d+)x(\d+)', case)):
                 raise UsageError(f'--cases {case}: RECIPE:BxT is needed, as in llama_130m:32x256')
             recipe, batch_size, length = match[1], int(match[2]), int(match[3])

@@ -1,0 +1,45 @@
+"""The benchmark of the train step: its table and record, and bad input."""
+
+import json
+
+import pytest
+
+from benchmarks import train_step
+
+SMALL = ['--device', 'cpu', '--dtype', 'float32', '--placements', 'pre', '--rounds', '2', '--steps', '1']
+
+
+@pytest.mark.slow
+def test_contenders_take_turns_and_one_that_fails_hides_no_other(tmp_path, capsys):
+    words = [
+        '--cases',
+        'llama_9m:2x16',
+        '--with',
+        'model.remat=dots',
+        'model.num_heads=7',
+        *SMALL,
+        '--out',
+        str(tmp_path),
+    ]
+    assert train_step.main(words) == 0
+    [path] = tmp_path.glob('cpu-*.json')
+    rows = {row['contender']: row for row in json.loads(path.read_text())['rows']}
+    assert rows['pre']['ratios'] == [1, 1] and rows['pre']['tokens'] == 32
+    assert len(rows['pre, model.remat=dots']['all_seconds']) == 2 and rows['pre, model.remat=dots']['ratios'] != [1, 1]
+    assert 'num_heads' in rows['pre, model.num_heads=7']['error']
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split(' | ')[1] for line in lines] == list(rows)
+    assert path.with_suffix('.md').read_text().splitlines()[-3:] == lines
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['--cases', 'llama_9m'], '--cases llama_9m: RECIPE:BxT is needed'),
+        (['--cases', 'nothing:1x16', *SMALL], 'nothing could be measured: '),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, words, message):
+    assert train_step.main([*words, '--out', str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1 and not list(tmp_path.iterdir())
