@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from mixln_jax import config as configs
 from mixln_jax.exits import UsageError
-from mixln_jax.models import norms, transformer
+from mixln_jax.models import attention, norms, transformer
 from mixln_jax.models.initialize import initialize
 
 VOCAB_MULTIPLE = 128  # rows of embedding and head in memory, so that they tile and shard
@@ -62,8 +62,8 @@ class Llama(nn.Module):
                 first = (first.astype(jnp.float32) * self.config.hidden_size**0.5).astype(first.dtype)
             if norms.PLACEMENTS[self.norm_position[0]].embed_norm:
                 first = self.embed_norm(first)
-            angles = transformer.rotary_angles(positions, head_dim, self.config.rope_theta)
-            mask = None if segments is None else transformer.document_mask(segments)
+            angles = attention.rotary_angles(positions, head_dim, self.config.rope_theta)
+            mask = None if segments is None else attention.document_mask(segments)
             last, out = self.layers(first, angles, mask, keep, capture)
             if capture:
                 out['hidden'] = jnp.concatenate([first[None], out['hidden']])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax.models import norms
+from mixln_jax.models import attention, norms
 
 REMAT_POLICIES = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -41,26 +41,6 @@ class RMSNorm(nn.Module):
             parts *= jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + self.eps)
             y = parts.reshape(x.shape) * gain
         return (y if constant is None else y * constant).astype(self.dtype)
-
-
-def rotary_angles(positions, head_dim, theta):
-    """Su et al. 2021: cosine and sine [..., T, head_dim / 2] of the angle of every pair at `positions` [..., T]."""
-    frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x_BTHd, angles):
-    """Turns pair i of every head, (x_i, x_{i + d/2}), by its position's angle: the half-rotation of Hugging Face."""
-    cos, sin = (a[..., None, :] for a in angles)
-    first, second = jnp.split(x_BTHd.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTHd.dtype)
-
-
-def document_mask(segments):
-    """[B,T] numbers of documents -> [B,1,T,T] bool, query by key: whether both lie in the same document."""
-    return segments[:, None, :, None] == segments[:, None, None, :]
 
 
 class Embedding(nn.Module):
@@ -99,8 +79,9 @@ class Attention(nn.Module):
             y = linear(count * head_dim, self.dtype, name)(x_BTD).reshape(*x_BTD.shape[:2], count, head_dim)
             return RMSNorm(self.config.norm_eps, self.dtype, name=f'{name}_norm')(y) if self.qkv_norm else y
 
-        q, k, v = rotate(heads('q', H), angles), rotate(heads('k', K), angles), heads('v', K)
-        y_BTHd = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+        scaled = [a / head_dim**0.5 for a in angles]  # turning the queries by these divides them too
+        q, k = attention.rotate(heads('q', H), scaled), attention.rotate(heads('k', K), angles)
+        y_BTHd = attention.causal_attention(q, k, heads('v', K), mask)
         return linear(D, self.dtype, 'o')(y_BTHd.reshape(*x_BTD.shape[:2], H * head_dim))
 
 
@@ -144,6 +125,8 @@ def _product_forward(x, kernel):
 
 def _product_backward(saved, dy):
     x, kernel = saved
+    if kernel.shape[0] > kernel.shape[1]:  # of x and dy the smaller one is transposed
+        return dy @ kernel.T, jnp.einsum('...f,...d->fd', dy, x).T
     return dy @ kernel.T, jnp.einsum('...d,...f->df', x, dy)
 
 
@@ -177,14 +160,14 @@ class Layer(nn.Module):
         norms of the stream before it and of what it adds, and the mean of the latter; else None.
         """
         branches = []
-        attention = self.parts.attention(self.config, self.dtype, self.placement.qkv_norm, name='attention')
+        attend = self.parts.attention(self.config, self.dtype, self.placement.qkv_norm, name='attention')
         mlp = self.parts.mlp(self.config, self.dtype, name='mlp')
         constants = per_layer['constants']
         if self.stream_sharding:
             x = jax.lax.with_sharding_constraint(x, self.stream_sharding)
         y = self.residual(
             x,
-            lambda h: attention(h, angles, mask),
+            lambda h: attend(h, angles, mask),
             self.placement.attention,
             constants['attention'],
             'attention',
@@ -235,7 +218,7 @@ class Stack(nn.Module):
     def __call__(self, x, angles, mask=None, keep=None, capture=False):
         """Runs the stream x [B,T,D] through the layers.
 
-        `angles` are those of `rotary_angles`, None: attention has none. `mask` [B,1,T,T] bool, or what broadcasts to
+        `angles` are `attention.rotary_angles`, None: attention has none. `mask` [B,1,T,T] bool, or what broadcasts to
         it, says which keys a query sees of those that attention lets it see, None: all of them.
         `keep` [L] (traced) removes layers: one that is False is the identity. With `capture` the second result is what
         every layer captures, stacked over them [L,...], else None.
