@@ -21,7 +21,7 @@ from mixln_jax import config as configs
 from mixln_jax import exits, losses, metrics, record
 from mixln_jax import mesh as meshes
 from mixln_jax.exits import DeviceError, UsageError, first_line
-from mixln_jax.models import llama
+from mixln_jax.models import attention, llama
 from mixln_jax.program import Program
 
 # Kind of device as JAX names it, its memory in bytes (datasheets).
@@ -66,18 +66,19 @@ def memory(program: Program) -> dict[str, int]:
     tensor = mesh.shape['tensor']
     rows = config.batch_size // config.accumulate // meshes.row_parts(mesh)
     # Of a layer: what lies whole on every device of `tensor`, and what is split.
-    inside = {'full': (0, 0), 'dots': (2 * D, D + 2 * K + 2 * F), 'none': (6 * D, 2 * D + 4 * K + 4 * F + 2 * H * T)}
+    inside = {'full': (0, 0), 'dots': (2 * D, D + 2 * K + 2 * F), 'none': (6 * D, 2 * D + 4 * K + 4 * F)}
     inside = {remat: (whole + split // tensor) * width for remat, (whole, split) in inside.items()}
     stream = D * width
     layer = inside[model.remat]
     working = inside['none'] if model.remat != 'none' else 0  # of the layer at hand, recomputed
+    scores = 8 * H // tensor * max(S - first for first, S in attention.blocks(T))  # and of its attention
     padded = program.state.params['head']['kernel'].shape[1]
     chunk = min(rows * T, max(losses.CHUNK, rows))
     return {
         'weights': _held(program.state.params),
         'optimiser': _held(program.state.opt_state),
         'gradients': _held(program.state.params) * (2 if config.accumulate > 1 else 1),
-        'activations': rows * T * (model.num_layers * (stream + layer) + working + 4 * stream),
+        'activations': rows * T * (model.num_layers * (stream + layer) + working + scores + 4 * stream),
         'logits': chunk * padded // tensor * (4 + 4 + width) + D * padded // tensor * (4 + width),
     }
 

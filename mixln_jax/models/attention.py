@@ -30,11 +30,13 @@ def document_mask(segments):
     return segments[:, None, :, None] == segments[:, None, None, :]
 
 
+@jax.custom_vjp
 def causal_attention(q_BTHd, k_BTKd, v_BTKd, mask=None):
     """softmax(q k^T) v, where a query sees the keys up to its own position; query head h those of head h // (H / K).
 
-    Works on blocks of queries, so that keys which none of a block sees are never touched, and divides by the softmax's
-    sum behind the product with v, on d features and not on S keys. Scores and their softmax are float32.
+    Works on blocks of queries, so that keys which none of a block sees are never touched. The backward pass computes
+    the probabilities again, from the logarithms of their sums (Dao et al. 2022, FlashAttention, arXiv 2205.14135,
+    algorithm 4), so nothing of size T x T is kept. Scores and probabilities are float32.
 
     Args:
         q_BTHd: queries, already divided by sqrt(d).
@@ -44,17 +46,69 @@ def causal_attention(q_BTHd, k_BTKd, v_BTKd, mask=None):
 
     Returns [B,T,H,d].
     """
-    T, H, K = *q_BTHd.shape[1:3], k_BTKd.shape[2]
-    k, v = (jnp.repeat(a, H // K, axis=2) if K < H else a for a in (k_BTKd, v_BTKd))
-    q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q_BTHd, k, v))
-    blocks = []
-    for first in range(0, T, t := max(SHORTEST, -(-T // BLOCKS))):
-        S = min(first + t, T)
-        scores = jnp.einsum('bhtd,bhsd->bhts', q[:, :, first:S], k[:, :, :S], preferred_element_type=jnp.float32)
-        scores += np.where(np.arange(S) <= np.arange(first, S)[:, None], 0, -np.inf).astype(np.float32)
-        if mask is not None:
-            scores = jnp.where(mask[..., first:S, :S], scores, -jnp.inf)
-        powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        summed = jnp.einsum('bhts,bhsd->bhtd', powers.astype(v.dtype), v[:, :, :S], preferred_element_type=jnp.float32)
-        blocks.append((summed / powers.sum(axis=-1, keepdims=True)).astype(v.dtype))
-    return jnp.swapaxes(jnp.concatenate(blocks, axis=2), 1, 2)
+    return _forward(q_BTHd, k_BTKd, v_BTKd, mask)[0]
+
+
+def _forward(q_BTHd, k_BTKd, v_BTKd, mask):
+    q, k, v = _by_head(q_BTHd, k_BTKd, v_BTKd)
+    outs, logs = [], []
+    for first, S in blocks(q.shape[2]):
+        scores = _scores(q, k, mask, first, S)
+        largest = scores.max(axis=-1, keepdims=True)
+        powers = jnp.exp(scores - largest)
+        total = powers.sum(axis=-1, keepdims=True)
+        # Divided behind the product: d features are fewer than S keys.
+        outs.append((_dot('bhts,bhsd->bhtd', powers.astype(v.dtype), v[:, :, :S]) / total).astype(v.dtype))
+        logs.append(largest + jnp.log(total))
+    y_BTHd = jnp.swapaxes(jnp.concatenate(outs, axis=2), 1, 2)
+    return y_BTHd, (mask, (q_BTHd, k_BTKd, v_BTKd, y_BTHd, jnp.concatenate(logs, axis=2)))
+
+
+def _backward(saved, dy_BTHd):
+    mask, others = saved
+    q_BTHd, k_BTKd, v_BTKd, y_BTHd, logs = jax.lax.optimization_barrier(others)  # else XLA may keep the scores
+    q, k, v, dy, y = _by_head(q_BTHd, k_BTKd, v_BTKd, dy_BTHd, y_BTHd)
+    inner = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    dq, dk, dv = [], [], []
+    for first, S in blocks(q.shape[2]):
+        rows = np.s_[:, :, first:S]
+        p = jnp.exp(_scores(q, k, mask, first, S) - logs[rows])
+        ds = (p * (_dot('bhtd,bhsd->bhts', dy[rows], v[:, :, :S]) - inner[rows])).astype(q.dtype)
+        dq.append(_dot('bhts,bhsd->bhtd', ds, k[:, :, :S]))
+        dk.append(_dot('bhts,bhtd->bhsd', ds, q[rows]))
+        dv.append(_dot('bhts,bhtd->bhsd', p.astype(q.dtype), dy[rows]))
+
+    def over_blocks(parts):  # [B,H,S,d] each -> [B,T,K,d]
+        whole = sum(jnp.pad(a, [(0, 0), (0, 0), (0, q.shape[2] - a.shape[2]), (0, 0)]) for a in parts)
+        shared = whole.reshape(whole.shape[0], k_BTKd.shape[2], -1, *whole.shape[2:]).sum(axis=2)
+        return jnp.swapaxes(shared, 1, 2).astype(k_BTKd.dtype)
+
+    dq_BTHd = jnp.swapaxes(jnp.concatenate(dq, axis=2), 1, 2).astype(q_BTHd.dtype)
+    return dq_BTHd, over_blocks(dk), over_blocks(dv), None
+
+
+causal_attention.defvjp(_forward, _backward)
+
+
+def blocks(T):
+    """(first query, number of keys that the block sees) of every block of queries."""
+    length = max(SHORTEST, -(-T // BLOCKS))
+    return [(first, min(first + length, T)) for first in range(0, T, length)]
+
+
+def _scores(q, k, mask, first, S):
+    """[B,H,t,S] of the queries first to S - 1."""
+    scores = _dot('bhtd,bhsd->bhts', q[:, :, first:S], k[:, :, :S])
+    scores += np.where(np.arange(S) <= np.arange(first, S)[:, None], 0, -np.inf).astype(np.float32)
+    return scores if mask is None else jnp.where(mask[..., first:S, :S], scores, -jnp.inf)
+
+
+def _by_head(*values):
+    """[B,T,H,d], or those of K heads, each repeated for its queries -> [B,H,T,d]."""
+    H = values[0].shape[2]
+    wide = (jnp.repeat(a, H // a.shape[2], axis=2) if a.shape[2] < H else a for a in values)
+    return [jnp.swapaxes(a, 1, 2) for a in wide]
+
+
+def _dot(equation, a, b):
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
