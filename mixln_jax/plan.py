@@ -57,7 +57,8 @@ def memory(program: Program) -> dict[str, int]:
     """Bytes on a device by kind; activations and logits are estimates, the rest is exact.
 
     Activations: what the backward pass needs of every layer, by remat policy: `full` keeps the stream, `dots` the
-    results of the matrix products besides, `none` about all (after Korthikanti et al. 2022, section 4).
+    results of the matrix products besides, `none` what enters products, norms and gates (after Korthikanti et al. 2022,
+    section 4; benchmarks/README.md has what compilers say).
     """
     config, mesh = program.config, program.mesh
     model, width = config.model, 2 if config.compute_dtype == 'bfloat16' else 4
@@ -66,7 +67,7 @@ def memory(program: Program) -> dict[str, int]:
     tensor = mesh.shape['tensor']
     rows = config.batch_size // config.accumulate // meshes.row_parts(mesh)
     # Of a layer: what lies whole on every device of `tensor`, and what is split.
-    inside = {'full': (0, 0), 'dots': (2 * D, D + 2 * K + 2 * F), 'none': (6 * D, 2 * D + 4 * K + 4 * F)}
+    inside = {'full': (0, 0), 'dots': (2 * D, D + 2 * K + 2 * F), 'none': (3 * D, 2 * D + 2 * K + 3 * F)}
     inside = {remat: (whole + split // tensor) * width for remat, (whole, split) in inside.items()}
     stream = D * width
     layer = inside[model.remat]

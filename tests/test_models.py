@@ -150,8 +150,8 @@ def test_remat_and_unrolling_change_no_number(changes):
     assert_gradients(others, grads, 2e-6)
 
 
-@pytest.mark.parametrize('remat', ['dots', 'full'])
-def test_remat_saves_memory(remat):
+@pytest.mark.parametrize('remat, of', [('dots', 0.8), ('full', 0.5)])
+def test_remat_saves_memory(remat, of):
     """In the compiled program, at a depth where `scan_unroll=auto` would unroll without remat."""
 
     def temporary_bytes(remat):
@@ -161,7 +161,7 @@ def test_remat_saves_memory(remat):
         compiled = jax.jit(jax.grad(lambda p: mean_loss(model, p, batch))).lower(params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(remat) < 0.7 * temporary_bytes('none')
+    assert temporary_bytes(remat) < of * temporary_bytes('none')
 
 
 @pytest.mark.parametrize('name', ['pre', 'post', 'mix', 'sandwich', 'lns', 'deepnorm_official'])

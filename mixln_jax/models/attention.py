@@ -61,13 +61,17 @@ def _forward(q_BTHd, k_BTKd, v_BTKd, mask):
         outs.append((_dot('bhts,bhsd->bhtd', powers.astype(v.dtype), v[:, :, :S]) / total).astype(v.dtype))
         logs.append(largest + jnp.log(total))
     y_BTHd = jnp.swapaxes(jnp.concatenate(outs, axis=2), 1, 2)
-    return y_BTHd, (mask, (q_BTHd, k_BTKd, v_BTKd, y_BTHd, jnp.concatenate(logs, axis=2)))
+    # Kept in one axis, heads of 64 features take no more room on TPUs than that, where 128 lie side by side.
+    joined = [a.reshape(*a.shape[:2], -1) for a in (q_BTHd, k_BTKd, v_BTKd, y_BTHd)]
+    return y_BTHd, (mask, joined, jnp.concatenate(logs, axis=2))
 
 
 def _backward(saved, dy_BTHd):
-    mask, others = saved
-    q_BTHd, k_BTKd, v_BTKd, y_BTHd, logs = jax.lax.optimization_barrier(others)  # else XLA may keep the scores
-    q, k, v, dy, y = _by_head(q_BTHd, k_BTKd, v_BTKd, dy_BTHd, y_BTHd)
+    mask, *others = saved
+    joined, logs = jax.lax.optimization_barrier(others)  # else XLA may keep the scores
+    heads = [a.reshape(*a.shape[:2], -1, dy_BTHd.shape[3]) for a in joined]
+    K = heads[1].shape[2]
+    q, k, v, y, dy = _by_head(*heads, dy_BTHd)
     inner = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     dq, dk, dv = [], [], []
     for first, S in blocks(q.shape[2]):
@@ -80,10 +84,10 @@ def _backward(saved, dy_BTHd):
 
     def over_blocks(parts):  # [B,H,S,d] each -> [B,T,K,d]
         whole = sum(jnp.pad(a, [(0, 0), (0, 0), (0, q.shape[2] - a.shape[2]), (0, 0)]) for a in parts)
-        shared = whole.reshape(whole.shape[0], k_BTKd.shape[2], -1, *whole.shape[2:]).sum(axis=2)
-        return jnp.swapaxes(shared, 1, 2).astype(k_BTKd.dtype)
+        shared = whole.reshape(whole.shape[0], K, -1, *whole.shape[2:]).sum(axis=2)
+        return jnp.swapaxes(shared, 1, 2).astype(k.dtype)
 
-    dq_BTHd = jnp.swapaxes(jnp.concatenate(dq, axis=2), 1, 2).astype(q_BTHd.dtype)
+    dq_BTHd = jnp.swapaxes(jnp.concatenate(dq, axis=2), 1, 2).astype(q.dtype)
     return dq_BTHd, over_blocks(dk), over_blocks(dv), None
 
 

@@ -33,14 +33,18 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x, constant=None):
         gain = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        if self.groups == 1:
-            y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps) * gain
-        else:
-            parts = x.reshape(*x.shape[:-1], self.groups, -1)
-            parts *= jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + self.eps)
-            y = parts.reshape(x.shape) * gain
+        y = _rms_norm(x, gain, self.eps, self.groups)
         return (y if constant is None else y * constant).astype(self.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))  # else several float32 copies of x are kept
+def _rms_norm(x, gain, eps, groups):
+    x = x.astype(jnp.float32)
+    if groups == 1:
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * gain
+    parts = x.reshape(*x.shape[:-1], groups, -1)
+    parts *= jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + eps)
+    return parts.reshape(x.shape) * gain
 
 
 class Embedding(nn.Module):
@@ -95,7 +99,12 @@ class MLP(nn.Module):
     def __call__(self, x_BTD):
         gate = linear(self.config.intermediate_size, self.dtype, 'gate')(x_BTD)
         up = linear(self.config.intermediate_size, self.dtype, 'up')(x_BTD)
-        return linear(self.config.hidden_size, self.dtype, 'down')(nn.silu(gate) * up)
+        return linear(self.config.hidden_size, self.dtype, 'down')(_gated(gate, up))
+
+
+@jax.checkpoint  # of both alone the backward pass makes the rest
+def _gated(gate, up):
+    return nn.silu(gate) * up
 
 
 def linear(features, dtype, name, bias=False):
