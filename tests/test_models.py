@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference
 import safetensors.numpy
+from test_step import equations
 
 from mixln_jax import config as configs
 from mixln_jax import optim, step, trees
@@ -148,6 +149,29 @@ def test_remat_and_unrolling_change_no_number(changes):
     other, others = jax.jit(jax.value_and_grad(lambda p: mean_loss(changed, p, batch)))(params)
     np.testing.assert_allclose(other, loss, rtol=1e-6)
     assert_gradients(others, grads, 2e-6)
+
+
+@pytest.mark.parametrize('dtype, expected', [('float32', jax.lax.Precision.HIGHEST), ('bfloat16', None)])
+def test_matrix_products_in_float32_are_exact_in_the_backward_pass_too(dtype, expected):
+    """GPUs and TPUs would round their factors."""
+    model = llama.from_config(make('mix').config, dtype)
+    params = jax.eval_shape(model.init, jax.random.key(0))['params']
+    gradient = jax.make_jaxpr(jax.grad(lambda params: mean_loss(model, params, text(np.random.default_rng(0)))))(params)
+    products = [e.params['precision'] for e in equations(gradient.jaxpr) if e.primitive.name == 'dot_general']
+    assert len(products) > 30
+    assert set(products) == {expected and (expected, expected)}
+
+
+def test_what_the_backward_pass_keeps():
+    """Of every layer the stream, twice, what norms give, queries, keys, values, what attention gives (twice, which XLA
+    merges), gate, up, their product; nothing of size T x T."""
+    B, T, L, D, F, H = 2, 96, 3, 32, 88, 4
+    model = make('pre', L, hidden_size=D, intermediate_size=F, num_heads=H, num_kv_heads=H)
+    ids = np.zeros((B, T), np.int32)
+    params = model.init(jax.random.key(0))['params']
+    _, pull = jax.vjp(lambda params: model.apply({'params': params}, ids, method='trunk')[0], params)
+    kept = [leaf.size for leaf in jax.tree.leaves(pull) if leaf.shape[:2] == (L, B)]
+    assert sum(kept) == L * B * T * (9 * D + 3 * F + H)  # H: the logarithms of the sums
 
 
 @pytest.mark.parametrize('remat, of', [('dots', 0.8), ('full', 0.5)])

@@ -115,4 +115,10 @@ def _by_head(*values):
 
 
 def _dot(equation, a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, precision=precision(a), preferred_element_type=jnp.float32)
+
+
+def precision(a):
+    """Of matrix products with `a`: exact in float32. A backward pass written by hand is traced outside of the trunk,
+    whose default it does not see."""
+    return 'highest' if a.dtype == jnp.float32 else None

@@ -134,9 +134,11 @@ def _product_forward(x, kernel):
 
 def _product_backward(saved, dy):
     x, kernel = saved
+    dot = functools.partial(jnp.einsum, precision=attention.precision(x))
+    dx = dot('...f,df->...d', dy, kernel)
     if kernel.shape[0] > kernel.shape[1]:  # of x and dy the smaller one is transposed
-        return dy @ kernel.T, jnp.einsum('...f,...d->fd', dy, x).T
-    return dy @ kernel.T, jnp.einsum('...d,...f->df', x, dy)
+        return dx, dot('...f,...d->fd', dy, x).T
+    return dx, dot('...d,...f->df', x, dy)
 
 
 product.defvjp(_product_forward, _product_backward)
