@@ -261,7 +261,9 @@ class TestProcesses:
         codes, errors, _ = ends(started)
         assert codes == [75, 75] and all('stopped by SIGTERM; run the same' in error for error in errors)
         last = max(int(path.name) for path in (tmp_path / 'checkpoints').glob('[0-9]*'))
-        assert lines_of(tmp_path)[-1]['step'] == last >= 7
+        line = lines_of(tmp_path)[-1]['step']
+        # Stopped in the analyses, every 10 steps, the line of that step is not complete and waits in the checkpoint.
+        assert last >= 7 and (line == last or (line == last - 1 and last % 10 == 0))
 
     def test_one_that_never_comes_is_named(self, tmp_path):
         codes, errors, _ = ends(start(tmp_path, 3, missing=[1], **{'processes.timeout': 8.0}))
