@@ -18,7 +18,7 @@ os.environ |= {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8'}
 import jax
 
 from mixln_jax import config as configs
-from mixln_jax import losses, plan
+from mixln_jax import hlo, losses
 from mixln_jax import mesh as meshes
 from mixln_jax.program import Program
 
@@ -35,7 +35,7 @@ def count(recipe, rows, axis, devices):
     executable = program.train_step.lower(program.state, program.batch(config.batch_size)).compile()
     numbers = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
     fewest = {'data': 4 * numbers, 'fsdp': 4 * numbers + 4 * numbers / devices}[axis] if devices > 1 else 0
-    return executable.cost_analysis()['flops'], plan.collectives(executable.as_text()), fewest
+    return executable.cost_analysis()['flops'], hlo.collectives(executable.as_text()), fewest
 
 
 def main():

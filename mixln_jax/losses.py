@@ -35,7 +35,8 @@ def token_losses(x, head_kernel, labels, weights, vocab_size, chunk=None, mesh=N
     weights = weights.astype(jnp.float32)
     platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
     chunk = chunk or (CHUNK_ON_CPU if platform == 'cpu' else CHUNK)
-    total, losses = _losses(x, head_kernel, labels, weights, vocab_size, chunk, mesh)
+    with jax.named_scope('head'):
+        total, losses = _losses(x, head_kernel, labels, weights, vocab_size, chunk, mesh)
     return total, weights.sum(), {'token_loss': jax.lax.stop_gradient(losses)}
 
 

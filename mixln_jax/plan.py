@@ -5,7 +5,6 @@ machine with `pip install "jax[tpu]"`, and the compiler says what it needs.
 """
 
 import argparse
-import collections
 import dataclasses
 import itertools
 import math
@@ -18,7 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType
 
 from mixln_jax import config as configs
-from mixln_jax import exits, losses, metrics, record
+from mixln_jax import exits, hlo, losses, metrics, record
 from mixln_jax import mesh as meshes
 from mixln_jax.exits import DeviceError, UsageError, first_line
 from mixln_jax.models import attention, llama
@@ -34,8 +33,8 @@ HARDWARE = {
     'h100': ('NVIDIA H100 80GB HBM3', 80 * 2**30),
     'h200': ('NVIDIA H200', 141 * 10**9),
 }
-COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
-BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'f16': 2, 's8': 1, 'u8': 1, 'pred': 1}
+# Cycles a second (datasheets: the peak over what all matrix units do in a cycle).
+CLOCK = {'TPU v4': 1.05e9, 'TPU v5 lite': 1.5e9, 'TPU v5': 1.75e9, 'TPU v6 lite': 1.75e9}
 SPARE = 0.95  # of the memory; the rest is the runtime's
 
 
@@ -145,41 +144,6 @@ def needed(executable):
     return found.argument_size_in_bytes + outputs + found.temp_size_in_bytes + found.generated_code_size_in_bytes
 
 
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """{kind: (how often in a step, bytes of their results on a device)} of a compiled program's text; what stands in a
-    loop counts as often as the loop runs, what a device says to itself alone not at all."""
-    found, inside, entry, name = collections.defaultdict(list), collections.defaultdict(list), None, None
-    alone = re.compile(r'replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\]<)')
-    limits = {}  # of computations that compare a counter with a constant, which is how a loop of JAX's ends
-    for line in text.splitlines():
-        if head := re.match(r'(ENTRY )?%?([\w.-]+) .*\{$', line):
-            name = head[2]
-            entry = name if head[1] else entry
-        operation = re.search(rf'= (.*?) ({"|".join(COLLECTIVES)})(-start)?\(', line)
-        if operation and not alone.search(line):
-            # An asynchronous one shows its operands before its results, and its state, which has no dimensions.
-            shapes = re.findall(r'(\w+)\[([\d,]+)\]', operation[1])
-            shapes = shapes[len(shapes) // 2 :] if operation[3] else shapes
-            size = sum(BYTES.get(kind, 4) * math.prod(map(int, filter(None, dims.split(',')))) for kind, dims in shapes)
-            found[name].append((operation[2], size))
-        if constant := re.search(r' = s32\[\]\S* constant\((\d+)\)', line):
-            limits[name] = int(constant[1])
-        condition = re.search(r'condition=%?([\w.-]+)', line)
-        for called in re.findall(r'(?:body|to_apply|calls|branch_computations)=\{?%?([\w.-]+)', line):
-            inside[name].append((called, condition[1] if condition and 'body=' in line else None))
-    totals = collections.defaultdict(lambda: [0, 0])
-
-    def walk(name, times):
-        for kind, size in found[name]:
-            totals[kind][0] += times
-            totals[kind][1] += times * size
-        for called, condition in inside[name]:
-            walk(called, times * limits.get(condition, 1))
-
-    walk(entry, 1)
-    return {kind: tuple(total) for kind, total in totals.items()}
-
-
 def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
     """Prints the plan. Raises UsageError for sizes that do not fit together, DeviceError where nothing can compile."""
     kind, count = topology_size(topology)
@@ -216,8 +180,10 @@ def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
             record.say(f'the compiler: {executable}')
         else:
             record.say(f'the compiler needs {_gib(needed(executable))} a device: {"fits" if fit else "does not fit"}')
-            for name, (times, size) in sorted(collectives(executable.as_text()).items()):
-                record.say(f'  {name:<20} {times:>6} a step, {_gib(size)}')
+            text = executable.as_text()
+            for said, (times, size) in sorted(hlo.collectives(text).items()):
+                record.say(f'  {said:<20} {times:>6} a step, {_gib(size)}')
+            _say_expected(hlo.expected_cycles(text), device, a_position * positions / count)
     if not fit:
         for number in (count * 2**i for i in range(8)):
             words = proposal(config, number, capacity, check if number == count else lambda other: True)
@@ -226,6 +192,18 @@ def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
                 record.say(f'it fits{where} with {" ".join(words)}')
                 return
         record.say('no micro-batch, remat policy, fsdp or number of devices makes it fit')
+
+
+def _say_expected(cycles, device, flops):
+    """The compiler's guess of a step's time, from the clock that the peak implies."""
+    clock = CLOCK.get(device)
+    if cycles and clock:
+        seconds = sum(cycles.values()) / clock
+        utilisation = metrics.mfu(flops / seconds, device, 1)
+        record.say(
+            f'it expects {seconds:.3g} s a step ({utilisation:.0%} MFU), without what devices say to each other:',
+            *(f'  {name:<15} {n / clock:8.3g} s {n / sum(cycles.values()):5.0%}' for name, n in cycles.items()),
+        )
 
 
 def _fits_compiled(executable, capacity):

@@ -110,14 +110,14 @@ def train_step(
         grads = jax.tree.map(lambda grad: grad * jnp.minimum(1, clip_norm / grad_norm), grads)
     grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
     learning_rate = schedule(state.step)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda update: -learning_rate * update, updates))
-
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    bad_step = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
-    updated = State(state.step + 1, params, opt_state, bad_step)
-    kept = state.replace(bad_step=bad_step)
-    state = jax.tree.map(lambda new, old: jnp.where(bad_step == 0, new, old), updated, kept)
+    with jax.named_scope('update'):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda update: -learning_rate * update, updates))
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        bad_step = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
+        updated = State(state.step + 1, params, opt_state, bad_step)
+        kept = state.replace(bad_step=bad_step)
+        state = jax.tree.map(lambda new, old: jnp.where(bad_step == 0, new, old), updated, kept)
     return state, {
         'loss': loss,
         'grad_norm': grad_norm,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from mixln_jax import checkpoint, mesh, plan, trees
+from mixln_jax import checkpoint, hlo, mesh, trees
 from mixln_jax import config as configs
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.program import Program
@@ -155,7 +155,7 @@ def test_what_devices_say_to_each_other_is_the_least():
     config = dataclasses.replace(CONFIG, accumulate=1)
     for shape, share in (((1, 1, 1), 0), ((8, 1, 1), 1)):
         built = program(shape, config, scan_unroll='all')
-        said = plan.collectives(built.train_step.lower(built.state, built.batch(16)).compile().as_text())
+        said = hlo.collectives(built.train_step.lower(built.state, built.batch(16)).compile().as_text())
         numbers = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
         assert sum(size for _, size in said.values()) == pytest.approx(share * 4 * numbers, rel=0.01)
 

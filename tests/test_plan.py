@@ -1,13 +1,10 @@
 """The planner: its numbers against real arrays and a real compiled step, what it proposes, bad input."""
 
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from mixln_jax import config as configs
 from mixln_jax import mesh, plan
@@ -47,32 +44,6 @@ def test_estimates_go_the_right_way():
     halved = plan.memory(abstract(dataclasses.replace(CONFIG, accumulate=2)))
     assert halved['activations'] == plan.memory(abstract())['activations'] / 2
     assert halved['weights'] == plan.memory(abstract())['weights']
-
-
-def test_collectives_in_loops_count_as_often_as_they_run():
-    on = mesh.make_mesh(configs.Mesh(8, 1, 1), jax.devices('cpu'))
-
-    @functools.partial(jax.shard_map, mesh=on, in_specs=P('data'), out_specs=P(), check_vma=False)
-    def of(x):
-        inner = lambda x, _: (jnp.sin(jax.lax.psum(x, 'data')), None)  # noqa: E731
-        outer = lambda x, _: (jnp.cos(jax.lax.scan(inner, x, None, length=5)[0]), None)  # noqa: E731
-        x, _ = jax.lax.scan(outer, x, None, length=3)
-        return jax.lax.all_gather(x, 'data', tiled=True)
-
-    text = jax.jit(of).lower(jnp.zeros((8, 100))).compile().as_text()
-    assert plan.collectives(text) == {'all-reduce': (15, 15 * 400), 'all-gather': (1, 3200)}
-
-
-def test_asynchronous_collectives():
-    text = (
-        'HloModule m\n\n'
-        'ENTRY %main (p: f32[8,4]) -> f32[8,4] {\n'
-        '  %a = (f32[1,4]{1,0:T(8,128)}, f32[8,4]{1,0}) all-gather-start(%p), dimensions={0}\n'
-        '  %b = (bf16[8,4]{1,0}, bf16[8,4]{1,0}, u32[], u32[]) collective-permute-start(%p)\n'
-        '  ROOT %c = f32[8,4]{1,0} all-gather-done(%a)\n'
-        '}\n'
-    )
-    assert plan.collectives(text) == {'all-gather': (1, 128), 'collective-permute': (1, 64)}
 
 
 class TestProposal:

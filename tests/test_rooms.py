@@ -5,7 +5,7 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = [
-    {'exits', 'config', 'trees', 'record'},
+    {'exits', 'config', 'trees', 'record', 'hlo'},
     {'mesh', 'processes', 'data', 'models'},
     {'losses', 'optim', 'metrics', 'measures', 'figures', 'drawing'},
     {'checkpoint', 'step', 'program', 'weights'},

@@ -1,0 +1,72 @@
+"""What the text of a compiled program says: how often what runs, what devices say to each other, and how long the
+compiler for TPUs expects each part to take."""
+
+import collections
+import math
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'f16': 2, 's8': 1, 'u8': 1, 'pred': 1}
+PARTS = ('attention', 'mlp', 'embed', 'head', 'update')  # names of modules and scopes, as they stand in op_name
+
+
+def operations(text: str) -> Iterator[tuple[str, int, bool]]:
+    """Every operation as (its line, how often it runs in an execution, whether it is inside of a fusion); what stands
+    in a loop runs as often as the loop."""
+    lines, limits, entry, name = collections.defaultdict(list), {}, None, None
+    for line in text.splitlines():
+        if head := re.match(r'(ENTRY )?%?([\w.-]+) .*\{$', line):
+            name = head[2]
+            entry = name if head[1] else entry
+        elif ' = ' in line:
+            lines[name].append(line)
+            # Loops of JAX's end when a counter reaches a constant, which stands in the computation that compares.
+            if constant := re.search(r' = s32\[\]\S* constant\((\d+)\)', line):
+                limits[name] = int(constant[1])
+
+    def walk(name, times, fused):
+        for line in lines[name]:
+            yield line, times, fused
+            condition = re.search(r'condition=%?([\w.-]+)', line)
+            rounds = limits.get(condition[1], 1) if condition else 1
+            for called in re.findall(r'(?:body|to_apply|calls|branch_computations)=\{?%?([\w.-]+)', line):
+                yield from walk(called, times * rounds, fused or ' fusion(' in line)
+
+    return walk(entry, 1, False)
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """{kind: (how often in an execution, bytes of their results on a device)}; what a device says to itself alone does
+    not count."""
+    totals = collections.defaultdict(lambda: [0, 0])
+    alone = re.compile(r'replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\]<)')
+    for line, times, _ in operations(text):
+        operation = re.search(rf'= (.*?) ({"|".join(COLLECTIVES)})(-start)?\(', line)
+        if operation and not alone.search(line):
+            # An asynchronous one shows its operands before its results, and its state, which has no dimensions.
+            shapes = re.findall(r'(\w+)\[([\d,]+)\]', operation[1])
+            shapes = shapes[len(shapes) // 2 :] if operation[3] else shapes
+            size = sum(BYTES.get(kind, 4) * math.prod(map(int, filter(None, dims.split(',')))) for kind, dims in shapes)
+            totals[operation[2]][0] += times
+            totals[operation[2]][1] += times * size
+    return {kind: tuple(total) for kind, total in totals.items()}
+
+
+def expected_cycles(text: str) -> dict[str, int]:
+    """{part: cycles of a TPU that the compiler expects of it}, the most first: those of PARTS, `norms` and `the rest`.
+    Collectives count nothing. Empty where the compiler expects nothing, which only that for TPUs does."""
+    totals = collections.Counter()
+    for line, times, fused in operations(text):
+        cycles = re.search(r'"estimated_cycles":"(\d{1,12})"', line)  # more: unknown
+        if cycles and not fused:
+            totals[part(line)] += times * int(cycles[1])
+    return dict(totals.most_common())
+
+
+def part(line: str) -> str:
+    """Which part of the network an operation belongs to, by the modules and scopes in its metadata."""
+    words = re.findall(r'\w+', (re.search(r'op_name="([^"]*)"', line) or ['', ''])[1])
+    if any(re.fullmatch(r'(\w+_)?norm(_\w+)?', word) for word in words):
+        return 'norms'
+    return next((word for word in PARTS if word in words), 'the rest')
