@@ -5,8 +5,9 @@ round each runs some steps, and its time is compared with that of the first one 
 benchmarks/results/<device>.json and a table beside it.
 
 Contenders are ours, with each of `--placements` and, with the first of them, each of `--with` (settings of the
-recipe); with `--against` also Hugging Face's LlamaForCausalLM, which has Pre-LN: compiled, with bfloat16 autocast, and
-eager, all bfloat16, as the Mix-LN authors train; in float32 both without autocast. Those need requirements-parity.txt.
+recipe, and XLA_FLAGS); with `--against` also Hugging Face's LlamaForCausalLM, which has Pre-LN: compiled, with bfloat16
+autocast, and eager, all bfloat16, as the Mix-LN authors train; in float32 both without autocast. Those need
+requirements-parity.txt.
 """
 
 import argparse

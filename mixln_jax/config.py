@@ -67,6 +67,11 @@ class Model:
         'auto: all up to 12 layers without remat',
         choices=('auto', '1', 'all'),
     )
+    attention: str = key(
+        'auto',
+        "in blocks of queries, or auto: cuDNN's where it can be, on NVIDIA GPUs (from Ampere on) in bfloat16",
+        choices=('auto', 'blocks'),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ from mixln_jax.program import Program
 
 # What may differ when a run goes on; everything else would make it another run.
 MAY_CHANGE = (
-    *('device', 'accumulate', 'log_every', 'model.scan_unroll', 'model.remat'),
+    *('device', 'accumulate', 'log_every', 'model.scan_unroll', 'model.remat', 'model.attention'),
     *('eval.', 'checkpoint.', 'mesh.', 'processes.', 'analysis.', 'profile.', 'expected.'),
     *('data.workers', 'data.path', 'data.data_dir', 'data.tokenizer_path'),  # to the same content
     *('init_from', 'resume_from'),  # where a run begins; once it has a checkpoint they are not even read
@@ -349,8 +349,10 @@ def _describe(config, program, rows, mesh):
     """The start line and what follows from the keys."""
     model, analyses = program.model, config.analysis.tokens
     per_step = config.batch_size * config.seq_length
+    attention = '; attention by cuDNN' if model.config.attention == 'cudnn' else ''
     record.say(
-        f'{mesh.size} x {mesh.devices.flat[0].device_kind}; placement {norms.spelled(model.norm_position)}\n'
+        f'{mesh.size} x {mesh.devices.flat[0].device_kind}{attention}'
+        f'; placement {norms.spelled(model.norm_position)}\n'
         f'{per_step:,} positions a step, {per_step * config.num_steps:,} in {config.num_steps:,} steps, '
         f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows'
     )

@@ -1,6 +1,8 @@
 """What runs on the devices: the functions of a run, jitted for a mesh, and the shapes they take."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -29,7 +31,9 @@ class Program:
         self._rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
         official = config.compat != 'none'
         frozen_row = config.model.vocab_size - 1 if official else None  # their padding_idx is -1
-        self.model = llama.from_config(config.model, config.compute_dtype, self._rows, official)
+        device = mesh.devices.flat[0] if isinstance(mesh, jax.sharding.Mesh) else None  # plans have none
+        sizes = dataclasses.replace(config.model, attention=attention_kernel(config, device))
+        self.model = llama.from_config(sizes, config.compute_dtype, self._rows, official)
         optimizer = optim.optimizer(config.optim)
         init = functools.partial(
             step.init_state, self.model, optimizer, param_dtype=config.param_dtype, frozen_row=frozen_row
@@ -80,6 +84,21 @@ def _check_sizes(config, mesh):
             f'{heads} key/value heads (config.model.num_kv_heads, num_heads) do not divide by '
             f'config.mesh.tensor={tensor}'
         )
+
+
+def attention_kernel(config, device):
+    """`cudnn` where a device can do it and the config lets it, else `blocks`."""
+    major = re.match(r'\d+(?=\.\d)', str(getattr(device, 'compute_capability', '')))  # AMD's are called gfx942
+    head_dim = config.model.hidden_size // config.model.num_heads
+    can = (
+        major
+        and int(major[0]) >= 8
+        and config.compute_dtype == 'bfloat16'
+        and head_dim % 8 == 0
+        and head_dim <= 128
+        and config.seq_length % 2 == 0  # its masks have no odd sides
+    )
+    return 'cudnn' if can and config.model.attention == 'auto' else 'blocks'
 
 
 def _like(array, sharding):

@@ -1,10 +1,16 @@
 """Attention in blocks against all of it at once, in float64 by hand."""
 
+import dataclasses
+import types
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixln_jax.models import attention
+from mixln_jax import config as configs
+from mixln_jax import program
+from mixln_jax.models import attention, llama
 
 
 def reference(q, k, v, mask, dy):
@@ -66,3 +72,73 @@ def test_large_scores_give_no_infinity():
     y, pull = jax.vjp(lambda q: attention.causal_attention(q, q, np.ones(q.shape, q.dtype)), q)
     np.testing.assert_allclose(y, 1, rtol=1e-6)
     assert np.isfinite(pull(np.ones_like(q))[0]).all()
+
+
+def test_cudnn_is_asked_for_the_same(monkeypatch):
+    """With JAX's own implementation in the place of cuDNN's, which no CPU has."""
+    theirs = jax.nn.dot_product_attention
+
+    def replaced(*arguments, implementation, **others):
+        assert implementation == 'cudnn'
+        return theirs(*arguments, implementation='xla', **others)
+
+    monkeypatch.setattr(jax.nn, 'dot_product_attention', replaced)
+    q, k, v = (np.random.default_rng(0).normal(size=(2, 200, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    mask = attention.document_mask(np.repeat([[0, 1]], 2, axis=0).repeat(100, axis=1))
+    for seen in (None, mask):
+        one, other = (f(q, k, v, seen) for f in (attention.cudnn_attention, attention.causal_attention))
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    assert np.abs(one - attention.causal_attention(q, k, v)).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    'capability, changes, sizes, kernel',
+    [
+        ('9.0', {}, {}, 'cudnn'),
+        ('10.3', {}, {}, 'cudnn'),
+        ('8.0', {}, {'num_heads': 6}, 'cudnn'),  # heads of 128
+        ('7.5', {}, {}, 'blocks'),
+        ('gfx942', {}, {}, 'blocks'),
+        (None, {}, {}, 'blocks'),
+        ('9.0', {}, {'attention': 'blocks'}, 'blocks'),
+        ('9.0', {}, {'num_heads': 3}, 'blocks'),  # of 256
+        ('9.0', {}, {'num_heads': 64}, 'blocks'),  # of 12
+        ('9.0', {'compute_dtype': 'float32'}, {}, 'blocks'),
+        ('9.0', {'seq_length': 255}, {}, 'blocks'),
+    ],
+)
+def test_where_cudnn_computes(capability, changes, sizes, kernel):
+    config = configs.Config(model=configs.Model(**sizes), **changes)
+    device = types.SimpleNamespace(**({'compute_capability': capability} if capability else {}))
+    assert program.attention_kernel(config, device) == kernel
+
+
+def test_analyses_in_float32_do_without(monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention, 'cudnn_attention', lambda q, *_: asked.append(q.dtype) or q)
+    sizes = configs.Model(vocab_size=9, hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8)
+    model = llama.from_config(dataclasses.replace(sizes, attention='cudnn'))
+    for one in (model, model.clone(compute_dtype='float32')):
+        jax.eval_shape(one.apply, one.shapes(), jnp.zeros((1, 4), jnp.int32))
+    assert {*asked} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_turning_on_tpus_is_the_same(dtype, monkeypatch):
+    """Bit for bit, its gradient included; the turn is that of complex numbers."""
+    x, dy = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 5, 3, 8)), dtype)
+    angles = attention.rotary_angles(jnp.arange(5), 8, 100.0)
+
+    def turned(x, dy):
+        y, pull = jax.vjp(lambda x: attention.rotate(x, angles), x)
+        return y, pull(dy)[0]
+
+    elsewhere = turned(x, dy)
+    monkeypatch.setattr(jax.lax, 'platform_dependent', lambda x, tpu, default: tpu(x))
+    for one, other in zip(turned(x, dy), elsewhere, strict=True):
+        np.testing.assert_array_equal(one, other)
+    if dtype == 'float32':
+        first, second = np.split(np.asarray(x), 2, axis=-1)
+        by = np.exp(1j * np.arange(5)[:, None] / 100.0 ** (np.arange(4) / 4))[:, None]
+        whole = (first + 1j * second) * by
+        np.testing.assert_allclose(elsewhere[0], np.concatenate([whole.real, whole.imag], -1), atol=1e-5)

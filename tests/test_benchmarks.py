@@ -17,6 +17,7 @@ def test_contenders_take_turns_and_one_that_fails_hides_no_other(tmp_path, capsy
         '--with',
         'model.remat=dots',
         'model.num_heads=7',
+        'XLA_FLAGS=--xla_no_such_flag=1',
         *SMALL,
         '--out',
         str(tmp_path),
@@ -26,10 +27,11 @@ def test_contenders_take_turns_and_one_that_fails_hides_no_other(tmp_path, capsy
     rows = {row['contender']: row for row in json.loads(path.read_text())['rows']}
     assert rows['pre']['ratios'] == [1, 1] and rows['pre']['tokens'] == 32
     assert len(rows['pre, model.remat=dots']['all_seconds']) == 2 and rows['pre, model.remat=dots']['ratios'] != [1, 1]
+    assert rows['pre, XLA_FLAGS=--xla_no_such_flag=1']['error'] == 'its process died'
     assert 'num_heads' in rows['pre, model.num_heads=7']['error']
-    lines = capsys.readouterr().out.splitlines()[-3:]
+    lines = capsys.readouterr().out.splitlines()[-4:]
     assert [line.split(' | ')[1] for line in lines] == list(rows)
-    assert path.with_suffix('.md').read_text().splitlines()[-3:] == lines
+    assert path.with_suffix('.md').read_text().splitlines()[-4:] == lines
 
 
 @pytest.mark.parametrize(

@@ -18,17 +18,23 @@ def rotary_angles(positions, head_dim, theta):
 
 
 def rotate(x_BTHd, angles):
-    """Turns pair i of every head, (x_i, x_{i + d/2}), by its position's angle: the half-rotation of Hugging Face.
-
-    The other of each pair comes from a product with a matrix of 0, 1 and -1, which is exact: halves of a head of 64
-    are a quarter of what TPUs hold side by side, and splitting there cost them a third of the attention
-    (benchmarks/NOTES.md).
-    """
+    """Turns pair i of every head, (x_i, x_{i + d/2}), by its position's angle: the half-rotation of Hugging Face."""
     cos, sin = (jnp.concatenate([a, a], axis=-1)[..., None, :] for a in angles)
-    half = np.eye(x_BTHd.shape[-1] // 2)
-    quarter_turn = np.block([[0 * half, half], [-half, 0 * half]]).astype(x_BTHd.dtype)
-    turned = jnp.einsum('bthd,de->bthe', x_BTHd, quarter_turn, precision=precision(x_BTHd))
+    turned = jax.lax.platform_dependent(x_BTHd, tpu=_turned_by_product, default=_turned)
     return (x_BTHd * cos + turned * sin).astype(x_BTHd.dtype)
+
+
+def _turned(x):
+    """(x_i, x_{i + d/2}) -> (-x_{i + d/2}, x_i) of every head."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([-second, first], axis=-1)
+
+
+def _turned_by_product(x):
+    """The same with a matrix of 0, 1 and -1, exact too: halves of a head of 64 are a quarter of what TPUs hold side by
+    side, and splitting there costs a third of attention (benchmarks/NOTES.md)."""
+    matrix = jnp.asarray(_turned(np.eye(x.shape[-1])), x.dtype)
+    return jnp.einsum('...d,de->...e', x, matrix, precision=precision(x))
 
 
 def document_mask(segments):
@@ -53,6 +59,14 @@ def causal_attention(q_BTHd, k_BTKd, v_BTKd, mask=None):
     Returns [B,T,H,d].
     """
     return _forward(q_BTHd, k_BTKd, v_BTKd, mask)[0]
+
+
+def cudnn_attention(q_BTHd, k_BTKd, v_BTKd, mask=None):
+    """What `causal_attention` computes, by cuDNN's kernels, which never write scores to memory: in bfloat16, on NVIDIA
+    GPUs. `jax.nn.dot_product_attention` raises for what they cannot do."""
+    return jax.nn.dot_product_attention(
+        q_BTHd, k_BTKd, v_BTKd, mask=mask, is_causal=True, scale=1.0, implementation='cudnn'
+    )
 
 
 def _forward(q_BTHd, k_BTKd, v_BTKd, mask):

@@ -85,7 +85,9 @@ class Attention(nn.Module):
 
         scaled = [a / head_dim**0.5 for a in angles]  # turning the queries by these divides them too
         q, k = attention.rotate(heads('q', H), scaled), attention.rotate(heads('k', K), angles)
-        y_BTHd = attention.causal_attention(q, k, heads('v', K), mask)
+        by_cudnn = self.config.attention == 'cudnn' and q.dtype == jnp.bfloat16  # analyses in training are in float32
+        attend = attention.cudnn_attention if by_cudnn else attention.causal_attention
+        y_BTHd = attend(q, k, heads('v', K), mask)
         return linear(D, self.dtype, 'o')(y_BTHd.reshape(*x_BTD.shape[:2], H * head_dim))
 
 
