@@ -66,7 +66,7 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
     previous = None
     for number in range(first, last + 1):
         try:
-            with meter.waiting():
+            with meter.waiting(previous):
                 batch = next(batches)
         except DataError:
             if previous:
@@ -158,13 +158,23 @@ class Meter:
         """The line at hand is complete."""
         self._metrics.flush()
 
-    def waiting(self):
-        """Times the wait for a batch."""
-        return _Timer(self, '_window_wait')
+    @contextlib.contextmanager
+    def waiting(self, previous):
+        """Times the wait for a batch, which counts where the devices were through with the step before when it came:
+        `previous` is that step as `add` takes it, None: known to be done."""
+        start = time.perf_counter()
+        yield
+        if not previous or previous[1]['loss'].is_ready():
+            self._window_wait += time.perf_counter() - start
 
+    @contextlib.contextmanager
     def paused(self):
         """Leaves the time of hooks out of the speed."""
-        return _Timer(self, '_window_paused')
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._window_paused += time.perf_counter() - start
 
     def _warn_of_waiting(self, step, speed):
         """Once, of all lines but the first, which may be the start of reading."""
@@ -263,20 +273,6 @@ class Collapse:
                 raise NumericsError(problem)
             self._action = 'ignore'
             record.say(f'mixln_jax: warning: {problem}', file=sys.stderr)
-
-
-class _Timer:
-    """Adds the time inside `with` to an attribute of a Meter."""
-
-    def __init__(self, meter, name):
-        self._meter, self._name = meter, name
-
-    def __enter__(self):
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_):
-        spent = time.perf_counter() - self._start
-        setattr(self._meter, self._name, getattr(self._meter, self._name) + spent)
 
 
 def _peak_memory(device):

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 import time
+import types
 
 import numpy as np
 import pytest
@@ -114,6 +115,14 @@ class TestSources:
         main.run(recipe(**{'data.data_dir': str(dataset)}), tmp_path)
         [warning] = [line for line in capsys.readouterr().err.splitlines() if 'waiting for data' in line]
         assert 'data.workers' in warning and 'data.prepare' in warning
+
+    @pytest.mark.parametrize('ready', [True, False])
+    def test_a_wait_beside_a_running_step_is_none(self, ready):
+        meter = object.__new__(main.train.Meter)
+        meter._window_wait = 0.0
+        with meter.waiting((1, {'loss': types.SimpleNamespace(is_ready=lambda: ready)}, None)):
+            time.sleep(0.01)
+        assert (meter._window_wait >= 0.01) == ready and (meter._window_wait == 0) != ready
 
 
 class TestAFailingRecord:
