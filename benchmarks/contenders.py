@@ -55,7 +55,8 @@ def ours(case, settings):
     """mixln_jax: (steps(count) that blocks, peak memory in bytes(), about); of `settings` XLA_FLAGS goes to XLA."""
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # others want memory too
     settings = dict(settings)
-    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {settings.pop("XLA_FLAGS", "")}'
+    if flags := settings.pop('XLA_FLAGS', None):
+        os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
     import jax
 
     from mixln_jax import mesh as meshes
