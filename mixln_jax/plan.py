@@ -183,7 +183,7 @@ def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
             text = executable.as_text()
             for said, (times, size) in sorted(hlo.collectives(text).items()):
                 record.say(f'  {said:<20} {times:>6} a step, {_gib(size)}')
-            _say_expected(hlo.expected_cycles(text), device, a_position * positions / count)
+            say_expected(hlo.expected_cycles(text), device, a_position * positions / count)
     if not fit:
         for number in (count * 2**i for i in range(8)):
             words = proposal(config, number, capacity, check if number == count else lambda other: True)
@@ -194,7 +194,7 @@ def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
         record.say('no micro-batch, remat policy, fsdp or number of devices makes it fit')
 
 
-def _say_expected(cycles, device, flops):
+def say_expected(cycles, device, flops):
     """The compiler's guess of a step's time, from the clock that the peak implies."""
     clock = CLOCK.get(device)
     if cycles and clock:

@@ -85,6 +85,16 @@ def test_command(tmp_path, capsys):
     assert 'fits' in shown and 'does not fit' not in shown
 
 
+def test_what_the_compiler_expects(capsys):
+    """1.5e9 cycles of a v5e are a second, in which its 197e12 FLOP/s could do twice the work."""
+    plan.say_expected({'mlp': 1_125_000_000, 'attention': 375_000_000}, 'TPU v5 lite', 98.5e12)
+    shown = capsys.readouterr().out.splitlines()
+    assert 'expects 1 s a step (50% MFU)' in shown[0]
+    assert shown[1].split() == ['mlp', '0.75', 's', '75%'] and shown[2].split() == ['attention', '0.25', 's', '25%']
+    plan.say_expected({}, 'TPU v5 lite', 1)
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     'words, message',
     [
