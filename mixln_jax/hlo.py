@@ -13,7 +13,7 @@ PARTS = ('attention', 'mlp', 'embed', 'head', 'update')  # names of modules and 
 
 def operations(text: str) -> Iterator[tuple[str, int, bool]]:
     """Every operation as (its line, how often it runs in an execution, whether it is inside of a fusion); what stands
-    in a loop runs as often as the loop."""
+    in a loop runs as often as the loop, and all branches of a condition run."""
     lines, limits, entry, name = collections.defaultdict(list), {}, None, None
     for line in text.splitlines():
         if head := re.match(r'(ENTRY )?%?([\w.-]+) .*\{$', line):
@@ -30,7 +30,10 @@ def operations(text: str) -> Iterator[tuple[str, int, bool]]:
             yield line, times, fused
             condition = re.search(r'condition=%?([\w.-]+)', line)
             rounds = limits.get(condition[1], 1) if condition else 1
-            for called in re.findall(r'(?:body|to_apply|calls|branch_computations)=\{?%?([\w.-]+)', line):
+            branches = re.findall(r'[\w.-]+', (re.search(r'branch_computations=\{([^}]*)', line) or ['', ''])[1])
+            for called in (
+                re.findall(r'(?:body|to_apply|calls|(?:true|false)_computation)=%?([\w.-]+)', line) + branches
+            ):
                 yield from walk(called, times * rounds, fused or ' fusion(' in line)
 
     return walk(entry, 1, False)

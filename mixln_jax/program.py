@@ -97,6 +97,7 @@ def attention_kernel(config, device):
         and head_dim % 8 == 0
         and head_dim <= 128
         and config.seq_length % 2 == 0  # its masks have no odd sides
+        and not (config.deterministic and config.data.mode == 'pack')  # nor are they deterministic everywhere
     )
     return 'cudnn' if can and config.model.attention == 'auto' else 'blocks'
 

@@ -160,8 +160,8 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self, previous):
-        """Times the wait for a batch, which counts where the devices were through with the step before when it came:
-        `previous` is that step as `add` takes it, None: known to be done."""
+        """Times the wait for a batch, which counts, all of it, where the devices were through with the step before when
+        it came: what they waited at most. `previous` is that step as `add` takes it, None: known to be done."""
         start = time.perf_counter()
         yield
         if not previous or previous[1]['loss'].is_ready():

@@ -105,6 +105,8 @@ def test_cudnn_is_asked_for_the_same(monkeypatch):
         ('9.0', {}, {'num_heads': 64}, 'blocks'),  # of 12
         ('9.0', {'compute_dtype': 'float32'}, {}, 'blocks'),
         ('9.0', {'seq_length': 255}, {}, 'blocks'),
+        ('9.0', {'deterministic': True}, {}, 'cudnn'),
+        ('9.0', {'deterministic': True, 'data': configs.Data(mode='pack')}, {}, 'blocks'),
     ],
 )
 def test_where_cudnn_computes(capability, changes, sizes, kernel):

@@ -174,6 +174,22 @@ def test_what_the_backward_pass_keeps():
     assert sum(kept) == L * B * T * (9 * D + 3 * F + H)  # H: the logarithms of the sums
 
 
+def test_remat_of_dots_keeps_no_turned_heads(monkeypatch):
+    """Which on TPUs come from a product."""
+
+    def kept():
+        model = make('pre', 3, remat='dots')
+        params = model.init(jax.random.key(0))['params']
+        ids = np.zeros((2, 16), np.int32)
+        _, pull = jax.vjp(lambda params: model.apply({'params': params}, ids, method='trunk')[0], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(pull) if leaf.shape[:2] == (3, 2))
+
+    monkeypatch.setattr(jax.lax, 'platform_dependent', lambda x, tpu, default: default(x))
+    elsewhere = kept()
+    monkeypatch.setattr(jax.lax, 'platform_dependent', lambda x, tpu, default: tpu(x))
+    assert elsewhere and kept() == elsewhere
+
+
 @pytest.mark.parametrize('remat, of', [('dots', 0.8), ('full', 0.5)])
 def test_remat_saves_memory(remat, of):
     """In the compiled program, at a depth where `scan_unroll=auto` would unroll without remat."""

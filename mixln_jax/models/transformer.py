@@ -15,8 +15,15 @@ import numpy as np
 from mixln_jax import config as configs
 from mixln_jax.models import attention, norms
 
+
+def _dots(primitive, *arguments, **parameters):
+    """Whether the backward pass keeps a result: those of matrices, but not of turned heads [B,T,H,d] on TPUs."""
+    saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
+    return saveable and arguments[0].ndim < 4
+
+
 REMAT_POLICIES = {
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'dots': _dots,
     'full': jax.checkpoint_policies.nothing_saveable,
 }
 UNROLL_UP_TO = 12  # layers; beyond it `auto` keeps the loop, for the compile time
