@@ -30,11 +30,9 @@ def operations(text: str) -> Iterator[tuple[str, int, bool]]:
             yield line, times, fused
             condition = re.search(r'condition=%?([\w.-]+)', line)
             rounds = limits.get(condition[1], 1) if condition else 1
-            branches = re.findall(r'[\w.-]+', (re.search(r'branch_computations=\{([^}]*)', line) or ['', ''])[1])
-            for called in (
-                re.findall(r'(?:body|to_apply|calls|(?:true|false)_computation)=%?([\w.-]+)', line) + branches
-            ):
-                yield from walk(called, times * rounds, fused or ' fusion(' in line)
+            for called in re.findall(r'(?:body|to_apply|calls|\w+_computations?)=\{?(%?[\w.-]+(?:, %[\w.-]+)*)', line):
+                for inner in re.findall(r'[\w.-]+', called):
+                    yield from walk(inner, times * rounds, fused or ' fusion(' in line)
 
     return walk(entry, 1, False)
 

@@ -37,6 +37,17 @@ def test_asynchronous_collectives():
     assert hlo.collectives(text) == {'all-gather': (1, 128), 'collective-permute': (1, 64)}
 
 
+def test_all_branches_of_a_condition_count():
+    branch = '%{0} (p: f32[8]) -> f32[8] {{\n  ROOT %r.{0} = f32[8] all-reduce(%p), replica_groups={{{{0,1}}}}\n}}\n\n'
+    entry = (
+        'ENTRY %main (p: f32[8]) -> f32[8] {\n'
+        '  %x = f32[8] conditional(%i, %p, %p), branch_computations={%a, %b}\n'
+        '  ROOT %y = f32[8] conditional(%i, %p, %p), true_computation=%a, false_computation=%c\n'
+        '}\n'
+    )
+    assert hlo.collectives(''.join(map(branch.format, 'abc')) + entry) == {'all-reduce': (4, 4 * 32)}
+
+
 def test_cycles_of_parts():
     """A loop of three rounds, a fusion whose inside must not count again, and what the compiler does not know."""
     text = (
