@@ -33,11 +33,12 @@ ours=(python3 -m benchmarks.train_step --device "$device") speed=("${ours[@]}")
 python3 -c 'import torch, transformers' 2> /dev/null && speed+=(--against) || echo "they are not: ours alone"
 "${speed[@]}" --cases llama_130m:32x256 llama_130m:8x1024 --total 120 --seconds 20 --out "$out/130m" || true
 "${speed[@]}" --cases llama_1b:4x1024 llama_1b:8x256 --placements pre --total 60 --seconds 20 --out "$out/1b" || true
+tables=("$out"/130m/*.md "$out"/1b/*.md)
 if [ "$device" = gpu ] && (( SECONDS < 400 )); then
   "${ours[@]}" --cases llama_130m:8x1024 --placements pre --seconds 20 --out "$out/variants" --with \
     model.attention=blocks model.scan_unroll=1 model.remat=dots \
-    XLA_FLAGS=--xla_gpu_deterministic_ops=true XLA_FLAGS=--xla_gpu_enable_triton_gemm=false || true
+    XLA_FLAGS=--xla_gpu_deterministic_ops=true XLA_FLAGS=--xla_gpu_enable_triton_gemm=false && tables+=("$out"/variants/*.md) || true
 else
   echo "variants are left out: they are for gpu, and before 400 s; $SECONDS s are gone"
 fi
-find "$out"/130m "$out"/1b "$out"/variants -name "*.md" -exec cat {} + 2> /dev/null || true
+cat "${tables[@]}"

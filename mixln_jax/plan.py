@@ -195,7 +195,13 @@ def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
 
 
 def say_expected(cycles, device, flops):
-    """The compiler's guess of a step's time, from the clock that the peak implies."""
+    """Says what the compiler expects of a step, by part; nothing where it expects nothing or the clock is unknown.
+
+    Args:
+        cycles: {part: cycles of a step}.
+        device: as JAX names it.
+        flops: of a step on a device, by formula.
+    """
     clock = CLOCK.get(device)
     if cycles and clock:
         seconds = sum(cycles.values()) / clock

@@ -87,7 +87,7 @@ def _check_sizes(config, mesh):
 
 
 def attention_kernel(config, device):
-    """`cudnn` where a device can do it and the config lets it, else `blocks`."""
+    """What `model.attention` comes to: `cudnn` where a device can do it and the config lets it, else `blocks`."""
     major = re.match(r'\d+(?=\.\d)', str(getattr(device, 'compute_capability', '')))  # AMD's are called gfx942
     head_dim = config.model.hidden_size // config.model.num_heads
     can = (

@@ -32,7 +32,7 @@ def _turned(x):
 
 def _turned_by_product(x):
     """The same with a matrix of 0, 1 and -1, exact too: halves of a head of 64 are a quarter of what TPUs hold side by
-    side, and splitting there costs a sixth of attention (benchmarks/NOTES.md)."""
+    side, and splitting there costs a third of attention, as their compiler expects it (benchmarks/NOTES.md)."""
     matrix = jnp.asarray(_turned(np.eye(x.shape[-1])), x.dtype)
     return jnp.einsum('...d,de->...e', x, matrix, precision=precision(x))
 
