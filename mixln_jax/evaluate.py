@@ -24,31 +24,31 @@ from mixln_jax.program import Program
 OF_TEXT, OF_TASKS = ('split', 'tokens'), ('task_path', 'limit', 'num_fewshot')  # options without and with --tasks
 
 
-def evaluate(
-    eval_step, params, batches, *, at_a_time, byte_lengths, num_tokens, sharding, check=lambda: None, official=False
-):
+def evaluate(eval_step, params, batches, *, at_a_time, num_tokens, sharding, check=lambda: None, official=False):
     """Evaluates on batches until at least `num_tokens` target tokens have been seen or the batches end.
 
     Args:
         eval_step: (params, batch) -> (sum of losses, count), compiled.
         params: the weights.
-        batches: iterable of dicts of numpy arrays [B,T], the same in every process; see data/layout.py.
+        batches: iterable of dicts of numpy arrays [B,T], the same in every process, with `num_bytes` [B] where the
+            text's bytes are known; see `batches.evaluation`.
         at_a_time: batches between looks at `num_tokens`, so that smaller batches see the same text.
-        byte_lengths: [V], bytes of text that each token id stands for.
         num_tokens: when to stop.
         sharding: of the batches' arrays on devices.
         check: called before each batch; may raise to stop early.
         official: whether to give `eval/perplexity_official` besides.
 
     Returns:
-        {'eval/loss', 'eval/perplexity', 'eval/tokens', 'eval/bits_per_byte'}.
+        {'eval/loss', 'eval/perplexity', 'eval/tokens', 'eval/bits_per_byte'}; the last None without `num_bytes`.
     """
     sums, counts, num_bytes = [], [], 0
     for batch in batches:
         check()
+        if num_bytes is not None:
+            num_bytes = num_bytes + int(batch['num_bytes'].sum()) if 'num_bytes' in batch else None
+        batch = {name: values for name, values in batch.items() if name != 'num_bytes'}
         sums.append(eval_step(params, meshes.place(batch, sharding))[0])
         counts.append(int(batch['weights'].sum()))
-        num_bytes += float((byte_lengths[batch['targets']] * batch['weights']).sum())
         if len(sums) > 1:
             sums[-2] = jax.device_get(sums[-2])  # the batch before: keeps the device busy and its queue short
         if sum(counts) >= num_tokens and len(sums) % at_a_time == 0:
@@ -87,13 +87,12 @@ def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size
         config.data, split or config.eval.split, found.tokenizer, config.seq_length, config.model.vocab_size
     )
     params = jax.device_put(found.params, jax.tree.map(lambda leaf: leaf.sharding, program.state.params))
-    with contextlib.closing(batches.read(batches.evaluation(rows, batch_size), 0, workers=0)) as reader:
+    with contextlib.closing(batches.read(batches.evaluation(rows, batch_size, sized=True), 0, workers=0)) as reader:
         values = evaluate(
             program.eval_step,
             params,
             reader,
             at_a_time=config.batch_size // batch_size,
-            byte_lengths=found.tokenizer.byte_lengths,
             num_tokens=num_tokens or config.eval.tokens,
             sharding=meshes.batch_sharding(mesh),
             official=config.compat != 'none',

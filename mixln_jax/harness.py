@@ -23,6 +23,7 @@ from tqdm import tqdm
 from mixln_jax import config as configs
 from mixln_jax import losses, record
 from mixln_jax import mesh as meshes
+from mixln_jax.data import tokenizers
 from mixln_jax.exits import DataError, NumericsError, UsageError, first_line
 from mixln_jax.weights import Weights, open_tokenizer
 
@@ -67,10 +68,7 @@ class Harness(TemplateLM):
             self.prefix_token_id = self._tokenizer.bos_id
         self.eot_token_id, self.max_length = self._tokenizer.eos_id, max_length or weights.max_length
         vocab_size = weights.model.config.vocab_size
-        if self._tokenizer.vocab_size > vocab_size:
-            raise UsageError(
-                f'{self._where}: the tokenizer has {self._tokenizer.vocab_size} ids, the network only {vocab_size}'
-            )
+        tokenizers.check_fits(self._tokenizer, vocab_size, f'the {vocab_size} of the network {self._where}')
         mesh = mesh or meshes.make_mesh(configs.Mesh(), meshes.devices('auto'))
         parts = meshes.row_parts(mesh)
         self.batch_size = -(-batch_size // parts) * parts

@@ -117,14 +117,13 @@ def run(values, workdir, stop=None):
                 yield batch
 
         def evaluate_weights(params):
-            dataset = batches.evaluation(eval_rows, config.batch_size // config.accumulate)
+            dataset = batches.evaluation(eval_rows, config.batch_size // config.accumulate, sized=True)
             with contextlib.closing(batches.read(dataset, 0, workers=0)) as reader:
                 return evaluate.evaluate(
                     eval_step,
                     params,
                     watched(reader),
                     at_a_time=config.accumulate,
-                    byte_lengths=tokenizer.byte_lengths,
                     num_tokens=config.eval.tokens,
                     sharding=sharding,
                     check=stop.check,

@@ -10,7 +10,7 @@ import numpy as np
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
 from mixln_jax import optim, step
-from mixln_jax.data.layout import Layout
+from mixln_jax.data import layout
 from mixln_jax.exits import UsageError
 from mixln_jax.models import llama
 
@@ -60,7 +60,9 @@ class Program:
 
     def batch(self, size):
         """A batch of `size` rows as ShapeDtypeStructs."""
-        made = Layout(self.config.data.mode, 0, 0).batch(np.zeros((size, self.config.seq_length + 1), np.int32))
+        rows = np.zeros((size, self.config.seq_length + 1), layout.TOKEN)
+        of = layout.Layout(self.config.data.mode, 0, 0)
+        made = of.batch(of.block(rows))
         return {name: _like(values, self._rows) for name, values in made.items()}
 
     def compile(self):

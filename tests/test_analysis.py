@@ -228,7 +228,7 @@ def test_a_sample_of_rows(corpus_rows):
     np.testing.assert_array_equal(np.concatenate([batch['inputs'] for batch in three])[: len(rows)], rows)
     counts = np.concatenate([batch['weights'].sum(-1) for batch in three])
     assert counts[: len(rows)].sum() >= 100 > counts[: len(rows) - 1].sum() and not counts[len(rows) :].any()
-    in_order = corpus_rows.tokens(range(len(rows)))[:, :-1]
+    in_order = corpus_rows.read(range(len(rows))).ids[:, :-1]
     assert not np.array_equal(in_order, rows)
     last = np.concatenate(
         [batch['weights'] for batch in subjects.sample(subjects.rows_of_text(corpus_rows), 100, 1, last=True)]

@@ -30,10 +30,11 @@ class Numbered:
     def __len__(self):
         return self._count
 
-    def tokens(self, indices):
+    def read(self, indices, sized=False):
         if self._bad in indices:
             raise DataError(f'row {self._bad} of a file: cannot be read')
-        return np.repeat(np.asarray(indices)[:, None], T + 1, 1)
+        ids = np.repeat(np.asarray(indices)[:, None], T + 1, 1)
+        return layout.Block(ids, np.zeros_like(ids, bool), 1 + np.asarray(indices) if sized else None)
 
 
 def numbers(batch):
@@ -160,6 +161,12 @@ class TestEvaluation:
         assert np.concatenate([numbers(batch) for batch in made])[:count].tolist() == list(range(count))
         weights = np.concatenate([batch['weights'] for batch in made])
         assert (weights[:count] == 1).all() and not weights[count:].any()
+
+    def test_bytes_of_text_are_counted_once(self):
+        made = list(batches.evaluation(Numbered(10), 4, sized=True))
+        assert sum(int(batch.pop('num_bytes').sum()) for batch in made) == sum(range(1, 11))
+        for batch, other in zip(made, batches.evaluation(Numbered(10), 4), strict=True):
+            assert_same(batch, other)
 
     def test_weights_are_the_rows_own(self):
         made = rows.Documents(Texts(['abc', 'defgh', 'i']), tokenizers.Bytes(), T)

@@ -83,7 +83,7 @@ def test_pickle(folder):
     for shard in folder.glob('*.bin'):
         shard.unlink()
     with pytest.raises(DataError, match='cannot be read'):  # in its process it opens the files itself
-        copy.tokens([0])
+        copy.read([0])
 
 
 def test_fingerprint(tmp_path, data, folder):
@@ -156,20 +156,20 @@ def test_shard_of_another_size(folder, size):
 def test_shard_that_is_cut_short_while_open(folder):
     made = prepared.Prepared(str(folder), 'train')
     last = len(made) - 1
-    made.tokens([last])
+    made.read([last])
     shard = folder / 'train-00001-of-00002.bin'
     os.truncate(shard, shard.stat().st_size - 1)
-    made.tokens([0, last - 1])
+    made.read([0, last - 1])
     with pytest.raises(DataError, match=rf'^{made.origin(last)}: cut short$'):
-        made.tokens([0, last, 1])
+        made.read([0, last, 1])
 
 
 def test_shard_that_goes_away(folder):
     made = prepared.Prepared(str(folder), 'train')
     (folder / 'train-00001-of-00002.bin').unlink()
-    made.tokens([0])
+    made.read([0])
     with pytest.raises(DataError, match='train-00001-of-00002.bin, row .*: cannot be read: No such file'):
-        made.tokens([0, len(made) - 1])
+        made.read([0, len(made) - 1])
 
 
 def test_disk_that_fails(folder, monkeypatch):
@@ -180,7 +180,7 @@ def test_disk_that_fails(folder, monkeypatch):
 
     monkeypatch.setattr(prepared.os, 'pread', fail)
     with pytest.raises(DataError, match='train-00000-of-00002.bin'):
-        made.tokens([0])
+        made.read([0])
 
 
 def test_an_id_beyond_the_vocabulary(folder):
@@ -188,12 +188,12 @@ def test_an_id_beyond_the_vocabulary(folder):
     with shard.open('r+b') as file:
         file.seek(2 * (2 * (T + 1) + 3))
         file.write(np.uint16(259).tobytes())
-    made.tokens([0, 1, 3])
+    made.read([0, 1, 3])
     with pytest.raises(DataError, match=f'^{shard}, row 2: an id is not below the vocabulary size 259$'):
-        made.tokens([0, 2, 1])
+        made.read([0, 2, 1])
     describe(folder, vocab_size=100)
     with pytest.raises(DataError, match=f'^{shard}, row 0: an id is not below the vocabulary size 100$'):
-        prepared.Prepared(str(folder), 'train').tokens([0])
+        prepared.Prepared(str(folder), 'train').read([0])
 
 
 def test_many_shards_may_be_open(folder, open_files):

@@ -9,7 +9,7 @@ from corpora import T, Texts, all_tokens, assert_same, open_, prepare_to, two_fi
 
 from mixln_jax import config
 from mixln_jax.data import layout, prepared, rows, tokenizers
-from mixln_jax.data.layout import Layout
+from mixln_jax.data.layout import Block, Layout
 from mixln_jax.exits import DataError, UsageError
 
 PAD, EOS = 0, 1
@@ -28,13 +28,20 @@ def random_lengths(seed, count=1000):
 
 
 def fill(mode, documents, of=None, length=T):
-    """The rows [n, T+1] that documents fill."""
-    rows = [np.empty((0, length + 1), int)]
-    filling = layout.FILL[mode](length, of or Layout(mode, PAD, EOS), lambda block: rows.append(block.copy()))
+    """The Block of rows that documents fill; an id stands for as many bytes as `size` says."""
+    of = of or Layout(mode, PAD, EOS)
+    blocks = [of.block(np.empty((0, length + 1), layout.TOKEN))]
+    filling = layout.FILL[mode](length, of, lambda block: blocks.append(Block(*map(np.copy, block))))
     for ids in documents:
-        filling.add(ids)
+        sizes = np.array([size(i) for i in ids], int)
+        filling.add(of.document(ids, np.cumsum(sizes), sizes.sum() + 2))  # two blanks at the end
     filling.close()
-    return np.concatenate(rows)
+    return Block(*map(np.concatenate, zip(*blocks, strict=True)))
+
+
+def size(i):
+    """Bytes that an id stands for; an eos stands for the two blanks at the end of a text."""
+    return 1 + i * i % 7
 
 
 def batch(mode, documents):
@@ -62,6 +69,12 @@ def packed(documents, num_open):
             open_rows[at] = []
         open_rows[at].append(last)
     return done + [row for row in open_rows if row]
+
+
+def letters(lengths, seed=0):
+    """Documents of these lengths that are full of the ids of padding and ends."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 3, length) for length in lengths]
 
 
 def expected(row):
@@ -92,12 +105,12 @@ class TestLayout:
     def test_pad(self, length, pad_id):
         [ids] = distinct([length])
         of = Layout('pad', pad_id, EOS)
-        tokens = fill('pad', [ids], of)
+        block = fill('pad', [ids], of)
         kept = [*ids[: T - 1].tolist(), EOS]
         wanted = kept + [pad_id] * (T + 1 - len(kept))
-        assert tokens.tolist() == [wanted]
+        assert block.ids.tolist() == [wanted]
         weights = [[1.0] * (len(kept) - 1) + [0.0] * (T - len(kept) + 1)]
-        assert_same(of.batch(tokens), {'inputs': [wanted[:-1]], 'targets': [wanted[1:]], 'weights': weights})
+        assert_same(of.batch(block), {'inputs': [wanted[:-1]], 'targets': [wanted[1:]], 'weights': weights})
 
     @pytest.mark.parametrize('num_open', [1, 3, layout.OPEN_ROWS])
     @pytest.mark.parametrize('seed', range(3))
@@ -106,6 +119,37 @@ class TestLayout:
         documents = distinct(random_lengths(seed))
         wanted = [expected(row) for row in packed(documents, num_open)]
         assert_same(batch('pack', documents), {name: np.array([row[name] for row in wanted]) for name in wanted[0]})
+
+    @pytest.mark.parametrize('mode', ['pad', 'pack'])
+    def test_masks_follow_from_the_filling_where_text_has_the_ids_of_padding_and_ends(self, mode):
+        documents = letters(random_lengths(4))
+        if mode == 'pad':
+            wanted = [expected([[*ids[: T - 1].tolist(), EOS]]) for ids in documents]
+        else:
+            wanted = [expected(row) for row in packed(documents, layout.OPEN_ROWS)]
+        got = batch(mode, documents)
+        assert_same(got, {name: np.array([row[name] for row in wanted]) for name in got})
+
+    @pytest.mark.parametrize('mode', ['pad', 'pack'])
+    def test_bytes_of_text(self, mode):
+        """Of all tokens but a document's first; an eos has the two blanks at the end, where the text was not cut."""
+        documents = distinct(random_lengths(5, 100))
+        of_text = [[size(i) for i in ids[1 : T - 1 if mode == 'pad' else None]] for ids in documents]
+        ended = [len(ids) < T or mode == 'pack' for ids in documents]
+        wanted = [
+            sum(sizes) + 2 * (end and len(ids) > 0) for sizes, end, ids in zip(of_text, ended, documents, strict=True)
+        ]
+        got = fill(mode, documents).num_bytes
+        assert got.sum() == sum(wanted)
+        if mode == 'pad':
+            assert got.tolist() == wanted
+
+    def test_bytes_of_text_end_to_end(self):
+        documents = distinct(random_lengths(6, 100))
+        sizes = [[*map(size, ids), 2] for ids in documents]
+        stream = [one for document in sizes for one in document]
+        wanted = [sum(stream[start + 1 : start + T + 1]) for start in range(0, len(stream) - T, T)]
+        assert fill('concat', documents).num_bytes.tolist() == wanted
 
     def test_pack_with_one_id_for_padding_and_ends(self):
         documents = distinct(random_lengths(3))
@@ -122,7 +166,7 @@ class TestLayout:
 
     def test_packing_wastes_little(self):
         lengths = np.random.default_rng(0).lognormal(5.5, 1, 2000).astype(int)  # C4's are much like that
-        assert np.mean(fill('pack', distinct(lengths), length=256) == PAD) < 0.03
+        assert np.mean(fill('pack', distinct(lengths), length=256).ids == PAD) < 0.03
 
     @pytest.mark.parametrize('block', [1, layout.BLOCK])
     @pytest.mark.parametrize('seed', range(3))
@@ -131,21 +175,22 @@ class TestLayout:
         documents = distinct(random_lengths(seed))
         stream = [token for ids in documents for token in (*ids.tolist(), EOS)]
         wanted = [stream[start : start + T + 1] for start in range(0, len(stream) - T, T)]
-        assert fill('concat', documents).tolist() == wanted and len(wanted) > layout.BLOCK
+        assert fill('concat', documents).ids.tolist() == wanted and len(wanted) > layout.BLOCK
         got = batch('concat', documents)
         assert pairs(got) == sorted(zip(stream, stream[1 : T * len(wanted) + 1], strict=False))
         assert got.keys() == {'inputs', 'targets', 'weights'} and (got['weights'] == 1).all()
 
     @pytest.mark.parametrize('mode', layout.FILL)
     def test_types(self, mode):
-        tokens = fill(mode, distinct([5, 20])).astype('<u2')
-        types = {name: (values.dtype, values.shape) for name, values in Layout(mode, PAD, EOS).batch(tokens).items()}
-        assert types.pop('weights') == (np.float32, (len(tokens), T))
-        assert set(types.values()) == {(np.dtype(np.int32), (len(tokens), T))}
+        block = fill(mode, distinct([5, 20]))
+        made = Layout(mode, PAD, EOS).batch(block._replace(ids=block.ids.astype('<u2')))
+        types = {name: (values.dtype, values.shape) for name, values in made.items()}
+        assert types.pop('weights') == (np.float32, (len(block.ids), T))
+        assert set(types.values()) == {(np.dtype(np.int32), (len(block.ids), T))}
 
     @pytest.mark.parametrize('mode', layout.FILL)
     def test_no_documents(self, mode):
-        assert len(fill(mode, [])) == 0
+        assert len(fill(mode, []).ids) == 0
 
     def test_dtype(self):
         assert [layout.dtype_for(size).str for size in (259, 2**16, 2**16 + 1)] == ['<u2', '<u2', '<u4']
@@ -174,8 +219,9 @@ class TestRows:
         made = make(mode, tokenizer=tokenizer)
         wanted = fill(mode, [np.array([*text.encode()], int) for text in TEXTS], made.layout)
         assert made.layout == Layout(mode, tokenizer.pad_id, tokenizer.eos_id)
-        np.testing.assert_array_equal(all_tokens(made), wanted)
-        np.testing.assert_array_equal(made.tokens([3, 0, 3]), [wanted[3], wanted[0], wanted[3]])
+        np.testing.assert_array_equal(all_tokens(made), wanted.ids)
+        np.testing.assert_array_equal(made.read([3, 0, 3]).ids, wanted.ids[[3, 0, 3]])
+        np.testing.assert_array_equal(made.read([3, 0, 3]).ends, wanted.ends[[3, 0, 3]])
 
     def test_origin(self):
         assert make('pad').origin(3) == 'text 3'
@@ -189,7 +235,7 @@ class TestRows:
                 assert limit == T - 1
                 return super().encode(text, limit)
 
-        make('pad', tokenizer=Counting()).tokens([0, 3])
+        make('pad', tokenizer=Counting()).read([0, 3])
 
     @pytest.mark.parametrize('mode', layout.FILL)
     def test_pickle(self, mode):
@@ -234,7 +280,7 @@ class TestOpenRows:
     def test_vocabulary(self, tmp_path, data):
         for asked in (data, prepare_to(tmp_path / 'out', data)):
             open_(asked, vocab_size=259)
-            with pytest.raises(UsageError, match='config.data.tokenizer=bytes has 259 ids.*vocab_size=258'):
+            with pytest.raises(UsageError, match='the tokenizer bytes has 259 ids.*vocab_size=258'):
                 open_(asked, vocab_size=258)
 
     def test_prepared_otherwise(self, tmp_path, data):

@@ -21,7 +21,6 @@ from vocabularies import (
     specials,
     unigram,
     with_settings,
-    wordpiece,
     words,
 )
 
@@ -42,13 +41,11 @@ def test_bytes_round_trip(text, opened):
     assert ids.dtype == np.int32 and ids.tolist() == list(text.encode())
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode([257, *ids, 258, 256]) == text
-    assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
 
 
 def test_bytes():
     tokenizer = tokenizers.Bytes()
     assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (259, 256, 257, 258)
-    assert tokenizer.byte_lengths.dtype == np.int32 and tokenizer.byte_lengths.tolist() == [1] * 256 + [0] * 3
     assert tokenizer.decode([0xE2, 0x82, ord('a')]) == '\ufffda'
     assert tokenizer.fingerprint == 'fda23d4b1b73fbd6e0f44f47ed887757'  # prepared rows and runs hold it
 
@@ -74,8 +71,8 @@ def test_encode(name, opened):
         assert all(0 <= i < tokenizer.vocab_size for i in ids) and not special & set(ids.tolist())
         for limit in (0, 1, 3, 1000):
             assert tokenizer.encode(text, limit).tolist() == ids[:limit].tolist()
-    assert tokenizer.byte_lengths.shape == (tokenizer.vocab_size,) and tokenizer.byte_lengths.dtype == np.int32
-    assert not any(tokenizer.byte_lengths[i] for i in special)
+            found, ends = tokenizer.spans(text, limit)
+            assert found.tolist() == ids[:limit].tolist() and len(ends) == len(found)
 
 
 @pytest.mark.parametrize('name', ['llama', 'byte_level'])
@@ -85,8 +82,6 @@ def test_nothing_is_lost(name, text, opened):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode([tokenizer.eos_id, *ids, tokenizer.eos_id]) == text
-    space = 1 if name == 'llama' and text else 0  # sentencepiece puts one before the text
-    assert tokenizer.byte_lengths[ids].sum() == len(text.encode()) + space
 
 
 @pytest.mark.parametrize('name', KINDS)
@@ -102,7 +97,7 @@ def test_decode(name, opened):
 @pytest.mark.parametrize('name', KINDS)
 def test_pickle(name, opened):
     tokenizer = opened(name)
-    tokenizer.encode('a'), tokenizer.byte_lengths  # what they leave behind is not sent along
+    tokenizer.encode('a'), tokenizer.spans('a')  # what they keep is not sent along
     text = '\n'.join(prose(300))
     body = pickle.dumps(tokenizer)
     assert len(body) < len(content(name)) + 1000
@@ -180,16 +175,6 @@ def test_sentencepiece_specials(opened):
     assert (llama.vocab_size, llama.pad_id, llama.bos_id, llama.eos_id) == (320, 2, 1, 2)  # no pad: eos
     bare = sentencepiece.SentencePieceProcessor(model_proto=content('t5'))
     assert t5.encode('bade kilo').tolist() == bare.encode('bade kilo')
-
-
-def test_sentencepiece_byte_lengths(opened):
-    tokenizer = opened('llama')
-    bare = sentencepiece.SentencePieceProcessor(model_proto=content('llama'))
-    lengths = tokenizer.byte_lengths
-    assert lengths[:3].tolist() == [1, 0, 0]  # unknown, bos, eos
-    assert [lengths[bare.piece_to_id(piece)] for piece in ('<0xE2>', '▁', 'a')] == [1, 1, 1]
-    longest = max(range(259, 320), key=lambda i: len(bare.id_to_piece(i)))  # behind specials and bytes
-    assert lengths[longest] == len(bare.id_to_piece(longest)) >= 3  # one byte for the space too
 
 
 def test_sentencepiece_without_end(tmp_path):
@@ -308,31 +293,11 @@ def test_specials_that_the_file_calls_ordinary(tmp_path):
     tokenizer = open_file(tmp_path / 'tokenizer.json')
     ids = tokenizer.encode('ba</s>')
     assert tokenizer.eos_id not in ids and tokenizer.decode([*ids, tokenizer.eos_id]) == 'ba</s>'
-    assert tokenizer.byte_lengths[tokenizer.eos_id] == 0
 
 
 def test_an_end_that_is_ordinary_text(tmp_path):
     with pytest.raises(DataError, match=r"tokenizer\.json: a text that spells 'a' cannot be told"):
         with_settings(tmp_path, unigram(), {'eos_token': 'a'})
-
-
-def test_huggingface_byte_lengths(opened, tmp_path):
-    tokenizer = library.Tokenizer.from_buffer(byte_level())
-    tokenizer.add_tokens(['größer'])
-    assert tokenizer.token_to_id('größer') == 400
-    (tmp_path / 'tokenizer.json').write_bytes(tokenizer.to_str().encode())
-    opened_file = open_file(tmp_path / 'tokenizer.json')
-    lengths = opened_file.byte_lengths
-    assert opened_file.vocab_size == 401 and lengths[400] == 8
-    assert lengths[:3].tolist() == [0, 0, 0] and (lengths[3:259] == 1).all() and (lengths[259:] > 1).all()
-
-    lengths = opened('wordpiece').byte_lengths
-    bare = library.Tokenizer.from_buffer(wordpiece())
-    sizes = {'[UNK]': 1, '[SEP]': 0, 'ba': 2, '##ab': 2, '##a': 1, 'a': 1}
-    assert {token: lengths[bare.token_to_id(token)] for token in sizes} == sizes
-
-    lengths = opened('unigram').byte_lengths
-    assert lengths.tolist() == opened('t5').byte_lengths.tolist()
 
 
 def test_byte_pieces(tmp_path):
@@ -342,5 +307,4 @@ def test_byte_pieces(tmp_path):
     tokenizer.add_special_tokens(['</s>', '<unk>'])
     tokenizer.save(str(tmp_path / 'tokenizer.json'))
     tokenizer = open_file(tmp_path / 'tokenizer.json')
-    assert tokenizer.byte_lengths.tolist() == [0, 1, 1, 3, 1, 1, 1, 0, 0, 1]  # 7 and 8 are nobody's
     assert tokenizer.encode('€').tolist() == [1, 4, 5] and tokenizer.decode([1, 4, 5]) == '€'

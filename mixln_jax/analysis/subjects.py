@@ -197,6 +197,10 @@ class _Begun:
     def encode(self, text, limit=None):
         return np.concatenate([self._start, self._tokenizer.encode(text, limit)])[:limit]
 
+    def spans(self, text, limit=None):
+        ids, ends = self._tokenizer.spans(text, limit)
+        return np.concatenate([self._start, ids])[:limit], np.concatenate([0 * self._start, ends])[:limit]
+
 
 def questions(subject, path, seq_length=None):
     """(Features, Examples, what says which they are: a dict) of a SQuAD file for a BERT.

@@ -31,7 +31,7 @@ def training(rows: Rows, *, seed: int, batch_size: int, part: np.ndarray | slice
     """
     part = np.arange(batch_size)[part]
     dataset = grain.MapDataset.range(2**62 // batch_size)  # as good as endless
-    return dataset.map(lambda s: rows.layout.batch(rows.tokens(order(rows, seed, s * batch_size + part))))
+    return dataset.map(lambda s: rows.layout.batch(rows.read(order(rows, seed, s * batch_size + part))))
 
 
 def order(rows: Rows, seed: int, places: np.ndarray) -> np.ndarray:
@@ -63,15 +63,19 @@ def permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     return images.astype(np.int64)
 
 
-def evaluation(rows: Rows, batch_size: int, seed: int | None = None) -> grain.MapDataset:
+def evaluation(rows: Rows, batch_size: int, seed: int | None = None, sized: bool = False) -> grain.MapDataset:
     """All rows once, in order, or with a `seed` in the order of an epoch of training; the last batch is filled up with
-    rows of weight 0."""
+    rows of weight 0. `sized` adds `num_bytes` [B], the bytes of text that each row's targets stand for, where known."""
 
     def batch(number):
         places = np.arange(batch_size) + number * batch_size
-        wanted = np.where(places < len(rows), places, 0)
-        made = rows.layout.batch(rows.tokens(wanted if seed is None else order(rows, seed, wanted)))
-        return made | {'weights': made['weights'] * (places < len(rows))[:, None].astype(np.float32)}
+        real = places < len(rows)
+        wanted = np.where(real, places, 0)
+        block = rows.read(wanted if seed is None else order(rows, seed, wanted), sized)
+        made = rows.layout.batch(block)
+        if sized and block.num_bytes is not None:
+            made['num_bytes'] = block.num_bytes * real
+        return made | {'weights': made['weights'] * real[:, None].astype(np.float32)}
 
     return grain.MapDataset.range(-(-len(rows) // batch_size)).map(batch)
 

@@ -46,20 +46,19 @@ def inspect(workdir: str, step: int, num_rows: int | None = None):
         raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs')
     places = (step - 1) * config.batch_size + np.arange(config.batch_size)
     numbers = batches.order(of, config.data.seed, places)[:num_rows]
-    batch = of.layout.batch(of.tokens(numbers))
+    batch = of.layout.batch(of.read(numbers))
     for i, number in enumerate(numbers.tolist()):
         row = {name: values[i].tolist() for name, values in batch.items()}
         yield {'row': i, 'origin': of.origin(number), 'text': _texts(row, tokenizer), **row}
 
 
 def _texts(row, tokenizer):
-    """The text of each document of a row; what is padding has none."""
+    """The text of each document of a row; ends and padding, which have no target, have none."""
     segments = row.get('segments', [1] * len(row['inputs']))
-    tokens = zip(segments, row['inputs'], strict=True)
+    tokens = [pair for *pair, real in zip(segments, row['inputs'], row['weights'], strict=True) if real]
     return [
         tokenizer.decode([token for _, token in piece])
-        for segment, piece in itertools.groupby(tokens, key=lambda pair: pair[0])
-        if segment
+        for _, piece in itertools.groupby(tokens, key=lambda pair: pair[0])
     ]
 
 

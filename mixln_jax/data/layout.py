@@ -11,11 +11,28 @@ concat  documents end to end, eos after each; attention runs across
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 OPEN_ROWS = 64  # rows that packing fills at a time
 BLOCK = 256  # rows that are written at once
+
+# A token on its way into a row: its id, the bytes of text that it stands for, and whether a document ends with it.
+TOKEN = np.dtype([('id', '<i4'), ('size', '<i4'), ('end', '?')])
+
+
+class Block(NamedTuple):
+    """Filled rows.
+
+    `ids` [n, T+1]. `ends` [n, T+1] bool: where a document ends, with its eos; masks follow from it, never from ids,
+    which text may share with padding. `num_bytes` [n]: bytes of the text that each row's targets stand for; None where
+    they are not known.
+    """
+
+    ids: np.ndarray
+    ends: np.ndarray
+    num_bytes: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,56 +43,81 @@ class Layout:
     pad_id: int
     eos_id: int
 
-    def batch(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """[B, T+1] tokens as the step's `inputs`, `targets` [B,T] int32 and `weights` [B,T] float32, 1 for a real
-        target; packed rows have `segments` too (from 1; 0 for padding) and `positions` inside them (from 0)."""
-        tokens = tokens.astype(np.int32)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    def document(self, ids: np.ndarray, spans: np.ndarray | None = None, num_bytes: int = 0) -> np.ndarray:
+        """Returns a document as TOKENs [n+1], its eos last.
+
+        Args:
+            ids: [n].
+            spans: [n], where in the text each id ends, in bytes; None: sizes are not wanted.
+            num_bytes: of the text; what no id covers, such as a blank at its end, is the eos's.
+        """
+        tokens = np.zeros(len(ids) + 1, TOKEN)
+        tokens['id'][:-1], tokens[-1] = ids, (self.eos_id, 0, True)
+        if spans is not None:
+            tokens['size'] = np.diff(spans, prepend=0, append=num_bytes)
+        return tokens
+
+    def block(self, tokens: np.ndarray) -> Block:
+        """Returns rows of TOKENs [n, T+1] as a Block."""
+        sizes = np.where(self._real(tokens['end']), tokens['size'][:, 1:], 0)
+        return Block(tokens['id'], tokens['end'], sizes.sum(1, dtype=np.int64))
+
+    def batch(self, block: Block) -> dict[str, np.ndarray]:
+        """Returns rows as the step's `inputs`, `targets` [B,T] int32 and `weights` [B,T] float32, 1 for a real target;
+        packed rows have `segments` too (from 1; 0 for padding) and `positions` inside them (from 0)."""
+        ids = block.ids.astype(np.int32)
+        real = self._real(block.ends)
+        batch = {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'weights': real.astype(np.float32)}
+        return batch | (_segments(block.ends[:, :-1], real) if self.mode == 'pack' else {})
+
+    def _real(self, ends):
+        """[n,T] bool: inputs whose target counts, all but an eos and the padding after a row's last one. A row
+        without an end is a piece of a longer document."""
         if self.mode == 'concat':
-            return {'inputs': inputs, 'targets': targets, 'weights': np.ones(inputs.shape, np.float32)}
-        real = (inputs != self.eos_id) & (inputs != self.pad_id)
-        batch = {'inputs': inputs, 'targets': targets, 'weights': real.astype(np.float32)}
-        return batch | (self._segments(inputs, real) if self.mode == 'pack' else {})
-
-    def _segments(self, inputs, real):
-        follows_real = np.zeros_like(real)
-        follows_real[:, 1:] = real[:, :-1]
-        ends = follows_real & (inputs == self.eos_id)  # padding may use the same id
-        starts = np.zeros_like(real)
-        starts[:, 1:] = ends[:, :-1]
-        at = np.arange(inputs.shape[1], dtype=np.int32)
-        inside = real | ends
-        positions = at - np.maximum.accumulate(np.where(starts, at, 0), axis=1)
-        segments = 1 + np.cumsum(starts, axis=1, dtype=np.int32)
-        return {'segments': np.where(inside, segments, 0), 'positions': np.where(inside, positions, 0)}
+            return np.ones((len(ends), ends.shape[1] - 1), bool)
+        to_come = ends[:, ::-1].cumsum(1)[:, ::-1]
+        return ((to_come > 0) | (to_come[:, :1] == 0))[:, :-1] & ~ends[:, :-1]
 
 
-def pad(row: np.ndarray, ids: np.ndarray, layout: Layout):
-    """Makes `row` [T+1] the first T-1 of `ids`, eos, padding."""
-    end = min(len(ids), len(row) - 2)
-    row[:end], row[end], row[end + 1 :] = ids[:end], layout.eos_id, layout.pad_id
+def _segments(ends, real):
+    """`segments` and `positions` [n,T] of inputs, of which `ends` end documents and `real` ones have a target."""
+    starts = np.zeros_like(ends)
+    starts[:, 1:] = ends[:, :-1]
+    at = np.arange(ends.shape[1], dtype=np.int32)
+    inside = real | ends
+    positions = at - np.maximum.accumulate(np.where(starts, at, 0), axis=1)
+    segments = 1 + np.cumsum(starts, axis=1, dtype=np.int32)
+    return {'segments': np.where(inside, segments, 0), 'positions': np.where(inside, positions, 0)}
+
+
+def pad(row: np.ndarray, document: np.ndarray, layout: Layout):
+    """Makes `row` [T+1] of TOKENs a document's first T-1, eos, padding."""
+    end = min(len(document), len(row) - 1)
+    row[:end], row[end:] = document[:end], (layout.pad_id, 0, False)
+    if end < len(document):
+        row[end - 1] = (layout.eos_id, 0, True)
 
 
 class Padded:
     """pad: one row a document.
 
-    Like the others it takes documents by `add`, calls `write` with blocks [k, T+1] of finished rows, and at `close`
-    with what is left. A block is written over later.
+    Like the others it takes documents by `add`, calls `write` with Blocks of finished rows, and at `close` with what is
+    left. A block is written over later.
     """
 
-    def __init__(self, length: int, layout: Layout, write: Callable[[np.ndarray], None]):
+    def __init__(self, length: int, layout: Layout, write: Callable[[Block], None]):
         self._length, self._layout, self._write = length, layout, write
-        self._block = np.empty((BLOCK, length + 1), np.int32)
+        self._block = np.empty((BLOCK, length + 1), TOKEN)
         self._count = 0
 
-    def add(self, ids: np.ndarray):
-        """Takes the ids [n] of a document."""
-        pad(self._block[self._count], ids, self._layout)
+    def add(self, document: np.ndarray):
+        """Takes a document from `Layout.document`."""
+        pad(self._block[self._count], document, self._layout)
         self._added()
 
     def close(self):
         """No document comes any more."""
-        self._write(self._block[: self._count])
+        self._write(self._layout.block(self._block[: self._count]))
         self._count = 0
 
     def _put(self, row):
@@ -97,27 +139,27 @@ class Packed(Padded):
 
     def __init__(self, length, layout, write):
         super().__init__(length, layout, write)
-        self._rows = np.full((OPEN_ROWS, length + 1), layout.pad_id, np.int32)
+        self._empty = np.array((layout.pad_id, 0, False), TOKEN)
+        self._rows = np.full((OPEN_ROWS, length + 1), self._empty)
         self._room = np.full(OPEN_ROWS, length + 1)
 
-    def add(self, ids):
-        last = (len(ids) - 1) // self._length * self._length  # where the last piece begins; it ends with eos
+    def add(self, document):
+        last = (len(document) - 2) // self._length * self._length  # where the last piece begins; it has the eos
         for start in range(0, last, self._length):
-            self._put(ids[start : start + self._length + 1])
-        ids = ids[max(last, 0) :]
-        if not len(ids):
+            self._put(document[start : start + self._length + 1])
+        piece = document[max(last, 0) :]
+        if len(piece) < 2:  # a document without text
             return
-        at = int((self._room > len(ids)).argmax())
+        at = int((self._room >= len(piece)).argmax())
         row, room = self._rows[at], int(self._room[at])
-        if room <= len(ids):  # none has room: the fullest row is done
+        if room < len(piece):  # none has room: the fullest row is done
             at = int(self._room.argmin())
             row, room = self._rows[at], self._length + 1
             self._put(row)
-            row[:] = self._layout.pad_id
+            row[:] = self._empty
         start = self._length + 1 - room
-        end = start + len(ids)
-        row[start:end], row[end] = ids, self._layout.eos_id
-        self._room[at] = self._length - end
+        row[start : start + len(piece)] = piece
+        self._room[at] = room - len(piece)
 
     def close(self):
         for row in self._rows[self._room <= self._length]:
@@ -130,12 +172,12 @@ class EndToEnd:
     """concat: rows cut from the stream of tokens every T; what is left at its end is no row."""
 
     def __init__(self, length, layout, write):
-        self._length, self._eos, self._write = length, np.array([layout.eos_id], np.int32), write
+        self._length, self._layout, self._write = length, layout, write
         self._held, self._count = [], 0
 
-    def add(self, ids):
-        self._held += [ids, self._eos]
-        self._count += len(ids) + 1
+    def add(self, document):
+        self._held.append(document)
+        self._count += len(document)
         if self._count > BLOCK * self._length:
             self.close()
 
@@ -143,7 +185,8 @@ class EndToEnd:
         if self._count > self._length:
             stream = np.concatenate(self._held)
             cut = (self._count - 1) // self._length * self._length
-            self._write(np.lib.stride_tricks.sliding_window_view(stream, self._length + 1)[: cut : self._length])
+            rows = np.lib.stride_tricks.sliding_window_view(stream, self._length + 1)[: cut : self._length]
+            self._write(self._layout.block(rows))
             self._held, self._count = [stream[cut:]], self._count - cut
 
 

@@ -71,7 +71,10 @@ def prepare(
     if pending:
         workers = min(workers, len(pending))
         _check_room(job, pending)
-        job.begin()
+        if job.lack_notes_alone(pending):
+            record.say(f'adds to the rows in {folder} where documents end, bytes of text and checksums')
+        else:
+            job.begin()
         record.say(f'{len(pending)} of {len(units)} shards to prepare into {folder}, {workers} processes')
         _write_all(job, pending, workers)
     results = [job.result(unit) for unit in units]
@@ -98,7 +101,8 @@ def _check_room(job, pending):
     with tempfile.TemporaryDirectory() as folder:
         sample = dataclasses.replace(job, folder=folder)
         seen = shards.write(sample, pending[0], lambda *_: None, limit=SAMPLE)
-        written = sum(path.stat().st_size for path in pathlib.Path(folder).glob('*-of-*'))
+        made = '*.rows' if job.lack_notes_alone(pending) else '*-of-*'
+        written = sum(path.stat().st_size for path in pathlib.Path(folder).glob(made))
     needed = int(MARGIN * written * sum(unit.size for unit in pending) / max(seen['position'], 1))
     record.say(f'about {_size(needed)} to write, {_size(free)} are free')
     if needed > free:

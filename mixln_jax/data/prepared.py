@@ -2,10 +2,12 @@
 
     tokens.json                 what the rows are, and every shard with its rows and a digest of its bytes
     train-00000-of-00008.bin    rows of T+1 ids, uint16 or uint32 little-endian, nothing else
+    train-00000-of-00008.rows   a NOTE of each row, see `note`
     validation-...
     tokenizer/                  the tokenizer that made the ids
 
-tokens.json is written last: without it a folder is not a data set.
+tokens.json is written last: without it a folder is not a data set. Folders of version 0.1 have no .rows: theirs can be
+read where the ids alone say which of them are real, without bytes of text, and data.prepare adds what is missing.
 """
 
 import hashlib
@@ -14,12 +16,38 @@ import os
 import pathlib
 
 import numpy as np
+from isal import isal_zlib
 
+from mixln_jax import record
 from mixln_jax.data import files, tokenizers
-from mixln_jax.data.layout import Layout
+from mixln_jax.data.layout import Block, Layout
 from mixln_jax.exits import DataError
 
 DESCRIPTION = 'tokens.json'
+
+
+def note(seq_length: int) -> np.dtype:
+    """Returns the type of what a .rows file holds of each row: where documents end (a bit for each of T+1 ids), the
+    bytes of text that its targets stand for, and a checksum (CRC-32) of the row's ids and these."""
+    return np.dtype([('ends', 'u1', -(-(seq_length + 1) // 8)), ('num_bytes', '<u4'), ('crc', '<u4')])
+
+
+def notes(block: Block, dtype: np.dtype) -> np.ndarray:
+    """Returns the notes [n] on rows whose ids are kept as `dtype`."""
+    made = np.zeros(len(block.ids), note(block.ids.shape[1] - 1))
+    made['ends'], made['num_bytes'] = np.packbits(block.ends, axis=1), block.num_bytes
+    made['crc'] = _checksums(block.ids.astype(dtype), made)
+    return made
+
+
+def _checksums(ids, of_rows):
+    said = zip(ids, of_rows['ends'], of_rows['num_bytes'], strict=True)
+    return [isal_zlib.crc32(b''.join(part.tobytes() for part in parts)) for parts in said]
+
+
+def notes_file(shard: str) -> str:
+    """The name of the .rows file that goes with a shard."""
+    return f'{shard.removesuffix(".bin")}.rows'
 
 
 class Prepared:
@@ -46,51 +74,59 @@ class Prepared:
             }
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f'{folder / DESCRIPTION}: not what data.prepare writes: {error!r}') from error
+        self._note = note(self._width - 1) if all('notes' in shard for shard in shards) else None
         for file, shard in zip(self._files, shards, strict=True):
-            wanted = shard['rows'] * self._width * self._dtype.itemsize
-            found = os.path.getsize(file) if os.path.exists(file) else None
-            if found != wanted:
-                raise DataError(f'{file}: {"missing" if found is None else f"{found} bytes, not {wanted}"}')
+            _check_size(file, shard['rows'] * self._width * self._dtype.itemsize)
+            if self._note:
+                _check_size(notes_file(file), shard['rows'] * self._note.itemsize)
         if not len(self):
             raise DataError(f'{folder}: no rows in split {split}')
+        if not self._note:
+            _check_ids_tell(folder, self.layout)
         self._handles = {}
-        files.allow_open(2 * len(self._files))
+        files.allow_open(4 * len(self._files))
 
     def __len__(self):
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def tokens(self, indices):
-        size = self._width * self._dtype.itemsize
-        shards = np.searchsorted(self._ends, indices, side='right')
-        starts = np.concatenate([[0], self._ends])[shards]
+    def read(self, indices, sized=False):
+        shards = np.searchsorted(self._ends, indices, side='right').tolist()
+        at = np.asarray(indices) - np.concatenate([[0], self._ends])[shards]
+        wanted = list(zip(indices, shards, at.tolist(), strict=True))
         # Read, not mapped: a file that someone cuts short is an error with a name, not a dead process.
-        rows = [
-            self._read(i, shard, size, int(at) * size)
-            for i, shard, at in zip(indices, shards.tolist(), np.asarray(indices) - starts, strict=True)
-        ]
-        tokens = np.frombuffer(b''.join(rows), self._dtype).reshape(len(rows), self._width)
-        if tokens.max(initial=0) >= self._vocab_size:
-            bad = next(i for i, row in zip(indices, tokens, strict=True) if row.max() >= self._vocab_size)
+        size = self._width * self._dtype.itemsize
+        rows = [self._read(i, self._files[shard], size, row) for i, shard, row in wanted]
+        ids = np.frombuffer(b''.join(rows), self._dtype).reshape(len(rows), self._width)
+        if ids.max(initial=0) >= self._vocab_size:
+            bad = next(i for i, row in zip(indices, ids, strict=True) if row.max() >= self._vocab_size)
             raise DataError(f'{self.origin(bad)}: an id is not below the vocabulary size {self._vocab_size}')
-        return tokens
+        if not self._note:
+            return Block(ids, _ends_by_ids(ids, self.layout), None)
+        size = self._note.itemsize
+        said = [self._read(i, notes_file(self._files[shard]), size, row) for i, shard, row in wanted]
+        said = np.frombuffer(b''.join(said), self._note)
+        if len(bad := np.flatnonzero(said['crc'] != _checksums(ids, said))):
+            raise DataError(f'{self.origin(indices[bad[0]])}: damaged: its checksum is another; prepare it again')
+        ends = np.unpackbits(said['ends'], axis=1, count=self._width).view(bool)
+        return Block(ids, ends, said['num_bytes'].astype(np.int64))
 
     def origin(self, i):
         i = range(len(self))[i]
         shard = int(np.searchsorted(self._ends, i, side='right'))
         return f'{self._files[shard]}, row {i - (self._ends[shard - 1] if shard else 0)}'
 
-    def _read(self, i, shard, size, at):
+    def _read(self, i, file, size, row):
         try:
-            if shard not in self._handles:
-                handle = os.open(self._files[shard], os.O_RDONLY)
-                if self._handles.setdefault(shard, handle) != handle:  # another thread was faster
+            if file not in self._handles:
+                handle = os.open(file, os.O_RDONLY)
+                if self._handles.setdefault(file, handle) != handle:  # another thread was faster
                     os.close(handle)
-            row = os.pread(self._handles[shard], size, at)
+            content = os.pread(self._handles[file], size, row * size)
         except OSError as error:
             raise DataError(f'{self.origin(i)}: cannot be read: {error.strerror}') from error
-        if len(row) != size:
+        if len(content) != size:
             raise DataError(f'{self.origin(i)}: cut short')
-        return row
+        return content
 
     def __del__(self):
         for handle in getattr(self, '_handles', {}).values():
@@ -101,7 +137,35 @@ class Prepared:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        files.allow_open(2 * len(self._files))
+        files.allow_open(4 * len(self._files))
+
+
+def _check_size(file, wanted):
+    found = os.path.getsize(file) if os.path.exists(file) else None
+    if found != wanted:
+        raise DataError(f'{file}: {"missing" if found is None else f"{found} bytes, not {wanted}"}')
+
+
+def _check_ids_tell(folder, layout):
+    """Raises DataError where rows without notes cannot be read: text may have the id of padding or of an end."""
+    tokenizer = open_tokenizer(folder)
+    if layout.mode != 'concat' and any(map(tokenizer.can_yield, (layout.pad_id, layout.eos_id))):
+        raise DataError(
+            f'{folder}: text may have the id of padding or of an end, so the rows do not tell which ids are real; '
+            f'run the command that made the folder once more (python -m mixln_jax.data.prepare ... --out {folder}): '
+            'it adds what is missing and leaves the rows as they are'
+        )
+    record.say(f'{folder}: made by version 0.1, bits per byte are not known; data.prepare, run once more, adds them')
+
+
+def _ends_by_ids(ids, layout):
+    """[n, T+1] bool: where documents end in rows in which eos and padding are no text."""
+    ends = ids == layout.eos_id
+    if layout.mode == 'pad':
+        return ends & (ends.cumsum(1) == 1)
+    follows_real = np.zeros_like(ends)
+    follows_real[:, 1:] = ((ids != layout.eos_id) & (ids != layout.pad_id))[:, :-1]
+    return ends & follows_real
 
 
 def description(folder: str) -> dict:

@@ -7,7 +7,7 @@ import numpy as np
 
 from mixln_jax import config, record
 from mixln_jax.data import layout, prepared, tokenizers
-from mixln_jax.data.layout import Layout
+from mixln_jax.data.layout import Block, Layout
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.exits import DataError, UsageError
@@ -21,8 +21,11 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def tokens(self, indices: Sequence[int]) -> np.ndarray:
-        """[n, T+1]. Raises DataError, naming the record, for a row that cannot be read."""
+    def read(self, indices: Sequence[int], sized: bool = False) -> Block:
+        """Returns the rows [n, T+1]; bytes of text, where they take time to find, only if `sized` asks for them.
+
+        Raises DataError, naming the record, for a row that cannot be read.
+        """
 
     def origin(self, i: int) -> str:
         """Where a row comes from, for people."""
@@ -39,12 +42,18 @@ class Documents:
     def __len__(self):
         return len(self._source)
 
-    def tokens(self, indices):
+    def read(self, indices, sized=False):
         texts = self._source.__getitems__(indices)
-        rows = np.empty((len(texts), self._length + 1), np.int32)
+        rows = np.empty((len(texts), self._length + 1), layout.TOKEN)
         for row, text in zip(rows, texts, strict=True):
-            layout.pad(row, self._tokenizer.encode(text, self._length - 1), self.layout)
-        return rows
+            # One id more than a row takes tells whether the text ends there.
+            document = tokenized(text, self._tokenizer, self.layout, self._length) if sized else self._ids(text)
+            layout.pad(row, document, self.layout)
+        block = self.layout.block(rows)
+        return block if sized else block._replace(num_bytes=None)
+
+    def _ids(self, text):
+        return self.layout.document(self._tokenizer.encode(text, self._length - 1))
 
     def origin(self, i):
         return self._source.origin(i)
@@ -59,24 +68,32 @@ class InMemory:
     def __init__(self, source: Source, tokenizer: Tokenizer, mode: str, seq_length: int):
         self.layout = Layout(mode, tokenizer.pad_id, tokenizer.eos_id)
         self.fingerprint = _fingerprint(source, tokenizer, mode, seq_length)
-        rows = bytearray()
+        blocks = []
         dtype = layout.dtype_for(tokenizer.vocab_size)
-        fill = layout.FILL[mode](seq_length, self.layout, lambda block: rows.extend(block.astype(dtype).tobytes()))
+        kept = lambda block: Block(block.ids.astype(dtype), np.packbits(block.ends, 1), block.num_bytes)  # noqa: E731
+        fill = layout.FILL[mode](seq_length, self.layout, lambda block: blocks.append(kept(block)))
         for i in range(len(source)):
-            fill.add(tokenizer.encode(source[i]))
+            fill.add(tokenized(source[i], tokenizer, self.layout))
         fill.close()
-        self._rows = np.frombuffer(rows, dtype).reshape(-1, seq_length + 1)
-        if not len(self):
+        if not any(len(block.ids) for block in blocks):
             raise DataError(f'the text is not enough for one row of config.seq_length={seq_length}')
+        self._rows = Block(*map(np.concatenate, zip(*blocks, strict=True)))
 
     def __len__(self):
-        return len(self._rows)
+        return len(self._rows.ids)
 
-    def tokens(self, indices):
-        return self._rows[np.asarray(indices)]
+    def read(self, indices, sized=False):
+        ids, ends, num_bytes = (values[np.asarray(indices)] for values in self._rows)
+        return Block(ids, np.unpackbits(ends, 1, ids.shape[1]).view(bool), num_bytes)
 
     def origin(self, i):
         return f'row {range(len(self))[i]}'
+
+
+def tokenized(text: str, tokenizer: Tokenizer, of: Layout, limit: int | None = None) -> np.ndarray:
+    """Returns a text as `Layout.document` does, with the bytes that each token stands for; with `limit` its first ids
+    and the eos."""
+    return of.document(*tokenizer.spans(text, limit), len(text.encode()))
 
 
 def open_tokenizer(data: config.Data) -> Tokenizer:
@@ -99,14 +116,10 @@ def open_tokenizer(data: config.Data) -> Tokenizer:
 def open_rows(data: config.Data, split: str, tokenizer: Tokenizer, seq_length: int, vocab_size: int) -> Rows:
     """The rows of a split, as `data.mode` makes them; `vocab_size` is the model's.
 
-    Raises UsageError where the tokenizer has more ids than the model or prepared rows are of another length or mode;
-    DataError as `open_source` and the kinds of rows do.
+    Raises UsageError where text or padding may have ids beyond the model's or prepared rows are of another length or
+    mode; DataError as `open_source` and the kinds of rows do.
     """
-    if tokenizer.vocab_size > vocab_size:
-        raise UsageError(
-            f'config.data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} ids, '
-            f'more than config.model.vocab_size={vocab_size}'
-        )
+    tokenizers.check_fits(tokenizer, vocab_size, f'config.model.vocab_size={vocab_size}')
     if data.source == 'tokens':
         rows = prepared.Prepared(data.path, split)
         for name, asked in (('mode', data.mode), ('seq_length', seq_length)):

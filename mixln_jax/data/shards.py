@@ -13,7 +13,7 @@ from collections.abc import Callable
 import xxhash
 
 from mixln_jax import config, record
-from mixln_jax.data import layout, prepared, units
+from mixln_jax.data import layout, prepared, rows, units
 from mixln_jax.data.sources import rank
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.exits import UsageError
@@ -61,6 +61,10 @@ class Job:
                 )
         record.write_json(path, plan)
 
+    def lack_notes_alone(self, pending):
+        """Whether the rows of all these units are there, without their notes: made by version 0.1."""
+        return all(self.result(unit, notes=False) for unit in pending)
+
     def begin(self):
         """Some shards are to be written: until `finish`, no reader takes the folder for a data set."""
         description = 'dataset_info.json' if self.format == 'tfds' else prepared.DESCRIPTION
@@ -70,7 +74,8 @@ class Job:
         """Removes what a killed process left of a unit, unless another one is writing it."""
         with contextlib.suppress(UsageError), _locked(pathlib.Path(self.folder, NOTES), unit.name):
             for split in unit.splits:
-                pathlib.Path(self.folder, f'{self.file(unit, split)}.partial').unlink(missing_ok=True)
+                for file in (self.file(unit, split), prepared.notes_file(self.file(unit, split))):
+                    pathlib.Path(self.folder, f'{file}.partial').unlink(missing_ok=True)
 
     def file(self, unit, split):
         """The name of a unit's shard of `split`."""
@@ -79,14 +84,17 @@ class Job:
             return f'{split}-{shard}.bin'
         return f'{dataset_name(self.data.name)}-{split}.array_record-{shard}'
 
-    def result(self, unit):
-        """What a finished unit counted; None where its input is another since, or a shard is not whole."""
+    def result(self, unit, notes=True):
+        """What a finished unit counted; None where its input is another since, or a shard is not whole; without `notes`
+        no matter whether it has any (prepared.py)."""
         try:
             result = json.loads(pathlib.Path(self.folder, NOTES, f'{unit.name}.json').read_text())
-            whole = [
-                pathlib.Path(self.folder, result[split]['file']).stat().st_size == result[split]['size']
-                for split in unit.splits
-            ]
+            sizes = {}
+            for split in unit.splits:
+                sizes[result[split]['file']] = result[split]['size']
+                if notes and self.format == 'tokens':
+                    sizes[prepared.notes_file(result[split]['file'])] = result[split]['notes']
+            whole = [pathlib.Path(self.folder, file).stat().st_size == size for file, size in sizes.items()]
         except (OSError, ValueError, KeyError):
             return None
         fits = result['input'] == unit.digest and result['bad'] <= self.skip_bad
@@ -170,8 +178,11 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
             reported = now
 
         with contextlib.ExitStack() as closing:
+            there = job.result(unit, notes=False) or {}
             writers = {
-                split: closing.enter_context(_WRITERS[job.format](job, pathlib.Path(job.folder, job.file(unit, split))))
+                split: closing.enter_context(
+                    _WRITERS[job.format](job, pathlib.Path(job.folder, job.file(unit, split)), there.get(split))
+                )
                 for split in unit.splits
             }
             for decides, document in documents:
@@ -208,9 +219,10 @@ def _locked(notes, name):
 
 
 class _Shard:
-    """A file that has its name only when it is whole."""
+    """A file that has its name only when it is whole. `there`: what the shard of this name counted, if it is whole."""
 
-    def __init__(self, job, path):
+    def __init__(self, job, path, there):
+        del there
         self._job, self._path, self._partial = job, path, path.with_name(f'{path.name}.partial')
         self._documents = 0
 
@@ -221,22 +233,27 @@ class _Shard:
         self._partial.unlink(missing_ok=True)
 
     def _close(self, **counts):
-        descriptor = os.open(self._partial, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        size = self._partial.stat().st_size
-        self._partial.rename(self._path)
+        size = _finish(self._partial)
         return {'file': self._path.name, 'size': size, 'documents': self._documents} | counts
+
+
+def _finish(partial):
+    """Gives a written file its name; returns its size."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    partial.rename(partial.with_suffix(''))
+    return partial.with_suffix('').stat().st_size
 
 
 class _Records(_Shard):
     """An ArrayRecord shard of TFDS examples, one record a chunk as random access wants it."""
 
-    def __init__(self, job, path):
+    def __init__(self, job, path, there):
         from array_record.python.array_record_module import ArrayRecordWriter
         from tensorflow_datasets.proto import tf_example_pb2
 
-        super().__init__(job, path)
+        super().__init__(job, path, there)
         self._example = tf_example_pb2.Example
         self._writer = ArrayRecordWriter(str(self._partial), 'group_size:1')
         self._bytes = 0
@@ -262,16 +279,23 @@ class _Records(_Shard):
 
 
 class _Tokens(_Shard):
-    """Rows of tokens. Documents wait until there are some: tokenising them in one go keeps its tables in the caches."""
+    """Rows of tokens and their notes. Rows that are there already are not written again.
 
-    def __init__(self, job, path):
-        super().__init__(job, path)
+    Documents wait until there are some: tokenising them in one go keeps its tables in the caches.
+    """
+
+    def __init__(self, job, path, there):
+        super().__init__(job, path, there)
         tokenizer = job.tokenizer
-        of = layout.Layout(job.data.mode, tokenizer.pad_id, tokenizer.eos_id)
-        self._fill = layout.FILL[job.data.mode](job.seq_length, of, self._write)
+        self._layout = layout.Layout(job.data.mode, tokenizer.pad_id, tokenizer.eos_id)
+        self._fill = layout.FILL[job.data.mode](job.seq_length, self._layout, self._write)
         self._dtype = layout.dtype_for(tokenizer.vocab_size)
-        self._limit = job.seq_length - 1 if job.data.mode == 'pad' else None
-        self._file = self._partial.open('wb')
+        self._limit = job.seq_length if job.data.mode == 'pad' else None  # one id more than a row takes: is it cut?
+        self._there = there
+        self._notes_partial = path.with_name(f'{prepared.notes_file(path.name)}.partial')
+        self._files = contextlib.ExitStack()
+        self._notes = self._files.enter_context(self._notes_partial.open('wb'))
+        self._file = self._files.enter_context(self._partial.open('wb'))
         self._waiting, self._size = [], 0
         self._digest = xxhash.xxh3_128()
         self._rows = 0
@@ -286,24 +310,30 @@ class _Tokens(_Shard):
     def finish(self):
         self._tokenize()
         self._fill.close()
-        self._file.close()
-        return self._close(rows=self._rows, digest=self._digest.hexdigest())
+        self._files.close()
+        digest = self._digest.hexdigest()
+        if self._there and self._there['digest'] != digest:
+            raise UsageError(f'{self._path} holds other rows than its text gives today; take another --out')
+        size = _finish(self._notes_partial)
+        return self._there | {'notes': size} if self._there else self._close(rows=self._rows, digest=digest, notes=size)
 
     def __exit__(self, *error):
-        self._file.close()
+        self._files.close()
+        self._notes_partial.unlink(missing_ok=True)
         super().__exit__(*error)
 
     def _tokenize(self):
-        ids = [self._job.tokenizer.encode(text, self._limit) for text in self._waiting]
-        self._waiting, self._size = [], 0
-        for document in ids:
+        waiting, self._waiting, self._size = self._waiting, [], 0
+        for document in [rows.tokenized(text, self._job.tokenizer, self._layout, self._limit) for text in waiting]:
             self._fill.add(document)
 
     def _write(self, block):
-        content = block.astype(self._dtype).tobytes()
-        self._file.write(content)
+        content = block.ids.astype(self._dtype).tobytes()
+        if not self._there:
+            self._file.write(content)
+        self._notes.write(prepared.notes(block, self._dtype).tobytes())
         self._digest.update(content)
-        self._rows += len(block)
+        self._rows += len(block.ids)
 
 
 _WRITERS = {'tfds': _Records, 'tokens': _Tokens}

@@ -26,6 +26,7 @@ from mixln_jax.exits import DataError, UsageError, first_line
 T5 = 'gs://t5-data/vocabs/cc_all.32000/sentencepiece.model'
 TIMEOUT = 25  # seconds until a server must answer, and between two pieces of what it sends
 LONGEST = 10_000  # characters that are encoded at once: memory, and the time up to a limit, stay bounded
+UNKNOWN = 2**20  # the length of a token that may stand for any word: no text's lengths add up with it
 COMMON = {
     'eos': ('</s>', '<|endoftext|>', '<|end_of_text|>', '<eos>', '<|im_end|>', '<|eot_id|>', '[EOS]', '[SEP]'),
     'bos': ('<s>', '<|begin_of_text|>', '<bos>', '<|startoftext|>', '[BOS]', '[CLS]'),
@@ -36,18 +37,17 @@ COMMON = {
 class Tokenizer(Protocol):
     """What every kind of tokenizer offers. `kind` is the value of `config.data.tokenizer` that opens it.
 
-    `byte_lengths` [vocab_size] int32 is how many bytes of text each id stands for (0 for specials, 1 for what the
-    vocabulary does not know): with it a loss in nats a token becomes bits a byte. Equal `fingerprint`s (hex), equal ids
-    for every text. All ids, the three special ones too, are in 0..vocab_size - 1; a vocabulary without a token for
-    padding or for the beginning uses `eos_id` there. Pickles are the files it was made of.
+    Equal `fingerprint`s (hex), equal ids for every text. All ids, the three special ones too, are in 0..vocab_size - 1;
+    a vocabulary without a token for padding or for the beginning uses `eos_id` there. `where` names what it was opened
+    from, for people. Pickles are the files it was made of.
     """
 
     kind: str
+    where: str
     vocab_size: int
     pad_id: int
     bos_id: int
     eos_id: int
-    byte_lengths: np.ndarray
     fingerprint: str
 
     def encode(self, text: str, limit: int | None = None) -> np.ndarray:
@@ -58,8 +58,18 @@ class Tokenizer(Protocol):
         is none to cut at, or two ways to read a word are equally likely and the sum over a long text rounds otherwise.
         """
 
+    def spans(self, text: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The ids that `encode` gives, and where in the text each of them ends, in bytes: [n] int64, never falling.
+
+        Takes longer than `encode`. Where several ids stand for one character its bytes may all be the first's or the
+        last's.
+        """
+
     def decode(self, ids) -> str:
         """The text of ids [n]; specials are dropped, broken characters become U+FFFD."""
+
+    def can_yield(self, i: int) -> bool:
+        """Whether some text may have this id; only of a special token is it ever certain that none has."""
 
     def save(self, folder):
         """Writes the tokenizer into `folder`, which is made if need be, for `load`."""
@@ -71,9 +81,8 @@ class Tokenizer(Protocol):
 class Bytes:
     """UTF-8 bytes as ids 0..255."""
 
-    kind = 'bytes'
+    kind = where = 'bytes'
     vocab_size, pad_id, bos_id, eos_id = 259, 256, 257, 258
-    byte_lengths = np.array([1] * 256 + [0] * 3, np.int32)
 
     @property
     def fingerprint(self) -> str:
@@ -81,6 +90,13 @@ class Bytes:
 
     def encode(self, text: str, limit: int | None = None) -> np.ndarray:
         return np.frombuffer(text[:limit].encode()[:limit], np.uint8).astype(np.int32)
+
+    def spans(self, text: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.encode(text, limit)
+        return ids, np.arange(1, len(ids) + 1)
+
+    def can_yield(self, i: int) -> bool:
+        return i < 256
 
     def decode(self, ids) -> str:
         ids = np.asarray(ids)
@@ -101,7 +117,7 @@ class _Learned:
     """What vocabularies learned from text share. `files` are the contents of `FILES`, `where` names them in errors."""
 
     def __init__(self, files: dict[str, bytes], where: str):
-        self.files, self._where = files, where
+        self.files, self.where = files, where
         self._open()
         # Most tokens begin with their space, so a text is cut before one. Where encoding puts a space before every text
         # (LLaMA's sentencepiece model), that fails the trial, and the space at the cut has to go.
@@ -111,7 +127,7 @@ class _Learned:
         self._cut = re.compile(rf'.*\w(?=[{cuts or " "}])', re.DOTALL)
 
     def __reduce__(self):
-        return type(self), (self.files, self._where)
+        return type(self), (self.files, self.where)
 
     @property
     def fingerprint(self) -> str:
@@ -124,12 +140,39 @@ class _Learned:
         if len(text) <= LONGEST:
             return self._ids(text)[:limit]
         parts, count = [], 0
-        for piece in self._pieces(text):
+        for _, piece in self._pieces(text):
             parts.append(self._ids(piece))
             count += len(parts[-1])
             if limit is not None and count >= limit:
                 break
         return np.concatenate(parts)[:limit]
+
+    def spans(self, text: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        ids, ends, count, before, seen = [], [], 0, 0, 0
+        for start, piece in self._pieces(text):
+            before, seen = before + len(text[seen:start].encode()), start
+            of_piece, inside = self._spans(piece)
+            ids.append(of_piece)
+            ends.append(before + inside)
+            count += len(of_piece)
+            if limit is not None and count >= limit:
+                break
+        return np.concatenate(ids)[:limit], np.concatenate(ends)[:limit]
+
+    def _spans(self, text):
+        """`spans` of a text that is encoded at once. Offsets take the libraries several times as long as ids, and are
+        asked for only where the tokens' own lengths do not add up to the text's: after a normaliser that changed it,
+        blanks that no token has, unknown words."""
+        ids = self._ids(text)
+        ends = np.cumsum(self._lengths[ids], dtype=np.int64) - self._prefix
+        if not len(ids) or ends[-1] == len(text.encode()):
+            return ids, ends
+        return ids, np.maximum.accumulate(self._offsets(text))
+
+    @functools.cached_property
+    def _prefix(self):
+        """Bytes that encoding puts before every text: 1 where it is a blank."""
+        return int(self._lengths[self._ids('a')].sum() - 1 == 1)
 
     def save(self, folder):
         _save(self, folder, self.files)
@@ -138,21 +181,22 @@ class _Learned:
         return tokenizer_json.write(self, folder)
 
     def _pieces(self, text):
+        """Pairs (character at which a piece starts, piece)."""
         start = 0
         while len(text) - start > LONGEST:
             found = self._cut.match(text, start, start + LONGEST)
             end = found.end() if found else start + LONGEST
-            yield text[start:end]
+            yield start, text[start:end]
             start = end + (self._dropped if found else 0)
-        yield text[start:]
+        yield start, text[start:]
 
     def _set_specials(self, pad, bos, eos, missing):
         """Special ids; -1 is none."""
         if eos < 0:
-            raise DataError(f'{self._where}: no token for the end of a document: {missing}')
+            raise DataError(f'{self.where}: no token for the end of a document: {missing}')
         self.pad_id, self.bos_id, self.eos_id = (eos if number < 0 else number for number in (pad, bos, eos))
         if not max(self.pad_id, self.bos_id, self.eos_id) < self.vocab_size:
-            raise DataError(f'{self._where}: a special id is not below the vocabulary size {self.vocab_size}')
+            raise DataError(f'{self.where}: a special id is not below the vocabulary size {self.vocab_size}')
 
 
 class SentencePiece(_Learned):
@@ -170,18 +214,25 @@ class SentencePiece(_Learned):
         except (DecodeError, RuntimeError):
             whole = False
         if not whole:
-            raise DataError(f'{self._where}: not a sentencepiece model, or not whole')
+            raise DataError(f'{self.where}: not a sentencepiece model, or not whole')
         self.vocab_size = self._processor.vocab_size()
         pad, bos, eos = self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id()
         self._set_specials(pad, bos, eos, missing='the model has no eos piece')
 
     @functools.cached_property
-    def byte_lengths(self) -> np.ndarray:
+    def _lengths(self) -> np.ndarray:
         return np.array([self._bytes(i) for i in range(self.vocab_size)], np.int32)
 
     def decode(self, ids) -> str:
         ids = np.asarray(ids)
         return self._processor.decode(ids[ids < self.vocab_size].tolist())
+
+    def can_yield(self, i: int) -> bool:
+        return not (self._processor.is_control(i) or self._processor.is_unused(i))
+
+    def _offsets(self, text):
+        found = self._processor.encode(text, return_type='offset_mapping', return_bytes=True)
+        return np.array([end for _, end in found['offsets']], np.int64)
 
     def _ids(self, text):
         return self._processor.encode(text, return_type='numpy')
@@ -189,7 +240,9 @@ class SentencePiece(_Learned):
     def _bytes(self, i):
         if self._processor.is_control(i) or self._processor.is_unused(i):
             return 0
-        if self._processor.is_unknown(i) or self._processor.is_byte(i):
+        if self._processor.is_unknown(i):
+            return UNKNOWN
+        if self._processor.is_byte(i):
             return 1
         return len(self._processor.id_to_piece(i).replace('▁', ' ').encode())
 
@@ -208,7 +261,7 @@ class HuggingFace(_Learned):
         try:
             tokenizer = self._tokenizer = tokenizers.Tokenizer.from_buffer(self.files['tokenizer.json'])
         except ValueError as error:
-            raise DataError(f'{self._where}: not a tokenizer.json, or not whole: {first_line(error)}') from error
+            raise DataError(f'{self.where}: not a tokenizer.json, or not whole: {first_line(error)}') from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as ordinary text
@@ -225,18 +278,17 @@ class HuggingFace(_Learned):
         tokenizer.add_special_tokens(list(names.values()))  # they may stand in the file as ordinary tokens
         self._guard()
         if self.eos_id in self._ids(eos := names['eos']):
-            raise DataError(f'{self._where}: a text that spells {eos!r} cannot be told from the end of a document')
+            raise DataError(f'{self.where}: a text that spells {eos!r} cannot be told from the end of a document')
 
     @functools.cached_property
-    def byte_lengths(self) -> np.ndarray:
-        spec = json.loads(self.files['tokenizer.json'])
-        model, added = spec['model'], self._tokenizer.get_added_tokens_decoder()
+    def _lengths(self) -> np.ndarray:
+        model, added = self._spec['model'], self._tokenizer.get_added_tokens_decoder()
         # In the byte alphabet every character stands for one byte.
         byte_level = '"ByteLevel"' in json.dumps(
-            [spec.get(part) for part in ('normalizer', 'pre_tokenizer', 'decoder')]
+            [self._spec.get(part) for part in ('normalizer', 'pre_tokenizer', 'decoder')]
         )
         prefix, suffix = model.get('continuing_subword_prefix') or '', model.get('end_of_word_suffix') or ''
-        lengths = np.zeros(self.vocab_size, np.int32)
+        lengths = np.full(self.vocab_size, UNKNOWN, np.int32)
         for token, i in self._tokenizer.get_vocab().items():
             if i in added:
                 lengths[i] = 0 if added[i].special else len(token.encode())
@@ -245,15 +297,45 @@ class HuggingFace(_Learned):
             else:
                 token = token.removeprefix(prefix).removesuffix(suffix)
                 lengths[i] = len(token if byte_level else token.replace('▁', ' ').encode())
-        unknown = model.get('unk_id')  # of Unigram; the others name the token
-        if model.get('unk_token') is not None:
-            unknown = self._tokenizer.token_to_id(model['unk_token'])
-        if unknown not in (None, self.pad_id, self.bos_id, self.eos_id):
-            lengths[unknown] = 1
+        if self._unknown is not None:
+            lengths[self._unknown] = UNKNOWN
         return lengths
 
     def decode(self, ids) -> str:
-        return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+        kept = [i for i in np.asarray(ids).tolist() if i not in self._specials]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+    def can_yield(self, i: int) -> bool:
+        token = self._tokenizer.get_added_tokens_decoder().get(i)
+        if token is None or not token.special or i == self._unknown:
+            return self._tokenizer.id_to_token(i) is not None
+        decoder = self._tokenizer.decoder  # of what the byte alphabet spells
+        spelled = {token.content, decoder.decode([token.content]) if decoder else token.content}
+        return any(i in self._ids(text) for text in spelled)
+
+    @functools.cached_property
+    def _spec(self):
+        return json.loads(self.files['tokenizer.json'])
+
+    @functools.cached_property
+    def _unknown(self):
+        """The id of words that the vocabulary does not know, or None."""
+        model = self._spec['model']
+        if model.get('unk_token') is not None:
+            return self._tokenizer.token_to_id(model['unk_token'])
+        return model.get('unk_id')  # of Unigram; the others name the token
+
+    @functools.cached_property
+    def _specials(self):
+        """Ids that are no text: special tokens, but for those that ordinary text yields too."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {i for i, token in added.items() if token.special and (i == self._unknown or not self.can_yield(i))}
+
+    def _offsets(self, text):
+        [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        points = np.frombuffer(text.encode('utf-32-le'), '<u4')  # offsets count characters
+        sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+        return np.concatenate([[0], np.cumsum(sizes)])[[end for _, end in encoding.offsets]]
 
     def _ids(self, text):
         # The batch of one is a fifth faster than `encode`: it does not look for where in the text each token stands.
@@ -266,14 +348,14 @@ class HuggingFace(_Learned):
             settings = json.loads(self.files['tokenizer_config.json'])
             names = {role: settings.get(f'{role}_token') for role in COMMON}
         except (ValueError, AttributeError) as error:
-            raise DataError(f'{self._where}: the tokenizer_config.json beside it is not a JSON object') from error
+            raise DataError(f'{self.where}: the tokenizer_config.json beside it is not a JSON object') from error
         for role, name in names.items():
             name = name.get('content') if isinstance(name, dict) else name
             if name is None:
                 name = next((name for name in COMMON[role] if self._tokenizer.token_to_id(name) is not None), None)
             elif not isinstance(name, str) or self._tokenizer.token_to_id(name) is None:
                 named = f'the tokenizer_config.json beside it names {role}_token {name!r}'
-                raise DataError(f'{self._where}: {named}, which the vocabulary lacks')
+                raise DataError(f'{self.where}: {named}, which the vocabulary lacks')
             names[role] = name
         return {role: name for role, name in names.items() if name is not None}
 
@@ -316,6 +398,17 @@ def open_tokenizer(data: config.Data) -> Tokenizer:
         file = path.with_name(name)
         files[name] = _read(file) if file.exists() else b'{}'
     return kind(files, str(path))
+
+
+def check_fits(tokenizer: Tokenizer, vocab_size: int, limit: str):
+    """Raises UsageError, naming the tokenizer's file, where rows of its text may have ids beyond `vocab_size`, which
+    `limit` names. Other ids beyond it, of special tokens that nothing uses, do no harm."""
+    used = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
+    beyond = (i for i in range(vocab_size, tokenizer.vocab_size) if i in used or tokenizer.can_yield(i))
+    if (i := next(beyond, None)) is not None:
+        raise UsageError(
+            f'the tokenizer {tokenizer.where} has {tokenizer.vocab_size} ids, more than {limit}: rows may have id {i}'
+        )
 
 
 def load(folder) -> Tokenizer:

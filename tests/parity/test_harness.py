@@ -282,7 +282,7 @@ class TestBeginnings:
         with pytest.raises(UsageError, match=f'{tmp_path} holds no tokenizer'):
             harness.Harness(weights.Weights(found.model, found.params, str(tmp_path)), 1)
         small = found.model.clone(config=configs.Model(vocab_size=V - 1))
-        with pytest.raises(UsageError, match=f'tokenizer has {V} ids, the network only {V - 1}'):
+        with pytest.raises(UsageError, match=f'has {V} ids, more than the {V - 1} of the network'):
             harness.Harness(weights.Weights(small, found.params, str(folders['plain'])), 1)
 
 
