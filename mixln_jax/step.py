@@ -31,10 +31,15 @@ def init_state(model, optimizer, key, param_dtype='float32', frozen_row=None):
 
 
 def measure_factors(state, batch, *, model, accumulate=1):
-    """A fresh State whose measured factors (Admin's omega) are set, by one forward pass on the first micro-batch."""
-    first = jax.tree.map(lambda a: a[0], micro_batches(batch, accumulate))
-    _, out = model.apply({'params': state.params}, **trunk_inputs(first), capture=True, method='trunk')
-    variances = measures.branch_variances(out['branches'], first['weights'], model.config.hidden_size)
+    """A fresh State whose measured factors (Admin's omega) are set, by one forward pass over the whole batch."""
+
+    def branches(micro_batch):
+        _, out = model.apply({'params': state.params}, **trunk_inputs(micro_batch), capture=True, method='trunk')
+        return out['branches']
+
+    micro = micro_batches(batch, accumulate)
+    whole = {name: jnp.concatenate(values, axis=2) for name, values in jax.lax.map(branches, micro).items()}
+    variances = measures.branch_variances(whole, jnp.concatenate(micro['weights']), model.config.hidden_size)
     return state.replace(params=model.with_measured(state.params, variances))
 
 

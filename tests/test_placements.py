@@ -75,7 +75,8 @@ def test_what_every_sublayer_adds(monkeypatch, names):
     np.testing.assert_allclose(variances, [added[real].var() for added in found], rtol=1e-4)
 
 
-def test_omega_is_what_admin_measures(monkeypatch):
+@pytest.mark.parametrize('accumulate', [1, 4])
+def test_omega_is_what_admin_measures(monkeypatch, accumulate):
     """sqrt of the sum of the variances before, 1 at first, in every admin layer; nothing else changes."""
     rng, names = np.random.default_rng(5), ('pre', 'admin', 'admin')
     weights, batch = reference.init(rng, names, **SIZES), text(rng, B=4)
@@ -83,10 +84,9 @@ def test_omega_is_what_admin_measures(monkeypatch):
         layer.update(attention_residual=np.ones(8), mlp_residual=np.ones(8))
     model = make(','.join(names))
     state = step.State(np.int32(0), to_jax(model, weights), {}, np.int32(0))
-    after = jax.jit(functools.partial(step.measure_factors, model=model, accumulate=2))(state, batch)
-    first = {name: values[::2] for name, values in batch.items()}
-    _, found = branches(monkeypatch, weights, first['inputs'], names)
-    sums = np.cumsum([added[first['weights'].astype(bool)].var() for added in found])
+    after = jax.jit(functools.partial(step.measure_factors, model=model, accumulate=accumulate))(state, batch)
+    _, found = branches(monkeypatch, weights, batch['inputs'], names)
+    sums = np.cumsum([added[batch['weights'].astype(bool)].var() for added in found])
     omega = np.sqrt([1, *sums[:-1]])
     for layer in (1, 2):
         weights['layers'][layer]['attention_residual'] = np.full(8, omega[2 * layer])

@@ -131,6 +131,23 @@ def test_accumulation_is_the_whole_batch(accumulate):
             np.testing.assert_allclose(same, leaf, rtol=0, atol=2e-6 * np.abs(leaf).max())
 
 
+def test_accumulation_measures_the_same_factors():
+    """Admin's omega, and with it the first step, of rows of unequal length."""
+    model = llama.from_config(dataclasses.replace(MODEL, norm_position='admin'), 'float32')
+    optimizer, batch = optim.optimizer(configs.Optim()), batch_of(np.random.default_rng(4))
+    begun, found = step.init_state(model, optimizer, jax.random.key(0)), []
+    for accumulate in (1, 4):
+        how = {'model': model, 'accumulate': accumulate}
+        state = jax.jit(functools.partial(step.measure_factors, **how))(begun, batch)
+        update = functools.partial(step.train_step, optimizer=optimizer, schedule=lambda s: 1e-2, **how)
+        _, metrics = jax.jit(update)(state, batch)
+        omega = {path: leaf for path, leaf in trees.named_leaves(state.params) if path.endswith('_residual_scale')}
+        assert len(omega) == 2 and all(np.all(leaf > 0) and not np.all(leaf == 1) for leaf in omega.values())
+        found.append(omega | {name: metrics[name] for name in ('loss', 'grad_norm', 'layer_grad_norm')})
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=2e-6, err_msg=name)
+
+
 def test_clipping_and_reported_norms():
     batch = batch_of(np.random.default_rng(1))
     state, plain = make_step()
