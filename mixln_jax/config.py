@@ -99,9 +99,28 @@ class Data:
     seed: int = key(0, 'seed of the order of the rows', at_least=0, below=2**32)
 
 
+# What b1, b2 and eps are where they are `auto`: as published, of those that an optimiser has.
+PUBLISHED = {
+    'adam': {'b1': 0.9, 'b2': 0.999, 'eps': 1e-8},  # Kingma and Ba 2015, arXiv 1412.6980
+    'adamw': {'b1': 0.9, 'b2': 0.999, 'eps': 1e-8},  # Loshchilov and Hutter 2019, arXiv 1711.05101
+    'sgd': {'b1': 0.9},
+    'lion': {'b1': 0.9, 'b2': 0.99},  # Chen et al. 2023, arXiv 2302.06675
+    'adafactor': {},
+    'muon': {'b1': 0.95, 'b2': 0.95, 'eps': 1e-8},  # Jordan et al. 2024; b2 and eps are AdamW's in Liu et al. 2025
+    'galore': {'b1': 0.9, 'b2': 0.999, 'eps': 1e-6},  # Zhao et al. 2024, their code
+}
+
+
+def _published(name):
+    """What `auto` comes to, for help: '0.999 (lion 0.99)'."""
+    adams = PUBLISHED['adam'][name]
+    others = [f'{rule} {own[name]:g}' for rule, own in PUBLISHED.items() if own.get(name, adams) != adams]
+    return f'auto: as published, {adams:g} ({", ".join(others)}); a run that goes on keeps its own'
+
+
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """The optimiser and its learning-rate schedule."""
+    """The optimiser and its learning-rate schedule. Made with `auto` in b1, b2 or eps it has the published number."""
 
     name: str = key(
         'adam',
@@ -114,9 +133,11 @@ class Optim:
     warmup_ratio: float = key(0.1, 'share of the steps that warm up', at_least=0.0, below=1.0)
     decay_ratio: float = key(0.2, 'share of the steps over which wsd decays', above=0.0, at_most=1.0)
     weight_decay: float = key(0.0, 'decoupled weight decay of matrices (all but adam)', at_least=0.0)
-    b1: float = key(0.9, 'decay of the first moment; momentum of sgd and muon', at_least=0.0, below=1.0)
-    b2: float = key(0.999, 'decay of the second moment', at_least=0.0, below=1.0)
-    eps: float = key(1e-8, 'epsilon of Adam', above=0.0)
+    b1: float = key(
+        'auto', f'decay of the first moment; momentum of sgd and muon; {_published("b1")}', at_least=0.0, below=1.0
+    )
+    b2: float = key('auto', f"decay of the second moment, of lion's first; {_published('b2')}", at_least=0.0, below=1.0)
+    eps: float = key('auto', f'epsilon of Adam; {_published("eps")}', above=0.0)
     mu_dtype: str = key(
         'auto',
         'type of the first moment; bfloat16 saves 2 bytes a parameter; auto: that of the weights',
@@ -126,6 +147,11 @@ class Optim:
     galore_gap: int = key(200, 'steps between new projections of galore', at_least=1)
     galore_scale: float = key(0.25, 'factor of the projected updates of galore', above=0.0)
     clip_norm: float = key(0.0, 'largest global gradient norm; 0: no clipping', at_least=0.0)
+
+    def __post_init__(self):
+        for name, number in (PUBLISHED['adam'] | PUBLISHED.get(self.name, {})).items():
+            if getattr(self, name) == 'auto':
+                object.__setattr__(self, name, number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +255,14 @@ class Config:
 
 def default() -> ml_collections.ConfigDict:
     """The default values as a ConfigDict, for recipes to change; keys and types are locked."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+    def of(field):
+        if dataclasses.is_dataclass(field.type):
+            return {inner.name: of(inner) for inner in dataclasses.fields(field.type)}
+        number = ml_collections.FieldReference('auto', field_type=(float, int, str))
+        return number if _takes_auto(field) else field.default
+
+    return ml_collections.ConfigDict({field.name: of(field) for field in dataclasses.fields(Config)}).lock()
 
 
 def load(recipe, overrides=()):
@@ -313,20 +346,28 @@ def _override(config, path, text):
         if inside == (at == len(groups)):
             raise UsageError(f'config.{path} is {"a group of keys" if inside else "not a key"}')
         config = config[part] if inside else config
-    kind = type(config[name])
+    kind, field = type(config[name]), dict(_fields(Config, '')).get(path)
+    number = field and _takes_auto(field)
     try:
-        config[name] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
+        if number:
+            config[name] = text if text == 'auto' else float(text)
+        else:
+            config[name] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        raise UsageError(f'config.{path} must be of type {kind.__name__}, not {text!r}') from None
+        wanted = 'a number or auto' if number else f'of type {kind.__name__}'
+        raise UsageError(f'config.{path} must be {wanted}, not {text!r}') from None
 
 
-def build(values) -> Config:
+def build(values, earlier: Config | None = None) -> Config:
     """A ConfigDict or nested dict as a checked, frozen Config.
+
+    Numbers that are `auto` are those of `earlier`, the run that goes on, else the published ones.
 
     Raises UsageError, naming the key, for one that is unknown, of the wrong type or out of range, and for keys that
     contradict each other.
     """
-    config = _build(Config, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values, 'config')
+    values = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values
+    config = _build(Config, values, 'config', earlier)
     _check_together(config)
     return config if config.compat == 'none' else _official(config)
 
@@ -356,7 +397,7 @@ def from_resolved(values) -> Config:
     return build(values | {'model': {name: model[name] for name in model if name not in ('layer_index', 'depth')}})
 
 
-def _build(cls, values, prefix):
+def _build(cls, values, prefix, earlier):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if not isinstance(values, dict):
         raise UsageError(f'{prefix} must be a group of keys, not {values!r}')
@@ -365,10 +406,13 @@ def _build(cls, values, prefix):
             raise UsageError(f'unknown key {prefix}.{name}{nearest(str(name), fields)}')
     built = {}
     for name, field in fields.items():
+        path, value = f'{prefix}.{name}', values.get(name, field.default)
         if dataclasses.is_dataclass(field.type):
-            built[name] = _build(field.type, values.get(name, {}), f'{prefix}.{name}')
+            built[name] = _build(field.type, values.get(name, {}), path, getattr(earlier, name, None))
+        elif _takes_auto(field) and value == 'auto':
+            built[name] = getattr(earlier, name, value)
         else:
-            built[name] = _check(f'{prefix}.{name}', field, values.get(name, field.default))
+            built[name] = _check(path, field, value)
     return cls(**built)
 
 
@@ -378,11 +422,17 @@ def nearest(name, names):
     return f', did you mean {close[0]}?' if close else ''
 
 
+def _takes_auto(field):
+    """Whether the value of a key is a number or `auto`."""
+    return field.type is float and field.default == 'auto'
+
+
 def _check(path, field, value):
     if field.type is float and type(value) is int:
         value = float(value)
     if type(value) is not field.type:
-        raise UsageError(f'{path} must be of type {field.type.__name__}, not {value!r}')
+        wanted = 'a number or auto' if _takes_auto(field) else f'of type {field.type.__name__}'
+        raise UsageError(f'{path} must be {wanted}, not {value!r}')
     if field.type is float and not math.isfinite(value):
         raise UsageError(f'{path} must be a finite number, not {value}')
     choices = field.metadata['choices']
@@ -437,7 +487,7 @@ def help_text():
     """Every key with its type, default and meaning, a line each."""
     lines = []
     for path, field in _fields(Config, ''):
-        shown = f'{field.type.__name__}, {field.default!r}'
+        shown = f'{field.type.__name__}{" or auto" if _takes_auto(field) else ""}, {field.default!r}'
         choices = f' ({" | ".join(field.metadata["choices"])})' if field.metadata['choices'] else ''
         lines.append(f'  --config.{path:<24} {field.metadata["help"]}{choices} [{shown}]')
     return '\n'.join(lines)

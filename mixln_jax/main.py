@@ -61,6 +61,7 @@ def run(values, workdir, stop=None):
         stop = processes.SharedStop() if jax.distributed.is_initialized() else stop or exits.Stop()
         with stop.may_interrupt():
             mesh = _start_jax(config)
+            config = configs.build(values, _earlier(config, workdir))
             if jax.process_count() > 1:
                 who = f'process {jax.process_index()}/{jax.process_count()}'
                 record.say(f'mixln_jax: {who}, {len(mesh.local_devices)} local of {mesh.size} devices')
@@ -211,6 +212,22 @@ def _resolved(config, model):
     return resolved
 
 
+def _earlier(config, workdir):
+    """The configuration of the run that goes on, in `workdir` or from `resume_from`; None where there is none."""
+    workdir = pathlib.Path(workdir).expanduser()
+    try:
+        if _has_results(workdir):
+            return configs.read(workdir / 'config.json')
+        folder = config.resume_from and weights.checkpoint_folder(config.resume_from)
+        return configs.read(folder.parents[1] / 'config.json') if folder else None
+    except (exits.Exit, OSError):  # what is wrong with it is said where it is opened
+        return None
+
+
+def _has_results(workdir):
+    return any((workdir / 'checkpoints').glob('[0-9]*')) or record.read_metrics(workdir / 'metrics.jsonl')
+
+
 @contextlib.contextmanager
 def _open_workdir(workdir, resolved):
     """Makes the folder and keeps other processes out of it; refuses the folder of another run.
@@ -221,8 +238,7 @@ def _open_workdir(workdir, resolved):
     path = workdir / 'config.json'
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        has_results = any((workdir / 'checkpoints').glob('[0-9]*')) or record.read_metrics(workdir / 'metrics.jsonl')
-        before = json.loads(path.read_text()) if has_results and path.exists() else resolved
+        before = json.loads(path.read_text()) if _has_results(workdir) and path.exists() else resolved
         if not isinstance(before, dict):
             raise ValueError(f'{path} is not a JSON object')
         lock = (workdir / '.lock').open('w')
@@ -348,12 +364,14 @@ def _describe(config, program, rows, mesh):
     """The start line and what follows from the keys."""
     model, analyses = program.model, config.analysis.tokens
     per_step = config.batch_size * config.seq_length
+    numbers = {name: getattr(config.optim, name) for name in configs.PUBLISHED[config.optim.name]}
     attention = '; attention by cuDNN' if model.config.attention == 'cudnn' else ''
     record.say(
         f'{mesh.size} x {mesh.devices.flat[0].device_kind}{attention}'
         f'; placement {norms.spelled(model.norm_position)}\n'
         f'{per_step:,} positions a step, {per_step * config.num_steps:,} in {config.num_steps:,} steps, '
-        f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows'
+        f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows\n'
+        f'optimiser {config.optim.name}: {", ".join(f"{name} {number:g}" for name, number in numbers.items()) or "-"}'
     )
     if analyses:
         share = during.share(config, _flops_per_position(config, program.state.params))

@@ -1,5 +1,6 @@
 """Recipes, overrides, and what a user gets for a wrong key."""
 
+import json
 import pathlib
 import re
 
@@ -95,6 +96,10 @@ def test_overrides_take_the_type_of_the_key():
         ('num_steps', '0', 'config.num_steps must be at least 1'),
         ('num_steps', '-5', 'config.num_steps must be at least 1'),
         ('mesh.data', '0', 'config.mesh.data must be'),
+        ('optim.b2', 'abc', "config.optim.b2 must be a number or auto, not 'abc'"),
+        ('optim.b2', '', "config.optim.b2 must be a number or auto, not ''"),
+        ('optim.b1', '1', 'config.optim.b1 must be below 1'),
+        ('optim.eps', 'nan', 'config.optim.eps must be a finite number'),
     ],
 )
 def test_wrong_values_are_named(path, text, words):
@@ -139,6 +144,57 @@ def test_nested_dicts_are_checked_too():
         configs.build({'optim': {'lr': 1e-3}})
     with pytest.raises(UsageError, match=r'config\.optim must be a group'):
         configs.build({'optim': 3})
+
+
+class TestNumbersOrAuto:
+    published = {
+        'adam': (0.9, 0.999, 1e-8),
+        'adamw': (0.9, 0.999, 1e-8),
+        'sgd': (0.9, None, None),
+        'lion': (0.9, 0.99, None),
+        'adafactor': (None, None, None),
+        'muon': (0.95, 0.95, 1e-8),
+        'galore': (0.9, 0.999, 1e-6),
+    }
+
+    @pytest.mark.parametrize('name', published)
+    def test_auto_is_what_is_published(self, name):
+        values = configs.load(str(RECIPES / 'llama_9m.py'), [('optim.name', name)])
+        assert (values.optim.b1, values.optim.b2, values.optim.eps) == ('auto',) * 3
+        for made in (configs.build(values).optim, configs.Optim(name=name)):
+            for key, number in zip(('b1', 'b2', 'eps'), self.published[name], strict=True):
+                assert getattr(made, key) == number or number is None
+
+    @pytest.mark.parametrize('text, number', [('auto', 0.99), ('0.95', 0.95), ('1e-3', 1e-3), ('0', 0.0)])
+    def test_on_the_command_line(self, text, number):
+        overrides = [('optim.name', 'lion'), ('optim.b2', text)]
+        built = configs.build(configs.load(str(RECIPES / 'quickstart.py'), overrides)).optim.b2
+        assert built == number and type(built) is float
+
+    @pytest.mark.parametrize('given, number', [('0.95', 0.95), ('"auto"', 0.999), ('0', 0.0)])
+    def test_in_a_recipe_and_in_json(self, tmp_path, given, number):
+        (tmp_path / 'recipe.py').write_text(
+            'from mixln_jax import config\n\ndef get_config():\n'
+            f'    c = config.default()\n    c.optim.b2 = {given}\n    c.optim.update(eps=1)\n    return c\n'
+        )
+        made = configs.build(configs.load(str(tmp_path / 'recipe.py'))).optim
+        assert (made.b2, made.eps) == (number, 1.0)
+        assert configs.build({'optim': {'b2': json.loads(given)}}).optim.b2 == number
+
+    @pytest.mark.parametrize('value', ['0.9', 'Auto', True, None, [0.9]])
+    def test_what_is_neither(self, value):
+        with pytest.raises(UsageError, match='config.optim.b1 must be a number or auto, not'):
+            configs.build({'optim': {'b1': value}})
+
+    def test_a_run_that_goes_on_keeps_its_own(self):
+        earlier = configs.build({'optim': {'name': 'lion', 'b1': 0.0, 'b2': 0.999}})
+        made = configs.build({'optim': {'name': 'lion', 'b2': 'auto', 'eps': 0.5}}, earlier).optim
+        assert (made.b1, made.b2, made.eps) == (0.0, 0.999, 0.5)
+        assert configs.build({'optim': {'name': 'lion', 'b2': 0.9}}, earlier).optim.b2 == 0.9
+
+    def test_help_says_what_it_comes_to(self):
+        [line] = [line for line in configs.help_text().splitlines() if '--config.optim.b2 ' in line]
+        assert "0.999 (lion 0.99, muon 0.95); a run that goes on keeps its own [float or auto, 'auto']" in line
 
 
 class TestCommandLine:

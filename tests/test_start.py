@@ -68,6 +68,14 @@ def begun(monkeypatch):
     return found
 
 
+class StopAtTwo(main.exits.Stop):
+    """A signal that comes in step 2."""
+
+    def reached(self, step):
+        self.requested = 'SIGTERM' if step == 2 else None
+        return step == 2
+
+
 def lines_of(workdir):
     lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
     return [{name: value for name, value in line.items() if not name.startswith('perf/')} for line in lines]
@@ -179,14 +187,8 @@ class TestResumeFrom:
 
     def test_a_run_that_a_signal_ended(self, corpus, finished, tmp_path, begun):
         """Its newest checkpoint, also where the evaluation of that step is still to come."""
-
-        class Stop(main.exits.Stop):
-            def reached(self, step):
-                self.requested = 'SIGTERM' if step == 2 else None
-                return step == 2
-
         with pytest.raises(Stopped):
-            main.run(recipe(corpus), tmp_path / 'one', Stop())
+            main.run(recipe(corpus), tmp_path / 'one', StopAtTwo())
         main.run(recipe(corpus, resume_from=str(tmp_path / 'one')), tmp_path / 'two')
         assert [first for first, _ in begun] == [1, 3]
         both = [line for run in ('one', 'two') for line in lines_of(tmp_path / run)]
@@ -222,6 +224,24 @@ class TestResumeFrom:
         with pytest.raises(CheckpointError, match='^config.resume_from=.*checkpoints/2: its JSON has changed'):
             main.run(recipe(corpus, resume_from=str(tmp_path / 'copy/checkpoints/2')), tmp_path / 'new')
         assert (tmp_path / 'copy/checkpoints/2').is_dir()
+
+
+def test_numbers_that_are_auto_are_those_of_the_run_that_goes_on(corpus, tmp_path, capsys):
+    """One begun when lion's b2 was 0.999 goes on so, also in another work directory; a new one has the published."""
+    lion, shown = {'optim.name': 'lion'}, 'optimiser lion: b1 0.9, b2 {:g}\n'
+    with pytest.raises(Stopped):
+        main.run(recipe(corpus, **lion, **{'optim.b2': 0.999}), tmp_path / 'run', StopAtTwo())
+    for where, changes, b2 in (
+        ('run', {}, 0.999),
+        ('next', {'resume_from': str(tmp_path / 'run/checkpoints/2')}, 0.999),
+        ('new', {'num_steps': 1}, 0.99),
+    ):
+        capsys.readouterr()
+        main.run(recipe(corpus, **lion, **changes), tmp_path / where)
+        assert shown.format(b2) in capsys.readouterr().out
+        assert json.loads((tmp_path / where / 'config.json').read_text())['optim']['b2'] == b2
+    with pytest.raises(UsageError, match=r'optim.b2 \(was 0.99, is 0.95\)'):
+        main.run(recipe(corpus, num_steps=1, **lion, **{'optim.b2': 0.95}), tmp_path / 'new')
 
 
 def test_learned_factors_start_as_they_were_given(corpus, tmp_path, begun):
