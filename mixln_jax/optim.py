@@ -13,12 +13,13 @@ from mixln_jax import trees
 def schedule(config: configs.Optim, num_steps, official=False):
     """The learning rate of update s = 0, 1, ...: a linear warm-up that ends at the peak, then a decay that ends at
     min_ratio * peak with the last update. The first update already learns; `official`, its rate is 0 and each later
-    one is the rate of the update before, as in the Mix-LN authors' code.
+    one is the rate of the update before, as in the Mix-LN authors' code, whose linear decay ends at 0.
 
     wsd (Hu et al. 2024, MiniCPM, arXiv 2404.06395) stays at the peak and decays linearly over the last decay_ratio.
     """
     warmup = round(config.warmup_ratio * num_steps)
-    peak, floor, decay_steps = config.learning_rate, config.learning_rate * config.min_ratio, max(1, num_steps - warmup)
+    peak, decay_steps = config.learning_rate, max(1, num_steps - warmup)
+    floor = 0.0 if official and config.schedule == 'linear' else peak * config.min_ratio
     falling = min(decay_steps, max(1, round(config.decay_ratio * num_steps)))
     decay = {
         'cosine': optax.cosine_decay_schedule(peak, decay_steps, alpha=config.min_ratio),

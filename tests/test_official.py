@@ -31,6 +31,16 @@ def test_schedule(file):
     np.testing.assert_allclose([float(optim.schedule(optimiser, 30)(s)) for s in range(29)], expected[1:], rtol=1e-5)
 
 
+@pytest.mark.parametrize('min_ratio', [0.1, 0.5])
+def test_their_linear_schedule_has_no_floor(min_ratio):
+    """transformers' get_linear_schedule_with_warmup, which they call: (n - s) / (n - warm-up) of the peak."""
+    optimiser = configs.Optim(learning_rate=2.0, warmup_ratio=0.2, min_ratio=min_ratio, schedule='linear')
+    rates = [float(optim.schedule(optimiser, 30, official=True)(s)) for s in range(30)]
+    np.testing.assert_allclose(rates[:6], [2 * s / 6 for s in range(6)], rtol=1e-6)
+    np.testing.assert_allclose(rates[6:], [2 * (30 - s) / 24 for s in range(6, 30)], rtol=1e-5)
+    assert float(optim.schedule(optimiser, 30)(29)) == pytest.approx(2 * min_ratio)
+
+
 def test_frozen_row():
     """Thirty updates with the last row of the vocabulary in the input; learnt, losses differ by 1 % from update 3."""
     stored = np.load(GOLDEN / 'pre/trajectory_frozen_row.npz')
