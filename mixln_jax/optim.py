@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -41,35 +42,107 @@ def optimizer(config: configs.Optim):
     """
     mu_dtype = None if config.mu_dtype == 'auto' else config.mu_dtype
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=mu_dtype)
-    muon = contrib.scale_by_muon(
-        beta=config.b1,
-        eps=config.eps,
-        mu_dtype=mu_dtype,
-        weight_dimension_numbers=lambda matrices: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), matrices),
-    )
-    galore = contrib.scale_by_galore(config.galore_rank, config.galore_gap, config.galore_scale, adam)
+    decay = [optax.add_decayed_weights(config.weight_decay, mask=_is_matrix)] if config.weight_decay else []
     rule = {
         'adam': adam,
         'adamw': adam,
         'sgd': optax.trace(config.b1, accumulator_dtype=mu_dtype),
         'lion': optax.scale_by_lion(config.b1, config.b2, mu_dtype),
-        'adafactor': optax.chain(optax.adafactor(), optax.scale(-1.0)),  # the sign of a descent is the step's
-        'muon': optax.chain(muon, optax.stateless_with_tree_map(_size_of_adam)),
-        'galore': galore,
+        'adafactor': optax.chain(_adafactor(decay)),
+        'muon': optax.chain(scale_by_muon(config.b1, mu_dtype), optax.stateless_with_tree_map(_size_of_adam)),
+        'galore': scale_by_galore(config.galore_rank, config.galore_gap, config.galore_scale, adam),
     }[config.name]
+    decay = [] if config.name == 'adafactor' else decay
     others = rule
     if config.name in ('muon', 'galore'):  # for matrices between features alone
         kind = lambda path, _: 'matrix' if path[-1].key == 'kernel' else 'vector'  # noqa: E731
         by_leaf = functools.partial(jax.tree_util.tree_map_with_path, kind)
         rule, others = optax.partition({'matrix': rule, 'vector': adam}, by_leaf), adam
-    decay = [optax.add_decayed_weights(config.weight_decay, mask=_is_matrix)] if config.weight_decay else []
     return per_layer(optax.chain(rule, *decay), optax.chain(others, *decay), one_by_one=config.name == 'galore')
+
+
+def _adafactor(decay):
+    """Shazeer and Stern 2018 (arXiv 1804.04235): second moments factored from 128 rows and columns on, no first ones.
+
+    A matrix's rate is the learning rate times its root mean square. So is that of its decay, which the paper does not
+    have: as in fairseq's and Hugging Face's Adafactor.
+    """
+    return optax.chain(
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *decay, optax.scale_by_param_block_rms()
+    )
+
+
+def scale_by_muon(momentum, mu_dtype=None):
+    """Jordan et al. 2024 (kellerjordan.github.io/posts/muon): Nesterov momentum, then five Newton-Schulz iterations.
+
+    mu <- momentum mu + (1 - momentum) g, and momentum mu + (1 - momentum) g is made orthogonal. Liu et al. 2025 (arXiv
+    2502.16982) have both sums without (1 - momentum), a factor that the normalisation before the iterations removes.
+    optax's own momentum divides mu and g by different powers, so its Muon is given none.
+    """
+    orthogonal = contrib.scale_by_muon(
+        beta=0.0,
+        eps=1e-7,
+        mu_dtype=mu_dtype,
+        nesterov=False,
+        weight_dimension_numbers=lambda matrices: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), matrices),
+    )
+
+    def mix(gradients, moments):
+        return jax.tree.map(lambda g, mu: momentum * mu + (1 - momentum) * g, gradients, moments)
+
+    def update(gradients, state, params=None):
+        del params
+        mu = mix(gradients, state.mu)
+        updates, after = orthogonal.update(mix(gradients, mu), state)
+        return updates, after._replace(mu=jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu))
+
+    return optax.GradientTransformation(orthogonal.init, update)
 
 
 def _size_of_adam(update, _):
     """Scales an orthogonal matrix to the size of Adam's updates, so that one learning rate serves both (Liu et al.
     2025, Muon is Scalable, arXiv 2502.16982, equation 4)."""
     return 0.2 * max(update.shape) ** 0.5 * update
+
+
+def scale_by_galore(rank, gap, scale, inner):
+    """Zhao et al. 2024 (GaLore, arXiv 2403.03507, algorithm 2): `inner` sees gradients G [in, out] of rank r alone.
+
+    The shorter side is projected. in <= out: P [in, r] has the first left singular vectors of G, `inner` sees P^T G
+    [r, out], P times its update comes back. in > out: P [out, r] has right ones, it sees G P [in, r], and the update
+    times P^T comes back. Square matrices are projected on their input side, as in the authors' code (proj_type std),
+    whose matrices are [out, in]. P is made of G at updates 0, gap, 2 gap and so on; moments stay as they are.
+    """
+    dot = functools.partial(jnp.matmul, precision='highest')
+
+    def wide(gradient):
+        return gradient.shape[0] <= gradient.shape[1]
+
+    def singular_vectors(gradient):
+        U, _, Vt = jnp.linalg.svd(gradient.astype(jnp.float32), full_matrices=False)
+        return (U if wide(gradient) else Vt.T)[:, :rank].astype(gradient.dtype)
+
+    def project(gradient, P):
+        return dot(P.T, gradient) if wide(gradient) else dot(gradient, P)
+
+    def project_back(gradient, P, update):
+        return scale * (dot(P, update) if wide(gradient) else dot(update, P.T))
+
+    def init(params):
+        projector = jax.tree.map(lambda p: jnp.zeros((min(p.shape), min(rank, *p.shape)), p.dtype), params)
+        inner_state = inner.init(jax.tree.map(project, params, projector))
+        return contrib.GaLoreState(jnp.int32(0), inner_state, projector)
+
+    def update(gradients, state, params=None):
+        del params
+        made = functools.partial(jax.tree.map, singular_vectors, gradients)
+        projector = jax.lax.cond(state.count % gap == 0, made, lambda: state.projector)
+        projected = jax.tree.map(project, gradients, projector)
+        updates, inner_state = inner.update(projected, state.base_optimizer_state)
+        updates = jax.tree.map(project_back, gradients, projector, updates)
+        return updates, contrib.GaLoreState(state.count + 1, inner_state, projector)
+
+    return optax.GradientTransformation(init, update)
 
 
 def per_layer(transformation, others, one_by_one=False):

@@ -309,24 +309,69 @@ def lion(params, grads_list, lrs, b1, b2, weight_decay):
     return p
 
 
-def muon(params, grads_list, lrs, momentum, eps, weight_decay):
+def muon(params, grads_list, lrs, momentum, weight_decay):
     """One matrix: Nesterov momentum, five Newton-Schulz steps towards an orthogonal matrix, 0.2 sqrt(max(in, out)).
 
-    Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the scale of Liu et al., arXiv 2502.16982, eq. 4. The
-    moments are bias-corrected as optax does, which the normalisation of the first step undoes up to eps.
+    Liu et al., arXiv 2502.16982, eq. 1 and 4, Nesterov momentum as in their code and in Jordan et al. 2024
+    (kellerjordan.github.io/posts/muon): buffer = momentum buffer + g; gradient = g + momentum buffer; no correction.
     """
-    p, m = np.array(params, np.float64), np.zeros(np.shape(params))
-    for t, (g, lr) in enumerate(zip(grads_list, lrs, strict=True), start=1):
+    p, buffer = np.array(params, np.float64), np.zeros(np.shape(params))
+    for g, lr in zip(grads_list, lrs, strict=True):
         g = np.asarray(g, np.float64)
-        m = momentum * m + (1 - momentum) * g
-        ahead = momentum * m / (1 - momentum ** (t + 1)) + (1 - momentum) * g / (1 - momentum**t)
+        buffer = momentum * buffer + g
+        ahead = g + momentum * buffer
         x = ahead.T if ahead.shape[0] > ahead.shape[1] else ahead
-        x = x / (np.linalg.norm(x) + eps)
+        x = x / (np.linalg.norm(x) + 1e-7)
         for _ in range(5):
             a = x @ x.T
             x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
         x = x.T if ahead.shape[0] > ahead.shape[1] else x
         p = p - lr * (0.2 * np.sqrt(max(p.shape)) * x + weight_decay * p)
+    return p
+
+
+def galore(params, grads_list, lrs, rank, gap, scale, b1, b2, eps, weight_decay, projectors):
+    """One matrix W [out, in] of torch: Adam on projected gradients. Zhao et al., arXiv 2403.03507, algorithm 2.
+
+    Their code (GaLoreProjector, std) projects `in` where out >= in, else `out`. Moments outlive their projector. A
+    decomposition leaves the sign of a vector open: it is that of `projectors`, one an update, [shorter side, rank].
+    """
+    W = np.array(params, np.float64).T
+    m = v = P = 0.0
+    for t, (g, lr) in enumerate(zip(grads_list, lrs, strict=True)):
+        G = np.asarray(g, np.float64).T
+        right = G.shape[0] >= G.shape[1]
+        if t % gap == 0:
+            U, _, Vt = np.linalg.svd(G, full_matrices=False)
+            P = (Vt.T if right else U)[:, :rank]
+            P = P * np.sign((P * projectors[t]).sum(0))
+        R = G @ P if right else P.T @ G
+        m = b1 * m + (1.0 - b1) * R
+        v = b2 * v + (1.0 - b2) * R * R
+        N = (m / (1.0 - b1 ** (t + 1))) / (np.sqrt(v / (1.0 - b2 ** (t + 1))) + eps)
+        W = W - lr * (scale * (N @ P.T if right else P @ N) + weight_decay * W)
+    return W.T
+
+
+def adafactor(params, grads_list, lrs, weight_decay):
+    """One array: Shazeer and Stern, arXiv 1804.04235, algorithms 4 (matrices from 128 x 128 on), 5 and section 8.
+
+    Decay at the array's own rate, lr times its root mean square, as in fairseq and Hugging Face's Adafactor.
+    """
+    rms = lambda a: np.sqrt(np.mean(a * a))  # noqa: E731
+    p = np.array(params, np.float64)
+    rows = columns = v = 0.0
+    for t, (g, lr) in enumerate(zip(grads_list, lrs, strict=True), start=1):
+        g = np.asarray(g, np.float64)
+        b2, squares = 1.0 - t**-0.8, g * g + 1e-30
+        if p.ndim == 2 and min(p.shape) >= 128:
+            rows = b2 * rows + (1.0 - b2) * squares.mean(axis=1)
+            columns = b2 * columns + (1.0 - b2) * squares.mean(axis=0)
+            v = np.outer(rows, columns) / rows.mean()
+        else:
+            v = b2 * v + (1.0 - b2) * squares
+        u = g / np.sqrt(v)
+        p = p - lr * max(1e-3, rms(p)) * (u / max(1.0, rms(u)) + weight_decay * p)
     return p
 
 
