@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -14,6 +15,8 @@ import orbax.checkpoint as ocp
 from mixln_jax import processes, record, trees
 from mixln_jax.exits import CheckpointError, NumericsError, first_line
 
+COMMITTED = 'commit_success.txt'  # what orbax writes last
+
 
 class Checkpoints:
     """The checkpoints of a work directory.
@@ -23,9 +26,13 @@ class Checkpoints:
     """
 
     def __init__(self, folder, keep=3, read_only=False):
-        self._folder, writes = pathlib.Path(folder).absolute(), not read_only
+        self._folder = pathlib.Path(folder).absolute()
+        if not read_only:
+            _clear(self._folder)
+        # Each has its name from the start, and COMMITTED once it is whole: gcsfuse renames no folders.
+        atomicity = ocp.options.AtomicityOptions(ocp.options.AtomicityMode.COMMIT_FILE, allow_legacy_atomic_rename=True)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=writes, cleanup_tmp_directories=writes, read_only=read_only
+            max_to_keep=keep, create=not read_only, read_only=read_only, atomicity_options=atomicity
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -74,17 +81,17 @@ class Checkpoints:
         Raises:
             CheckpointError: a checkpoint of another structure (nothing is renamed), or none of several is good.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        found = steps(self._folder)
+        for step in reversed(found):
             state, about, problem = self._read(step, like)
             if not processes.any_of(problem):
                 problem = _difference(about['leaves'], describe(state))
                 if not problem:
                     return state, about
             self._set_aside(step, problem)
-        if steps:
+        if found:
             raise CheckpointError(
-                f'{self._folder}: no checkpoint is readable ({", ".join(map(str, steps))} are damaged)'
+                f'{self._folder}: no checkpoint is readable ({", ".join(map(str, reversed(found)))} are damaged)'
             )
         if aside := sorted(path.name for path in self._folder.glob('*.corrupt')):
             raise CheckpointError(
@@ -139,16 +146,70 @@ class Checkpoints:
     def _set_aside(self, step, problem):
         """Renames a checkpoint; process 0 does, and all that have seen a problem say so."""
         folder = self._folder / str(step)
-        names = (f'{step}.corrupt', *(f'{step}.{number}.corrupt' for number in range(1, 1000)))
-        aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+        aside = _free_name(folder, 'corrupt')
         processes.meet(f'aside {step}')  # all have looked
         if not jax.process_index():
-            folder.rename(aside)
+            rename(folder, aside)
             problem = problem or 'another process cannot read it'
         processes.meet(f'set aside {step}')
         self._manager.reload()
         if problem:
             record.say(f'mixln_jax: checkpoint {folder} is damaged ({problem}); now {aside.name}', file=sys.stderr)
+
+
+def steps(folder: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints in `checkpoints/` that were written to their end, ascending."""
+    folders = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in folders if path.name.isdigit() and _is_whole(path))
+
+
+def _is_whole(folder):
+    """Whether a checkpoint was written to its end. Renamed last by orbax before 0.12.3 it has no COMMITTED at all."""
+    return (folder / COMMITTED).exists() or _has_all(folder) and not any(folder.glob(f'*/{COMMITTED}'))
+
+
+def _has_all(folder):
+    """Whether all but COMMITTED is there: the time in orbax's metadata is written just before."""
+    try:
+        return json.loads((folder / '_CHECKPOINT_METADATA').read_text())['commit_timestamp_nsecs'] is not None
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (ValueError, KeyError, TypeError):
+        return True  # it cannot be known
+
+
+def _clear(folder):
+    """Removes what a kill left half written; process 0 does, the others wait.
+
+    What lacks nothing but COMMITTED is set aside, for that file may have been lost.
+    """
+    if not jax.process_index() and folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if '.orbax-checkpoint-tmp' in path.name:  # of versions that renamed what is whole
+                shutil.rmtree(path)
+            elif path.name.isdigit() and path.is_dir() and not _is_whole(path):
+                now = 'removed'
+                if _has_all(path):
+                    rename(path, aside := _free_name(path, 'unfinished'))
+                    now = f'now {aside.name}'
+                else:
+                    shutil.rmtree(path)
+                record.say(f'mixln_jax: checkpoint {path} was not written to its end; {now}', file=sys.stderr)
+    processes.meet('half written ones are gone')
+
+
+def _free_name(folder, ending):
+    names = (f'{folder.name}.{ending}', *(f'{folder.name}.{number}.{ending}' for number in range(1, 1000)))
+    return next(path for name in names if not (path := folder.with_name(name)).exists())
+
+
+def rename(folder: pathlib.Path, to: pathlib.Path):
+    """Renames a folder; on file systems that rename none (gcsfuse) copies and then removes it."""
+    try:
+        folder.rename(to)
+    except OSError:
+        shutil.copytree(folder, to)
+        shutil.rmtree(folder)
 
 
 def read_params(folder):
@@ -172,6 +233,8 @@ def read_params(folder):
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             found = reader.restore(folder / 'state', args=arguments)
+    except CheckpointError:
+        raise
     except Exception as error:  # no such step; a flipped byte can make orbax or zstd raise anything
         raise CheckpointError(f'{folder}: {first_line(error)}') from error
     if problem := _difference(stored, describe(found)):
@@ -180,6 +243,8 @@ def read_params(folder):
 
 
 def _about(folder):
+    if folder.is_dir() and not _is_whole(folder):
+        raise CheckpointError(f'{folder}: it was not written to its end')
     with _reader() as reader:
         return reader.restore(folder, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from mixln_jax import exits, record, weights
+from mixln_jax.checkpoint import rename
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import hf
 
@@ -53,8 +54,8 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
         record.write_json(partial / weights.EXPORT, origin | {'files': [*files, weights.EXPORT]})
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():
-            out.rename(old)
-        partial.rename(out)
+            rename(out, old)
+        rename(partial, out)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -25,10 +25,10 @@ def replay(folder, compute_dtype):
     """Prints what the batches of a debug/ folder do. Raises UsageError where there is nothing to replay."""
     folder = pathlib.Path(folder) / 'debug'
     batches = sorted(folder.glob('batch_[0-9]*.npz'), key=_number)
-    steps = sorted((path for path in (folder / 'checkpoints').glob('*') if path.name.isdigit()), key=_number)
+    steps = checkpoint.steps(folder / 'checkpoints')
     if not batches or not steps:
         raise UsageError(f'{folder} holds no batches and weights of a bad step')
-    params, about = checkpoint.read_params(steps[-1])
+    params, about = checkpoint.read_params(folder / f'checkpoints/{steps[-1]}')
     config = configs.from_resolved(about['config'])
     model = llama.from_config(config.model, compute_dtype or 'float32')
     record.say(f'weights of step {about["step"]}, {model.compute_dtype}, {len(model.norm_position)} layers')

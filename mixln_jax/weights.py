@@ -137,12 +137,11 @@ def checkpoint_folder(path):
     whole = pathlib.Path(os.path.abspath(path))  # said from inside checkpoints/ it is a number alone
     if whole.name.isdigit() and whole.parent.name == 'checkpoints':
         return path if path.parent.name == 'checkpoints' else whole
-    if not (steps := path / 'checkpoints').is_dir():
+    if not (folder := path / 'checkpoints').is_dir():
         return None
-    found = [int(folder.name) for folder in steps.iterdir() if folder.name.isdigit()]
-    if not found:
-        raise UsageError(f'{steps} holds no checkpoint')
-    return steps / str(max(found))
+    if not (found := checkpoint.steps(folder)):
+        raise UsageError(f'{folder} holds no checkpoint')
+    return folder / str(found[-1])
 
 
 def open_tokenizer(folder):

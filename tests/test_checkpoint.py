@@ -1,16 +1,20 @@
 """Checksums, damaged checkpoints, and what is never saved."""
 
+import contextlib
 import errno
 import functools
+import json
+import os
 import pathlib
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from mixln_jax import checkpoint, mesh
+from mixln_jax import checkpoint, mesh, trees, weights
 from mixln_jax import config as configs
 from mixln_jax.exits import CheckpointError, NumericsError
 
@@ -21,6 +25,7 @@ def state_of(seed=0):
         'step': jnp.int32(3),
         'params': {'kernel': jnp.asarray(rng.normal(size=(64, 48)), jnp.float32)},
         'half': jnp.asarray(rng.normal(size=(16, 5, 3)), jnp.bfloat16),
+        'moments': {'nu': jnp.asarray(rng.normal(size=(64, 48)) ** 2, jnp.float32)},
     }
 
 
@@ -61,6 +66,10 @@ def array_files(folder):
     return sorted(files, key=lambda path: -path.stat().st_size)
 
 
+def files_of(folder):
+    return sorted(path for path in folder.rglob('*') if path.is_file())
+
+
 def flip(file, at):
     content = bytearray(file.read_bytes())
     content[at] ^= 0x10
@@ -91,25 +100,51 @@ def test_no_flipped_byte_anywhere_gives_wrong_values(saved, tmp_path):
     assert 3 in taken
 
 
-def test_a_changed_value_is_named_by_its_leaf(saved, capsys):
-    """A file that decodes well and still is not what was saved."""
+def with_leaf(state, name, change):
+    """The state with one leaf changed."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: change(leaf) if trees.path_name(path) == name else leaf, state
+    )
+
+
+def next_float(leaf):
+    """The leaf with the smallest change of one value that there is."""
+    bits = np.asarray(leaf).view(f'uint{8 * leaf.dtype.itemsize}').copy()
+    bits[(7,) * leaf.ndim if leaf.ndim < 3 else (7, 2, 1)] ^= 1
+    return jnp.asarray(bits.view(leaf.dtype))
+
+
+def exchange_arrays(saved, state):
+    """Puts the arrays of `state` into checkpoint 5: files that decode well and still are not what was saved."""
     other = saved.parent / 'other'
     checkpoints = checkpoint.Checkpoints(other)
-    changed = state_of(5)
-    changed['params']['kernel'] = changed['params']['kernel'].at[7, 7].multiply(1.0000002)
-    checkpoints.save(5, changed, {})
+    checkpoints.save(5, state, {})
     checkpoints.close()
-    for path in (saved / '5' / 'state').rglob('*'):
-        if path.is_file():
-            path.unlink()
-    for path in (other / '5' / 'state').rglob('*'):
-        if path.is_file():
-            target = saved / '5' / 'state' / path.relative_to(other / '5' / 'state')
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    shutil.rmtree(saved / '5/state')
+    shutil.copytree(other / '5/state', saved / '5/state')
+
+
+@pytest.mark.parametrize('name', ['params/kernel', 'half', 'moments/nu'])
+def test_a_changed_value_is_named_by_its_leaf(saved, name, capsys):
+    exchange_arrays(saved, with_leaf(state_of(5), name, next_float))
     _, about = checkpoint.Checkpoints(saved).restore(like(state_of()))
     assert about['step'] == 3
-    assert 'checksum of params/kernel does not match' in capsys.readouterr().err
+    assert f'checksum of {name} does not match' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_weights_alone_are_checked_too(tmp_path, dtype):
+    """By who reads no moments; these may be what they like."""
+    state = jax.tree.map(lambda leaf: leaf.astype(dtype), state_of(5))
+    checkpoints = checkpoint.Checkpoints(tmp_path / 'saved')
+    checkpoints.save(5, state, {})
+    checkpoints.close()
+    exchange_arrays(tmp_path / 'saved', with_leaf(state, 'moments/nu', next_float))
+    assert_equal(checkpoint.read_params(tmp_path / 'saved/5')[0], state['params'])
+    shutil.rmtree(tmp_path / 'other')
+    exchange_arrays(tmp_path / 'saved', with_leaf(state, 'params/kernel', next_float))
+    with pytest.raises(CheckpointError, match='5: checksum of params/kernel does not match'):
+        checkpoint.read_params(tmp_path / 'saved/5')
 
 
 @pytest.mark.parametrize('item', ['about', 'state'])
@@ -164,12 +199,12 @@ def test_another_structure_is_refused_and_nothing_renamed(saved):
     assert pathlib.Path(saved, '5').is_dir()
 
 
+@pytest.mark.parametrize('name', ['params/kernel', 'half', 'moments/nu'])
 @pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_a_state_that_is_not_finite_is_never_saved(saved, value):
-    state = state_of()
-    state['params']['kernel'] = state['params']['kernel'].at[63, 47].set(value)
+def test_a_state_that_is_not_finite_is_never_saved(saved, value, name):
+    state = with_leaf(state_of(), name, lambda leaf: leaf.at[(-1,) * leaf.ndim].set(value))
     checkpoints = checkpoint.Checkpoints(saved)
-    with pytest.raises(NumericsError, match='step 7: params/kernel is not finite'):
+    with pytest.raises(NumericsError, match=f'step 7: {name} is not finite'):
         checkpoints.save(7, state, {})
     checkpoints.close()
     assert checkpoint.Checkpoints(saved).latest() == 5
@@ -181,6 +216,122 @@ def test_keeps_the_newest(tmp_path):
         checkpoints.save(step, state_of(step), {})
     checkpoints.close()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ['2', '3']
+
+
+@pytest.fixture
+def no_folder_renames(monkeypatch):
+    """What gcsfuse does: files can be renamed, folders cannot."""
+
+    def guarded(rename):
+        def of(source, *others, **more):
+            if os.path.isdir(source):
+                raise OSError(errno.EMFILE, 'Too many open files', source)
+            return rename(source, *others, **more)
+
+        return of
+
+    for module, name in ((os, 'rename'), (os, 'replace'), (shutil, 'move')):
+        monkeypatch.setattr(module, name, guarded(getattr(module, name)))
+    with pytest.raises(OSError, match='Too many open files'):
+        os.rename('/tmp', '/tmp/other')
+
+
+class TestWhatIsWhole:
+    def test_where_no_folder_can_be_renamed(self, no_folder_renames, saved, capsys):
+        assert checkpoint.steps(saved) == [3, 5]
+        flip(file := array_files(saved / '5')[0], file.stat().st_size // 2)
+        damaged = {path.relative_to(saved / '5'): path.read_bytes() for path in files_of(saved / '5')}
+        checkpoints = checkpoint.Checkpoints(saved)
+        state, about = checkpoints.restore(like(state_of()))
+        assert about['step'] == 3
+        assert_equal(state, state_of(3))
+        assert 'is damaged' in (out := capsys.readouterr().err) and 'now 5.corrupt' in out
+        aside = {path.relative_to(saved / '5.corrupt'): path.read_bytes() for path in files_of(saved / '5.corrupt')}
+        assert aside == damaged and not (saved / '5').exists()
+        checkpoints.save(5, state_of(6), {})
+        checkpoints.close()
+        assert_equal(checkpoint.Checkpoints(saved).restore(like(state_of()))[0], state_of(6))
+
+    def left_by_a_kill(self, folder, how):
+        """Makes of a whole checkpoint what a kill leaves while it is written."""
+        if how == 'renamed when whole':  # orbax's other way, which was ours
+            folder.rename(folder.with_name(f'{folder.name}.orbax-checkpoint-tmp'))
+            return
+        (folder / 'commit_success.txt').unlink()
+        if how == 'the last file is missing':
+            return
+        path = folder / '_CHECKPOINT_METADATA'
+        time = json.loads(path.read_text())['commit_timestamp_nsecs']
+        path.write_text(path.read_text().replace(str(time), 'null'))
+        (folder / 'state/commit_success.txt').unlink()
+        array_files(folder)[0].unlink()
+        if how == 'of two parts one':
+            return
+        (folder / 'about/commit_success.txt').unlink()
+        if how == 'empty':
+            shutil.rmtree(folder)
+            folder.mkdir()
+
+    @pytest.mark.parametrize(
+        'how',
+        ['renamed when whole', 'the last file is missing', 'of two parts one', 'parts of arrays', 'empty'],
+    )
+    def test_half_written_ones_are_passed_over(self, saved, how, capsys):
+        for name in ('5.corrupt', 'notes'):  # of people, and of ours: they stay
+            (saved / name).mkdir()
+        self.left_by_a_kill(saved / '5', how)
+        assert checkpoint.steps(saved) == [3]
+        assert weights.checkpoint_folder(saved.parent) == saved / '3'
+        with pytest.raises(CheckpointError, match='5: '):
+            checkpoint.read_params(saved / '5')
+        with contextlib.closing(checkpoint.Checkpoints(saved, read_only=True)):
+            there = {path.name for path in saved.iterdir()}
+            assert len(there) == 4  # who reads removes nothing
+        checkpoints = checkpoint.Checkpoints(saved)
+        aside = {'5.unfinished'} if how == 'the last file is missing' else set()  # it may have been lost
+        assert {path.name for path in saved.iterdir()} == {'3', '5.corrupt', 'notes'} | aside
+        said = capsys.readouterr().err
+        assert (
+            how == 'renamed when whole'
+            or f'{saved / "5"} was not written to its end; {"now" if aside else "r"}' in said
+        )
+        state, about = checkpoints.restore(like(state_of()))
+        assert about['step'] == checkpoints.latest() == 3 and not capsys.readouterr().err
+        assert_equal(state, state_of(3))
+        checkpoints.save(5, state_of(6), {})
+        checkpoints.close()
+        assert_equal(checkpoint.Checkpoints(saved).restore(like(state_of()))[0], state_of(6))
+
+    def test_one_that_is_being_written_is_not_read(self, saved, monkeypatch):
+        """By another process, whose training goes on."""
+        written, write = [], ocp.path.atomicity.CommitFileTemporaryPath.finalize
+
+        async def look(self):
+            written.append((self.get().name, checkpoint.steps(saved)))
+            await write(self)
+
+        monkeypatch.setattr(ocp.path.atomicity.CommitFileTemporaryPath, 'finalize', look)
+        checkpoints = checkpoint.Checkpoints(saved)
+        checkpoints.save(7, state_of(7), {})
+        checkpoints.close()
+        assert written and written[-1] == ('7', [3, 5]) and checkpoint.steps(saved) == [3, 5, 7]
+
+    def test_those_of_orbax_before_0_12_3(self, saved):
+        """Which have no COMMITTED anywhere: read, and counted among those to keep."""
+        for path in files_of(saved):
+            if path.name == checkpoint.COMMITTED:
+                path.unlink()
+        assert checkpoint.steps(saved) == [3, 5]
+        checkpoints = checkpoint.Checkpoints(saved, keep=2)
+        state, about = checkpoints.restore(like(state_of()))
+        assert about['step'] == 5
+        assert_equal(state, state_of(5))
+        checkpoints.save(7, state_of(7), {})
+        checkpoints.close()
+        assert checkpoint.steps(saved) == [5, 7]
+        # One whose metadata is damaged too is not taken for half written, and removed.
+        flip(saved / '5/_CHECKPOINT_METADATA', 0)
+        assert checkpoint.Checkpoints(saved).latest() == 7 and checkpoint.steps(saved) == [5, 7]
 
 
 class TestChecksum:

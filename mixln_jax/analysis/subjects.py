@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mixln_jax import checkpoint, drawing, record, squad, weights
 from mixln_jax import config as configs
-from mixln_jax import drawing, record, squad, weights
 from mixln_jax import mesh as meshes
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
@@ -80,7 +80,7 @@ def places(checkpoints, steps=None) -> list[Place]:
 
 def _steps(newest, steps):
     """[(folder, whether initial, suffix of the name)] of the run with this newest checkpoint."""
-    kept = sorted(int(folder.name) for folder in newest.parent.iterdir() if folder.name.isdigit())
+    kept = checkpoint.steps(newest.parent)
     for step in re.split(r'\s*,\s*', steps.strip()):
         if step == INITIAL:
             yield newest, True, ' at init'
