@@ -5,6 +5,7 @@ import faulthandler
 import json
 import os
 import pathlib
+import re
 import selectors
 import signal
 import socket
@@ -23,6 +24,8 @@ from mixln_jax.exits import ProcessLost, Stop, UsageError, call, first_line, kno
 ASKED = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 LAST = 2.5  # seconds by which process 0 outlives the others
 KNOWN = ('slurm', 'ompi', 'gcetpu', 'gketpu')
+# Where SLURM says how many processes there are on each node, `2(x3),1`; the last, of all, is for a single node.
+TASKS = ('SLURM_STEP_TASKS_PER_NODE', 'SLURM_TASKS_PER_NODE', 'SLURM_NTASKS_PER_NODE', 'SLURM_NTASKS')
 DIFFERENT, FAREWELL, ENDS = 'not alike:', b'farewell', b'ends '
 
 
@@ -58,6 +61,43 @@ def find():
     return (address, count, number) if count > 1 else None
 
 
+def _on_node():
+    """(number of processes on this node, this one's number among them) as Open MPI or SLURM say; else (1, 0)."""
+    given = os.environ
+    if 'OMPI_COMM_WORLD_LOCAL_SIZE' in given:  # first: where SLURM started mpirun, its own numbers are of mpirun
+        return int(given['OMPI_COMM_WORLD_LOCAL_SIZE']), int(given['OMPI_COMM_WORLD_LOCAL_RANK'])
+    if 'SLURM_STEP_NODELIST' not in given or 'SLURM_LOCALID' not in given:  # not started by srun
+        return 1, 0
+    text = next((given[name] for name in TASKS if given.get(name)), '1')
+    counts = [int(tasks) for tasks, nodes in re.findall(r'(\d+)(?:\(x(\d+)\))?', text) for _ in range(int(nodes or 1))]
+    return counts[min(int(given.get('SLURM_NODEID', 0)), len(counts) - 1)], int(given['SLURM_LOCALID'])
+
+
+def local_device_ids() -> list[int] | None:
+    """Which of the GPUs that this process sees are its own; None: all, or those of JAX_LOCAL_DEVICE_IDS.
+
+    Processes of one node that see the same GPUs share them evenly. JAX alone gives each a single GPU, however many
+    there are. Raises UsageError where they cannot be shared.
+    """
+    count, number = _on_node()
+    if count == 1 or os.environ.get('JAX_LOCAL_DEVICE_IDS'):
+        return None
+    visible = next(filter(None, map(os.environ.get, ('CUDA_VISIBLE_DEVICES', 'ROCR_VISIBLE_DEVICES'))), None)
+    on_node = int(os.environ.get('SLURM_GPUS_ON_NODE') or 0)
+    seen = len(visible.split(',')) if visible else on_node
+    if not seen:
+        return [number]  # as many as processes, or none
+    if seen < max(count, on_node):
+        return None  # SLURM shows each its own (--gpus-per-task)
+    if seen % count:
+        raise UsageError(
+            f'{count} processes on this node cannot share its {seen} GPUs evenly: start a number that divides {seen} '
+            '(--ntasks-per-node; one takes all), or set JAX_LOCAL_DEVICE_IDS'
+        )
+    share = seen // count
+    return list(range(number * share, (number + 1) * share))
+
+
 @contextlib.contextmanager
 def joined(timeout: float, digest: str):
     """Joins the other processes, if there are any, before JAX does anything else. Inside, this process ends with exit 8
@@ -75,12 +115,15 @@ def joined(timeout: float, digest: str):
         yield
         return
     address, count, number = found
+    mine = local_device_ids()
     peers, ending = roll_call(address, count, number, timeout, digest), threading.Event()
     watch_thread = threading.Thread(target=_watch, args=(peers, f'process {number} of {count}', ending), daemon=True)
     watch_thread.start()
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     try:
-        jax.distributed.initialize(address, count, number, initialization_timeout=round(timeout))
+        jax.distributed.initialize(
+            address, count, number, mine, cluster_detection_method='deactivate', initialization_timeout=round(timeout)
+        )
     except Exception as error:
         raise ProcessLost(f'process {number} of {count}: JAX cannot join the others: {first_line(error)}') from error
     if threading.current_thread() is threading.main_thread():

@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax._src import distributed
 
 from mixln_jax import checkpoint, processes
 from mixln_jax.exits import ProcessLost, UsageError
@@ -83,6 +84,80 @@ class TestFind:
             UsageError, match='JAX_NUM_PROCESSES is set, .*JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID is not'
         ):
             self.ask(monkeypatch, '', '2', '')
+
+
+SRUN = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'node[03-04]', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '1'}
+EIGHT = {'CUDA_VISIBLE_DEVICES': '0,1,2,3,4,5,6,7', 'SLURM_GPUS_ON_NODE': '8'}
+
+
+def srun(tasks, local, node=0):
+    return SRUN | {'SLURM_STEP_TASKS_PER_NODE': tasks, 'SLURM_LOCALID': str(local), 'SLURM_NODEID': str(node)}
+
+
+class TestLocalDevices:
+    @pytest.fixture(autouse=True)
+    def alone(self, monkeypatch):
+        for name in list(os.environ):
+            if name.startswith(('SLURM_', 'OMPI_', 'JAX_LOCAL', *processes.ASKED)) or 'VISIBLE_DEVICES' in name:
+                monkeypatch.delenv(name)
+
+    @pytest.mark.parametrize(
+        'given, expected',
+        [
+            ({}, None),
+            (EIGHT, None),
+            (srun('1(x2)', 0) | EIGHT, None),  # one task a node takes all
+            (srun('1', 0), None),
+            (SRUN | EIGHT | {'SLURM_LOCALID': '0', 'SLURM_NTASKS_PER_NODE': '1'}, None),
+            (SRUN | EIGHT | {'SLURM_LOCALID': '0', 'SLURM_TASKS_PER_NODE': '1(x2)'}, None),
+            (srun('8(x2)', 5) | EIGHT, [5]),
+            (srun('2(x2)', 1) | EIGHT, [4, 5, 6, 7]),
+            (srun('4,2', 1, node=0) | EIGHT, [2, 3]),
+            (srun('4,2', 1, node=1) | EIGHT, [4, 5, 6, 7]),
+            (srun('2(x3),1', 0, node=3) | EIGHT, None),
+            (srun('4(x2)', 2) | {'CUDA_VISIBLE_DEVICES': '3,2,1,0'}, [2]),  # places among them, not their names
+            (srun('4', 3) | {'ROCR_VISIBLE_DEVICES': '0,1,2,3'}, [3]),
+            (srun('4', 3) | {'SLURM_GPUS_ON_NODE': '4'}, [3]),
+            (srun('4', 3), [3]),  # nothing says how many there are: as JAX does it
+            (srun('4', 3) | EIGHT | {'CUDA_VISIBLE_DEVICES': '0,1'}, None),  # --gpus-per-task=2
+            (srun('2', 1) | EIGHT | {'CUDA_VISIBLE_DEVICES': '0,1,2,3'}, None),  # --gpus-per-task=4
+            (srun('2', 1) | EIGHT | {'JAX_LOCAL_DEVICE_IDS': '6,7'}, None),  # which JAX reads
+            # In the batch script itself SLURM's numbers are of the job; launch/local_processes.sh has shared them out.
+            (EIGHT | {'SLURM_JOB_ID': '7', 'SLURM_LOCALID': '0', 'SLURM_TASKS_PER_NODE': '8'}, None),
+            (EIGHT | {'OMPI_COMM_WORLD_LOCAL_SIZE': '1', 'OMPI_COMM_WORLD_LOCAL_RANK': '0'}, None),
+            (EIGHT | {'OMPI_COMM_WORLD_LOCAL_SIZE': '4', 'OMPI_COMM_WORLD_LOCAL_RANK': '3'}, [6, 7]),
+            (srun('1(x2)', 0) | {'OMPI_COMM_WORLD_LOCAL_SIZE': '8', 'OMPI_COMM_WORLD_LOCAL_RANK': '3'} | EIGHT, [3]),
+        ],
+    )  # fmt: skip
+    def test_whose_they_are(self, monkeypatch, given, expected):
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        assert processes.local_device_ids() == expected
+
+    def test_those_that_cannot_be_shared(self, monkeypatch):
+        for name, value in (srun('3', 1) | EIGHT).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UsageError, match='3 processes on this node cannot share its 8 GPUs evenly: .*--ntasks-per'):
+            processes.local_device_ids()
+
+    @pytest.mark.parametrize('tasks, expected', [('1(x2)', 'all'), ('2', '4,5,6,7')])
+    def test_what_jax_is_told(self, monkeypatch, tasks, expected):
+        """By JAX's own start, up to where it would connect."""
+        for name, value in (srun(tasks, int(tasks == '2')) | EIGHT).items():
+            monkeypatch.setenv(name, value)
+        told = {'jax_cuda_visible_devices': 'all'}
+        for config in (jax.config, distributed.config):
+            monkeypatch.setattr(config, 'update', lambda name, value: told.update({name: value}))
+        monkeypatch.setattr(distributed, 'global_state', distributed.State())
+        monkeypatch.setattr(processes, 'roll_call', lambda *_: {})
+
+        def connect(*others, **more):
+            raise ConnectionError('as far as this goes')
+
+        monkeypatch.setattr(distributed._jax, 'get_distributed_runtime_client', connect)
+        with pytest.raises(ProcessLost, match='as far as this goes'), processes.joined(1.0, 'digest'):
+            pass
+        assert told['jax_cuda_visible_devices'] == expected
 
 
 def call_roll(count, numbers, timeout=20.0, digests=None):
