@@ -6,7 +6,8 @@ usage() {
   cat <<EOF
 usage: $0 [--dry-run] COMMAND NAME [ARGUMENTS]
 
-  create  NAME TYPE   a slice, such as v5litepod-16 (VERSION: its software; SPOT=1: may be pre-empted)
+  create  NAME TYPE   a slice, such as v5litepod-16 (SPOT=1: may be pre-empted; VERSION: its software, which
+                      otherwise follows from the type: v2, v3, v4, v5litepod, v5p, v6e)
   install NAME        copies this checkout to all workers and installs it with jax[tpu];
                       with BUCKET=name the bucket is mounted on every worker as ~/bucket
   start   NAME --config FILE --workdir DIR [--config.KEY=VALUE ...]
@@ -60,7 +61,20 @@ on_all() { tpu ssh "$name" --worker=all --command="$1"; }
 
 case $command in
   create)
-    tpu create "$name" --accelerator-type="$1" --version="${VERSION:-v2-alpha-tpuv5-lite}" ${SPOT:+--spot}
+    case $1 in # as in cloud.google.com/tpu/docs/runtimes, 2026-11-27
+      v[234]-*) version=tpu-ubuntu2204-base ;;
+      v5litepod-* | v5e-*) version=v2-alpha-tpuv5-lite ;;
+      v5p-*) version=v2-alpha-tpuv5 ;;
+      v6e-*) version=v2-alpha-tpuv6e ;;
+      *) version= ;;
+    esac
+    version=${VERSION:-$version}
+    if [[ ! $version ]]; then
+      echo "$0: which software a $1 needs is not known here (known are v2-, v3-, v4-, v5litepod-, v5p- and v6e-):" \
+        "set VERSION (gcloud compute tpus tpu-vm versions list)" >&2
+      exit 2
+    fi
+    tpu create "$name" --accelerator-type="$1" --version="$version" ${SPOT:+--spot}
     ;;
   install)
     folder=$(mktemp -d)

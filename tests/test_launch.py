@@ -73,6 +73,29 @@ class TestTpu:
             *('create', 'pod', '--accelerator-type=v4-8', '--version=v9', '--spot', '--zone=here', '--project=ours')
         ]
 
+    @pytest.mark.parametrize(
+        'kind, version',
+        [
+            *((kind, 'tpu-ubuntu2204-base') for kind in ('v2-8', 'v3-32', 'v4-8')),
+            ('v5e-8', 'v2-alpha-tpuv5-lite'),  # a common name for v5litepod
+            *(('v5litepod-16', 'v2-alpha-tpuv5-lite'), ('v5p-8', 'v2-alpha-tpuv5'), ('v6e-8', 'v2-alpha-tpuv6e')),
+        ],
+    )
+    def test_software_by_type(self, gcloud, kind, version):
+        environment, asked = gcloud
+        assert run('tpu_vm.sh', 'create', 'pod', kind, **environment, VERSION='').returncode == 0
+        assert asked()[0][5:7] == [f'--accelerator-type={kind}', f'--version={version}']
+
+    @pytest.mark.parametrize('kind', ['tpu7x-8', 'v5-8', 'v40-8', 'v4', 'a b'])
+    def test_an_unknown_type_wants_its_software_named(self, gcloud, kind):
+        environment, asked = gcloud
+        ended = run('tpu_vm.sh', 'create', 'pod', kind, **environment, VERSION='')
+        assert ended.returncode == 2 and not asked()
+        assert f'a {kind} needs is not known here' in ended.stderr and 'set VERSION' in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1
+        assert run('tpu_vm.sh', 'create', 'pod', kind, **environment, VERSION='v9').returncode == 0
+        assert asked()[0][5:7] == [f'--accelerator-type={kind}', '--version=v9']
+
     def test_install(self, gcloud, tmp_path):
         environment, asked = gcloud
         assert run('tpu_vm.sh', 'install', 'pod', **environment, BUCKET='my bucket').returncode == 0
