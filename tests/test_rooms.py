@@ -3,6 +3,8 @@
 import ast
 import pathlib
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = [
     {'exits', 'config', 'trees', 'record', 'hlo'},
@@ -30,16 +32,22 @@ WITHIN = {
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 
 
-def imports(path):
-    """The rooms of mixln_jax that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'mixln_jax':
-            inside = node.module.split('.')[1:]
-            names = ['.'.join(inside)] if inside else [alias.name for alias in node.names]
+def imported(path, text=None):
+    """The whole names of what a file imports, anywhere in it, by names or by dots."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(text or path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            yield from ('.'.join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names)
         elif isinstance(node, ast.Import):
-            names = [a.name.removeprefix('mixln_jax.') for a in node.names if a.name.startswith('mixln_jax')]
-        yield from (name.split('.')[0] for name in names)
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(('import_module', '__import__')):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def imports(path, text=None):
+    """The rooms of mixln_jax among them."""
+    return {name.split('.')[1] for name in imported(path, text) if name.startswith('mixln_jax.')}
 
 
 def may_import(room, other):
@@ -66,12 +74,37 @@ def test_the_rule_can_fail():
     assert may_import('step', 'losses')
 
 
+@pytest.mark.parametrize(
+    'text',
+    [
+        'from mixln_jax import main, exits',
+        'from mixln_jax.main import run',
+        'from . import main',
+        'from .main import run',
+        'from .. import main',
+        'from ..main import run',
+        'import mixln_jax.main',
+        'import os, mixln_jax.main as other',
+        'def f():\n    from mixln_jax import main',
+        'if x:\n    try:\n        from ..main import run\n    except ImportError:\n        pass',
+        'import importlib\nimportlib.import_module("mixln_jax.main")',
+        '__import__("mixln_jax.main")',
+    ],
+)
+def test_every_way_to_import_is_seen(text):
+    """In a module of the package, or of one of its packages where there are two dots."""
+    path = ROOT / 'mixln_jax' / ('data/units.py' if '..' in text else 'trees.py')
+    assert 'main' in imports(path, text) <= {'main', 'exits'}
+    assert not imports(path, 'import mixln_jaxes.main, os.main\nfrom other.mixln_jax import main')
+
+
 def test_only_models_import_flax_modules():
     for path in (ROOT / 'mixln_jax').rglob('*.py'):
         if path.parent.name != 'models':
-            assert 'flax.linen' not in path.read_text(), path
+            assert not any(name.startswith('flax.linen') for name in imported(path)), path
+    assert 'flax.linen' in imported(ROOT / 'mixln_jax/models/llama.py')
 
 
 def test_recipes_import_config_alone():
     for path in (ROOT / 'configs').rglob('*.py'):
-        assert set(imports(path)) == {'config'}, path
+        assert imports(path) == {'config'}, path
