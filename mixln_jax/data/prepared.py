@@ -36,13 +36,14 @@ def notes(block: Block, dtype: np.dtype) -> np.ndarray:
     """Returns the notes [n] on rows whose ids are kept as `dtype`."""
     made = np.zeros(len(block.ids), note(block.ids.shape[1] - 1))
     made['ends'], made['num_bytes'] = np.packbits(block.ends, axis=1), block.num_bytes
-    made['crc'] = _checksums(block.ids.astype(dtype), made)
+    rows = zip(block.ids.astype(dtype), made, strict=True)
+    made['crc'] = [_checksum(ids.tobytes(), of_row.tobytes()) for ids, of_row in rows]
     return made
 
 
-def _checksums(ids, of_rows):
-    said = zip(ids, of_rows['ends'], of_rows['num_bytes'], strict=True)
-    return [isal_zlib.crc32(b''.join(part.tobytes() for part in parts)) for parts in said]
+def _checksum(ids, of_row):
+    """The checksum that the note of a row should have, both as bytes."""
+    return isal_zlib.crc32(ids + of_row[:-4])
 
 
 def notes_file(shard: str) -> str:
@@ -104,9 +105,10 @@ class Prepared:
             return Block(ids, _ends_by_ids(ids, self.layout), None)
         size = self._note.itemsize
         said = [self._read(i, notes_file(self._files[shard]), size, row) for i, shard, row in wanted]
+        for i, row, of_row in zip(indices, rows, said, strict=True):
+            if _checksum(row, of_row) != int.from_bytes(of_row[-4:], 'little'):
+                raise DataError(f'{self.origin(i)}: damaged: its checksum is another; prepare it again')
         said = np.frombuffer(b''.join(said), self._note)
-        if len(bad := np.flatnonzero(said['crc'] != _checksums(ids, said))):
-            raise DataError(f'{self.origin(indices[bad[0]])}: damaged: its checksum is another; prepare it again')
         ends = np.unpackbits(said['ends'], axis=1, count=self._width).view(bool)
         return Block(ids, ends, said['num_bytes'].astype(np.int64))
 
