@@ -144,6 +144,8 @@ def test_a_folder_and_a_text_of_its_own(tmp_path, capsys):
     path = corpora.write(tmp_path / 'text.jsonl.gz', [f'text number {n}' * (n % 3 + 1) for n in range(9)])
     words = ['--checkpoint', tmp_path / 'folder', '--text', path, '--seq_length', 12, '--out', tmp_path / 'out']
     assert command('drop', *words, '--blocks', '1,2', '--batch_size', 10**8) == 0  # more than there are
+    [head] = [line for line in capsys.readouterr().out.splitlines() if line.startswith('layer')]
+    assert [title.strip() for title in head.split('  ')[-2:]] == ['change in loss', 'change in perplexity']
     [result] = content(tmp_path / 'out')['results']
     assert (result['rows'], result['step'], result['label']) == (9, None, 'folder')
     assert [len(result['metrics']['loss']['drop'][block]['mean']) for block in '12'] == [3, 2]
@@ -253,7 +255,7 @@ class TestBert:
             'f1.svg',
             'f1_2.svg',
         ]
-        assert 'f1 drop' in capsys.readouterr().out
+        assert 'change in f1' in capsys.readouterr().out
 
     @pytest.mark.parametrize('job', ['angular', 'variance'])
     def test_its_stream(self, tmp_path, job):

@@ -1,4 +1,4 @@
-"""What a network loses without each of its layers: `python -m mixln_jax.analysis.drop`.
+"""The change without each layer of a network: `python -m mixln_jax.analysis.drop`.
 
 Every layer, and with --blocks every block of n neighbours, is removed in turn by a mask, so one compilation does for
 all (Mix-LN, Figures 2 and 3). `python -m mixln_jax.export --remove_layers` writes such a network.
@@ -21,8 +21,8 @@ from mixln_jax.step import batch_loss
 
 NAME = 'drop'
 DEFINITION = (
-    'the metric without the removed layers minus the metric with all; a removed layer is the identity, its norms '
-    'included. Of perplexity and loss a positive drop says that the layer is needed, of accuracies a negative one'
+    'change without the layer: the metric without the removed layers minus the metric with all; a removed layer is the '
+    'identity, its norms included. A layer is needed where perplexity and loss rise, and where accuracies fall'
 )
 UNIT = 'that of the metric: perplexity, nats a token, a share of the questions, of SQuAD percent of them'
 SOURCE = 'Mix-LN (arXiv 2412.13795), section 3 and Figures 2, 3; Gromov et al. 2024 (arXiv 2403.17887)'
@@ -125,7 +125,7 @@ def whole(numbers):
 def columns(result):
     """{title: [L]} of an entry of result.json."""
     found = result['metrics'].items()
-    return {f'{name} drop': metric['drop']['1']['mean'] for name, metric in found if '1' in metric['drop']}
+    return {f'change in {name}': metric['drop']['1']['mean'] for name, metric in found if '1' in metric['drop']}
 
 
 def draw(results):

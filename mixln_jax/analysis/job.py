@@ -224,8 +224,9 @@ def _table(result, columns):
     yield f'{result["checkpoint"]},{about} on {result["tokens"]:,} tokens of {result["rows"]:,} rows'
     yield f'{"layer":>5}  {"placement":<16}' + ''.join(f'  {title:>16}' for title in columns)
     for l, name in enumerate(result['norm_position']):
-        numbers = ['-' if column[l] is None else f'{column[l]:.6g}' for column in columns.values()]
-        yield f'{result["layer_index"][l]:>5}  {name:<16}' + ''.join(f'  {number:>16}' for number in numbers)
+        numbers = {title: '-' if column[l] is None else f'{column[l]:.6g}' for title, column in columns.items()}
+        cells = ''.join(f'  {number:>{max(16, len(title))}}' for title, number in numbers.items())
+        yield f'{result["layer_index"][l]:>5}  {name:<16}{cells}'
 
 
 def _plain(value):
