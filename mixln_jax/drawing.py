@@ -106,13 +106,26 @@ def lines(ax, quantities, results, over=layers):
 
 
 def scale(ax, quantities, log=None):
-    """The y axis of lines: logarithmic where they span more than a decade (or as `log` says)."""
+    """The y axis of lines: logarithmic where they span more than a decade (or as `log` says), and on both sides of 0
+    where the largest is a hundred times the median, as in `bar_axis`."""
     numbers = np.concatenate([np.ravel(mean) for mean, _ in quantities])
     numbers = numbers[np.isfinite(numbers)]
     spread = numbers.size and numbers.min() > 0 and numbers.max() > 10 * numbers.min()
     if spread if log is None else log:
         ax.set_yscale('log')
         decades(ax)
+    elif log is None and (threshold := linear_up_to(numbers)):
+        ax.set_yscale('symlog', linthresh=threshold, linscale=0.6)
+        ax.axhline(0, color=INK, linewidth=0.5)
+
+
+def linear_up_to(numbers):
+    """Where an axis should become logarithmic, as one number ruins the scale for the others: a power of ten near their
+    median; None where none does, that is where the largest is not above a hundred times the median."""
+    sizes = np.abs(numbers[np.isfinite(numbers) & (numbers != 0)])
+    if not sizes.size or sizes.max() <= 100 * np.median(sizes):
+        return None
+    return 10.0 ** math.floor(math.log10(np.median(sizes)))
 
 
 def decades(ax):
@@ -131,11 +144,9 @@ def bar_axis(quantities):
     ends = [mean + sign * error for (mean, _), error in zip(quantities, errors, strict=True) for sign in (-1, 1)]
     ends = np.concatenate([*ends, [0]])
     ends = ends[np.isfinite(ends)]
-    means = np.abs(np.concatenate([mean for mean, _ in quantities]))
-    means = means[np.isfinite(means) & (means > 0)]
     low, high = ends.min(), ends.max()
-    if means.size and means.max() > 100 * np.median(means):
-        return 2 * low, 2 * high, 'symlog', 10.0 ** math.floor(math.log10(np.median(means)))
+    if threshold := linear_up_to(np.concatenate([mean for mean, _ in quantities])):
+        return 2 * low, 2 * high, 'symlog', threshold
     margin = 0.05 * ((high - low) or 1)
     return low - margin * (low < 0), high + margin, 'linear', None
 

@@ -158,16 +158,17 @@ def gradient_matrices(results):
 
 @drawing.styled
 def variance(results):
-    """Variance of the residual stream with depth, a line a result, and dashed what theory says; `analysis.variance`."""
+    """Variance of the residual stream with depth, a line a result, the theory dash-dotted; `analysis.variance`."""
     figure, [ax] = drawing.chart()
     depths = lambda result: np.arange(len(result['variance']['mean']))  # noqa: E731
     handles = drawing.lines(ax, [_measured(result['variance']) for result in results], results, depths)
+    style = {'linewidth': 0.9, 'dashes': (4, 1.5, 1, 1.5)}  # unlike the dashes of a second seed
     theory = []
     for number, result in enumerate(results):
         expected = np.array(result.get('theory') or [], float)
         if np.isfinite(expected).any():
             colour, _ = drawing.look(result, number)
-            theory = ax.plot(np.arange(len(expected)), expected, color=colour, linewidth=0.9, dashes=(3, 2))
+            theory = ax.plot(np.arange(len(expected)), expected, color=colour, **style)
     ax.set_yscale('log')
     drawing.decades(ax)
     measured = np.concatenate([result['variance']['mean'] for result in results]).astype(float)
@@ -177,7 +178,7 @@ def variance(results):
         ax.set_ylim(max(bottom, measured.min() / 10), min(top, measured.max() * 10))
     ax.set(xlabel='depth (layers passed)', ylabel='variance of the residual stream')
     if theory:
-        handles.append(matplotlib.lines.Line2D([], [], color=drawing.INK, linewidth=0.9, dashes=(3, 2)))
+        handles.append(matplotlib.lines.Line2D([], [], color=drawing.INK, **style))
     return drawing.legend(figure, handles, [*results, {'label': 'theory, one constant fitted'}][: len(handles)])
 
 
@@ -217,6 +218,24 @@ def curves(series, xlabel, ylabel, log=None):
     ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
     ax.set(xlabel=xlabel, ylabel=ylabel)
     return drawing.legend(figure, handles, series)
+
+
+@drawing.styled
+def by_layer(values, results, quantity):
+    """A number a layer, all layers of a network: a line a result.
+
+    Args:
+        values: [L] of each result, by layer from 1 on.
+        results: {'label'}, with `colour` or not.
+        quantity: the label of the y axis.
+    """
+    figure, [ax] = drawing.chart()
+    quantities = [(np.array(of, float), None) for of in values]
+    numbered = [result | {'layer_index': range(1, len(of) + 1)} for result, of in zip(results, values, strict=True)]
+    handles = drawing.lines(ax, quantities, numbered)
+    drawing.scale(ax, quantities)
+    ax.set(xlabel='layer', ylabel=quantity)
+    return drawing.legend(figure, handles, results)
 
 
 @drawing.styled

@@ -189,6 +189,21 @@ class TestLines:
         assert [line.get_xdata().tolist() for line in figure.axes[0].lines] == [[10, 20], [20], []]
         assert legend(figure) == ['a', '_b']
 
+    def test_by_layer(self):
+        results = [{'label': 'a', 'colour': 2}, {'label': 'b'}]
+        figure = figures.by_layer([[1.0, None, 3.0], [2.0, 4.0]], results, 'variance')
+        [ax] = figure.axes
+        np.testing.assert_equal([line.get_ydata() for line in ax.lines], [[1, np.nan, 3], [2, 4]])
+        assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2, 3], [1, 2]]
+        assert ax.lines[0].get_color() == drawing.COLOURS[2] and legend(figure) == ['a', 'b']
+        assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ('layer', 'variance', 'linear')
+
+    def test_a_layer_that_ruins_the_network_hides_no_other(self):
+        """On an axis with both signs, which no logarithm has."""
+        [ax] = figures.by_layer([[5000.0, 1.5, 2.0, -0.5]], [{'label': 'a'}], 'change in perplexity').axes
+        assert ax.get_yscale() == 'symlog' and ax.yaxis.get_transform().linthresh == 1
+        assert figures.by_layer([[50.0, 1.5, 2.0, -0.5]], [{'label': 'a'}], '').axes[0].get_yscale() == 'linear'
+
     def test_evolution(self):
         [ax] = panels(figures.evolution([[1.0, 2.0, None], [1.0, 2.0, 30.0]], [100, 200], 'a', 'gradient norm'))
         shown = ax.images[-1].get_array()
