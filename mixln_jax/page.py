@@ -30,6 +30,7 @@ section { padding: 24px 0 8px; margin-top: 20px; border-top: 1px solid var(--lin
 section section { border: 0; padding: 0; margin: 0 }
 p { max-width: 75ch; margin: 0 0 8px; overflow-wrap: anywhere }
 p.note { color: var(--soft); font-size: .87rem; margin-bottom: 2px; max-width: 110ch }
+p.warning { border-left: 3px solid #d4a72c; padding-left: 10px; max-width: 110ch }
 code { font: .87em ui-monospace, monospace; background: var(--card); padding: 1px 4px; border-radius: 4px }
 .grid { display: grid; gap: 16px; margin: 16px 0 }
 .grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)) }
@@ -42,13 +43,18 @@ img { display: block; width: 100%; height: auto }
 figcaption { color: var(--soft); font-size: .87rem; padding: 6px 2px 0 }
 .scroll { overflow-x: auto; margin: 8px 0 16px; max-width: 100% }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
-caption { text-align: left; color: var(--soft); padding: 0 0 6px; white-space: nowrap }
+p.caption { margin: 16px 0 0 }
 th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { font-weight: 600; white-space: nowrap }
-td { max-width: 46ch; overflow-wrap: break-word; min-width: 3.5em }
-th.long { white-space: normal; word-break: break-all; min-width: 18ch; max-width: 26ch }
+td { white-space: nowrap; min-width: 3.5em }
+.long { white-space: normal; overflow-wrap: anywhere; min-width: 18ch; max-width: 46ch }
+th.long { max-width: 26ch }
+@media (max-width: 600px) {
+  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 13ch; max-width: 18ch }
+}
 .number { text-align: right; white-space: nowrap }
 .dot { display: inline-block; width: .65em; height: .65em; border-radius: 50%; margin-right: .45em }
+.name { display: inline-block }
 details { margin: 8px 0 12px }
 summary { cursor: pointer; color: var(--soft); font-size: .87rem; padding: 4px 0 }
 a:focus-visible, summary:focus-visible, .scroll:focus-visible, .frame:focus-visible { outline: 2px solid var(--link) }
@@ -78,7 +84,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """What stands under a heading: texts (`code` between backticks), smaller notes, pictures side by side, tables."""
+    """The content under a heading: texts (`code` between backticks), smaller notes, pictures side by side, tables."""
 
     heading: str
     texts: tuple = ()
@@ -86,6 +92,7 @@ class Section:
     pictures: tuple = ()
     tables: tuple = ()
     parts: tuple = ()  # Sections under this one
+    warnings: tuple = ()  # texts that stand before all others
 
 
 def render(title, lead, sections, colours):
@@ -94,7 +101,7 @@ def render(title, lead, sections, colours):
     Args:
         title, lead: texts.
         sections: Sections.
-        colours: {text: CSS colour}: cells with that text, names of runs, get a dot of the colour of their lines.
+        colours: {name: CSS colour}: in cells that are names of runs each gets a dot of the colour of its lines.
     """
     links = ''.join(f'<li><a href="#{_anchor(s.heading)}">{_text(s.heading)}</a></li>' for s in sections)
     return (
@@ -114,6 +121,7 @@ def _section(section, level, colours):
     pairs = ' pairs' if len(section.pictures) in (2, 4) else ''  # two and two, not three and one
     return (
         f'<section{id}>\n<h{level}>{_text(section.heading)}</h{level}>\n'
+        + ''.join(f'<p class="warning"><strong>Warning.</strong> {_coded(text)}</p>\n' for text in section.warnings)
         + ''.join(f'<p>{_coded(text)}</p>\n' for text in section.texts)
         + ''.join(f'<p class="note">{_coded(text)}</p>\n' for text in section.notes)
         + (f'<div class="grid{pairs}">\n{pictures}</div>\n' if pictures else '')
@@ -137,22 +145,30 @@ def _table(table, colours):
     numeric[0] = False  # what the row is about
 
     def cell(tag, text, number, scope=''):
-        dot = f'<span class="dot" style="background:{colours[text]}"></span>' if text in colours else ''
+        names = text.split(', ')
+        if all(name in colours for name in names):
+            dot = '<span class="dot" style="background:{}"></span>{}'
+            parts = [dot.format(colours[name], _text(name)) for name in names]
+            between = ',</span> <span class="name">'
+            content = f'<span class="name">{between.join(parts)}</span>' if len(parts) > 1 else parts[0]
+        else:
+            content = _text(text)
         kinds = ['number'] * number + ['long'] * (len(text) > 24)
         attributes = (f' scope="{scope}"' if scope else '') + (f' class="{" ".join(kinds)}"' if kinds else '')
-        return f'<{tag}{attributes}>{dot}{_text(text)}</{tag}>'
+        return f'<{tag}{attributes}>{content}</{tag}>'
 
     head = ''.join(cell('th', text, number, 'col') for text, number in zip(table.head, numeric, strict=True))
     body = ''
     for first, *rest in table.rows:
         cells = ''.join(cell('td', text, number) for text, number in zip(rest, numeric[1:], strict=True))
         body += f'<tr>{cell("th", first, False, "row")}{cells}</tr>\n'
-    caption = '' if table.folded else f'<caption>{_text(table.caption)}</caption>'
     whole = (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(table.caption)}"><table>{caption}\n'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(table.caption)}"><table>\n'
         f'<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
     )
-    return f'<details><summary>{_text(table.caption)}</summary>\n{whole}</details>\n' if table.folded else whole
+    if table.folded:
+        return f'<details><summary>{_text(table.caption)}</summary>\n{whole}</details>\n'
+    return f'<p class="note caption">{_text(table.caption)}</p>\n{whole}'
 
 
 def _text(text):

@@ -1,4 +1,4 @@
-"""Runs side by side and beside what the papers say: `python -m mixln_jax.report DIR ...`
+"""Compares runs with each other and with the papers: `python -m mixln_jax.report DIR ...`
 
 Prints a table in markdown and writes report.html, one page with all figures in it, and report.md, its tables.
 """
@@ -7,6 +7,8 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
+import os
 import pathlib
 import sys
 
@@ -16,12 +18,14 @@ from mixln_jax import config as configs
 from mixln_jax import drawing, exits, figures, page, record, sections
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import norms
+from mixln_jax.page import Section, Table
 
-COLUMNS = ('run', 'placement', 'steps', 'tokens', 'perplexity', 'paper', 'difference', 'source')
+SEEDS = ('seed', 'data.seed')
+SHOWN = ('model.norm_position', 'num_steps', 'expected.')  # keys in columns of their own: placement, steps, paper
 ANALYSES = ('angular', 'drop', 'gradients', 'variance')
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Run:
     """What a work directory holds."""
 
@@ -32,6 +36,7 @@ class Run:
     analyses: dict  # job -> its result.json
     name: str
     colour: int
+    debug: dict = dataclasses.field(default_factory=dict)  # what it wrote where a step was not finite
 
     @property
     def placement(self):
@@ -39,8 +44,43 @@ class Run:
         return norms.spelled(norms.resolve(model.norm_position, model.num_layers, model.post_ratio))
 
     @property
-    def tokens(self):
-        return f'{self.lines[-1]["tokens"]:.3g}' if self.lines and 'tokens' in self.lines[-1] else '-'
+    def keys(self):
+        """{key: value} of the configuration, flat."""
+        return configs.flatten(self.config)
+
+    @property
+    def seeds(self):
+        return tuple(self.keys[name] for name in SEEDS)
+
+    @property
+    def step(self):
+        return self.lines[-1]['step'] if self.lines else 0
+
+    @property
+    def steps(self):
+        """How far it has come, a text."""
+        last = self.config.num_steps
+        return f'{self.step:,}' if self.step == last else f'{self.step:,} of {last:,}'
+
+    @property
+    def bad_step(self):
+        """The step at which it ended because a loss or gradient was not finite, None where it did not."""
+        step = sections.number(self.debug.get('step'))
+        return int(step) if step > self.step else None
+
+    @property
+    def text(self):
+        """{part: value} of what it has read, and of what it is evaluated on; {} where that is not known."""
+        data, (_, tokens) = self.environment.get('data'), self.last('eval/tokens')
+        if not isinstance(data, dict):
+            return {}
+        wanted = self.config.eval.tokens
+        return data | {'split': self.config.eval.split, 'amount': min(wanted, tokens or wanted)}
+
+    def last(self, key):
+        """The newest value of a metric: (step, number), nan where it is not finite; (None, None): never logged."""
+        line = next((line for line in reversed(self.lines) if key in line), None)
+        return (line['step'], sections.number(line[key])) if line else (None, None)
 
     def results(self, job):
         """Of an analysis, by step, with the run's name and colour; `checkpoint_label` is their own label."""
@@ -52,11 +92,13 @@ class Run:
 
 
 def read(folders):
-    """(runs, problems) of work directories; one with a problem hides no other."""
-    runs, problems = [], []
-    for folder in folders:
+    """(runs, problems, others) of folders; one with a problem hides no other, and `others` are no runs at all."""
+    runs, problems, others = [], [], []
+    for path, folder in {pathlib.Path(os.path.realpath(folder)): folder for folder in folders}.items():
         try:
-            path = pathlib.Path(folder).resolve()
+            if not _is_run(path):
+                others.append(folder)
+                continue
             config = configs.read(path / 'config.json')
             lines = record.read_metrics(path / 'metrics.jsonl')
             _check_lines(path / 'metrics.jsonl', lines)
@@ -65,19 +107,38 @@ def read(folders):
             continue
         run = Run(folder, config, lines, {}, {}, '', len(runs))
         runs.append(run)
-        for name, into in (('environment', None), *((f'analysis/{job}/result', job) for job in ANALYSES)):
+        for name, job in (
+            ('environment', ''),
+            ('debug/report', ''),
+            *((f'analysis/{job}/result', job) for job in ANALYSES),
+        ):
             try:
-                content = _content(path / f'{name}.json', into)
+                content = _content(path / f'{name}.json', job) or {}
             except CheckpointError as problem:
                 problems.append(problem)
                 continue
-            if into is None:
-                run.environment = content or {}
-            elif content:
-                run.analyses[into] = content
+            if job and content:
+                run.analyses[job] = content
+            elif not job:
+                setattr(run, 'environment' if name == 'environment' else 'debug', content)
     for run, name in zip(runs, drawing.names([run.folder for run in runs]), strict=True):
         run.name = name
-    return runs, problems
+    _colour(groups(runs))
+    return runs, problems, others
+
+
+def _is_run(path):
+    """Whether a path, which must exist, has the config.json of a run, be it damaged. Others may have one too, such as
+    Hugging Face folders."""
+    try:
+        content = json.loads((path / 'config.json').read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        if path.exists():
+            return False
+        raise UsageError(f'there is no {path / "config.json"}') from None
+    except (OSError, ValueError):
+        return True
+    return not isinstance(content, dict) or 'model' in content
 
 
 def _check_lines(path, lines):
@@ -106,7 +167,7 @@ def _content(path, job):
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f'the result of mixln_jax.analysis.{job}' if job else 'what a run says of its environment'
+        what = f'the result of mixln_jax.analysis.{job}' if job else 'what a run writes'
         raise CheckpointError(f'{path} is not {what}: {type(error).__name__}: {error}') from None
     return content
 
@@ -155,22 +216,118 @@ def _check(job, result):
         raise ValueError('theory of another length')
 
 
-def row(run):
-    """The run's row under COLUMNS, texts."""
-    evaluated = [line for line in run.lines if 'eval/perplexity' in line]
-    step, expected = run.lines[-1]['step'] if run.lines else 0, run.config.expected
-    got = evaluated[-1]['eval/perplexity'] if evaluated else None
-    paper = expected.perplexity or None
-    return (
-        run.name,
-        run.placement,
-        f'{step:,}{"" if step == run.config.num_steps else f" of {run.config.num_steps:,}"}',
-        run.tokens,
-        f'{got:.2f}' if got else 'not finite' if evaluated else '-',
-        f'{paper:.2f}' if paper else '-',
-        f'{got - paper:+.2f} ({(got / paper - 1):+.1%})' if got and paper else '-',
-        expected.source or '-',
+def groups(runs):
+    """Lists of runs: those together that differ in seeds alone and are equally far; the lowest perplexity first."""
+    found = {}
+    for run in runs:
+        step, perplexity = run.last('eval/perplexity')
+        alike = [run.step, step, run.text, {name: value for name, value in run.keys.items() if name not in SEEDS}]
+        known = step is not None and math.isfinite(perplexity)
+        candidates = found.setdefault(json.dumps(alike if known else run.name), [])
+        # The same seeds again are no further sample.
+        group = next((group for group in candidates if run.seeds not in [other.seeds for other in group]), None)
+        group.append(run) if group else candidates.append([run])
+    return sorted(itertools.chain(*found.values()), key=_rank)
+
+
+def _rank(group):
+    perplexities = [run.last('eval/perplexity')[1] for run in group]
+    if None in perplexities:
+        return 2, 0
+    mean = np.mean(perplexities)
+    return (0, mean) if np.isfinite(mean) else (1, 0)
+
+
+def _colour(groups):
+    """Gives runs that differ in seeds alone one colour and dashes of their own, where there are enough of both."""
+    if len(groups) <= len(drawing.COLOURS) and max(map(len, groups), default=0) <= len(drawing.DASHES):
+        for number, group in enumerate(sorted(groups, key=lambda group: group[0].colour)):
+            for other, run in enumerate(group):
+                run.colour = number + other * len(drawing.COLOURS)
+
+
+def overview(runs):
+    """The Section that compares the runs: a row for every group of them."""
+    ordered = groups(runs)
+    rows = [_row(group) for group in ordered]
+    placed = list(rows[0]).index('placement') + 1
+    settings = [
+        {name: ', '.join(dict.fromkeys(f'{run.keys[name]}' or '(empty)' for run in group)) for name in runs[0].keys}
+        for group in ordered
+    ]
+    shown = SHOWN + SEEDS * any(len(group) > 1 for group in ordered)  # seeds of each run are in the table of runs
+    differ = [name for name in settings[0] if len({of[name] for of in settings}) > 1 and not name.startswith(shown)]
+    head = [*list(rows[0])[:placed], *differ, *list(rows[0])[placed:]]
+    cells = [[(row | of)[name] for name in head] for row, of in zip(rows, settings, strict=True)]
+    caption = 'Last evaluation of each run, lowest perplexity first'
+    if any(len(group) > 1 for group in ordered):
+        caption += '; runs that differ in seeds alone in one row: mean ± standard error (number of runs)'
+    table = Table(caption, *sections.filled(head, cells))
+    return Section('Perplexity', notes=tuple(_notes(runs)), warnings=tuple(_unlike(runs)), tables=(table,))
+
+
+def _row(group):
+    """{column: text} of runs that differ in seeds alone, but for the settings."""
+    run, expected = group[0], group[0].config.expected
+    perplexities, *others = (
+        [run.last(key)[1] for run in group] for key in ('eval/perplexity', 'eval/bits_per_byte', 'tokens')
     )
+    bits, tokens = ([None if value is None or math.isnan(value) else value for value in of] for of in others)
+    mean = np.mean(perplexities) if None not in perplexities else np.nan
+    paper = expected.perplexity or None
+    compared = paper and np.isfinite(mean)
+    return {
+        'run': sections.listed(group),
+        'perplexity': _mean(perplexities, 2),
+        'bits per byte': _mean(bits, 3),
+        'paper': f'{paper:,.2f}' if paper else '-',
+        'difference': f'{mean - paper:+,.2f} ({mean / paper - 1:+.1%})' if compared else '-',
+        'placement': run.placement,
+        'steps': run.steps,
+        'tokens': f'{np.mean(tokens):,.0f}' if None not in tokens else '-',
+        'source': expected.source or '-',
+    }
+
+
+def _mean(values, decimals):
+    """A number, or the mean of several, with its standard error and how many they are, a text."""
+    if None in values:
+        return '-'
+    text = sections.fixed(np.mean(values), decimals)
+    if len(values) == 1:
+        return text
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    return f'{text} ± {sections.short(error, 2)} ({len(values)})'
+
+
+def _unlike(runs):
+    """What hinders a comparison of perplexities: that runs read other text, or read it otherwise."""
+    known = [run for run in runs if run.text]
+    texts = [run.text for run in known]
+    names = [run.name for run in known]
+    if {'tokenizer', 'mode', 'seq_length'} & {*sections.differing(texts)}:
+        # Then others differ with them: how much text a number of tokens is, and the digest of rows made beforehand.
+        prepared = any(run.config.data.source == 'tokens' for run in known)
+        others = ('amount', 'source') if prepared else ('amount',)
+        texts = [{name: value for name, value in text.items() if name not in others} for text in texts]
+    if differences := sections.differences(names, texts):
+        yield (
+            f'Perplexities are not comparable. The runs differ in {differences}. Bits per byte may be, where the text '
+            'of the evaluation is the same.'
+        )
+
+
+def _notes(runs):
+    """What a reader should know of single runs."""
+    for run in runs:
+        evaluated, _ = run.last('eval/perplexity')
+        if run.step != run.config.num_steps or evaluated != run.step:
+            seen = 'not evaluated yet' if evaluated is None else f'evaluated at step {evaluated:,}'
+            bad = f'; not finite from step {run.bad_step:,} on' if run.bad_step else ''
+            yield f'{run.name} is unfinished: step {run.steps}, {seen}{bad}.'
+    unknown = [run for run in runs if not run.text]
+    if unknown and len(runs) > 1:
+        yield f'Not known, as environment.json does not say it: what text {sections.listed(unknown)} saw.'
 
 
 def markdown(head, rows):
@@ -188,7 +345,7 @@ def document(title, lead, sections):
 
     def lines(section, level):
         yield from (f'{"#" * level} {section.heading}', '')
-        for text in (*section.texts, *section.notes):
+        for text in (*(f'**Warning.** {text}' for text in section.warnings), *section.texts, *section.notes):
             yield from (text, '')
         for table in section.tables:
             yield from (f'{table.caption}:', '', *markdown(table.head, table.rows), '')
@@ -199,35 +356,45 @@ def document(title, lead, sections):
     return '\n'.join([f'# {title}', '', lead, '', *every])
 
 
-def write(runs, rows, out):
-    """Writes report.html and report.md into the folder `out`."""
+def write(runs, compared, out):
+    """Writes report.html and report.md into the folder `out`; their paths."""
     out.mkdir(parents=True, exist_ok=True)  # or it would be found out after drawing
     title = 'Runs side by side' if len(runs) > 1 else f'The run {runs[0].name}'
-    names = ', '.join(run.name for run in runs)
-    lead = f'{names}: perplexity, settings, training, and what each layer does (python -m mixln_jax.report).'
-    said = sections.compose(runs, COLUMNS, rows)
+    what = 'perplexity, settings, training, and what each layer does (python -m mixln_jax.report)'
+    lead = f'{sections.listed(runs)}: {what}.'
+    said = sections.compose(runs, compared)
     colours = {run.name: drawing.look({'colour': run.colour}, 0)[0] for run in runs}
-    record.write(out / 'report.html', page.render(title, lead, said, colours).encode())
-    record.write(out / 'report.md', document(title, lead, said).encode())
+    paths = out / 'report.html', out / 'report.md'
+    for path, text in zip(paths, (page.render(title, lead, said, colours), document(title, lead, said)), strict=True):
+        record.write(path, text.encode())
+    return paths
 
 
 def main(argv):
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.report', description=__doc__, allow_abbrev=False)
-    parser.add_argument('runs', nargs='+', metavar='DIR', help='work directory of a run')
+    parser.add_argument('runs', nargs='+', metavar='DIR', help='work directory of a run; other folders are skipped')
     parser.add_argument('--out', metavar='FOLDER', default='report', help='for report.html and report.md [report]')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
     def job():
         options = exits.parse(parser, argv)
-        runs, problems = read(options.runs)
-        rows = [row(run) for run in runs]
+        runs, problems, others = read(options.runs)
+        skipped = f'{", ".join(others)} (no config.json of a run)'
         if runs:
-            record.say(*markdown(COLUMNS, rows))
+            compared = overview(runs)
+            [table] = compared.tables
+            record.say(*markdown(table.head, table.rows), '', *compared.notes)
             try:
-                write(runs, rows, pathlib.Path(options.out))
+                record.say(f'wrote {" and ".join(map(str, write(runs, compared, pathlib.Path(options.out))))}')
             except OSError as problem:
                 problems.append(UsageError(f'--out {options.out} is no folder to write into: {problem.strerror}'))
+            for warning in compared.warnings:
+                record.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
+            if others:
+                record.say(f'mixln_jax: skipped {len(others)} that are no runs: {skipped}', file=sys.stderr)
+        elif others:
+            problems.append(UsageError(f'nothing here is a run: {skipped}'))
         for problem in problems[:-1]:
             record.say(f'mixln_jax: {problem}', file=sys.stderr)
         if problems:

@@ -5,35 +5,40 @@ import shlex
 
 import numpy as np
 
-from mixln_jax import config as configs
 from mixln_jax import figures
 from mixln_jax.page import Picture, Section, Table
 
 # Lists over layers in metrics.jsonl: key, heading, what the bar of colours says.
 EVOLUTIONS = (
     ('analysis/angular_distance', 'Angular distance across each layer', 'angular distance (share of π)'),
-    ('analysis/perplexity_drop', 'Change in perplexity without each layer', 'change in perplexity'),
+    ('analysis/perplexity_drop', 'Change in perplexity without each layer', 'change in perplexity\nwithout the layer'),
     ('analysis/grad_norm', 'Gradient norm of each layer, on a fixed sample', 'gradient norm'),
     ('layers/grad_norm', 'Gradient norm of each layer, of the batch of the step', 'gradient norm'),
-    ('analysis/variance', 'Variance of the residual stream behind each layer', 'variance'),
+    ('analysis/variance', 'Variance of the residual stream after each layer', 'variance'),
 )
+# What a part of a text's description is called.
+PARTS = {
+    'source': 'the documents',
+    'mode': 'how rows are made',
+    'seq_length': 'the length of rows',
+    'amount': 'the number of tokens to evaluate on',
+}
 MOST_POINTS = 60  # of a line, and columns of a heat map, over the training: more are not seen
 
 
-def compose(runs, columns, rows):
+def compose(runs, compared):
     """The Sections of a report.
 
     Args:
         runs: of `report.read`.
-        columns, rows: the table of perplexities, texts.
+        compared: the Section that compares them.
     """
     sections = [
+        compared,
         Section('Runs', tables=(_runs(runs),)),
-        Section('Perplexity', tables=(Table('Perplexity of the last evaluation, beside the paper', columns, rows),)),
-        _settings(runs),
         _training(runs),
         _analysis(runs, 'angular', 'Angular distance', _angular),
-        _analysis(runs, 'drop', 'Without a layer', _drop),
+        _analysis(runs, 'drop', 'Change without a layer', _drop),
         _analysis(runs, 'gradients', 'Gradients', _gradients),
         _analysis(runs, 'variance', 'Growth of the residual stream', _variance),
         _evolution(runs),
@@ -42,6 +47,8 @@ def compose(runs, columns, rows):
 
 
 def _runs(runs):
+    """A row for every run."""
+    seeds = [name for name in ('seed', 'data.seed') if len({run.keys[name] for run in runs}) > 1]
     rows = []
     for run in runs:
         commit, devices = run.environment.get('commit'), run.environment.get('devices')
@@ -50,20 +57,19 @@ def _runs(runs):
         if isinstance(devices, dict):
             count = f'{devices["count"]} x ' if devices.get('count', 1) != 1 else ''
             device = f'{count}{devices.get("kind", "-")}'
-        rows.append((run.name, run.placement, f'{run.config.model.num_layers}', short, device, run.tokens))
-    return Table('What was run', ('run', 'placement', 'layers', 'commit', 'device', 'tokens'), rows)
+        evaluated, perplexity = run.last('eval/perplexity')
+        rows.append(
+            (run.name, '-' if evaluated is None else fixed(perplexity, 2), *(f'{run.keys[name]}' for name in seeds),
+             run.placement, f'{run.config.model.num_layers}', run.steps, short, device)
+        )  # fmt: skip
+    head = ('run', 'perplexity', *seeds, 'placement', 'layers', 'steps', 'commit', 'device')
+    return Table('What was run', *filled(head, rows))
 
 
-def _settings(runs):
-    flat = [configs.flatten(run.config) | {'model.norm_position': run.placement} for run in runs]
-    rows = [
-        (name, *(f'{values[name]}' or '(empty)' for values in flat))
-        for name in flat[0]
-        if len({values[name] for values in flat}) > 1 and not name.startswith('expected.')
-    ]
-    if not rows:
-        return Section('Settings', texts=('One run.' if len(runs) == 1 else 'All settings are equal.',))
-    return Section('Settings', tables=(Table('Settings that differ', ('key', *(run.name for run in runs)), rows),))
+def filled(head, rows):
+    """(head, rows) of a table without the columns in which nothing stands."""
+    kept = [number for number, column in enumerate(zip(*rows, strict=True)) if not {*column} <= {'-', ''}]
+    return tuple(head[number] for number in kept), [tuple(row[number] for number in kept) for row in rows]
 
 
 def _training(runs):
@@ -74,7 +80,7 @@ def _training(runs):
             marked = _numbers(run.lines, points) if points else ()
             named = {'label': run.name, 'colour': run.colour}
             series.append(named | {'x': x, 'y': y, 'points': marked if len(marked) and len(marked[0]) else None})
-        alt = f'Lines of {label} over the tokens, one for each of {_names(runs)}.'
+        alt = f'Lines of {label} over the tokens, one for each of {listed(runs)}.'
         return Picture(figures.curves(series, 'tokens', label, log), alt, what)
 
     if not any(run.lines for run in runs):
@@ -93,11 +99,16 @@ def _evaluations(runs):
     by_step = [{line['step']: line for line in run.lines if 'eval/perplexity' in line} for run in runs]
     steps = sorted(set().union(*by_step))
     rows = [
-        (f'{step:,}', *(_text(_number(lines[step]['eval/perplexity'])) if step in lines else '-' for lines in by_step))
+        (
+            f'{step:,}',
+            *(fixed(number(lines[step]['eval/perplexity']), 2) if step in lines else '-' for lines in by_step),
+        )
         for step in steps
     ]
-    head = ('step', *(run.name for run in runs))
-    return (Table('Perplexity in evaluation, by step', head, rows, folded=len(rows) > 8),) if rows else ()
+    if not rows:
+        return ()
+    head, rows = filled(('step', *(run.name for run in runs)), rows)
+    return (Table('Perplexity in evaluation, by step', head, rows, folded=len(rows) > 8),)
 
 
 def _analysis(runs, job, heading, show):
@@ -114,7 +125,7 @@ def _analysis(runs, job, heading, show):
         command = shlex.join(
             ['python', '-m', f'mixln_jax.analysis.{job}', '--checkpoint', *(r.folder for r in missing)]
         )
-        notes.append(f'Not measured yet: {_names(missing)}. `{command}` does it.')
+        notes.append(f'Not measured yet: {listed(missing)}. `{command}` does it.')
     if not measured:
         return Section(heading, notes=tuple(notes))
     results = [run.results(job)[-1] for run in measured]
@@ -122,18 +133,34 @@ def _analysis(runs, job, heading, show):
     names = ('step', 'tokens', 'rows', 'positions', 'gradients', 'rows_per_gradient', 'theory_constant')
     shown = [name for name in names if any(result.get(name) is not None for result in results)]
     rows = [(result['label'], f'{result["checkpoint_label"] or "-"}', *_about(result, shown)) for result in results]
-    if differ := _differences([result.get('text') for result in results]):
-        notes.append(f'Not measured on the same text: {differ}. So these numbers are not of one kind.')
+    warnings = ()
+    if differ := differences([result['label'] for result in results], [result.get('text') for result in results]):
+        warnings = (f'Not measured on the same text, so not to be compared. The results differ in {differ}.',)
     about = Table('What was measured', ('run', 'checkpoint', *(name.replace('_', ' ') for name in shown)), rows)
-    return Section(heading, texts, tuple(notes), tuple(pictures), (about, *tables), tuple(parts))
+    return Section(heading, texts, tuple(notes), tuple(pictures), (about, *tables), tuple(parts), warnings)
 
 
-def _differences(texts):
-    """In what the texts differ that results were measured on, '' where in nothing; None: unknown."""
+def differing(texts):
+    """The parts, such as the tokenizer, in which the texts of runs or results differ; None: unknown."""
     texts = [text or {} for text in texts]
     names = dict.fromkeys(name for text in texts for name in text)
-    said = {'source': 'the documents', 'seq_length': 'the length of rows', 'mode': 'how rows are made'}
-    return ', '.join(said.get(name, f'the {name}') for name in names if len({f'{t.get(name)}' for t in texts}) > 1)
+    return [name for name in names if len({f'{text.get(name)}' for text in texts}) > 1]
+
+
+def differences(names, texts):
+    """In what texts differ, and who differs from whom, for people: '' where in nothing."""
+    said = []
+    for part in differing(texts):
+        sides = {}
+        for name, text in zip(names, texts, strict=True):
+            sides.setdefault(f'{(text or {}).get(part, "unknown")}', []).append(name)
+        who = []
+        for value, side in sorted(sides.items(), key=lambda pair: len(pair[1])):
+            readable = f'{value}: ' if len(value) <= 12 else ''  # not a digest
+            many = len(side) > 3 and len(who) == len(sides) - 1
+            who.append(readable + ('all others' if many else ', '.join(side)))
+        said.append(f'{PARTS.get(part, f"the {part}")} ({"; ".join(who)})')
+    return ', '.join(said[:-1]) + ' and ' * (len(said) > 1) + ''.join(said[-1:])
 
 
 def _about(result, names):
@@ -221,7 +248,7 @@ def _variance(every, results):
         Picture(
             figures.variance(results),
             f'Lines over the depth, one for each of {_labels(results)}: variance of the residual stream: {ranges}.',
-            'Variance with depth; dashed: the theory.',
+            'Variance with depth; dash-dotted: the theory.',
         ),
         Picture(
             figures.contribution(results),
@@ -248,18 +275,36 @@ def _evolution(runs):
             if L:
                 some = np.unique(np.linspace(0, len(lines) - 1, min(MOST_POINTS, len(lines))).round().astype(int))
                 steps = [lines[i]['step'] for i in some]
-                found.append((run, steps, [[_number(value) for value in lines[i][key]] for i in some]))
-        among = [values for _, _, values in found]
-        pictures = tuple(
-            Picture(
+                found.append((run, steps, [[number(value) for value in lines[i][key]] for i in some]))
+        if found:
+            parts.append(Section(heading, pictures=tuple(_evolution_pictures(found, heading, quantity))))
+    return Section('Layer by layer during the training', parts=tuple(parts)) if parts else None
+
+
+def _evolution_pictures(found, heading, quantity):
+    """Lines of all runs at the last step that was measured, and a heat map of each that was measured at several.
+
+    Args:
+        found: (run, steps [S], values [S,L]) of each.
+    """
+    last = [values[-1] for _, _, values in found]
+    steps = {steps[-1] for _, steps, _ in found}
+    first, newest = min(steps), max(steps)
+    every = f'the last step that was measured of each, from {first:,} to {newest:,}'
+    ranges = '; '.join(f'{run.name} {_range(values)}' for (run, _, _), values in zip(found, last, strict=True))
+    named = [{'label': run.name, 'colour': run.colour} for run, _, _ in found]
+    yield Picture(
+        figures.by_layer(last, named, quantity),
+        f'Lines over the layers, one for each of {listed([run for run, _, _ in found])}: {heading.lower()}: {ranges}.',
+        f'At {every if first < newest else f"step {newest:,}"}.',
+    )
+    among = [values for _, steps, values in found if len(steps) > 1]
+    for run, steps, values in found:
+        if len(steps) > 1:
+            yield Picture(
                 figures.evolution(values, steps, run.name, quantity, among),
                 f'Heat map of {run.name}: {heading.lower()} at {len(steps)} steps, {_range(values)}.',
             )
-            for run, steps, values in found
-        )
-        if found:
-            parts.append(Section(heading, pictures=pictures))
-    return Section('Layer by layer during the training', parts=tuple(parts)) if parts else None
 
 
 def _by_layer(caption, results, quantities, numbers=None, what='layer'):
@@ -275,7 +320,7 @@ def _by_layer(caption, results, quantities, numbers=None, what='layer'):
 
 def _numbers(lines, key):
     """(tokens, values) of the metrics lines that have `key`; nan where it is no number."""
-    found = [(line['tokens'], _number(line[key])) for line in lines if key in line and 'tokens' in line]
+    found = [(line['tokens'], number(line[key])) for line in lines if key in line and 'tokens' in line]
     return tuple(map(list, zip(*found, strict=True))) if found else ([], [])
 
 
@@ -292,7 +337,7 @@ def _sentence(text):
     return f'{text[:1].upper()}{text[1:]}{"" if text.endswith(".") else "."}'
 
 
-def _number(value):
+def number(value):
     return float(value) if isinstance(value, int | float) else math.nan
 
 
@@ -301,16 +346,28 @@ def _text(value, error=None):
     if value is None or not math.isfinite(value):
         return 'not finite'
     known = error is not None and math.isfinite(error)
-    return f'{value:.4g} ± {error:.2g}' if known else f'{value:.4g}'
+    return f'{short(value)} ± {short(error, 2)}' if known else short(value)
+
+
+def fixed(value, decimals):
+    """A number with so many decimals, for people, while that is readable."""
+    if not math.isfinite(value):
+        return 'not finite'
+    return f'{value:,.{decimals}f}' if abs(value) < 1e6 else short(value)
+
+
+def short(value, digits=4):
+    """A finite number for people, so many digits or all before the point; powers of ten where it is far from 1."""
+    return f'{value:,.0f}' if 10 ** (digits - 1) <= abs(value) < 1e9 else f'{value:.{digits}g}'
 
 
 def _range(values):
     values = np.array(values, float)
     values = values[np.isfinite(values)]
-    return f'from {values.min():.3g} to {values.max():.3g}' if values.size else 'nothing finite'
+    return f'from {short(values.min(), 3)} to {short(values.max(), 3)}' if values.size else 'nothing finite'
 
 
-def _names(runs):
+def listed(runs):
     return ', '.join(run.name for run in runs)
 
 

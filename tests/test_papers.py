@@ -126,31 +126,49 @@ class TestReport:
         two = self.run(tmp_path / 'two', None, step=7)
         assert report.main([one, two]) == 0
         head, _, first, second = [
-            [word.strip() for word in line.split('|')[1:-1]] for line in capsys.readouterr().out.splitlines()
+            [word.strip() for word in line.split('|')[1:-1]]
+            for line in capsys.readouterr().out.splitlines()
+            if line.startswith('|')
         ]
-        assert head == list(report.COLUMNS)
-        assert first == [
-            *(
-                'one',
-                'post x 1, pre x 2',
-                '10',
-                '1.2e+09',
-                '33.00',
-                '30.00',
-                '+3.00 (+10.0%)',
-                'Mix-LN Table 1, 71m_mix',
-            )
-        ]
-        assert second == ['two', 'post x 1, pre x 2', '7 of 10', '1.2e+09', '99.00', '-', '-', '-']
+        placed = {'placement': 'post x 1, pre x 2', 'tokens': '1,200,000,000'}
+        assert dict(zip(head, first, strict=True)) == placed | {
+            'run': 'one',
+            'perplexity': '33.00',
+            'paper': '30.00',
+            'difference': '+3.00 (+10.0%)',
+            'steps': '10',
+            'source': 'Mix-LN Table 1, 71m_mix',
+        }
+        nothing = dict.fromkeys(('paper', 'difference', 'source'), '-')
+        assert dict(zip(head, second, strict=True)) == placed | nothing | {
+            'run': 'two',
+            'perplexity': '99.00',
+            'steps': '7 of 10',
+        }
 
-    def test_one_that_is_no_run_hides_no_other(self, tmp_path, capsys):
+    def test_folders_that_are_no_runs_are_skipped(self, tmp_path, capsys):
+        """With one note, also a Hugging Face folder, a file, and the folder of an older report."""
         one = self.run(tmp_path / 'one', 33.0)
         began = self.run(tmp_path / 'began', None)
         (tmp_path / 'began/metrics.jsonl').unlink()
-        assert report.main([one, str(tmp_path), began]) == 2
+        others = [str(tmp_path / name) for name in ('exported', 'notes', 'todo.txt')]
+        (tmp_path / 'exported').mkdir(), (tmp_path / 'notes').mkdir(), (tmp_path / 'todo.txt').touch()
+        (tmp_path / 'exported/config.json').write_text('{"architectures": ["LlamaForCausalLM"]}')
+        assert report.main([one, *others, began]) == 0
         shown = capsys.readouterr()
-        assert '33.00' in shown.out and '0 of 10' in shown.out and len(shown.out.splitlines()) == 4
-        assert f'{tmp_path}/config.json' in shown.err and len(shown.err.splitlines()) == 1
+        assert '33.00' in shown.out and '0 of 10' in shown.out
+        assert shown.err == (f'mixln_jax: skipped 3 that are no runs: {", ".join(others)} (no config.json of a run)\n')
+        assert report.main([others[0], 'nowhere', *others[1:]]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 2 and 'nowhere/config.json' in said[0] and ', '.join(others) in said[1]
+
+    def test_a_damaged_configuration_is_no_reason_to_skip(self, tmp_path, capsys):
+        """What was a run is named, exit 2, and the others are shown."""
+        one, two = self.run(tmp_path / 'one', 33.0), self.run(tmp_path / 'two', 34.0)
+        (tmp_path / 'two/config.json').write_text('{"seed": 0, "mod')
+        assert report.main([one, two]) == 2
+        shown = capsys.readouterr()
+        assert '33.00' in shown.out and 'two/config.json is not the configuration of a run' in shown.err
 
     def test_the_last_perplexity_counts(self, tmp_path, capsys):
         """Also where it was not finite, which is null in metrics.jsonl."""

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from mixln_jax import config as configs
-from mixln_jax import figures, report, sections
+from mixln_jax import drawing, figures, report, sections
 
 L = 3
+LINES = (
+    {'step': 5, 'tokens': 500, 'train/loss': 4.5, 'train/grad_norm': 2.0, 'eval/perplexity': 99.5},
+    {'step': 10, 'tokens': 1000, 'train/loss': None, 'eval/perplexity': 33.25, 'eval/loss': 3.5},
+)
 RNG = np.random.default_rng(0)
 
 
@@ -62,10 +66,10 @@ def write_analysis(folder, job, *results, **changes):
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """Makes a work directory; the report goes into the folder `report` beside it."""
+    """Makes a work directory, in which `lines` and `data` are what metrics.jsonl and environment.json say."""
     monkeypatch.chdir(tmp_path)
 
-    def make(name, **changes):
+    def make(name, lines=LINES, data=None, **changes):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         config = configs.default()
@@ -75,11 +79,7 @@ def made(tmp_path, monkeypatch):
         values['model'] |= {'norm_position': ['post', 'pre', 'pre'], 'layer_index': [1, 2, 3], 'depth': 3}
         (folder / 'config.json').write_text(json.dumps(values))
         environment = {'commit': 'c37492b0123456789-dirty', 'devices': {'kind': 'TPU v5', 'count': 4}}
-        (folder / 'environment.json').write_text(json.dumps(environment))
-        lines = [
-            {'step': 5, 'tokens': 500, 'train/loss': 4.5, 'train/grad_norm': 2.0, 'eval/perplexity': 99.5},
-            {'step': 10, 'tokens': 1000, 'train/loss': None, 'eval/perplexity': 33.25, 'eval/loss': 3.5},
-        ]
+        (folder / 'environment.json').write_text(json.dumps(environment | ({'data': data} if data else {})))
         (folder / 'metrics.jsonl').write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
         return folder
 
@@ -133,12 +133,14 @@ def test_the_whole_page(made, capsys):
         lines.write(json.dumps({'step': 11, 'tokens': 1100, **evolving}) + '\n')
 
     assert report.main([str(one), str(two)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    shown = capsys.readouterr()
+    assert len([line for line in shown.out.splitlines() if line.startswith('|')]) == 4 and not shown.err
+    assert shown.out.splitlines()[-1] == 'wrote report/report.html and report/report.md'
     page, text = read()
     seen = Reader(page)
 
     for said in (page, text):  # what is only in these runs
-        for number in ('33.25', '+3.25 (+10.8%)', '99.5', '0.0125', '7000 ± 70', '1.625 ± 0.016', '-0.125', '0.375'):
+        for number in ('33.25', '+3.25 (+10.8%)', '99.5', '0.0125', '7,000 ± 70', '1.625 ± 0.016', '-0.125', '0.375'):
             assert number in said, number
         for word in (
             'post x 1, pre x 2',
@@ -176,7 +178,7 @@ def test_runs_of_one_name_are_told_apart(made, capsys):
     folders = [str(made('a/run')), str(made('b/run'))]
     assert report.main(folders) == 0
     assert '| a/run | ' in capsys.readouterr().out
-    assert {'a/run', 'b/run'} <= set(Reader(read()[0]).cells) and 'All settings are equal' in read()[1]
+    assert {'a/run', 'b/run'} <= set(Reader(read()[0]).cells)
     assert f'`python -m mixln_jax.analysis.drop --checkpoint {" ".join(folders)}`' in read()[1]
 
 
@@ -184,9 +186,9 @@ def test_the_newest_step_counts(made):
     """Whatever the order in the file; without a step (Hugging Face's folders) a result counts as old."""
     one = made('one')
     write_analysis(one, 'angular', *(result('angular', step=step) for step in (600, 2400, None)))
-    [run], _ = report.read([str(one)])
+    [run], _, _ = report.read([str(one)])
     assert [found['step'] for found in run.results('angular')] == [None, 600, 2400]
-    section = sections.compose([run], report.COLUMNS, [report.row(run)])[4]
+    section = sections.compose([run], report.overview([run]))[3]
     assert section.tables[0].rows == [('one', 'one step 2400', '2,400', '65,536', 'all')]
 
 
@@ -215,7 +217,7 @@ def test_a_malformed_result(made, capsys, content):
     one = made('one')
     write_analysis(one, 'angular')
     (one / 'analysis/angular/result.json').write_text(content)
-    runs, [problem] = report.read([str(one)])
+    runs, [problem], _ = report.read([str(one)])
     assert 'analysis/angular/result.json is not the result of mixln_jax.analysis.angular: ' in str(problem)
     assert problem.code == 5 and len(str(problem).splitlines()) == 1
     assert runs[0].name == 'one' and not runs[0].analyses
@@ -233,14 +235,14 @@ def test_words_for_numbers(made, capsys):
     assert report.main([str(one), str(two), str(three)]) == 5
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and 'one/metrics.jsonl: layers/grad_norm of step 11 is no number' in said[0]
-    assert 'two/analysis/drop/result.json is not' in said[1] and '7000' in read()[0]
+    assert 'two/analysis/drop/result.json is not' in said[1] and '7,000' in read()[0]
 
 
 @pytest.mark.parametrize('job', ['drop', 'gradients', 'variance'])
 def test_a_result_of_another_depth(made, job):
     one = made('one')
     write_analysis(one, job, result(job, norm_position=['pre'] * 5))
-    _, [problem] = report.read([str(one)])
+    _, [problem], _ = report.read([str(one)])
     assert f'analysis/{job}/result.json is not' in str(problem)
 
 
@@ -252,7 +254,8 @@ def test_layers_of_a_pruned_network_and_other_texts(made):
     write_analysis(two, 'gradients', result('gradients', layer_index=[1, 2, 4], text=shorter))
     assert report.main([str(one), str(two)]) == 0
     page, text = read()
-    assert 'Not measured on the same text: how rows are made. So these numbers are not of one kind.' in page
+    warning = 'Not measured on the same text, so not to be compared. The results differ in how rows are made '
+    assert warning + '(pad: one; concat: two).' in page
     table = text.split('Gradient norm by layer:')[1].split('\n\n')[1].splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip('|').split('|')] for row in table]
     assert [row[0] for row in cells] == ['1', '2', '3', '4']
@@ -266,7 +269,7 @@ def test_a_problem_hides_nothing_else(made, capsys):
     (two / 'metrics.jsonl').write_text('no line\n')
     assert report.main(['nowhere', str(two), str(one)]) == 5
     shown = capsys.readouterr()
-    assert '33.25' in shown.out and len(shown.out.splitlines()) == 3
+    assert '33.25' in shown.out and len([line for line in shown.out.splitlines() if line.startswith('|')]) == 3
     for line, file in zip(
         shown.err.splitlines(),
         ('nowhere/config.json', 'two/metrics.jsonl:1', 'one/environment.json', 'one/analysis/drop/result.json'),
@@ -301,3 +304,174 @@ def test_curves_are_thinned_to_means():
     assert len(x) == sections.MOST_POINTS and x[0] == 9.5 and y[0] == pytest.approx(378 / 19) and y[1] == 59
     assert sections._thinned(*sections._numbers([{'step': 1}], 'a')) == ([], [])
     assert np.isnan(sections._thinned([1, 2], [None, 3])[1][0])
+
+
+def logged(perplexity, bits=None, step=10, tokens=153_600):
+    """The lines of a run that was evaluated once, at its last step."""
+    return ({'step': step, 'tokens': tokens, 'eval/perplexity': perplexity, 'eval/bits_per_byte': bits},)
+
+
+def table(text, caption='Last evaluation'):
+    """The rows of a table in markdown, each {column: cell}."""
+    lines = text[text.index(caption) :].split('\n\n')[1].splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+class TestComparison:
+    """The first table: a row for all runs that differ in seeds alone, and what keeps runs from being compared."""
+
+    def test_seeds_in_one_row(self, made):
+        """Perplexities 30, 32 and 37: mean 33, standard error sqrt(13 / 3); bits 1.0, 1.1 and 1.5: sqrt(0.07 / 3)."""
+        rate = {'optim.learning_rate': 0.0125}
+        folders = [
+            made('late', logged(31.0, 1.3), **rate, **{'data.seed': 5}),
+            made('a-0', logged(30.0, 1.0)),
+            made('began', ()),
+            made('a-1', logged(32.0, 1.1), seed=1),
+            made('lost', logged(None), seed=3),
+            made('a-2', logged(37.0, 1.5), seed=1, **{'data.seed': 2}),
+            made('again', logged(29.0, 1.0)),  # the seeds of a-0: no further sample
+            made('partial', logged(33.5, step=5), seed=9),
+        ]
+        assert report.main([*map(str, folders)]) == 0
+        page, text = read()
+        rows = table(text)
+        assert [(row['run'], row['perplexity'], row['bits per byte'], row['steps']) for row in rows] == [
+            ('again', '29.00', '1.000', '10'),
+            ('late', '31.00', '1.300', '10'),
+            ('a-0, a-1, a-2', '33.00 ± 2.1 (3)', '1.200 ± 0.15 (3)', '10'),
+            ('partial', '33.50', '-', '5 of 10'),
+            ('lost', 'not finite', '-', '10'),
+            ('began', '-', '-', '0 of 10'),
+        ]
+        # The keys that differ, without the seeds; no column without content.
+        columns = ['run', 'perplexity', 'bits per byte', 'placement', 'optim.learning_rate', 'steps', 'tokens']
+        assert list(rows[0]) == columns and [row['optim.learning_rate'] for row in rows[1:3]] == ['0.0125', '0.001']
+        assert rows[0]['tokens'] == '153,600'
+        runs = {row['run']: row for row in table(text, 'What was run')}
+        assert (runs['a-2']['seed'], runs['a-2']['data.seed'], runs['a-2']['perplexity']) == ('1', '2', '37.00')
+        assert 'partial is unfinished: step 5 of 10, evaluated at step 5.' in text
+        assert 'began is unfinished: step 0 of 10, not evaluated yet.' in text and 'a-1 is' not in text
+        # Runs of one row have one colour, each its own dash, and a dot before each name.
+        looks = {run.name: drawing.look({'colour': run.colour}, 0) for run in report.read(map(str, folders))[0]}
+        of_row = [looks[f'a-{seed}'] for seed in range(3)]
+        assert len({colour for colour, _ in of_row}) == 1 and len({f'{dash}' for _, dash in of_row}) == 3
+        assert len({f'{look}' for look in looks.values()}) == len(looks)
+        cell = page[: page.index('</span>a-2</span>')].rpartition('<th')[2]
+        assert cell.count('class="dot"') == 3 and '</span>a-0,</span> ' in cell
+
+    def test_seeds_are_columns_where_no_row_has_several(self, made):
+        folders = [made('a', logged(30.0)), made('b', logged(31.0), seed=1, **{'optim.b2': 0.5})]
+        assert report.main([*map(str, folders)]) == 0
+        assert [(row['seed'], row['optim.b2']) for row in table(read()[1])] == [('0', '0.999'), ('1', '0.5')]
+
+    def test_runs_on_other_text_are_not_one_row(self, made):
+        """The same configuration, but the files behind data.path have changed."""
+        one = made('a', logged(30.0), {'source': 'ab', 'tokenizer': 'cd'})
+        two = made('b', logged(31.0), {'source': 'ef', 'tokenizer': 'cd'}, seed=1)
+        assert report.main([str(one), str(two)]) == 0
+        assert [row['run'] for row in table(read()[1])] == ['a', 'b']
+
+    DATA = {'source': 'a' * 32, 'tokenizer': 'b' * 32, 'mode': 'pad', 'seq_length': 256}
+
+    @pytest.mark.parametrize(
+        'data, keys, said',
+        [
+            ({}, {}, None),
+            ({'source': 'c' * 32}, {}, 'the documents (a; b)'),
+            ({'tokenizer': 'c' * 32}, {}, 'the tokenizer (a; b)'),
+            (
+                {'mode': 'pack', 'seq_length': 128},
+                {},
+                'how rows are made (pad: a; pack: b) and the length of rows (256: a; 128: b)',
+            ),
+            ({}, {'eval.split': 'train'}, 'the split (validation: a; train: b)'),
+            ({}, {'eval.tokens': 500}, 'the number of tokens to evaluate on (1000: a; 500: b)'),
+            # Of prepared rows the digest follows the tokenizer, and says nothing of the documents.
+            ({'source': 'c' * 32, 'tokenizer': 'd' * 32}, {'data.source': 'tokens'}, 'the tokenizer (a; b)'),
+            ({'source': 'c' * 32}, {'data.source': 'tokens'}, 'the documents (a; b)'),
+        ],
+    )
+    def test_other_text_is_a_warning(self, made, capsys, data, keys, said):
+        lines = [{'step': 10, 'tokens': 9, 'eval/perplexity': 30.0, 'eval/tokens': 1000, 'eval/bits_per_byte': 1.25}]
+        evaluated = {'eval.tokens': 1000}
+        folders = [
+            made('a', lines, self.DATA, **evaluated),
+            made('b', lines, self.DATA | data, **(evaluated | keys)),
+        ]
+        assert report.main([*map(str, folders)]) == 0
+        warning = f'Perplexities are not comparable. The runs differ in {said}. Bits per byte may be'
+        for text in (capsys.readouterr().err, *read()):
+            assert (warning in text) if said else ('not comparable' not in text), text
+
+    def test_who_is_apart_is_named_alone(self, made):
+        folders = [made(f'a{i}', data=self.DATA, seed=i) for i in range(4)]
+        folders.append(made('b', data=self.DATA | {'tokenizer': 'other'}))
+        [warning] = report.overview(report.read([*map(str, folders)])[0]).warnings
+        assert 'differ in the tokenizer (other: b; all others).' in warning
+
+    def test_text_that_is_not_known(self, made):
+        folders = [made('a', data=self.DATA), made('b', data='words'), made('c')]
+        [*_, note] = report.overview(report.read([*map(str, folders)])[0]).notes
+        assert note == 'Not known, as environment.json does not say it: what text b, c saw.'
+
+    def test_a_run_that_was_not_finite(self, made):
+        """debug/report.json says from when on; one of an attempt before says nothing of a run that is further."""
+        for name, step in (('bad', 7), ('old', 3)):
+            (made(name, LINES[:1]) / 'debug').mkdir()
+            with open(f'{name}/debug/report.json', 'w') as file:
+                json.dump({'step': step}, file)
+        notes = report.overview(report.read(['bad', 'old'])[0]).notes
+        assert notes[0] == 'bad is unfinished: step 5 of 10, evaluated at step 5; not finite from step 7 on.'
+        assert notes[1] == 'old is unfinished: step 5 of 10, evaluated at step 5.'
+
+    @pytest.mark.parametrize(
+        'line', [{'tokens': None}, {'eval/perplexity': [1.0]}, {'eval/tokens': None}, {'step': 9.5}]
+    )
+    def test_lines_that_no_run_writes(self, made, line):
+        made('a', [{'step': 10, 'tokens': 9, 'eval/perplexity': 30.0, 'eval/tokens': 5} | line], self.DATA)
+        assert report.main(['a']) == 0
+
+    def test_the_same_folder_twice(self, made):
+        made('a')
+        assert report.main(['a', './a', 'a/']) == 0 and len(table(read()[1])) == 1
+
+
+@pytest.mark.parametrize(
+    'value, shown',
+    [(153_600, '153,600'), (1_234.5678, '1,235'), (999.94, '999.9'), (0.00012345, '0.0001234'), (-7000.4, '-7,000'),
+     (1.5e12, '1.5e+12'), (0.0, '0')],
+)  # fmt: skip
+def test_numbers_for_people(value, shown):
+    assert sections.short(value) == shown
+
+
+def test_layers_at_one_step_are_lines_of_all_runs(made):
+    """Heat maps only of runs that were measured several times, besides lines of each run's last."""
+    key = 'analysis/grad_norm'
+    folders = [
+        made('a', [{'step': 10, key: [1.0, 2.0, 3.0]}]),
+        made('b', [{'step': 10, key: [2.0, 3.0, None]}], seed=1),
+    ]
+    runs, _, _ = report.read(map(str, folders))
+    [part] = sections.compose(runs, report.overview(runs))[-1].parts
+    [picture] = part.pictures
+    assert picture.caption == 'At step 10.' and 'a from 1 to 3; b from 2 to 3' in picture.alt
+    [ax] = picture.figure.axes
+    np.testing.assert_equal([line.get_ydata() for line in ax.lines], [[1, 2, 3], [2, 3, np.nan]])
+
+    folders.append(made('c', [{'step': step, key: [step, 2.0, 3.0]} for step in (5, 8)]))
+    runs, _, _ = report.read(map(str, folders))
+    [part] = sections.compose(runs, report.overview(runs))[-1].parts
+    lines, heat = part.pictures
+    assert lines.caption == 'At the last step that was measured of each, from 8 to 10.'
+    assert [line.get_ydata()[0] for line in lines.figure.axes[0].lines] == [1, 2, 8]
+    assert heat.alt.startswith('Heat map of c')
+
+
+def test_the_first_columns_fit_a_narrow_screen(made):
+    """Of the first table the name and then the perplexity, whatever else differs."""
+    made('a', **{'data.path': 'x' * 300}), made('b', **{'model.norm_eps': 1e-5})
+    assert report.main(['a', 'b']) == 0
+    assert list(table(read()[1])[0])[:2] == ['run', 'perplexity']
