@@ -84,6 +84,7 @@ def test_overrides_take_the_type_of_the_key():
         ('optim.learning_rate', '-1e-3', 'config.optim.learning_rate must be above 0'),
         ('optim.name', 'adamm', 'config.optim.name=.* did you mean adam'),
         ('optim.weight_decay', '0.1', 'config.optim.weight_decay needs'),
+        ('model.family', 'bert', "config.model.family='bert' is not one of llama"),
         ('model.post_ratio', '1.1', 'config.model.post_ratio must be at most 1'),
         ('model.post_ratio', '-0.1', 'config.model.post_ratio must be at least 0'),
         ('model.num_layers', '0', 'config.model.num_layers must be at least 1'),
