@@ -145,10 +145,11 @@ def test_accumulation_and_devices_on_packed_rows():
     assert metrics['tokens'] == others['tokens'] == packed['weights'].sum()
     np.testing.assert_allclose(others['loss'], metrics['loss'], rtol=1e-6)
     np.testing.assert_allclose(others['layer_grad_norm'], metrics['layer_grad_norm'], rtol=1e-5)
-    moments = dict(trees.named_leaves(other.opt_state))
-    for name, leaf in trees.named_leaves(one.opt_state):
-        if '/mu/' in name:
-            np.testing.assert_allclose(moments[name], leaf, rtol=0, atol=2e-6 * np.abs(leaf).max(), err_msg=name)
+    first, moments = ({name: leaf for name, leaf in trees.named_leaves(state.opt_state) if '/mu/' in name}
+                      for state in (one, other))  # fmt: skip
+    assert len(first) == len(jax.tree.leaves(one.params))
+    for name, leaf in first.items():
+        np.testing.assert_allclose(moments[name], leaf, rtol=0, atol=2e-6 * np.abs(leaf).max(), err_msg=name)
     # The step looks at the segments.
     _, joined = whole(state, packed | {'segments': np.ones_like(packed['segments'])})
     assert abs(joined['loss'] / metrics['loss'] - 1) > 1e-3

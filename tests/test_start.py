@@ -269,9 +269,12 @@ def test_networks_that_mean_something_else_by_their_weights(tmp_path, theirs, ou
     networks = [
         llama.from_config(configs.Model(norm_position='group_pre', **(SIZES | changes))) for changes in (theirs, ours)
     ]
-    hf.save(tmp_path / 'folder', networks[0], jax.jit(networks[0].init)(jax.random.key(0))['params'])
+    params = jax.jit(networks[0].init)(jax.random.key(0))['params']
+    hf.save(tmp_path / 'folder', networks[0], params)
     if not message:
-        assert weights.initial(f'hf:{tmp_path}/folder', networks[1])
+        found = weights.initial(f'hf:{tmp_path}/folder', networks[1])
+        table = {'embedding': 4 * params['embed']['embedding']}  # times the root of the width
+        assert equal(found, params | {'embed': table}) and np.any(table['embedding'])
         return
     with pytest.raises(UsageError, match=message):
         weights.initial(f'hf:{tmp_path}/folder', networks[1])

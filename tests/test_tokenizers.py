@@ -219,8 +219,8 @@ def test_wrong_files(kind, tmp_path):
             open_file(tmp_path / 'a.file', kind)
     with pytest.raises(DataError, match=r'tokenizer_path: there is no file .*b\.file'):
         open_file(tmp_path / 'b.file', kind)
+    (tmp_path / 'folder').mkdir()
     with pytest.raises(DataError, match=r'tokenizer_path: .*folder cannot be read: Is a directory'):
-        (tmp_path / 'folder').mkdir()
         open_file(tmp_path / 'folder', kind)
 
 
