@@ -14,10 +14,8 @@ import jax
 
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
-from mixln_jax import metrics
 from mixln_jax.analysis import during
 from mixln_jax.data import batches, rows
-from mixln_jax.models import llama
 from mixln_jax.program import Program
 
 
@@ -58,12 +56,8 @@ def main(argv):
     steps.append(spent)
     ratios = [call * 2 / (before + after) for call, before, after in zip(calls, steps, steps[1:], strict=False)]
 
-    embedding = sizes.vocab_size * sizes.hidden_size
-    flops = metrics.flops_per_position(
-        llama.num_params(sizes, state.params), embedding, sizes.num_layers, sizes.hidden_size, config.seq_length
-    )
     interval = min(config.analysis.every or config.num_steps, config.num_steps)
-    share = during.share(config, flops)
+    share = during.share(config, program.flops_per_position())
     print(f'jax {jax.__version__}, {jax.devices()[0].device_kind}, python {platform.python_version()}')
     print(f'{options.config}: analyses on {config.analysis.tokens:,} tokens every {interval:,} steps')
     print('| | train steps that one call costs | share of the training |\n|---|---|---|')

@@ -61,7 +61,6 @@ def ours(case, settings):
 
     from mixln_jax import mesh as meshes
     from mixln_jax import metrics
-    from mixln_jax.models import llama
     from mixln_jax.program import Program
 
     config = case.config(settings)
@@ -84,14 +83,10 @@ def ours(case, settings):
         used = device.memory_stats()
         return used['peak_bytes_in_use'] if used else _resident()
 
-    embedding = sizes.vocab_size * sizes.hidden_size
-    of_position = metrics.flops_per_position(
-        llama.num_params(sizes, state.params), embedding, sizes.num_layers, sizes.hidden_size, case.length
-    )
     tokens = case.batch_size * case.length
     kind = device.device_kind if device.platform != 'cpu' else f'CPU, {len(os.sched_getaffinity(0))} cores'
     return steps, memory, {
-        'tokens': tokens, 'flops': tokens * of_position, 'device': kind,
+        'tokens': tokens, 'flops': tokens * program.flops_per_position(), 'device': kind,
         'peak': metrics.PEAK_FLOPS.get(device.device_kind), 'matmul_peak': matmul,
     }  # fmt: skip
 

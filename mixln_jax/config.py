@@ -40,6 +40,10 @@ class Model:
     num_layers: int = key(12, 'number of layers L', at_least=1, at_most=10_000)
     num_heads: int = key(12, 'number of query heads', at_least=1)
     num_kv_heads: int = key(0, 'number of key and value heads; 0: as many as query heads', at_least=0)
+    head_dim: int = key(0, 'features of a head; 0: hidden_size / num_heads', at_least=0, at_most=2**16)
+    attention_bias: bool = key(False, 'the matrices of attention have biases')
+    mlp_bias: bool = key(False, 'the matrices of the MLP have biases')
+    tie_word_embeddings: bool = key(False, 'the head is the embedding, transposed')
     norm_position: str = key(
         'mix', 'placement of the norms: a name for all layers, mix, or a list such as post*3,pre*9'
     )
@@ -47,6 +51,13 @@ class Model:
     norm_groups: int = key(4, 'groups of features in the norms of group_pre', at_least=1)
     norm_eps: float = key(1e-6, 'epsilon of the norms', above=0.0)
     rope_theta: float = key(10000.0, 'base of the rotary angles', above=1.0)
+    rope_type: str = key(
+        'default', 'llama3: slow rotations are slowed further, as in Llama 3.1', choices=('default', 'llama3')
+    )
+    rope_factor: float = key(8.0, 'llama3: by how much the slowest rotations are slowed', at_least=1.0)
+    rope_low_freq_factor: float = key(1.0, 'llama3: fewer turns than this in a row: the slowest rotations', above=0.0)
+    rope_high_freq_factor: float = key(4.0, 'llama3: more turns than this in a row: rotations that stay', above=0.0)
+    rope_original_length: int = key(8192, 'llama3: tokens of the row in which turns are counted', at_least=1)
     init: str = key(
         'auto',
         'initialisation: normal (init_std), scaled (attention and MLP outputs divided by sqrt(2L)), deepnorm, '
@@ -72,6 +83,16 @@ class Model:
         "in blocks of queries, or auto: cuDNN's where it can be, on NVIDIA GPUs (from Ampere on) in bfloat16",
         choices=('auto', 'blocks'),
     )
+
+    @property
+    def head_size(self) -> int:
+        """Features of a head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_kv_heads or self.num_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,19 +474,22 @@ def _check(path, field, value):
 def _check_together(config):
     """Facts that concern more than one key."""
     model, optim = config.model, config.optim
-    if model.hidden_size % model.num_heads:
+    if not model.head_dim and model.hidden_size % model.num_heads:
         raise UsageError(
             f'config.model.hidden_size={model.hidden_size} does not divide by config.model.num_heads={model.num_heads}'
         )
-    if model.hidden_size // model.num_heads % 2:
-        raise UsageError(
-            f'the head size {model.hidden_size // model.num_heads} (config.model.hidden_size / num_heads) must be even '
-            'for rotary positions'
-        )
-    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+    if model.head_size % 2:
+        said = 'config.model.head_dim' if model.head_dim else 'config.model.hidden_size / num_heads'
+        raise UsageError(f'the head size {model.head_size} ({said}) must be even for rotary positions')
+    if model.num_heads % model.kv_heads:
         raise UsageError(
             f'config.model.num_heads={model.num_heads} does not divide by '
             f'config.model.num_kv_heads={model.num_kv_heads}'
+        )
+    if model.rope_high_freq_factor <= model.rope_low_freq_factor:
+        raise UsageError(
+            f'config.model.rope_high_freq_factor={model.rope_high_freq_factor:g} must be above '
+            f'config.model.rope_low_freq_factor={model.rope_low_freq_factor:g}'
         )
     if optim.weight_decay and optim.name == 'adam':
         raise UsageError('config.optim.weight_decay needs config.optim.name=adamw or another; adam has none')

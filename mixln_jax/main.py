@@ -25,14 +25,14 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from mixln_jax import checkpoint, evaluate, exits, hooks, measures, metrics, processes, record, train, weights
+from mixln_jax import checkpoint, evaluate, exits, hooks, measures, processes, record, train, weights
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import during
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import llama, norms
+from mixln_jax.models import norms
 from mixln_jax.program import Program
 
 # What may differ when a run goes on; everything else would make it another run.
@@ -144,7 +144,7 @@ def run(values, workdir, stop=None):
                 step == config.num_steps or any(every and step % every == 0 for every, _ in measuring)
             ),
             tokens=about['tokens'],
-            flops_per_position=_flops_per_position(config, state.params),
+            flops_per_position=program.flops_per_position(),
             devices=list(mesh.devices.flat),
             first_line={'perf/compile_sec': compile_sec},
             collapse=train.Collapse(
@@ -264,7 +264,7 @@ def _check_same_run(where, before, now):
     differ = [
         f'{name} (was {before.get(name)}, is {now.get(name)})'
         for name in sorted(before | now)
-        if before.get(name) != now.get(name) and not name.startswith(may_change)
+        if before.get(name) != now.get(name) and name not in may_change and f'{name.split(".")[0]}.' not in may_change
     ]
     if differ:
         raise UsageError(f'{where} holds a run of another configuration: {", ".join(differ)}')
@@ -353,13 +353,6 @@ def _placed(params, like):
     return jax.tree.map(of, params, like)
 
 
-def _flops_per_position(config, params):
-    sizes = config.model
-    embedding = sizes.vocab_size * sizes.hidden_size
-    num_params = llama.num_params(sizes, params)
-    return metrics.flops_per_position(num_params, embedding, sizes.num_layers, sizes.hidden_size, config.seq_length)
-
-
 def _describe(config, program, rows, mesh):
     """The start line and what follows from the keys."""
     model, analyses = program.model, config.analysis.tokens
@@ -374,7 +367,7 @@ def _describe(config, program, rows, mesh):
         f'optimiser {config.optim.name}: {", ".join(f"{name} {number:g}" for name, number in numbers.items()) or "-"}'
     )
     if analyses:
-        share = during.share(config, _flops_per_position(config, program.state.params))
+        share = during.share(config, program.flops_per_position())
         record.say(f'analyses on {analyses:,} tokens: {share:.2%} of the FLOPs of training')
     for warning in norms.warnings(model.norm_position, config.model.init, config.optim.warmup_ratio):
         record.say(f'mixln_jax: warning: {warning}', file=sys.stderr)

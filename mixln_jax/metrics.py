@@ -40,9 +40,10 @@ def perplexity(loss):
     return math.exp(loss) if loss < 709 else math.inf
 
 
-def flops_per_position(num_params, embedding_params, num_layers, hidden_size, seq_length):
-    """FLOPs of training on one position: 6 N + 6 L T D; N without input embedding, attention causal, no remat."""
-    return 6 * (num_params - embedding_params) + 6 * num_layers * seq_length * hidden_size
+def flops_per_position(num_params, embedding_params, num_layers, attention_width, seq_length):
+    """FLOPs of training on one position: 6 N + 6 L T A; N parameters without the input embedding, which counts where it
+    is the head too, A features of all query heads together; attention causal, no remat."""
+    return 6 * (num_params - embedding_params) + 6 * num_layers * seq_length * attention_width
 
 
 def mfu(flops_per_sec, device_kind, devices):

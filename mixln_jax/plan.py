@@ -62,17 +62,17 @@ def memory(program: Program) -> dict[str, int]:
     config, mesh = program.config, program.mesh
     model, width = config.model, 2 if config.compute_dtype == 'bfloat16' else 4
     D, F, H, T = model.hidden_size, model.intermediate_size, model.num_heads, config.seq_length
-    K = (model.num_kv_heads or H) * D // H
+    A, K = H * model.head_size, model.kv_heads * model.head_size  # features of all queries, of all keys
     tensor = mesh.shape['tensor']
     rows = config.batch_size // config.accumulate // meshes.row_parts(mesh)
     # Of a layer: what lies whole on every device of `tensor`, and what is split.
-    inside = {'full': (0, 0), 'dots': (2 * D, D + 2 * K + 2 * F), 'none': (3 * D, 2 * D + 2 * K + 3 * F)}
+    inside = {'full': (0, 0), 'dots': (2 * D, A + 2 * K + 2 * F), 'none': (3 * D, 2 * A + 2 * K + 3 * F)}
     inside = {remat: (whole + split // tensor) * width for remat, (whole, split) in inside.items()}
     stream = D * width
     layer = inside[model.remat]
     working = inside['none'] if model.remat != 'none' else 0  # of the layer at hand, recomputed
     scores = 8 * H // tensor * max(S - first for first, S in attention.blocks(T))  # and of its attention
-    padded = program.state.params['head']['kernel'].shape[1]
+    padded = program.state.params['embed']['embedding'].shape[0]
     chunk = min(rows * T, max(losses.CHUNK, rows))
     return {
         'weights': _held(program.state.params),
@@ -152,9 +152,7 @@ def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
     sizes, params = config.model, program.state.params
     number = llama.num_params(sizes, params)
     positions = config.batch_size * config.seq_length
-    a_position = metrics.flops_per_position(
-        number, sizes.vocab_size * sizes.hidden_size, sizes.num_layers, sizes.hidden_size, config.seq_length
-    )
+    a_position = program.flops_per_position()
     seconds = a_position * positions / (mfu * metrics.PEAK_FLOPS[device] * count)
     hours = seconds * config.num_steps / 3600
     parts = memory(program)

@@ -9,7 +9,7 @@ import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
-from mixln_jax import optim, step
+from mixln_jax import metrics, optim, step
 from mixln_jax.data import layout
 from mixln_jax.exits import UsageError
 from mixln_jax.models import llama
@@ -58,6 +58,14 @@ class Program:
         self.measure_factors = jax.jit(measure, donate_argnums=0, out_shardings=shardings)
         self.eval_step = jax.jit(functools.partial(step.eval_step, model=self.model), out_shardings=everywhere)
 
+    def flops_per_position(self) -> int:
+        """FLOPs of training on one position, by formula; a tied embedding counts as the head that it is too."""
+        sizes, params = self.config.model, self.state.params
+        embedding, width = sizes.vocab_size * sizes.hidden_size, sizes.num_heads * sizes.head_size
+        alone = 0 if sizes.tie_word_embeddings else embedding  # parameters that are looked up and nothing else
+        number, length = llama.num_params(sizes, params), self.config.seq_length
+        return metrics.flops_per_position(number, alone, sizes.num_layers, width, length)
+
     def batch(self, size):
         """A batch of `size` rows as ShapeDtypeStructs."""
         rows = np.zeros((size, self.config.seq_length + 1), layout.TOKEN)
@@ -81,7 +89,7 @@ def _check_sizes(config, mesh):
             f'config.batch_size={config.batch_size} does not divide by config.accumulate={config.accumulate} '
             f'times {parts} parts (config.mesh.data times config.mesh.fsdp)'
         )
-    if (heads := config.model.num_kv_heads or config.model.num_heads) % tensor:
+    if (heads := config.model.kv_heads) % tensor:
         raise UsageError(
             f'{heads} key/value heads (config.model.num_kv_heads, num_heads) do not divide by '
             f'config.mesh.tensor={tensor}'
@@ -91,13 +99,12 @@ def _check_sizes(config, mesh):
 def attention_kernel(config, device):
     """What `model.attention` comes to: `cudnn` where a device can do it and the config lets it, else `blocks`."""
     major = re.match(r'\d+(?=\.\d)', str(getattr(device, 'compute_capability', '')))  # AMD's are called gfx942
-    head_dim = config.model.hidden_size // config.model.num_heads
     can = (
         major
         and int(major[0]) >= 8
         and config.compute_dtype == 'bfloat16'
-        and head_dim % 8 == 0
-        and head_dim <= 128
+        and config.model.head_size % 8 == 0
+        and config.model.head_size <= 128
         and config.seq_length % 2 == 0  # its masks have no odd sides
         and not (config.deterministic and config.data.mode == 'pack')  # nor are they deterministic everywhere
     )

@@ -52,7 +52,7 @@ def _look(model, params, batch):
 
     def loss(params):
         x, out = model.apply({'params': params}, **step.trunk_inputs(batch), capture=True, method='trunk')
-        kernel, size = params['head']['kernel'], model.config.vocab_size
+        kernel, size = model.head_kernel(params), model.config.vocab_size
         total, count, aux = losses.token_losses(x, kernel, batch['targets'], batch['weights'], size)
         rows = aux['token_loss'].sum(-1) / jnp.maximum(batch['weights'].sum(-1), 1)
         return total / jnp.maximum(count, 1), (rows, out['branches'], jnp.linalg.norm(out['hidden'][1:], axis=-1))

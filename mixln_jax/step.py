@@ -26,7 +26,7 @@ def init_state(model, optimizer, key, param_dtype='float32', frozen_row=None):
     """A fresh State; weights as `model.init` draws them, in `param_dtype`, the frozen row of the embedding zero."""
     params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), model.init(key)['params'])
     if frozen_row is not None:
-        params = _without_row(params, frozen_row)
+        params = _with_row(params, frozen_row, jnp.zeros_like)
     return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
 
@@ -50,10 +50,14 @@ def trunk_inputs(batch):
     return {'ids': batch['inputs']} | {key: batch[key] for key in keys if key in batch}
 
 
-def batch_loss(model, params, batch, keep=None):
-    """Next-token loss of a batch as (sum, count, aux); see losses.py. `keep` [L] removes layers; see `trunk`."""
-    x, _ = model.apply({'params': params}, **trunk_inputs(batch), keep=keep, method='trunk')
-    kernel, sharding = params['head']['kernel'], model.stream_sharding
+def batch_loss(model, params, batch, keep=None, frozen_row=None):
+    """Next-token loss of a batch as (sum, count, aux); see losses.py.
+
+    `keep` [L] removes layers; see `trunk`. Reading `frozen_row` of the embedding has no gradient (torch's padding_idx).
+    """
+    read = params if frozen_row is None else _with_row(params, frozen_row, jax.lax.stop_gradient)
+    x, _ = model.apply({'params': read}, **trunk_inputs(batch), keep=keep, method='trunk')
+    kernel, sharding = model.head_kernel(params), model.stream_sharding
     mesh = sharding and sharding.mesh
     return losses.token_losses(x, kernel, batch['targets'], batch['weights'], model.config.vocab_size, mesh=mesh)
 
@@ -83,7 +87,7 @@ def train_step(
         accumulate: micro-batches; they share one sum and one count, so the mathematics is the whole batch's.
         shardings: of the weights, which their gradients are to have too; None: one device.
         micro_means: the mean of the micro-batches' means instead, which weighs tokens unequally (the Mix-LN authors').
-        frozen_row: of the embedding, which has no gradient (torch's padding_idx); None: all have one.
+        frozen_row: of the embedding, see `batch_loss`; None: all rows have a gradient.
 
     Returns:
         (State, metrics): loss (nats a token), grad_norm (before clipping), learning_rate, tokens, layer_grad_norm [L],
@@ -94,7 +98,7 @@ def train_step(
         return jax.lax.with_sharding_constraint(grads, shardings) if shardings else grads
 
     def add(sums, micro_batch):
-        of_params = lambda params: batch_loss(model, params, micro_batch)[:2]  # noqa: E731
+        of_params = lambda params: batch_loss(model, params, micro_batch, frozen_row=frozen_row)[:2]  # noqa: E731
         (loss, count), grads = jax.value_and_grad(of_params, has_aux=True)(state.params)
         grads = split(grads)
         if micro_means:
@@ -107,8 +111,6 @@ def train_step(
     start = jnp.float32(0), jnp.float32(0), split(zeros)
     (loss, count, grads), _ = jax.lax.scan(add, start, micro_batches(batch, accumulate))
     loss, grads = jax.tree.map(lambda total: total / jnp.maximum(count, 1), (loss, grads))
-    if frozen_row is not None:
-        grads = _without_row(grads, frozen_row)
 
     layer_grad_norm, grad_norm = measures.layer_norms(grads)
     if clip_norm:
@@ -133,9 +135,10 @@ def train_step(
     }
 
 
-def _without_row(params, row):
+def _with_row(params, row, changed):
+    """Parameters with `changed` of one row of the embedding."""
     table = params['embed']['embedding']
-    return params | {'embed': {'embedding': table.at[row].set(0)}}
+    return params | {'embed': {'embedding': table.at[row].set(changed(table[row]))}}
 
 
 def eval_step(params, batch, *, model):

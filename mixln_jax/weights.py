@@ -18,8 +18,8 @@ from mixln_jax.models import bert, hf, hf_config, llama, norms, tensors, transfo
 EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
 # Keys of config.model in which two networks must agree to have the same weights, and mean the same by them.
 SAME = (
-    *('family', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads', 'norm_eps', 'rope_theta'),
-    'scale_embed',
+    *('family', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads', 'norm_eps', 'scale_embed'),
+    *('rope_theta', 'rope_type', *hf_config.SWITCHES),
 )
 
 
@@ -120,7 +120,7 @@ def find(path):
     path = pathlib.Path(path).expanduser()
     if folder := checkpoint_folder(path):
         return folder, True
-    tensors.refuse_pickled(path)
+    tensors.refuse_others(path)
     if not (path / 'config.json').is_file():
         raise UsageError(f'{path} is neither a run of ours (checkpoints/) nor a Hugging Face folder (config.json)')
     return path, False
@@ -180,6 +180,7 @@ def initial(where, model):
             if where == 'hf:':
                 raise UsageError('hf: must be followed by a folder')
             folder = pathlib.Path(where.removeprefix('hf:')).expanduser()
+            tensors.refuse_others(folder)
             found, stated = hf_config.read(folder / 'config.json')
             _check_same(model, found, stated)
             found, params = hf.read(folder, model.norm_position)
@@ -199,7 +200,9 @@ def _check_same(model, found, stated=True):
 
     def facts(of):
         found = {name: getattr(of.config, name) for name in SAME}
-        found['num_kv_heads'] = of.config.num_kv_heads or of.config.num_heads
+        found |= {'num_kv_heads': of.config.kv_heads, 'head_dim': of.config.head_size}
+        if of.config.rope_type == 'llama3':
+            found |= {name: getattr(of.config, name) for name in hf_config.ROPE}
         if any(norms.PLACEMENTS[name].attention.grouped for name in of.norm_position):
             found['norm_groups'] = of.config.norm_groups
         return found | ({'norm_position': hf_config.spell(of.norm_position)} if stated else {})

@@ -120,27 +120,46 @@ def rms_norm(x, gain, eps, groups=1):
     return np.concatenate([p / np.sqrt(np.mean(p * p, axis=-1, keepdims=True) + eps) for p in parts], -1) * gain
 
 
-def rotary(x, theta, positions):
-    """x [..., T, heads, hd], positions [..., T] -> x cos + rotate_half(x) sin. Su et al., arXiv 2104.09864; HF."""
+def llama3(frequencies, factor, low, high, length):
+    """apply_scaling of Meta's Llama 3.1 (models/llama3/reference_impl/model.py), one frequency after the other."""
+    scaled = []
+    for frequency in frequencies:
+        wavelength = 2 * np.pi / frequency
+        if wavelength < length / high:
+            scaled.append(frequency)
+        elif wavelength > length / low:
+            scaled.append(frequency / factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            scaled.append((1 - smooth) * frequency / factor + smooth * frequency)
+    return np.array(scaled)
+
+
+def rotary(x, theta, positions, scaling=None):
+    """x [..., T, heads, hd], positions [..., T] -> x cos + rotate_half(x) sin. Su et al., arXiv 2104.09864; HF.
+
+    scaling: arguments of `llama3` after the first.
+    """
     width = x.shape[-1]
-    angles = positions[..., None] * theta ** (-2.0 * np.arange(width // 2) / width)
+    frequencies = theta ** (-2.0 * np.arange(width // 2) / width)
+    angles = positions[..., None] * (llama3(frequencies, *scaling) if scaling else frequencies)
     angles = np.concatenate([angles, angles], axis=-1)[..., None, :]
     rotated = np.concatenate([-x[..., width // 2 :], x[..., : width // 2]], axis=-1)
     return x * np.cos(angles) + rotated * np.sin(angles)
 
 
-def causal_attention(x, w, heads, kv_heads, theta, positions, segments, eps):
+def causal_attention(x, w, heads, kv_heads, theta, positions, segments, eps, scaling=None):
     """x [..., B, T, D] -> same; query head h reads kv head h // (H/K). Ainslie et al., arXiv 2305.13245.
 
     A token reads those of its own segment up to itself. With gains q_norm, k_norm, v_norm [hd] each head's queries,
-    keys and values are normalised before the rotation.
+    keys and values are normalised before the rotation. q_bias, k_bias, v_bias, o_bias are added to the products.
     """
-    q, k, v = x @ w['q'], x @ w['k'], x @ w['v']
+    q, k, v = (x @ w[name] + w.get(f'{name}_bias', 0.0) for name in 'qkv')
     q = q.reshape(*q.shape[:-1], heads, -1)
     k, v = (a.reshape(*a.shape[:-1], kv_heads, -1) for a in (k, v))
     if 'q_norm' in w:
         q, k, v = (rms_norm(a, w[name][..., None, :], eps) for a, name in ((q, 'q_norm'), (k, 'k_norm'), (v, 'v_norm')))
-    q, k = rotary(q, theta, positions), rotary(k, theta, positions)
+    q, k = rotary(q, theta, positions, scaling), rotary(k, theta, positions, scaling)
     reads = np.arange(heads) // (heads // kv_heads)
     q, k, v = (np.swapaxes(a, -3, -2) for a in (q, k[..., reads, :], v[..., reads, :]))  # [..., B, H, T, hd]
     scores = q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1])
@@ -149,13 +168,13 @@ def causal_attention(x, w, heads, kv_heads, theta, positions, segments, eps):
     p = np.exp(scores - scores.real.max(axis=-1, keepdims=True))
     p = p / p.sum(axis=-1, keepdims=True)
     h = np.swapaxes(p @ v, -3, -2)
-    return h.reshape(*h.shape[:-2], -1) @ w['o']
+    return h.reshape(*h.shape[:-2], -1) @ w['o'] + w.get('o_bias', 0.0)
 
 
 def swiglu(x, w):
-    """x [..., D] -> [..., D]: (silu(x gate) * (x up)) down. Shazeer, arXiv 2002.05202."""
-    g = x @ w['gate']
-    return (g / (1.0 + np.exp(-g)) * (x @ w['up'])) @ w['down']
+    """x [..., D] -> [..., D]: (silu(x gate) * (x up)) down, with biases where w has them. Shazeer, arXiv 2002.05202."""
+    g, u = (x @ w[name] + w.get(f'{name}_bias', 0.0) for name in ('gate', 'up'))
+    return (g / (1.0 + np.exp(-g)) * u) @ w['down'] + w.get('down_bias', 0.0)
 
 
 # --- The network, its loss and its gradients
@@ -187,11 +206,13 @@ def forward(
     keep=None,
     positions=None,
     segments=None,
+    scaling=None,
 ):
     """ids [B, T] -> (L+1 arrays [..., B, T, D]: the raw residual stream, logits [..., B, T, V]). arXiv 2302.13971.
 
     layer_index (L numbers from 1) and depth replace l and L; where keep[0..L-1] is False the layer is the identity.
-    positions [B, T] replace 0..T-1; tokens of unequal segments [B, T] do not read each other.
+    positions [B, T] replace 0..T-1; tokens of unequal segments [B, T] do not read each other. scaling: see `rotary`.
+    Without weights['head'] the head is the embedding, transposed (Press and Wolf, arXiv 1608.05859).
     """
     weights, count = _map(_double, weights), len(weights['layers'])
     assert len(placements) == count, (placements, count)
@@ -206,6 +227,7 @@ def forward(
         positions=np.arange(np.shape(ids)[1]) if positions is None else positions,
         segments=np.zeros(np.shape(ids)) if segments is None else segments,
         eps=eps,
+        scaling=scaling,
     )
     x = weights['embed'][..., np.asarray(ids), :]
     if 'embed_norm' in weights:
@@ -216,7 +238,8 @@ def forward(
             parts = partial(attention, w=w), partial(swiglu, w=w)
             x = PLACEMENTS[name](x, w, *parts, norm, int(layer_index[i]), int(depth))
         hidden.append(x)
-    return hidden, norm(x, weights['norm']) @ weights['head']
+    head = weights['head'] if 'head' in weights else np.swapaxes(weights['embed'], -1, -2)[..., None, :, :]
+    return hidden, norm(x, weights['norm']) @ head
 
 
 def loss(weights, ids, targets, weights_of_targets, placements, **kw):
@@ -254,19 +277,24 @@ def gradients(weights, ids, targets, weights_of_targets, placements, *, chunk=25
     return grads
 
 
-def init(rng, placements, *, V, D, H, K, F):
-    """Random weights for each placement name: matrices normal (std 0.3, embed 1), vectors uniform in 0.5..1.5."""
-    hd = D // H
+def init(rng, placements, *, V, D, H, K, F, hd=None, biases='', tied=False):
+    """Random weights for each placement name: matrices normal (std 0.3, embed 1), vectors uniform in 0.5..1.5.
+
+    biases: names of the matrices that have one, separated by blanks. tied: without a head.
+    """
+    hd = hd or D // H
     shapes = {'q': (D, H * hd), 'k': (D, K * hd), 'v': (D, K * hd), 'o': (H * hd, D)}
     shapes |= {'gate': (D, F), 'up': (D, F), 'down': (F, D)}
     layers = []
     for placement in placements:
         layer = {name: rng.normal(0.0, 0.3, shape) for name, shape in shapes.items()}
+        layer |= {f'{name}_bias': rng.normal(0.0, 0.3, shapes[name][1]) for name in biases.split()}
         lengths = {'D': (D,), 'hd': (hd,), '0': ()}
         layers.append(layer | {name: rng.uniform(0.5, 1.5, lengths[of]) for name, of in VECTORS[placement].items()})
     embed, head = rng.normal(0.0, 1.0, (V, D)), rng.normal(0.0, 0.3, (D, V))
     whole = {'embed': embed, 'head': head, 'norm': rng.uniform(0.5, 1.5, D), 'layers': layers}
-    return whole | ({'embed_norm': rng.uniform(0.5, 1.5, D)} if placements[0] == 'peri' else {})
+    whole |= {'embed_norm': rng.uniform(0.5, 1.5, D)} if placements[0] == 'peri' else {}
+    return {name: value for name, value in whole.items() if name != 'head' or not tied}
 
 
 # --- Optimisers (one array; a gradient and a learning rate a step; the array after the last step) and measures

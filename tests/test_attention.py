@@ -103,6 +103,8 @@ def test_cudnn_is_asked_for_the_same(monkeypatch):
         ('9.0', {}, {'attention': 'blocks'}, 'blocks'),
         ('9.0', {}, {'num_heads': 3}, 'blocks'),  # of 256
         ('9.0', {}, {'num_heads': 64}, 'blocks'),  # of 12
+        ('9.0', {}, {'num_heads': 64, 'head_dim': 64}, 'cudnn'),
+        ('9.0', {}, {'head_dim': 256}, 'blocks'),
         ('9.0', {'compute_dtype': 'float32'}, {}, 'blocks'),
         ('9.0', {'seq_length': 255}, {}, 'blocks'),
         ('9.0', {'deterministic': True}, {}, 'cudnn'),
@@ -129,7 +131,8 @@ def test_analyses_in_float32_do_without(monkeypatch):
 def test_turning_on_tpus_is_the_same(dtype, monkeypatch):
     """Bit for bit, its gradient included; the turn is that of complex numbers."""
     x, dy = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 5, 3, 8)), dtype)
-    angles = attention.rotary_angles(jnp.arange(5), 8, 100.0)
+    frequency = attention.rotary_frequencies(configs.Model(hidden_size=8, num_heads=1, rope_theta=100.0))
+    angles = attention.rotary_angles(jnp.arange(5), frequency)
 
     def turned(x, dy):
         y, pull = jax.vjp(lambda x: attention.rotate(x, angles), x)

@@ -222,6 +222,17 @@ def other(tensors, prefix='bert.', old=True):
     }
 
 
+@pytest.mark.parametrize(
+    'name, tensor', [('position_ids', np.arange(1, 10)[None]), ('token_type_ids', np.ones((1, 9)))]
+)
+def test_buffers_that_say_something_else(tmp_path, name, tensor):
+    name = f'embeddings.{name}'
+    folder = write(tmp_path / 'folder', TENSORS | {name: np.zeros_like(tensor) if 'type' in name else tensor - 1})
+    hf_bert.load(folder)
+    with pytest.raises(CheckpointError, match=f'tensor {name} does not hold'):
+        hf_bert.load(write(folder, TENSORS | {name: tensor}))
+
+
 @pytest.mark.parametrize('old', [False, True])
 @pytest.mark.parametrize('prefix', ['', 'bert.'])
 def test_names_of_tensors(network, tmp_path, prefix, old):

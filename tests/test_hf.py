@@ -10,15 +10,28 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import reference
 import safetensors.numpy
 
 from mixln_jax import config as configs
 from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import hf, hf_config, llama, norms
+from mixln_jax.models import hf, hf_bert, hf_config, llama, norms
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 PLACEMENTS = [*norms.PLACEMENTS, 'mix', 'post,deepnorm,lns', 'sandwich*2,res_post']
 SHARD = 3e-6  # 10^9 bytes: the network below becomes three shards
+LLAMA3 = dict(
+    rope_type='llama3', rope_factor=3.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0, rope_original_length=50,
+)  # fmt: skip
+KINDS = {  # what a LLaMA may be besides: keys of config.model
+    'theta': {'rope_theta': 50.0},
+    'tied': {'tie_word_embeddings': True},
+    'attention_bias': {'attention_bias': True},
+    'mlp_bias': {'mlp_bias': True},
+    'head_dim': {'head_dim': 6},
+    'llama3': {'head_dim': 6, 'rope_theta': 50.0, **LLAMA3},  # one pair stays, one is slowed by a half, one wholly
+}
+KINDS['all'] = {name: value for kind in KINDS.values() for name, value in kind.items()}
 
 
 @functools.cache
@@ -30,7 +43,9 @@ def network(norm_position, **changes):
     draw = lambda path, leaf: rng.normal('norm' in str(path), 0.4, leaf.shape).astype(np.float32)  # noqa: E731
     params = jax.tree_util.tree_map_with_path(draw, model.shapes()['params'])
     vocab = model.config.vocab_size
-    params['embed']['embedding'][vocab:], params['head']['kernel'][:, vocab:] = 0, 0
+    params['embed']['embedding'][vocab:] = 0
+    if 'head' in params:
+        params['head']['kernel'][:, vocab:] = 0
     return model, params
 
 
@@ -66,9 +81,15 @@ def sharded(tmp_path):
     return tmp_path / 'sharded'
 
 
-@pytest.mark.parametrize('norm_position, max_shard_gb', [*((name, SHARD) for name in PLACEMENTS), ('mix', 5.0)])
-def test_out_and_in_again_is_bitwise_the_same(tmp_path, norm_position, max_shard_gb):
-    model, params = network(norm_position)
+@pytest.mark.parametrize(
+    'norm_position, max_shard_gb, kind',
+    [
+        *((name, SHARD, '') for name in PLACEMENTS),
+        *((name, 5.0, kind) for name, kind in [('mix', ''), *(('mix', kind) for kind in KINDS), ('pre', 'all')]),
+    ],
+)
+def test_out_and_in_again_is_bitwise_the_same(tmp_path, norm_position, max_shard_gb, kind):
+    model, params = network(norm_position, **KINDS.get(kind, {}))
     hf.save(tmp_path / 'out', model, params, max_shard_gb=max_shard_gb)
     assert len(list((tmp_path / 'out').glob('*.safetensors'))) == (1 if max_shard_gb == 5.0 else 3)
     again, found = hf.load(tmp_path / 'out')
@@ -367,3 +388,239 @@ def test_facts_that_contradict_the_placement(tmp_path, norm_position, key, value
     edit(tmp_path / 'out', **{key: value})
     with pytest.raises(CheckpointError, match=f'config.json: {key} is not that of norm_position'):
         hf.load(tmp_path / 'out')
+
+
+def test_a_config_says_what_the_network_is(tmp_path):
+    """In the words of transformers 5 (rope_parameters) and 4 (rope_theta, rope_scaling)."""
+    hf.save(tmp_path / 'out', *network('pre', **KINDS['all']))
+    found = json.loads((tmp_path / 'out/config.json').read_text())
+    scaling = {
+        'rope_type': 'llama3', 'factor': 3.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+        'original_max_position_embeddings': 50,
+    }  # fmt: skip
+    expected = {
+        'model_type': 'llama', 'tie_word_embeddings': True, 'attention_bias': True, 'mlp_bias': True, 'head_dim': 6,
+        'rope_theta': 50.0, 'rope_scaling': scaling, 'rope_parameters': {'rope_theta': 50.0, **scaling},
+    }  # fmt: skip
+    assert found | expected == found
+    shapes = {
+        name: tensor.shape for name, tensor in safetensors.numpy.load_file(tmp_path / 'out/model.safetensors').items()
+    }
+    assert 'lm_head.weight' not in shapes
+    biases = {name.removeprefix('model.layers.1.'): shape for name, shape in shapes.items() if 'layers.1.' in name}
+    assert {name: shape for name, shape in biases.items() if name.endswith('bias')} == {
+        'self_attn.q_proj.bias': (24,), 'self_attn.k_proj.bias': (12,), 'self_attn.v_proj.bias': (12,),
+        'self_attn.o_proj.bias': (8,), 'mlp.gate_proj.bias': (12,), 'mlp.up_proj.bias': (12,),
+        'mlp.down_proj.bias': (8,),
+    }  # fmt: skip
+
+
+def test_a_scaled_embedding_that_is_the_head_becomes_two(tmp_path):
+    model, params = network('mix', scale_embed=True, tie_word_embeddings=True)
+    hf.save(tmp_path / 'out', model, params)
+    found = hf.load(tmp_path / 'out')
+    assert not found[0].config.tie_word_embeddings
+    np.testing.assert_array_equal(logits(*found), logits(model, params))
+
+
+def test_what_transformers_refuses_is_not_written(tmp_path):
+    with pytest.raises(UsageError, match='hidden_size=10 does not divide by num_heads=4'):
+        hf.save(tmp_path / 'out', *network('pre', hidden_size=10, head_dim=6))
+    assert not (tmp_path / 'out').exists()
+
+
+class TestWhatAConfigSays:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        hf.save(tmp_path / 'out', *network('pre', **KINDS['theta']))
+        edit(tmp_path / 'out', rope_theta=None, rope_parameters=None)
+        return tmp_path / 'out'
+
+    scaling = {
+        'factor': 3, 'low_freq_factor': 1, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 50,
+    }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        'says, theta, expected',
+        [
+            ({}, 10000.0, {}),
+            ({'rope_theta': 50}, 50.0, {}),
+            ({'rope_theta': 7.0, 'rope_parameters': {'rope_theta': 50.0}}, 50.0, {}),
+            ({'rope_theta': 50.0, 'rope_scaling': {'type': 'default'}, 'tie_word_embeddings': None}, 50.0, {}),
+            ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 50.0}, 'partial_rotary_factor': 1}, 50.0, {}),
+            ({'rope_theta': 50.0, 'rope_scaling': {'rope_type': 'llama3', **scaling}}, 50.0, LLAMA3),
+            ({'rope_theta': 50.0, 'rope_scaling': {'type': 'llama3', **scaling}}, 50.0, LLAMA3),
+            ({'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 50.0, **scaling}}, 50.0, LLAMA3),
+            (
+                {
+                    'rope_scaling': {'rope_type': 'llama3', **scaling, 'original_max_position_embeddings': None},
+                    'max_position_embeddings': 50,
+                },
+                10000.0,
+                LLAMA3,
+            ),
+        ],
+    )
+    def test_rotary_positions(self, folder, says, theta, expected):
+        edit(folder, **says)
+        found = hf.load(folder)[0].config
+        assert found == dataclasses.replace(
+            network('pre')[0].config, norm_position='pre*3', rope_theta=theta, **expected
+        )
+
+    @pytest.mark.parametrize(
+        'says, message',
+        [
+            *(
+                ({name: {key: kind, 'factor': 2.0}}, f'{name}: rope_type={kind!r} is not modelled here')
+                for name, key in (('rope_scaling', 'type'), ('rope_parameters', 'rope_type'))
+                for kind in ('linear', 'dynamic', 'yarn', 'longrope', 7)
+            ),
+            ({'rope_scaling': {'type': 'llama3', 'factor': 2.0}}, 'type llama3 lacks low_freq_factor'),
+            ({'rope_scaling': {'type': 'llama3', **scaling, 'factor': '8'}}, 'rope_factor must be of type float'),
+            ({'rope_scaling': {'type': 'llama3', **scaling, 'factor': 0.5}}, 'rope_factor must be at least 1'),
+            ({'rope_scaling': {'type': 'llama3', **scaling, 'high_freq_factor': 1}}, 'must be above .*rope_low_freq'),
+            ({'rope_scaling': 'llama3'}, "rope_scaling='llama3' is not modelled"),
+            ({'rope_parameters': [1]}, r'rope_parameters=\[1\] is not modelled'),
+            ({'rope_parameters': {'full_attention': {'rope_theta': 5.0}}}, 'rope_parameters=.*only one rotation'),
+            (
+                {'rope_parameters': {'rope_theta': 5.0, 'partial_rotary_factor': 0.5}},
+                'partial_rotary_factor=0.5 is not',
+            ),
+            (
+                {'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'rope_type': 'llama3', **scaling}},
+                "rope_scaling has rope_type='llama3', rope_parameters 'default'",
+            ),
+            ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5 is not modelled here'),
+            ({'sliding_window': 4096}, 'sliding_window=4096 is not modelled here'),
+            ({'quantization_config': {'bits': 4}}, 'quantization_config=.* is not modelled here'),
+            ({'attention_bias': 1}, 'attention_bias must be of type bool'),
+            ({'attention_bias': True}, r'no tensor model\.layers\.0\.self_attn\.\w_proj\.bias'),
+            ({'head_dim': 4}, r'k_proj\.weight has shape \(8, 4\), config.json makes it \(8, 8\)'),
+            ({'head_dim': 3}, r'the head size 3 \(config.model.head_dim\) must be even'),
+            ({'head_dim': '2'}, 'head_dim must be of type int'),
+        ],
+    )
+    def test_what_is_not_modelled_is_named(self, folder, says, message):
+        edit(folder, **says)
+        with pytest.raises(CheckpointError, match=message) as found:
+            hf.load(folder)
+        assert str(folder) in str(found.value) and '\n' not in str(found.value)
+
+    def test_the_head_that_is_the_embedding(self, tmp_path):
+        """With its tensor or without; with the head's alone; but not with another one."""
+        model, params = network('pre', **KINDS['tied'])
+        hf.save(tmp_path / 'out', model, params)
+        table = params['embed']['embedding'][:11]
+        for head, embedding in ((None, table), (table, table), (table, None)):
+            change(tmp_path / 'out', 'lm_head.weight', lambda _, new=head: new)
+            change(tmp_path / 'out', 'model.embed_tokens.weight', lambda _, new=embedding: new)
+            np.testing.assert_array_equal(logits(*hf.load(tmp_path / 'out')), logits(model, params))
+        change(tmp_path / 'out', 'model.embed_tokens.weight', lambda _: table + 1)
+        with pytest.raises(CheckpointError, match='tie_word_embeddings=true, but lm_head.weight is not model.embed'):
+            hf.load(tmp_path / 'out')
+        edit(tmp_path / 'out', tie_word_embeddings=False)
+        assert not hf.load(tmp_path / 'out')[0].config.tie_word_embeddings
+        change(tmp_path / 'out', 'lm_head.weight', lambda _: None)
+        with pytest.raises(CheckpointError, match='no tensor lm_head.weight, and .* does not say tie_word_embeddings'):
+            hf.load(tmp_path / 'out')
+
+
+THETA, LAYER = 50.0, 'model.layers.1.self_attn.'
+FREQUENCY = THETA ** (-np.arange(3) / 3)
+ANGLES = np.outer(np.arange(40), np.tile(FREQUENCY, 2))[None, None]
+TRIANGLE = np.tri(7, dtype=bool)[None, None]
+BUFFERS = {  # name of a tensor and what it holds in folders that old versions of transformers wrote
+    'by layer': (f'{LAYER}rotary_emb.inv_freq', FREQUENCY.astype(np.float32)),
+    'of the whole': ('model.rotary_emb.inv_freq', FREQUENCY.astype(np.float32)),
+    'original': ('model.rotary_emb.original_inv_freq', FREQUENCY),
+    'bfloat16': (f'{LAYER}rotary_emb.inv_freq', FREQUENCY.astype(ml_dtypes.bfloat16)),
+    'float16': (f'{LAYER}rotary_emb.inv_freq', FREQUENCY.astype(np.float16)),
+    'cosines': (f'{LAYER}rotary_emb.cos_cached', np.cos(ANGLES).astype(np.float32)),
+    'sines': (f'{LAYER}rotary_emb.sin_cached', np.sin(ANGLES).astype(ml_dtypes.bfloat16)),
+    'mask': (f'{LAYER}bias', TRIANGLE),
+    'mask of numbers': (f'{LAYER}bias', TRIANGLE.astype(np.uint8)),
+    'masked': (f'{LAYER}masked_bias', np.float32(-1e9).reshape(())),
+    'masked infinitely': (f'{LAYER}masked_bias', np.float32(-np.inf).reshape(())),
+    'mask of the whole': ('model.causal_mask', ~TRIANGLE),
+    'positions': ('model.position_ids', np.arange(9)[None]),
+}
+
+
+class TestBuffers:
+    """What carries no weights is compared with what the network computes itself, and left."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        hf.save(tmp_path / 'out', *network('mix', rope_theta=THETA, head_dim=6))
+        return tmp_path / 'out'
+
+    @pytest.mark.parametrize('name, tensor', BUFFERS.values(), ids=BUFFERS)
+    def test_is_left(self, folder, name, tensor):
+        expected = hf.load(folder)[1]
+        change(folder, name, lambda _: tensor)
+        jax.tree.map(np.testing.assert_array_equal, hf.load(folder)[1], expected)
+
+    @pytest.mark.parametrize(
+        'name, tensor, message',
+        [
+            *(
+                (name, (51.0 ** (-np.arange(3) / 3)).astype(kind), 'rotary frequencies of rope_theta=50 in config.json')
+                for name in (f'{LAYER}rotary_emb.inv_freq', 'model.rotary_emb.inv_freq')
+                for kind in (np.float32, np.float16)
+            ),
+            (f'{LAYER}rotary_emb.inv_freq', FREQUENCY[:2], 'rope_theta=50'),
+            (f'{LAYER}rotary_emb.inv_freq', FREQUENCY * np.nan, 'rope_theta=50'),
+            (f'{LAYER}rotary_emb.cos_cached', np.sin(ANGLES), 'cosines of the rotary frequencies of rope_theta=50'),
+            (f'{LAYER}rotary_emb.sin_cached', np.sin(1.1 * ANGLES), 'sines of the rotary frequencies of rope_theta=50'),
+            (f'{LAYER}rotary_emb.sin_cached', np.zeros(()), 'sines'),
+            (f'{LAYER}bias', np.ones((7, 7), bool), 'a causal mask'),
+            (f'{LAYER}bias', np.ones(7, np.float32), 'a causal mask'),
+            (f'{LAYER}masked_bias', np.float32(0.1).reshape(()), 'a very negative number'),
+            ('model.position_ids', np.arange(9)[::-1], 'positions from 0'),
+        ],
+    )
+    def test_that_holds_something_else(self, folder, name, tensor, message):
+        change(folder, name, lambda _: tensor)
+        with pytest.raises(CheckpointError, match=f'out: tensor {name} does not hold .*{message}'):
+            hf.load(folder)
+
+    def test_of_slowed_rotations(self, tmp_path):
+        """llama3: the last frequency a third, the middle one by hand between (tests/reference.py)."""
+        hf.save(tmp_path / 'out', *network('mix', **KINDS['llama3']))
+        slowed = reference.llama3(FREQUENCY, 3.0, 1.0, 4.0, 50)
+        assert slowed[2] == pytest.approx(FREQUENCY[2] / 3)
+        change(tmp_path / 'out', 'model.rotary_emb.inv_freq', lambda _: slowed.astype(np.float32))
+        hf.load(tmp_path / 'out')
+        change(tmp_path / 'out', 'model.rotary_emb.inv_freq', lambda _: FREQUENCY.astype(np.float32))
+        with pytest.raises(CheckpointError, match='rope_theta=50 and rope_type=llama3'):
+            hf.load(tmp_path / 'out')
+
+    @pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', '_orig_mod.module.'])
+    def test_names_that_torch_puts_before_others(self, folder, prefix):
+        expected = hf.load(folder)[1]
+        tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+        safetensors.numpy.save_file(
+            {f'{prefix}{name}': tensor for name, tensor in tensors.items()}, folder / 'model.safetensors'
+        )
+        jax.tree.map(np.testing.assert_array_equal, hf.load(folder)[1], expected)
+        change(folder, 'model.norm.weight', lambda _: tensors['model.norm.weight'])
+        with pytest.raises(CheckpointError, match='holds the tensor model.norm.weight twice'):
+            hf.load(folder)
+
+    @pytest.mark.parametrize(
+        'name', ['model.layers.1.self_attn.rotary_emb.weight', 'model.layers.1.bias', 'lm_head.bias']
+    )
+    def test_others_are_unknown(self, folder, name):
+        change(folder, name, lambda _: np.zeros(3, np.float32))
+        with pytest.raises(CheckpointError, match=f'tensor {name} has no place'):
+            hf.load(folder)
+
+
+@pytest.mark.parametrize('inside', ['checkpoints/20/about', 'about'])
+def test_a_run_is_not_read_as_a_hugging_face_folder(tmp_path, inside):
+    (tmp_path / inside).mkdir(parents=True)
+    (tmp_path / 'config.json').write_text('{"model": {}}')
+    for load in (hf.load, hf_bert.load):
+        with pytest.raises(UsageError, match='is a run or a checkpoint of ours, which mixln_jax.load opens'):
+            load(tmp_path)

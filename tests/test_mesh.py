@@ -27,6 +27,7 @@ MODEL = configs.Model(
     norm_position='mix',
     scan_unroll='1',
 )
+BIASED = dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
 CONFIG = configs.Config(
     batch_size=16,
     seq_length=12,
@@ -83,12 +84,15 @@ def compare_first_weights():
 
 
 class TestNumbers:
-    @pytest.mark.parametrize('placement, shapes', [('mix', SHAPES), ('sandwich', [(2, 2, 2)])])
-    def test_of_every_mesh_are_those_of_one_device(self, placement, shapes):
-        expected, evaluated = run(program((1, 1, 1), norm_position=placement))
+    @pytest.mark.parametrize(
+        'placement, shapes, kind',
+        [('mix', SHAPES, {}), ('sandwich', [(2, 2, 2)], {}), ('mix', [(2, 2, 2)], dict(BIASED, head_dim=6))],
+    )
+    def test_of_every_mesh_are_those_of_one_device(self, placement, shapes, kind):
+        expected, evaluated = run(program((1, 1, 1), norm_position=placement, **kind))
         assert expected[-1, 0] < 0.95 * expected[0, 0]  # it learns
         for shape in shapes:
-            seen, last = run(program(shape, norm_position=placement))
+            seen, last = run(program(shape, norm_position=placement, **kind))
             np.testing.assert_allclose(seen[:, 0], expected[:, 0], rtol=1e-5, err_msg=str(shape))
             np.testing.assert_allclose(seen[:, 1:], expected[:, 1:], rtol=1e-4, err_msg=str(shape))
             np.testing.assert_allclose(last, evaluated, rtol=1e-5)
@@ -192,6 +196,13 @@ class TestRules:
                 layers, segment, leaf = name.split('/', 2)
                 expected[f'opt_state/{layers}/{segment}/0/{moment}/{leaf}'] = spec
         assert found == expected
+
+    def test_of_biases_and_a_tied_head(self):
+        """Biases lie whole on every device, as gains; there is no head."""
+        found, plain = self.specs(**BIASED), self.specs()
+        more = {name: spec for name, spec in found.items() if name.endswith('/bias')}
+        assert {*more.values()} == {()} and len(more) == 2 * 7 * 3  # segments, matrices, weights and two moments
+        assert found == {name: spec for name, spec in plain.items() if 'head' not in name} | more
 
     def test_the_second_choice(self):
         found = self.specs(intermediate_size=49)

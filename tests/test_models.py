@@ -1,5 +1,6 @@
 """Every placement against an independent float64 reference and the authors' own numbers."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -13,9 +14,10 @@ import safetensors.numpy
 from test_step import equations
 
 from mixln_jax import config as configs
-from mixln_jax import optim, step, trees
+from mixln_jax import optim, plan, step, trees
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import hf, llama, norms, transformer
+from mixln_jax.program import Program
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 SIZES = dict(V=11, D=8, H=4, K=2, F=12)
@@ -27,6 +29,22 @@ LISTS = {name: (name,) * 3 for name in norms.PLACEMENTS} | {
     'admin,scale_res_pre,peri': ('admin', 'scale_res_pre', 'peri'),
     'peri,group_pre*2': ('peri', 'group_pre', 'group_pre'),
 }
+# Of Hugging Face's LLaMA: keys of config.model, the same for reference.init and reference.forward.
+KINDS = {
+    'tied': ({'tie_word_embeddings': True}, {'tied': True}, {}),
+    'attention_bias': ({'attention_bias': True}, {'biases': 'q k v o'}, {}),
+    'mlp_bias': ({'mlp_bias': True}, {'biases': 'gate up down'}, {}),
+    'head_dim': ({'head_dim': 6}, {'hd': 6}, {}),
+    # Of six features one pair stays, one is slowed by a half, one wholly.
+    'llama3': (
+        {'head_dim': 6, 'rope_theta': 50.0, 'rope_type': 'llama3', 'rope_factor': 3.0, 'rope_low_freq_factor': 1.0,
+         'rope_high_freq_factor': 4.0, 'rope_original_length': 50},
+        {'hd': 6},
+        {'theta': 50.0, 'scaling': (3.0, 1.0, 4.0, 50)},
+    ),
+}  # fmt: skip
+KINDS['all'] = tuple({name: value for kind in KINDS.values() for name, value in kind[at].items()} for at in range(3))
+KINDS['all'][1]['biases'] = 'q k v o gate up down'
 
 
 def make(norm_position, num_layers=3, **changes):
@@ -47,20 +65,26 @@ def to_jax(model, weights):
             sublayer, _, place = name.partition('_')
             if place == 'norm':
                 ours.setdefault('attention', {})[name] = {'scale': value}
+            elif place == 'bias':
+                ours.setdefault('attention' if sublayer in 'qkvo' else 'mlp', {}).setdefault(sublayer, {})['bias'] = (
+                    value
+                )
             elif place in ('in', 'out', 'post'):
                 ours[f'{sublayer}_norm_{place}'] = {'scale': value}
             elif place:
                 ours[f'{name}_scale'] = value
             else:
-                ours.setdefault('attention' if name in 'qkvo' else 'mlp', {})[name] = {'kernel': value}
+                part = ours.setdefault('attention' if name in 'qkvo' else 'mlp', {})
+                part.setdefault(name, {})['kernel'] = value
         return ours
 
     params = {
         'embed': {'embedding': pad(weights['embed'], like['embed']['embedding'])},
-        'head': {'kernel': pad(weights['head'], like['head']['kernel'])},
         'norm': {'scale': weights['norm']},
         'layers': transformer.stack_layers([layer(of) for of in weights['layers']], model.norm_position),
     }
+    if 'head' in weights:
+        params['head'] = {'kernel': pad(weights['head'], like['head']['kernel'])}
     if 'embed_norm' in weights:
         params['embed_norm'] = {'scale': weights['embed_norm']}
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
@@ -87,14 +111,18 @@ def assert_gradients(got, expected, tolerance):
         )
 
 
-@pytest.mark.parametrize('norm_position', LISTS)
-def test_forward_and_gradient_equal_the_float64_reference(norm_position):
+@pytest.mark.parametrize(
+    'norm_position, kind',
+    [*((name, 'plain') for name in LISTS), *(('mix', kind) for kind in KINDS), ('hybridnorm_star', 'all')],
+)
+def test_forward_and_gradient_equal_the_float64_reference(norm_position, kind):
     rng = np.random.default_rng(7)  # no draw here has a vector near zero, whose norm would enlarge the rounding
-    weights = reference.init(rng, LISTS[norm_position], **SIZES)
-    model, batch = make(norm_position), text(rng)
+    changes, sizes, scaling = KINDS.get(kind, ({}, {}, {}))
+    weights = reference.init(rng, LISTS[norm_position], **SIZES, **sizes)
+    model, batch = make(norm_position, **changes), text(rng)
     assert model.norm_position == LISTS[norm_position]
     arguments = batch['inputs'], batch['targets'], batch['weights'], LISTS[norm_position]
-    heads = dict(heads=4, kv_heads=2)
+    heads = dict(heads=4, kv_heads=2) | scaling
 
     @jax.jit
     def ours(params):
@@ -306,7 +334,6 @@ class TestFolders:
         [
             ('hidden_act', 'gelu'),
             ('model_type', 'gpt2'),
-            ('head_dim', 16),
             ('rope_scaling', {'rope_type': 'llama3', 'factor': 8.0}),
             ('rope_parameters', {'rope_type': 'yarn'}),
             ('tie_word_embeddings', True),
@@ -414,6 +441,11 @@ class TestInitialisation:
         assert not params['embed']['embedding'][200:].any()
         assert not params['head']['kernel'][:, 200:].any()
 
+    def test_biases_are_zero(self):
+        _, layers = self.draw('pre', attention_bias=True, mlp_bias=True)
+        for matrix in (*layers[1]['attention'].values(), *layers[1]['mlp'].values()):
+            assert matrix['bias'].shape == matrix['kernel'].shape[1:] and not matrix['bias'].any()
+
     def test_scaled(self):
         _, layers = self.draw('pre', init='scaled')
         for sublayer, output, other in (('attention', 'o', 'q'), ('mlp', 'down', 'up')):
@@ -440,6 +472,22 @@ def test_vocabulary_padding_is_not_counted_and_learns_nothing():
     grads = jax.jit(jax.grad(lambda p: mean_loss(model, p, text(np.random.default_rng(0)))))(params)
     assert not np.any(grads['head']['kernel'][:, 11:]) and not np.any(grads['embed']['embedding'][11:])
     assert model.apply({'params': params}, np.zeros((1, 3), int))[0].shape == (1, 3, 11)
+
+
+def test_parameters_and_flops_by_hand():
+    """V=11, D=8, F=12, L=3; 4 heads of 6, 2 of keys; a tied embedding works as the head, so it counts."""
+    sizes = configs.Model(
+        vocab_size=11, hidden_size=8, intermediate_size=12, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6,
+        attention_bias=True, mlp_bias=True, tie_word_embeddings=True, norm_position='pre',
+    )  # fmt: skip
+    of_layer = 8 * 24 + 24 + 2 * (8 * 12 + 12) + 24 * 8 + 8 + 2 * (8 * 12 + 12) + 12 * 8 + 8 + 2 * 8
+    config = configs.Config(model=sizes, batch_size=4, seq_length=10, device='cpu')
+    for tied, matrices in ((True, 1), (False, 2)):
+        model = dataclasses.replace(sizes, tie_word_embeddings=tied)
+        built = Program(dataclasses.replace(config, model=model), plan.abstract_mesh(configs.Mesh(1, 1, 1), 1))
+        assert llama.num_params(model, built.state.params) == matrices * 11 * 8 + 3 * of_layer + 8
+        assert built.flops_per_position() == 6 * (11 * 8 + 3 * of_layer + 8) + 6 * 3 * 10 * 24
+        assert plan.memory(built)['weights'] == 4 * (matrices * 128 * 8 + 3 * of_layer + 8)
 
 
 def test_bfloat16_stays_near_float32():

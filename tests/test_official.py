@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
+from test_models import SIZES, make, text, to_jax
 
 from mixln_jax import config as configs
 from mixln_jax import main, mesh, metrics, optim, step
@@ -73,6 +75,24 @@ def test_frozen_row():
     np.testing.assert_allclose(grad_norm, stored['grad_norm_before_clip'], rtol=1e-5)
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(losses(None)[0], stored['loss'], rtol=1e-5)
+
+
+def test_frozen_row_of_a_tied_head():
+    """torch's padding_idx: reading the row has no gradient, its logit has one. By the gradients of two matrices."""
+    rng = np.random.default_rng(3)
+    model, batch = make('mix', tie_word_embeddings=True), text(rng)
+    weights = reference.init(rng, model.norm_position, **SIZES, tied=True)
+    batch['inputs'][0, :2] = 10
+    arguments = batch['inputs'], batch['targets'], batch['weights'], model.norm_position
+    untied = reference.gradients(weights | {'head': weights['embed'].T}, *arguments, heads=4, kv_heads=2)
+    both = untied['embed'] + untied['head'].T
+    frozen = both.copy()
+    frozen[10] = untied['head'].T[10]
+    assert np.abs(both - frozen).max() > 1e-3
+    for row, expected in ((None, both), (10, frozen)):
+        of = functools.partial(step.batch_loss, model, batch=batch, frozen_row=row)
+        grads = jax.jit(jax.grad(lambda params, of=of: of(params)[0] / batch['weights'].sum()))(to_jax(model, weights))
+        np.testing.assert_allclose(grads['embed']['embedding'][:11], expected, rtol=0, atol=1e-5 * np.abs(both).max())
 
 
 def program(**changes):

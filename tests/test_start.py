@@ -1,5 +1,6 @@
 """Where a run begins: its own checkpoint, another run's state, given weights, or chance, in this order."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -135,6 +136,10 @@ class TestInitFrom:
             ({'hidden_size': 32}, 'its network has hidden_size 16, config.model.hidden_size is 32'),
             ({'num_layers': 4}, 'its network has num_layers 3, config.model.num_layers is 4'),
             ({'num_kv_heads': 1}, 'its network has num_kv_heads 2, config.model.num_kv_heads is 1'),
+            ({'head_dim': 16}, 'its network has head_dim 8, config.model.head_dim is 16'),
+            ({'attention_bias': True}, 'its network has attention_bias False, config.model.attention_bias is True'),
+            ({'tie_word_embeddings': True}, 'its network has tie_word_embeddings False, .* is True'),
+            ({'rope_type': 'llama3'}, 'its network has rope_type default, config.model.rope_type is llama3'),
             ({'rope_theta': 5e5}, 'its network has rope_theta 10000.0, config.model.rope_theta is 500000.0'),
             ({'vocab_size': 260}, 'its network has vocab_size 259, config.model.vocab_size is 260'),
         ],
@@ -160,6 +165,7 @@ class TestInitFrom:
             ('hf:nowhere', UsageError, 'nowhere/config.json does not exist'),
             ('nowhere', UsageError, 'nowhere is not a folder'),
             (str(GOLDEN / 'pre'), UsageError, 'not a run of ours; a Hugging Face folder is hf:/'),
+            (f'hf:{GOLDEN.parents[1]}', UsageError, 'config.json does not exist'),
             (f'hf:{GOLDEN}/pre', CheckpointError, 'no tensor model.layers.0.post_feedforward_layernorm.weight'),
         ],
     )
@@ -168,6 +174,18 @@ class TestInitFrom:
         model = llama.from_config(configs.Model(norm_position='mix', **sizes))
         with pytest.raises(kind, match=f'^config.init_from={where}: .*{message}'):
             weights.initial(where, model)
+
+
+def test_a_key_that_begins_like_one_that_may_change():
+    """model.attention may change, model.attention_bias may not."""
+    before = dataclasses.asdict(configs.Config())
+    now = json.loads(json.dumps(before))
+    now['model'].update(attention='blocks')
+    now['checkpoint'].update(keep=9)
+    main._check_same_run('here', before, now)
+    now['model'].update(attention_bias=True)
+    with pytest.raises(UsageError, match=r'configuration: model.attention_bias \(was False, is True\)$'):
+        main._check_same_run('here', before, now)
 
 
 class TestResumeFrom:

@@ -184,8 +184,8 @@ def test_a_bad_step_changes_nothing_and_stays():
 def test_a_bad_gradient_alone_is_seen(monkeypatch):
     whole = step.batch_loss
 
-    def with_a_bad_gradient(model, params, batch):
-        total, *rest = whole(model, params, batch)
+    def with_a_bad_gradient(model, params, batch, **others):
+        total, *rest = whole(model, params, batch, **others)
         return total + jnp.sqrt(0 * params['norm']['scale'][3]), *rest  # adds 0; its derivative is 0 / 0
 
     monkeypatch.setattr(step, 'batch_loss', with_a_bad_gradient)
@@ -299,6 +299,22 @@ class TestOptimisers:
             if name == 'adafactor':
                 decay *= np.sqrt(np.square(leaf).mean((-2, -1), keepdims=True)) if decay else 1
             np.testing.assert_allclose(update, decay * leaf, rtol=1e-5, err_msg=path)
+
+    @pytest.mark.parametrize('name', ['adamw', 'sgd', 'lion', 'muon', 'galore', 'adafactor'])
+    def test_biases_are_vectors(self, name):
+        """They neither decay nor are projected or made orthogonal; an embedding that is the head decays once."""
+        sizes = dataclasses.replace(MODEL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+        params = jax.jit(llama.from_config(sizes, 'float32').init)(jax.random.key(0))['params']
+        params = jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + (path[-1].key == 'bias'), params)
+        optimizer = optim.optimizer(configs.Optim(name=name, weight_decay=0.1, galore_rank=2))
+        updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+        decays = {path: not np.any(update) for path, update in trees.named_leaves(updates)}
+        assert {path.rsplit('/')[-1] for path, nothing in decays.items() if nothing} == {'bias', 'scale'}
+        assert sum(path.endswith('bias') for path in decays) == 2 * 7 and 'head/kernel' not in decays
+        for path, update in trees.named_leaves(updates):
+            if path.endswith(('kernel', 'embedding')):
+                leaf = dict(trees.named_leaves(params))[path]
+                np.testing.assert_allclose(update, 0.1 * leaf, rtol=1e-5, err_msg=path)
 
     def test_galore_has_the_rank_that_is_asked(self):
         params = jax.jit(llama.from_config(MODEL, 'float32').init)(jax.random.key(0))['params']

@@ -7,12 +7,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixln_jax import config as configs
+
 BLOCKS, SHORTEST = 4, 128  # blocks of queries, and queries in one at least: benchmarks/NOTES.md
 
 
-def rotary_angles(positions, head_dim, theta):
-    """Su et al. 2021: cosine and sine [..., T, head_dim / 2] of the angle of every pair at `positions` [..., T]."""
-    frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rotary_frequencies(config: configs.Model) -> jax.Array:
+    """The angle by which a position turns each pair of a head, [head_size / 2] float32 (Su et al. 2021).
+
+    Under `llama3` (Llama 3.1) a pair that makes fewer than rope_low_freq_factor turns in rope_original_length
+    positions is slowed by rope_factor, one that makes more than rope_high_freq_factor stays, between them linearly.
+    """
+    size = config.head_size
+    frequency = config.rope_theta ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    if config.rope_type == 'llama3':
+        turns, low = config.rope_original_length / (2 * np.pi) * frequency, config.rope_low_freq_factor
+        stays = jnp.clip((turns - low) / (config.rope_high_freq_factor - low), 0, 1)
+        frequency *= stays + (1 - stays) / config.rope_factor
+    return frequency
+
+
+def rotary_angles(positions, frequency):
+    """Cosine and sine [..., T, d / 2] of the angle of every pair at `positions` [..., T]."""
     angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 

@@ -42,8 +42,8 @@ WHOLE = {
     'embed_norm': 'embeddings.LayerNorm',
 }
 SPAN = 'qa_outputs'
-# Of no use here: the layer on [CLS] and the heads of pre-training, and a buffer of old versions that counts from 0.
-UNUSED = re.compile(r'(bert\.)?(pooler\..*|embeddings\.position_ids)|cls\.(predictions|seq_relationship)\..*')
+# Of no use here: the layer on [CLS] and the heads of pre-training.
+UNUSED = re.compile(r'(bert\.)?pooler\..*|cls\.(predictions|seq_relationship)\..*')
 
 
 def load(folder, compute_dtype='float32'):
@@ -59,14 +59,15 @@ def load(folder, compute_dtype='float32'):
         BertModel has none, the network has a trunk alone.
 
     Raises:
-        UsageError: no such folder or file.
+        UsageError: no such folder or file, or a run of ours.
         CheckpointError: unreadable content, another network than BERT, tensors missing or left over, wrong shapes.
     """
     folder = pathlib.Path(folder)
-    tensors.refuse_pickled(folder)
+    tensors.refuse_others(folder)
     path = folder / 'config.json'
     config, architectures = _read_config(path)
     found = {name: tensor for name, tensor in tensors.read(folder).items() if not UNUSED.fullmatch(name)}
+    tensors.drop_buffers(folder, found, {})
     prefix = 'bert.' if any(name.startswith('bert.') for name in found) else ''
     old = any(name.endswith('LayerNorm.gamma') for name in found)
     L = config.num_layers

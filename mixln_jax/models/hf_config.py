@@ -18,13 +18,18 @@ CONFIG_KEYS = {
     'num_heads': 'num_attention_heads',
     'norm_eps': 'rms_norm_eps',
 }
+SWITCHES = ('attention_bias', 'mlp_bias', 'tie_word_embeddings')  # which a config.json may leave out
+ROPE = {  # of rope_parameters, with rope_type llama3
+    'rope_factor': 'factor',
+    'rope_low_freq_factor': 'low_freq_factor',
+    'rope_high_freq_factor': 'high_freq_factor',
+    'rope_original_length': 'original_max_position_embeddings',
+}
 FIXED = {  # what a config.json may say besides, and the only value that `llama` computes
     'hidden_act': 'silu',
-    'rope_scaling': None,
-    'rope_parameters.rope_type': 'default',
-    'attention_bias': False,
-    'mlp_bias': False,
-    'tie_word_embeddings': False,
+    'partial_rotary_factor': 1.0,
+    'sliding_window': None,
+    'quantization_config': None,
 }
 STOCK_NORMS = {'attention_norm_in': 'input_layernorm', 'mlp_norm_in': 'post_attention_layernorm'}
 OTHER_NORMS = {  # as soon as a layer normalises after a sub-layer
@@ -45,7 +50,7 @@ LEARNED = {
 OTHER_TYPE = 'mixln'  # model_type of what stock LLaMA is not: no tool may open it as Pre-LN
 MODELLING = pathlib.Path(__file__).with_name('modeling_mixln.py')  # goes with such a folder, for transformers
 # The switches of a placement, and the norm that each uses.
-SWITCHES = {'residual_normed': 'in', 'pre': 'in', 'out': 'out', 'post': 'post'}
+NORMS = {'residual_normed': 'in', 'pre': 'in', 'out': 'out', 'post': 'post'}
 FACTORS = ('in_scale', 'residual_scale', 'branch_scale')
 
 
@@ -116,17 +121,45 @@ def read_json(path):
 
 def _model_config(path, found):
     """config.Model of the content of a config.json, its placement left out."""
-    rope = found.get('rope_parameters') or {}  # transformers 5; before it rope_theta and rope_scaling
-    values = take(path, found | {f'rope_parameters.{name}': value for name, value in rope.items()}, CONFIG_KEYS, FIXED)
+    values = take(path, found, CONFIG_KEYS, FIXED) | _rope(path, found)
     kv_heads = found.get('num_key_value_heads') or values['num_heads']
     values['num_kv_heads'] = 0 if kv_heads == values['num_heads'] else kv_heads
-    values['rope_theta'] = rope.get('rope_theta', found.get('rope_theta', 10000.0))
-    if 'norm_groups' in found:
-        values['norm_groups'] = found['norm_groups']
+    for name in (*SWITCHES, 'head_dim', 'norm_groups'):
+        if found.get(name) is not None:
+            values[name] = found[name]
     config = build(path, values)
-    if found.get('head_dim') not in (None, config.hidden_size // config.num_heads):
-        raise CheckpointError(f'{path}: head_dim={found["head_dim"]} is not hidden_size / num_attention_heads')
-    return config
+    usual = config.head_dim * config.num_heads == config.hidden_size
+    return dataclasses.replace(config, head_dim=0) if usual else config
+
+
+def _rope(path, found):
+    """The keys of config.Model that say how heads are turned.
+
+    transformers 5 writes rope_parameters, before it there were rope_theta and, with a type that may be called `type`,
+    rope_scaling.
+    """
+    stated = {}
+    for name in ('rope_parameters', 'rope_scaling'):
+        given = found.get(name) or {}
+        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+            raise CheckpointError(f'{path}: {name}={given!r} is not modelled here, only one rotation for all layers')
+        given = {key: value for key, value in given.items() if value is not None}
+        kind = given.get('rope_type', given.get('type', 'default'))
+        if kind not in ('default', 'llama3'):
+            raise CheckpointError(f'{path}: {name}: rope_type={kind!r} is not modelled here, only default and llama3')
+        take(f'{path}: {name}', given, {}, FIXED)
+        for key, value in (given | {'rope_type': kind} if given else {}).items():
+            if stated.setdefault(key, value) != value:
+                raise CheckpointError(f'{path}: rope_scaling has {key}={value!r}, rope_parameters {stated[key]!r}')
+    theta = next((at['rope_theta'] for at in (stated, found) if at.get('rope_theta') is not None), 10000.0)
+    values = {'rope_theta': theta, 'rope_type': stated.get('rope_type', 'default')}
+    if values['rope_type'] == 'llama3':
+        stated.setdefault('original_max_position_embeddings', found.get('max_position_embeddings'))
+        for ours, theirs in ROPE.items():
+            if stated.get(theirs) is None:
+                raise CheckpointError(f'{path}: rope_scaling or rope_parameters of type llama3 lacks {theirs}')
+            values[ours] = stated[theirs]
+    return values
 
 
 def take(path, found, keys, fixed):
@@ -151,6 +184,8 @@ def build(path, values):
 def content(model):
     """config.json of a network as a dict; stock LLaMA where it is that. Raises UsageError as `placements` does."""
     config, said = model.config, placements(model)
+    llama3 = {theirs: getattr(config, ours) for ours, theirs in ROPE.items()} if config.rope_type == 'llama3' else {}
+    rope = {'rope_type': config.rope_type} | llama3
     stock = all(
         layer == {'attention': {'pre': 'input_layernorm'}, 'mlp': {'pre': 'post_attention_layernorm'}} for layer in said
     )
@@ -161,11 +196,14 @@ def content(model):
         'model_type': 'llama' if stock else OTHER_TYPE,
         **({} if stock else {'auto_map': auto_map}),
         **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS.items()},
-        'num_key_value_heads': config.num_kv_heads or config.num_heads,
-        'head_dim': config.hidden_size // config.num_heads,
+        'num_key_value_heads': config.kv_heads,
+        'head_dim': config.head_size,
         'rope_theta': config.rope_theta,
-        'rope_parameters': {'rope_type': FIXED['rope_parameters.rope_type'], 'rope_theta': config.rope_theta},
-        **{name: FIXED[name] for name in ('hidden_act', 'attention_bias', 'mlp_bias', 'tie_word_embeddings')},
+        'rope_parameters': rope | {'rope_theta': config.rope_theta},
+        **({'rope_scaling': rope} if llama3 else {}),  # for transformers 4
+        'hidden_act': FIXED['hidden_act'],
+        **{name: getattr(config, name) for name in SWITCHES},
+        'tie_word_embeddings': config.tie_word_embeddings and not config.scale_embed,
         'initializer_range': config.init_std,
         'pad_token_id': None,  # torch would not train the row that it names
         'norm_position': list(model.norm_position),
@@ -194,8 +232,8 @@ def placements(model):
         found.append({'qkv_norm': True} if layer.qkv_norm else {})
         for sublayer in ('attention', 'mlp'):
             at = getattr(layer, sublayer)
-            _check_said(name, at, (*SWITCHES, *FACTORS, 'grouped'))
-            on = {switch: f'{sublayer}_norm_{norm}' for switch, norm in SWITCHES.items() if getattr(at, switch)}
+            _check_said(name, at, (*NORMS, *FACTORS, 'grouped'))
+            on = {switch: f'{sublayer}_norm_{norm}' for switch, norm in NORMS.items() if getattr(at, switch)}
             said = {switch: norm_name(name, norm) for switch, norm in on.items()}
             constants = at.constants([index], model.depth).items()
             said |= {by: float(np.float32(value)) for by, [value] in constants}

@@ -26,16 +26,16 @@ def initialize(key, shapes, config, norm_position, depth):
         depth: L in the constants of `scaled` and `deepnorm`.
 
     Returns:
-        The tree of arrays. Norm gains are 1; `scaled` divides sub-layer outputs by sqrt(2L) (GPT-2); `deepnorm` is
-        xavier-normal with gain (8L)^(-1/4), 1 for query and key (DeepNet, arXiv 2203.00555, section 3.1);
+        The tree of arrays. Norm gains are 1, biases 0; `scaled` divides sub-layer outputs by sqrt(2L) (GPT-2);
+        `deepnorm` is xavier-normal with gain (8L)^(-1/4), 1 for query and key (DeepNet, arXiv 2203.00555, section 3.1);
         `deepnorm_official` has its inverse, as the Mix-LN authors' code.
     """
     runs = norms.segments(norm_position)
 
     def leaf(path, shape):
         names = [part.key for part in path]
-        if names[-1] == 'scale':
-            return jnp.ones(shape.shape, shape.dtype)
+        if names[-1] in ('scale', 'bias'):
+            return jnp.full(shape.shape, names[-1] == 'scale', shape.dtype)
         if names[0] == 'layers':
             name, first, end = runs[int(names[1].removeprefix('segment_'))]
             if names[-1].endswith('_scale'):

@@ -1,4 +1,4 @@
-"""LLaMA (Touvron et al. 2023): embedding, the shared stack, final RMSNorm, untied head."""
+"""LLaMA (Touvron et al. 2023): embedding, the shared stack, final RMSNorm, head."""
 
 import flax.linen as nn
 import jax
@@ -36,7 +36,8 @@ class Llama(nn.Module):
         self.norm = transformer.RMSNorm(config.norm_eps, dtype)
         if norms.PLACEMENTS[self.norm_position[0]].embed_norm:
             self.embed_norm = transformer.RMSNorm(config.norm_eps, dtype)
-        self.head = transformer.linear(rows, jnp.float32, None)
+        if not config.tie_word_embeddings:
+            self.head = transformer.linear(rows, jnp.float32, None)
 
     def trunk(self, ids, keep=None, capture=False, positions=None, segments=None):
         """Everything below the head.
@@ -56,13 +57,12 @@ class Llama(nn.Module):
         """
         with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
             positions = jnp.arange(ids.shape[1]) if positions is None else positions
-            head_dim = self.config.hidden_size // self.config.num_heads
             first = self.embed(ids)
             if self.config.scale_embed:  # Takase et al. 2023 (arXiv 2312.16903), Scaled Embed
                 first = (first.astype(jnp.float32) * self.config.hidden_size**0.5).astype(first.dtype)
             if norms.PLACEMENTS[self.norm_position[0]].embed_norm:
                 first = self.embed_norm(first)
-            angles = attention.rotary_angles(positions, head_dim, self.config.rope_theta)
+            angles = attention.rotary_angles(positions, attention.rotary_frequencies(self.config))
             mask = None if segments is None else attention.document_mask(segments)
             last, out = self.layers(first, angles, mask, keep, capture)
             if capture:
@@ -77,12 +77,18 @@ class Llama(nn.Module):
     def logits(self, x):
         """The head: [...,V] float32 of what `trunk` gives [...,D], without the columns that pad the vocabulary."""
         with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
-            return self.head(x)[..., : self.config.vocab_size]
+            head = self.embed.attend if self.config.tie_word_embeddings else self.head
+            return head(x)[..., : self.config.vocab_size]
 
     @nn.nowrap
     def init(self, key):
         """Initial variables {'params': ...} in float32 (see initialize.py)."""
         return {'params': initialize(key, self.shapes()['params'], self.config, self.norm_position, self.depth)}
+
+    @nn.nowrap
+    def head_kernel(self, params):
+        """The head's matrix [D,Vp] in a tree of parameters."""
+        return params['embed']['embedding'].T if self.config.tie_word_embeddings else params['head']['kernel']
 
     @nn.nowrap
     def measured(self):
@@ -122,4 +128,4 @@ def num_params(config: configs.Model, params):
     """Parameters of the network, rows that only pad the vocabulary not counted."""
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     padding = params['embed']['embedding'].shape[0] - config.vocab_size
-    return total - 2 * padding * config.hidden_size
+    return total - (1 if config.tie_word_embeddings else 2) * padding * config.hidden_size

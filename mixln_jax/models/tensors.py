@@ -2,9 +2,11 @@
 
 import json
 import pathlib
+import re
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
@@ -14,25 +16,40 @@ from mixln_jax.models import transformer
 
 FILE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLED = ('*.bin', '*.bin.index.json', '*.pt', '*.pth', '*.pkl', '*.ckpt')
+# What torch puts into names of tensors: data parallelism, torch.compile, FSDP, recomputation.
+WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
+# Buffers that count: pattern of the name -> what they hold, and a function from the tensor to that.
+COUNTS = {
+    r'(.*\.)?position_ids': ('positions from 0', lambda tensor: np.arange(tensor.shape[-1])),
+    r'(.*\.)?token_type_ids': ('zeros', np.zeros_like),
+}
 
 
-def refuse_pickled(folder):
-    """Raises CheckpointError for a folder whose only weights are pickles: who opens one runs what it says."""
-    names = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
-    if names and not any(folder.glob('*.safetensors*')):
+def refuse_others(folder):
+    """Raises for a folder that is not Hugging Face's.
+
+    Raises:
+        UsageError: it is a run or a checkpoint of ours.
+        CheckpointError: its only weights are pickles: who opens one runs what it says.
+    """
+    if any(folder.glob('*.safetensors*')):
+        return
+    if (folder / 'checkpoints').is_dir() or (folder / 'about').is_dir():
+        raise UsageError(f'{folder} is a run or a checkpoint of ours, which mixln_jax.load opens')
+    if names := sorted(path.name for pattern in PICKLED for path in folder.glob(pattern)):
         raise CheckpointError(f'{folder} has {names[0]}, a pickle, which is never opened here: safetensors is needed')
 
 
 def read(folder):
-    """{name: array} of a folder, in the types that the files have.
+    """{name: array} of a folder, in the types that the files have, names without WRAPPERS.
 
     Raises:
-        UsageError: neither file nor index.
+        UsageError: neither file nor index, or a run of ours.
         CheckpointError: unreadable, a shard missing or of other tensors than the index says, only pickles.
     """
-    refuse_pickled(folder)
+    refuse_others(folder)
     if (folder / FILE).exists() or not (folder / INDEX).exists():
-        return _read_file(folder / FILE)
+        return _unwrapped(folder, _read_file(folder / FILE))
     tensors = {}
     for file, names in _read_index(folder / INDEX).items():
         if not (folder / file).is_file():
@@ -43,7 +60,46 @@ def read(folder):
             puts = 'puts' if differ[0] in names else 'does not put'
             raise CheckpointError(f'{folder / file} {says} tensor {differ[0]}, which {INDEX} {puts} there')
         tensors |= found
-    return tensors
+    return _unwrapped(folder, tensors)
+
+
+def _unwrapped(folder, tensors):
+    named = {}
+    for name, tensor in tensors.items():
+        plain = '.'.join(part for part in name.split('.') if part not in WRAPPERS)
+        if plain in named:
+            raise CheckpointError(f'{folder} holds the tensor {plain} twice, once as {name}')
+        named[plain] = tensor
+    return named
+
+
+def drop_buffers(folder, found, buffers):
+    """Takes buffers, which carry no weights, out of what `read` found, if they hold what the network computes itself.
+
+    Args:
+        folder: where that was, for errors.
+        found: {name: array}, which is changed.
+        buffers: as COUNTS, more that this network may have.
+
+    Raises CheckpointError for one that holds something else, naming it and what it should hold.
+    """
+    for name in sorted(found):
+        for pattern, (what, expected) in (COUNTS | buffers).items():
+            if re.fullmatch(pattern, name):
+                tensor = found.pop(name)
+                try:
+                    good = _is_close(tensor, expected(tensor))
+                except (ValueError, IndexError, TypeError):  # its shape
+                    good = False
+                if not good:
+                    raise CheckpointError(f'{folder}: tensor {name} does not hold {what}')
+
+
+def _is_close(tensor, expected):
+    """Whether a buffer is `expected`, up to the rounding of its type (and of float32, in which most were computed)."""
+    kind = jnp.finfo(tensor.dtype) if jnp.issubdtype(tensor.dtype, jnp.floating) else None
+    rtol, atol = (max(float(kind.eps), 1e-5), float(kind.smallest_subnormal)) if kind else (0, 0)
+    return np.isclose(tensor.astype(np.float64), np.asarray(expected, np.float64), rtol, atol).all()
 
 
 def by_layer(params, norm_position):

@@ -62,10 +62,16 @@ class Embedding(nn.Module):
     dtype: jnp.dtype
     stream_sharding: jax.sharding.NamedSharding | None
 
-    @nn.compact
+    def setup(self):
+        self.embedding = self.param('embedding', nn.initializers.zeros, (self.rows, self.features))
+
+    def attend(self, x):
+        """[...,D] -> [...,rows] float32: the table as a head."""
+        return product(x.astype(jnp.float32), self.embedding.T.astype(jnp.float32))
+
     def __call__(self, ids):
         """[B,T] -> [B,T,D]."""
-        table = self.param('embedding', nn.initializers.zeros, (self.rows, self.features)).astype(self.dtype)
+        table = self.embedding.astype(self.dtype)
         if not self.stream_sharding:
             return table[ids]
         # Gathered as every matrix is: rows looked up in parts of it would have to be put together again.
@@ -83,11 +89,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, angles, mask):
-        D, H = self.config.hidden_size, self.config.num_heads
-        K, head_dim = self.config.num_kv_heads or H, D // H
+        D, H, K = self.config.hidden_size, self.config.num_heads, self.config.kv_heads
+        head_dim, bias = self.config.head_size, self.config.attention_bias
 
         def heads(name, count):
-            y = linear(count * head_dim, self.dtype, name)(x_BTD).reshape(*x_BTD.shape[:2], count, head_dim)
+            y = linear(count * head_dim, self.dtype, name, bias)(x_BTD).reshape(*x_BTD.shape[:2], count, head_dim)
             return RMSNorm(self.config.norm_eps, self.dtype, name=f'{name}_norm')(y) if self.qkv_norm else y
 
         scaled = [a / head_dim**0.5 for a in angles]  # turning the queries by these divides them too
@@ -95,7 +101,7 @@ class Attention(nn.Module):
         by_cudnn = self.config.attention == 'cudnn' and q.dtype == jnp.bfloat16  # analyses in training are in float32
         attend = attention.cudnn_attention if by_cudnn else attention.causal_attention
         y_BTHd = attend(q, k, heads('v', K), mask)
-        return linear(D, self.dtype, 'o')(y_BTHd.reshape(*x_BTD.shape[:2], H * head_dim))
+        return linear(D, self.dtype, 'o', bias)(y_BTHd.reshape(*x_BTD.shape[:2], H * head_dim))
 
 
 class MLP(nn.Module):
@@ -106,9 +112,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        gate = linear(self.config.intermediate_size, self.dtype, 'gate')(x_BTD)
-        up = linear(self.config.intermediate_size, self.dtype, 'up')(x_BTD)
-        return linear(self.config.hidden_size, self.dtype, 'down')(_gated(gate, up))
+        into = lambda name: linear(self.config.intermediate_size, self.dtype, name, self.config.mlp_bias)(x_BTD)  # noqa: E731
+        y = _gated(into('gate'), into('up'))
+        return linear(self.config.hidden_size, self.dtype, 'down', self.config.mlp_bias)(y)
 
 
 @jax.checkpoint  # of both alone the backward pass makes the rest

@@ -1,9 +1,11 @@
 """What transformers computes from our folders, and we from its: needs torch, see requirements-parity.txt."""
 
+import dataclasses
 import json
 import os
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,8 +16,9 @@ import transformers
 import vocabularies
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from test_hf import PLACEMENTS, logits, network
+from test_hf import KINDS, PLACEMENTS, edit, logits, network
 
+from mixln_jax import step
 from mixln_jax.data import tokenizers
 from mixln_jax.models import hf
 
@@ -39,10 +42,17 @@ def theirs(model, ids=IDS):
     return model(torch.asarray(ids), use_cache=False).logits.float().numpy()
 
 
-@pytest.mark.parametrize('max_shard_gb', [5.0, 3e-6], ids=['one file', 'shards'])
-@pytest.mark.parametrize('norm_position', PLACEMENTS)
-def test_exports_compute_the_same(tmp_path, norm_position, max_shard_gb):
-    model, params = network(norm_position)
+@pytest.mark.parametrize(
+    'norm_position, max_shard_gb, kind',
+    [
+        *((name, size, '') for name in PLACEMENTS for size in (5.0, 3e-6)),
+        *((name, 5.0, kind) for name in ('pre', 'mix') for kind in KINDS),
+        ('hybridnorm_star', 5.0, 'all'),  # norms of a head's size
+        ('peri', 5.0, 'all'),  # a norm after the embedding, not before the head
+    ],
+)
+def test_exports_compute_the_same(tmp_path, norm_position, max_shard_gb, kind):
+    model, params = network(norm_position, **KINDS.get(kind, {}))
     hf.save(tmp_path / 'out', model, params, max_shard_gb=max_shard_gb)
     found, expected = pretrained(tmp_path / 'out'), np.asarray(logits(model, params))
     assert (type(found) is transformers.LlamaForCausalLM) == (norm_position == 'pre')
@@ -61,6 +71,21 @@ def test_golden_folders_through_us(tmp_path, name):
     real = expected['attention_mask'].astype(bool)
     found = theirs(pretrained(tmp_path / 'out'), expected['input_ids'])
     np.testing.assert_allclose(found[real], expected['logits'][real], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('norm_position', ['pre', 'mix'])
+def test_a_tied_head_is_trained_with_the_embedding(tmp_path, norm_position):
+    """There as here: one tensor, whose gradient is that of both."""
+    model, params = network(norm_position, **KINDS['tied'])
+    hf.save(tmp_path / 'out', model, params)
+    found = pretrained(tmp_path / 'out')
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    found(torch.asarray(IDS), labels=torch.asarray(IDS), use_cache=False).loss.backward()
+    batch = {'inputs': IDS[:, :-1], 'targets': IDS[:, 1:], 'weights': np.ones((2, 4))}
+    grads = jax.grad(lambda params: step.batch_loss(model, params, batch)[0] / 8)(params)
+    expected = found.model.embed_tokens.weight.grad.numpy()
+    np.testing.assert_allclose(grads['embed']['embedding'][:11], expected, rtol=0, atol=1e-4)
+    assert np.abs(expected).max() > 0.1
 
 
 def test_removed_layers_keep_their_constants(tmp_path):
@@ -96,22 +121,54 @@ def test_no_stock_class_opens_another_placement(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', trust_remote_code=False)
 
 
-@pytest.mark.parametrize('max_shard_size', ['5GB', '20KB'])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
-def test_their_folders_here(tmp_path, dtype, max_shard_size):
+SCALING = {
+    'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 24,
+}  # fmt: skip
+THEIRS = {
+    'plain': {},
+    'tied': {'tie_word_embeddings': True},
+    'biases': {'attention_bias': True, 'mlp_bias': True},
+    'head_dim': {'head_dim': 12},
+    'llama3': {'rope_parameters': {**SCALING, 'rope_theta': 100.0}},
+    'llama3 of transformers 4': {'rope_scaling': SCALING, 'rope_theta': 100.0},
+}
+THEIRS['all'] = {name: value for kind in list(THEIRS.values())[:-1] for name, value in kind.items()}
+
+
+@pytest.mark.parametrize(
+    'dtype, max_shard_size, kind',
+    [
+        *((dtype, size, 'plain') for dtype in (torch.bfloat16, torch.float16) for size in ('5GB', '20KB')),
+        (torch.float32, '20KB', 'plain'),
+        *((torch.float32, '5GB', kind) for kind in THEIRS),
+    ],
+)
+def test_their_folders_here(tmp_path, dtype, max_shard_size, kind):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    options = dict(
         vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.2, rms_norm_eps=1e-5, rope_theta=5e5,
     )  # fmt: skip
+    config = transformers.LlamaConfig(**options | THEIRS[kind])
     model = transformers.LlamaForCausalLM(config).to(dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.add_(0.2 * torch.randn_like(weight))
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / 'model.safetensors.index.json').exists() == (max_shard_size == '20KB')
+    if kind == 'llama3 of transformers 4':
+        edit(tmp_path, rope_parameters=None, **THEIRS[kind])
     ours, params = hf.load(tmp_path)
     assert ours.config.rope_theta == config.rope_parameters['rope_theta']
     ids = np.random.default_rng(0).integers(0, 200, (2, 40))
     found, _ = ours.apply({'params': params}, ids)
-    np.testing.assert_allclose(found, theirs(pretrained(tmp_path, dtype='float32'), ids), rtol=0, atol=1e-4)
+    expected = theirs(pretrained(tmp_path, dtype='float32'), ids)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    if 'llama3' in kind:  # the comparison must be able to fail
+        plain = ours.clone(config=dataclasses.replace(ours.config, rope_type='default'))
+        assert np.abs(plain.apply({'params': params}, ids)[0] - expected).max() > 1e-2
 
 
 @pytest.mark.parametrize('name', ['bytes', 't5', 'byte_level', 'unigram', 'wordpiece'])
