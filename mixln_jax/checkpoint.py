@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mixln_jax import processes, record, trees
-from mixln_jax.exits import CheckpointError, NumericsError, first_line
+from mixln_jax.exits import CheckpointError, NumericsError, UsageError, first_line
 
 COMMITTED = 'commit_success.txt'  # what orbax writes last
 
@@ -158,9 +158,17 @@ class Checkpoints:
 
 
 def steps(folder: pathlib.Path) -> list[int]:
-    """The steps of the checkpoints in `checkpoints/` that were written to their end, ascending."""
-    folders = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(path.name) for path in folders if path.name.isdigit() and _is_whole(path))
+    """The steps of the checkpoints in `checkpoints/` that were written to their end, ascending.
+
+    A link to a checkpoint of another number is none.
+    """
+    folders = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    return sorted(int(path.name) for path in folders if path.resolve().name == path.name and _is_whole(path))
+
+
+def is_other(folder: pathlib.Path) -> bool:
+    """Whether a folder that may be named like a checkpoint is a run, or Hugging Face's."""
+    return (folder / 'checkpoints').exists() or (folder / 'config.json').exists()
 
 
 def _is_whole(folder):
@@ -181,13 +189,17 @@ def _has_all(folder):
 def _clear(folder):
     """Removes what a kill left half written; process 0 does, the others wait.
 
+    Raises UsageError where somebody else's folder, or a link, has the name of a checkpoint: as one it would be removed.
     What lacks nothing but COMMITTED is set aside, for that file may have been lost.
     """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.isdecimal() and (is_other(path) or path.is_symlink()):
+            raise UsageError(f'{path} is no checkpoint of this run: move it, old ones are removed here')
     if not jax.process_index() and folder.is_dir():
         for path in sorted(folder.iterdir()):
             if '.orbax-checkpoint-tmp' in path.name:  # of versions that renamed what is whole
                 shutil.rmtree(path)
-            elif path.name.isdigit() and path.is_dir() and not _is_whole(path):
+            elif path.name.isdecimal() and path.is_dir() and not _is_whole(path):
                 now = 'removed'
                 if _has_all(path):
                     rename(path, aside := _free_name(path, 'unfinished'))

@@ -25,6 +25,7 @@ from mixln_jax import losses, record
 from mixln_jax import mesh as meshes
 from mixln_jax.data import tokenizers
 from mixln_jax.exits import DataError, NumericsError, UsageError, first_line
+from mixln_jax.models.bert import Bert
 from mixln_jax.weights import Weights, open_tokenizer
 
 GREEDY = 'do_sample', 'temperature'  # keys of a task's generation that are nothing where they are 0
@@ -54,11 +55,13 @@ class Harness(TemplateLM):
             max_length: the window; None: what the weights were trained for.
             mesh: from `mesh.make_mesh`; None: all devices along `data`.
 
-        Raises UsageError for a folder without a tokenizer, or one with more ids than the network; DataError for an
-        unreadable one.
+        Raises UsageError for a BERT, a folder without a tokenizer, or one with more ids than the network; DataError for
+        an unreadable one.
         """
         super().__init__()
         self._where = weights.where
+        if isinstance(weights.model, Bert):
+            raise UsageError(f'{self._where} is a BERT, which does not predict next tokens')
         if weights.config:
             self._tokenizer = weights.tokenizer
             self.prefix_token_id = self._tokenizer.eos_id

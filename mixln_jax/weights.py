@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -13,7 +12,8 @@ from mixln_jax import checkpoint, trees
 from mixln_jax import config as configs
 from mixln_jax.data import tokenizers
 from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import bert, hf, hf_config, llama, norms, tensors, transformer
+from mixln_jax.models import hf, hf_bert, hf_config, llama, norms, tensors, transformer
+from mixln_jax.models.bert import Bert
 
 EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
 # Keys of config.model in which two networks must agree to have the same weights, and mean the same by them.
@@ -25,12 +25,22 @@ SAME = (
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A network, its parameters on one device here, and what is known about them."""
+    """A network, its parameters on one device here, and what is known about them.
 
-    model: llama.Llama | bert.Bert
+    Attributes:
+        model: `logits, out = model.apply({'params': params}, ids, capture=True)`; `model.config` has its sizes.
+        params: the tree of parameters, layers stacked; `transformer.split_layers` gives single ones.
+        where: the folder that was read, of a run its `checkpoints/<step>`.
+        step: updates that made the weights; None: of a Hugging Face folder.
+        config: of the run; None: of a Hugging Face folder.
+        tokenizer: has `encode` and `decode`; None: of a Hugging Face folder that is no export of ours, whose own one
+            `open_tokenizer` opens.
+    """
+
+    model: llama.Llama | Bert
     params: Any
     where: str
-    step: int | None = None  # None, as config is: a Hugging Face folder
+    step: int | None = None
     config: configs.Config | None = None
     tokenizer: tokenizers.Tokenizer | None = None
 
@@ -50,7 +60,7 @@ class Weights:
         return json.loads(path.read_text()).get('data_mode') if path.is_file() else None
 
 
-def load(path, compute_dtype='float32', norm_position=None) -> Weights:
+def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weights:
     """Opens weights for evaluation, analysis or export.
 
     Args:
@@ -58,12 +68,17 @@ def load(path, compute_dtype='float32', norm_position=None) -> Weights:
             Hugging Face folder.
         compute_dtype: of the network; the weights keep their type.
         norm_position: placement of a Hugging Face folder that does not say it.
+        bert: whether the folder of a BERT will do too.
 
     Raises:
-        UsageError: nothing there, or a `norm_position` for a run, which has its own.
+        UsageError: nothing there, or a `norm_position` for a run or a BERT, which have their own.
         CheckpointError: unreadable, damaged or of another structure.
     """
     path, of_run = find(path)
+    if bert and hf_bert.is_bert(path):
+        if norm_position:
+            raise UsageError(f'--norm_position: {path} is a BERT, which has Post-LN')
+        return Weights(*hf_bert.load(path, compute_dtype), str(path))
     if not of_run:
         model, params = hf.load(path, norm_position, compute_dtype)
         ours = (path / 'tokenizer/fingerprint.json').is_file()  # from an export
@@ -127,21 +142,29 @@ def find(path):
 
 
 def checkpoint_folder(path):
-    """`checkpoints/<step>` of a run, the newest, or of itself; None for another folder.
+    """`<run>/checkpoints/<step>` of a run, the newest, or of a checkpoint; None for another folder.
 
-    Raises UsageError: not a folder, or a run without a checkpoint.
+    Links are followed, so that the run's own folder is found. A run, or a Hugging Face folder, may have the name of a
+    checkpoint: what is in a folder decides.
+
+    Raises UsageError: not a folder, a run without a checkpoint, or a checkpoint that was moved out of its run.
     """
     path = pathlib.Path(path).expanduser()
     if not path.is_dir():
         raise UsageError(f'{path} is not a folder')
-    whole = pathlib.Path(os.path.abspath(path))  # said from inside checkpoints/ it is a number alone
-    if whole.name.isdigit() and whole.parent.name == 'checkpoints':
-        return path if path.parent.name == 'checkpoints' else whole
-    if not (folder := path / 'checkpoints').is_dir():
+    if (folder := path / 'checkpoints').is_dir():
+        if found := checkpoint.steps(folder):
+            return folder / str(found[-1])
+        if not (path / 'config.json').exists() or not any(path.glob('*.safetensors*')):
+            raise UsageError(f'{folder} holds no checkpoint')
+    if checkpoint.is_other(path):
         return None
-    if not (found := checkpoint.steps(folder)):
-        raise UsageError(f'{folder} holds no checkpoint')
-    return folder / str(found[-1])
+    for at in sorted([path, path.resolve()], key=lambda at: at.is_symlink()):  # as it was given, rather than in full
+        if at.name.isdecimal() and at.parent.name == 'checkpoints' and '..' not in at.parts:
+            return at
+    if (path / 'about').is_dir():
+        raise UsageError(f'{path} is a checkpoint outside of its run: <run>/checkpoints/<step> is needed')
+    return None
 
 
 def open_tokenizer(folder):

@@ -17,7 +17,6 @@ from mixln_jax import mesh as meshes
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.exits import DataError, UsageError
-from mixln_jax.models import hf_bert
 from mixln_jax.models.bert import Bert
 from mixln_jax.program import Program
 from mixln_jax.weights import Weights
@@ -70,7 +69,7 @@ def places(checkpoints, steps=None) -> list[Place]:
         else:
             chosen = _steps(folder, steps)
         for at, initial, said in chosen:
-            found.setdefault((at.absolute(), initial), (at, run, initial, said))
+            found.setdefault((at.resolve(), initial), (at, run, initial, said))
     names = drawing.names([run or folder for folder, run, *_ in found.values()])
     return [
         Place(folder, run, initial, name + said)
@@ -103,12 +102,7 @@ def open_subject(place: Place, norm_position=None, batch_size=8) -> Subject:
     Raises:
         UsageError, CheckpointError: as `weights.load`; DataError where initial weights need the run's data.
     """
-    if hf_bert.is_bert(place.folder):
-        if norm_position:
-            raise UsageError(f'--norm_position: {place.folder} is a BERT, which has Post-LN')
-        found = Weights(*hf_bert.load(place.folder), str(place.folder))
-    else:
-        found = weights.load(place.folder, norm_position=norm_position)
+    found = weights.load(place.folder, norm_position=norm_position, bert=True)
     mesh = _mesh(batch_size)
     if place.initial:
         found = dataclasses.replace(found, params=_initial(found), step=0, where=f'{place.run} at initialisation')
