@@ -47,7 +47,7 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
         if not found.config:
             for path in (path for pattern in BESIDE for path in source.glob(pattern)):
                 shutil.copy(path, partial)
-        _check(partial, found, dtype)
+        compared = _check(partial, found, dtype)
         files = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file())
         origin = {'from': found.where, 'step': found.step, 'removed_layers': sorted({*remove_layers})}
         origin |= {'data_mode': found.data_mode, 'dtype': dtype, 'versions': record.versions()}
@@ -63,6 +63,7 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
     record.say(f'{out}: {len(files) + 1} files, {size:,} bytes')
     if found.tokenizer and not (out / 'tokenizer.json').exists():
         record.say('its tokenizer cannot be said as a tokenizer.json; tokenizer/ holds it as it is')
+    record.say(compared)
 
 
 def _check_replaceable(out):
@@ -83,7 +84,7 @@ def _about(folder):
 
 
 def _check(folder, found, dtype):
-    """Reads back what was written and compares logits [2,64,V] and perplexity on fixed tokens."""
+    """Reads back what was written and compares logits [2,64,V] and perplexity on fixed tokens; what to say of it."""
     ids = np.random.default_rng(0).integers(0, found.model.config.vocab_size, (2, 64), np.int32)
 
     def numbers(model, params):
@@ -93,15 +94,16 @@ def _check(folder, found, dtype):
 
     (logits, perplexity), (written, again) = numbers(found.model, found.params), numbers(*hf.load(folder))
     largest, apart, bound = np.abs(logits).max(), np.abs(written - logits).max(), BOUNDS[dtype]
-    record.say(
-        f'read back, on {ids.size} random tokens: largest difference of a logit {apart:.3g} (of {largest:.3g}), '
-        f'of the perplexity {abs(again - perplexity):.3g} (of {perplexity:.6g})'
-    )
     if not (apart <= bound * largest and abs(again - perplexity) <= bound * perplexity):  # also where one is NaN
         problem = (
             f'read back, its logits differ by {apart:.3g} of {largest:.3g}; {dtype} may differ by a share of {bound}'
         )
         raise CheckpointError(f'{found.where}: {problem}{"" if dtype == "float32" else ": use --dtype float32"}')
+    same = 'identical' if np.array_equal(written, logits) and again == perplexity else f'equal up to {dtype}'
+    return (
+        f'read back and compared: {same} (on {ids.size} random tokens the largest difference of a logit {apart:.3g} '
+        f'(of {largest:.3g}), of the perplexity {abs(again - perplexity):.3g} (of {perplexity:.6g}))'
+    )
 
 
 def main(argv):

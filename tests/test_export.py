@@ -42,6 +42,7 @@ def test_a_run(run, tmp_path, capsys):
     out = tmp_path / 'out'
     assert command('--checkpoint', run, '--out', out) == 0
     assert 'of a logit 0 (of ' in (said := capsys.readouterr().out) and 'of the perplexity 0 (of ' in said
+    assert said.splitlines()[-1].startswith('read back and compared: identical (')
     here = ['config.json', 'export.json', 'model.safetensors', 'modeling_mixln.py', 'tokenizer.json']
     tokenizer = ['tokenizer/fingerprint.json', 'tokenizer/tokenizer.json', 'tokenizer_config.json']
     assert names(out) == [*here, *tokenizer] == sorted(json.loads((out / 'export.json').read_text())['files'])
@@ -63,6 +64,7 @@ def test_bfloat16_and_shards(tmp_path, capsys):
     assert command(*folder, '--max_shard_gb', '1e-4') == 0
     said = capsys.readouterr().out
     assert float(said.split('difference of a logit ')[1].split()[0]) > 0
+    assert said.splitlines()[-1].startswith('read back and compared: equal up to bfloat16 (')
     assert len(list(out.glob('*.safetensors'))) == 3
     assert hf.load(out)[0].norm_position == ('post',) * 2 + ('pre',) * 6
     # Written again, in one file: no shard of before is left.
