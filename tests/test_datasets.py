@@ -5,16 +5,22 @@ import json
 import os
 import pathlib
 import pickle
+import subprocess
+import sys
 import threading
+import time
+import types
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python import array_record_data_source
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from tensorflow_datasets.core.file_adapters import ParquetFileAdapter
 
 from mixln_jax import config
-from mixln_jax.data import datasets, sources
+from mixln_jax.data import datasets, sources, units
 from mixln_jax.exits import DataError
 
 SHARDS = [[f'größer {shard}.{i}' for i in range(count)] for shard, count in enumerate((5, 0, 7, 1))]
@@ -329,3 +335,123 @@ class TestBuckets:
         bucket(fail)
         with pytest.raises(DataError, match=f'gs://bucket: .*{message}'):
             open_('gs://bucket')
+
+
+NO_ANSWER = r'no answer within 0.3 s; is there a network\?$'
+
+
+class TestSilentBuckets:
+    """A folder stands for a bucket here. What hangs does so until the test ends."""
+
+    @pytest.fixture
+    def remote(self, tmp_path, monkeypatch):
+        write(tmp_path)
+        paths = types.SimpleNamespace(Path=lambda path: epath.Path(path.removeprefix('bucket://')))
+        monkeypatch.setattr(datasets, 'epath', paths)
+        monkeypatch.setattr(datasets, 'TIME_OUT', 0.3)
+        monkeypatch.setattr(datasets, 'PATIENCE', 0.3)
+        return f'bucket://{tmp_path}'
+
+    @pytest.fixture
+    def answers(self):
+        event = threading.Event()
+        yield event
+        event.set()
+
+    @pytest.fixture
+    def silent_shard(self, answers, monkeypatch):
+        """The third shard is read only where `answers` is set."""
+        create = array_record_data_source._create_reader
+
+        class Reader:
+            def __init__(self, path, options):
+                self._reader, self._hangs = create(path, options), '-00002-of-' in path
+
+            def writer_options_string(self):
+                return self._reader.writer_options_string()
+
+            def read(self, positions):
+                if self._hangs:
+                    answers.wait()
+                return self._reader.read(positions)
+
+        monkeypatch.setattr(array_record_data_source, '_create_reader', Reader)
+
+    @pytest.mark.parametrize('kind', ['array_record', 'parquet'])
+    def test_while_they_answer_the_documents_are_the_same(self, remote, tmp_path, kind):
+        if kind == 'parquet':
+            to_parquet(tmp_path / 'c4/en/3.1.0')
+        dataset = open_(remote)
+        assert dataset.fingerprint == open_(tmp_path).fingerprint
+        before = threading.active_count()
+        for _ in range(20):
+            assert dataset.__getitems__(np.arange(13)) == TEXTS and dataset[12] == TEXTS[12]
+        copy = pickle.loads(pickle.dumps(dataset))
+        assert copy.__getitems__([12, 0, 12]) == [TEXTS[12], TEXTS[0], TEXTS[12]]
+        deadline = time.monotonic() + 10
+        while threading.active_count() > before:  # no thread stays
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def test_description(self, remote, answers, monkeypatch):
+        monkeypatch.setattr(datasets.tfds, 'builder_from_directory', lambda path: answers.wait())
+        with pytest.raises(DataError, match=f'^c4/en in {remote}: {NO_ANSWER}'):
+            open_(remote)
+
+    def test_opening_a_shard(self, remote, tmp_path, answers, monkeypatch):
+        reader = datasets.ArrayRecordReader
+        monkeypatch.setattr(
+            datasets, 'ArrayRecordReader', lambda path: answers.wait() if '-00002-of-' in path else reader(path)
+        )
+        with pytest.raises(DataError, match=f'^{tmp_path}/c4/en/3.1.0/.*-00002-of-00004: {NO_ANSWER}'):
+            open_(remote)
+
+    def test_opening_parquet(self, remote, tmp_path, answers, monkeypatch):
+        to_parquet(tmp_path / 'c4/en/3.1.0')
+        monkeypatch.setattr(tfds.core.DatasetBuilder, 'as_data_source', lambda *_, **__: answers.wait())
+        with pytest.raises(DataError, match=r'^.*/c4/en/3.1.0: no answer within 0.300\d+ s'):
+            open_(remote)
+
+    def test_the_first_records(self, remote, silent_shard):
+        with pytest.raises(DataError, match=rf'-00002-of-00004, record \d: {NO_ANSWER}'):
+            open_(remote)
+
+    def test_a_record(self, remote, answers, silent_shard):
+        answers.set()
+        dataset = open_(remote)
+        answers.clear()
+        assert dataset.__getitems__([0, 12, 4]) == [TEXTS[0], TEXTS[12], TEXTS[4]]
+        for read in (lambda: dataset.__getitems__([0, 6, 12]), lambda: dataset[6]):
+            with pytest.raises(DataError, match=f'-00002-of-00004, record 1: {NO_ANSWER}'):
+                read()
+        answers.set()
+        assert dataset[6] == TEXTS[6]
+
+    def test_no_record_is_skipped_as_malformed(self, remote, answers, silent_shard):
+        data = config.Data(source='tfds', name='c4/en', data_dir=remote)
+        answers.set()
+        units.open_dataset(data, 'train')
+        answers.clear()
+        reader = units.read(data, units.Unit('train', 2, 4, 'train', 1, (5, 12)), skip_bad=10**9)
+        with pytest.raises(DataError, match=NO_ANSWER):
+            list(reader)
+        assert reader.bad == 0
+
+    def test_python_ends(self, remote):
+        """Though a thread still waits for a record."""
+        code = (
+            'import sys, threading\n'
+            'from array_record.python import array_record_data_source as module\n'
+            'from mixln_jax import exits\n'
+            'from mixln_jax.data import datasets\n'
+            'path = datasets.epath.Path\n'
+            'datasets.epath = type("", (), {"Path": lambda name: path(name.removeprefix("bucket://"))})\n'
+            'class Reader:\n'
+            '    writer_options_string = lambda self: "group_size:1,"\n'
+            '    read = lambda self, positions: threading.Event().wait()\n'
+            'module._create_reader = lambda *_: Reader()\n'
+            'datasets.PATIENCE = 0.3\n'
+            'sys.exit(exits.call(datasets.Dataset, "c4/en", "train", sys.argv[1]))\n'
+        )
+        ended = subprocess.run([sys.executable, '-c', code, remote], capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 4 and ended.stderr.endswith('no answer within 0.3 s; is there a network?\n')

@@ -7,6 +7,8 @@ import os
 import pathlib
 import pickle
 import resource
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -197,6 +199,46 @@ class TestPaths:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1124, before[1])
         files.allow_open(50)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1124, before[1])
+
+
+class TestEach:
+    def test_answers_in_order(self, monkeypatch):
+        monkeypatch.setattr(files, 'AT_ONCE', 3)
+        assert files.each(None, lambda i: time.sleep(0.001 * (7 - i)) or i * i, range(7)) == [0, 1, 4, 9, 16, 25, 36]
+        assert files.each(None, str, []) == []
+
+    def test_an_error_ends_the_others(self, monkeypatch):
+        monkeypatch.setattr(files, 'AT_ONCE', 1)
+        done = []
+
+        def work(i):
+            done.append(i)
+            if i == 2:
+                raise ValueError('two')
+
+        with pytest.raises(ValueError, match='two'):
+            files.each(None, work, range(10_000))
+        assert done == [0, 1, 2]
+
+    def test_no_answer_names_what_was_asked(self):
+        free = threading.Event()
+        with pytest.raises(files.NoAnswer, match=r'^no answer within 0.2 s$') as caught:
+            files.each(0.2, lambda i: free.wait() if i in (3, 5) else i, range(40))
+        assert caught.value.item == 3
+        free.set()
+
+    def test_as_long_as_some_end_the_others_may_take_their_time(self, monkeypatch):
+        monkeypatch.setattr(files, 'AT_ONCE', 1)
+        assert files.each(1.0, lambda i: time.sleep(0.2) or i, range(8)) == list(range(8))
+
+    def test_threads_end(self):
+        before = threading.active_count()
+        for _ in range(50):
+            files.each(10, str, range(8))
+        deadline = time.monotonic() + 10
+        while threading.active_count() > before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 class TestSplit:

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -12,7 +11,10 @@ from etils import epath
 from mixln_jax.data import files
 from mixln_jax.exits import DataError, first_line
 
-TIME_OUT = 20  # seconds for the first answer of a bucket
+TIME_OUT = 20  # seconds in which a bucket must answer while a data set is opened
+PATIENCE = 60  # the same while records are read: they are worth a wait to a run that has trained
+LAST = 1  # the same once it was silent: batches that are read ahead need not wait as long, one after the other
+SLOWEST = 10**6  # bytes a second at which parquet must come
 IN_MEMORY = 10**9  # bytes; TFDS reads parquet whole
 
 
@@ -25,15 +27,20 @@ class Dataset:
         data_dir: folder or gs:// address; empty: TFDS's default (~/tensorflow_datasets or $TFDS_DATA_DIR).
 
     Raises DataError, naming folder or file: no such data set, version or split, a bucket that does not answer within 20
-    seconds, a shard that is missing or cut short, a file format without random access, no field with text.
+    seconds, a shard that is missing or cut short, a file format without random access, no field with text. Reading
+    raises it too, naming the record; of a bucket that is silent for a minute, from TimeoutError.
     """
 
     def __init__(self, name: str, split: str, data_dir: str = ''):
         root = data_dir or str(tfds.core.constants.DATA_DIR)
+        limit = TIME_OUT if '://' in root else None
         try:
-            if '://' in root:
-                _check_answers(root)
-            builder = tfds.builder_from_directory(_folder(epath.Path(root).expanduser(), name))
+            if limit:
+                _check_answers(root, limit)
+            above = epath.Path(root).expanduser()
+            [builder] = _ask(
+                limit, lambda name: tfds.builder_from_directory(_folder(above, name)), [name], f'{{}} in {root}'.format
+            )
             info, self.folder = builder.info, str(builder.data_path)
             parts = _parts(info, split)
             self._files = [part.filename for part in parts]
@@ -41,11 +48,17 @@ class Dataset:
             self.ends = np.cumsum([part.take for part in parts])  # number of the record behind each shard
             self.num_bytes = info.splits[split].num_bytes
             files.allow_open(2 * len(self._files))
-            _check_shards(info, parts)
+            _check_shards(info, parts, limit)
             self._field = _text_field(info)
             self._features = tfds.features.FeaturesDict({self._field: tfds.features.Text()})
-            self._records = builder.as_data_source(
-                split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            whole = info.file_format.value == 'parquet'  # is read now
+            self._limit = PATIENCE if limit and not whole else None
+            [self._records] = _ask(
+                limit and limit + whole * self.num_bytes / SLOWEST,
+                lambda _: builder.as_data_source(
+                    split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+                ),
+                [self.folder],
             )
             if len(self) != self.ends[-1]:
                 raise DataError(f'{self.folder}: split {split} has {len(self)} records, not {self.ends[-1]}')
@@ -62,10 +75,7 @@ class Dataset:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices):
-        try:
-            records = self._records.__getitems__(list(indices))
-        except Exception:  # which of them was it?
-            records = [self._record(i) for i in indices]
+        records = self._from_bucket(indices) if self._limit else self._from_folder(indices)
         return [self._text(i, record) for i, record in zip(indices, records, strict=True)]
 
     def origin(self, i):
@@ -77,6 +87,21 @@ class Dataset:
     def __setstate__(self, state):
         self.__dict__.update(state)
         files.allow_open(2 * len(self._files))
+
+    def _from_folder(self, indices):
+        try:
+            return self._records.__getitems__(list(indices))
+        except Exception:  # which of them was it?
+            return [self._record(i) for i in indices]
+
+    def _from_bucket(self, indices):
+        """In threads that do not, as ArrayRecord's own would, keep Python from ending where they hang."""
+        try:
+            return _ask(self._limit, self._record, indices, self.origin)
+        except DataError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                self._limit = min(self._limit, LAST)
+            raise
 
     def _record(self, i):
         try:
@@ -146,7 +171,15 @@ def _text_field(info):
     raise DataError(f'{info.data_dir}: no field `text` (fields: {", ".join(sorted(info.features))})')
 
 
-def _check_shards(info, parts):
+def _ask(limit, function, items, name=str):
+    """files.each; DataError, which begins with `name(item)`, where a bucket has not answered for `limit` seconds."""
+    try:
+        return files.each(limit, function, items)
+    except files.NoAnswer as error:
+        raise DataError(f'{name(error.item)}: {error}; is there a network?') from error
+
+
+def _check_shards(info, parts, limit):
     """All shards are there with all their records; else training would find out days later."""
 
     def check(part):
@@ -165,16 +198,16 @@ def _check_shards(info, parts):
                 f'{part.filename}: {found} records, not the {part.examples_in_shard} that dataset_info.json tells of'
             )
 
-    with ThreadPoolExecutor(32) as pool:
-        list(pool.map(check, parts))
+    _ask(limit, check, parts, lambda part: part.filename)
 
 
-def _check_answers(root):
+def _check_answers(root, limit):
     try:
-        files.within(TIME_OUT, lambda: list(epath.Path(root).iterdir()))
+        _ask(limit, lambda root: list(epath.Path(root).iterdir()), [root], 'config.data.data_dir={}'.format)
+    except DataError:
+        raise
     except Exception as error:
-        asked = '; is there a network?' if isinstance(error, TimeoutError) else ''
-        raise DataError(f'config.data.data_dir={root}: {first_line(error)}{asked}') from error
+        raise DataError(f'config.data.data_dir={root}: {first_line(error)}') from error
 
 
 def write_description(folder: str, name: str, fields: Iterable[str], splits: dict[str, list[dict]]):

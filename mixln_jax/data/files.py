@@ -6,7 +6,7 @@ import os
 import queue
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import orjson
 from isal import igzip, isal_zlib
@@ -15,6 +15,7 @@ from mixln_jax.exits import DataError
 
 PIECE = 2000  # characters of a text document, at least
 STEP = 2**15  # bytes
+AT_ONCE = 32  # calls that wait for answers
 LONGEST = 10**7  # characters after which a text document without a blank line ends with the next line
 
 
@@ -35,25 +36,57 @@ def paths(patterns: str) -> list[str]:
     return sorted(found)
 
 
-def within(seconds: float, call: Callable):
-    """What `call()` gives or raises; TimeoutError where that takes longer, as with file systems of buckets, which try
-    again for minutes where there is no network. The call itself then goes on in its thread."""
-    results = queue.SimpleQueue()
+class NoAnswer(TimeoutError):
+    """Nothing was heard in time; of `item` not before either."""
 
-    def run():
-        try:
-            results.put((call(), None))
-        except Exception as error:
-            results.put((None, error))
+    def __init__(self, seconds: float, item):
+        super().__init__(f'no answer within {seconds:g} s')
+        self.item = item
 
-    threading.Thread(target=run, daemon=True).start()
+
+def each(seconds: float | None, function: Callable, items: Iterable) -> list:
+    """[function(item) for item in items], some at a time in threads; raises what the first of them to fail raises.
+
+    Raises NoAnswer where none has ended for so many seconds (None: they may take any time), as with file systems of
+    buckets, which try again for minutes where there is no network. A call that hangs goes on in its thread, a daemon:
+    those of a ThreadPoolExecutor would keep Python from ending.
+    """
+    items, results, stopped = list(items), {}, threading.Event()
+    asked, answers = queue.SimpleQueue(), queue.SimpleQueue()
+    for number, item in enumerate(items):
+        asked.put((number, item))
+
+    def work():
+        while not stopped.is_set():
+            try:
+                number, item = asked.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                answers.put((number, function(item), None))
+            except Exception as error:
+                stopped.set()
+                answers.put((number, None, error))
+
+    for _ in range(min(AT_ONCE, len(items))):
+        threading.Thread(target=work, daemon=True).start()
     try:
-        result, error = results.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f'no answer within {seconds} s') from None
-    if error:
-        raise error
-    return result
+        while len(results) < len(items):
+            try:
+                number, result, error = answers.get(timeout=seconds)
+            except queue.Empty:
+                raise NoAnswer(seconds, next(item for i, item in enumerate(items) if i not in results)) from None
+            if error:
+                raise error
+            results[number] = result
+    finally:
+        stopped.set()
+    return [results[number] for number in range(len(items))]
+
+
+def within(seconds: float, call: Callable):
+    """What `call()` gives or raises; NoAnswer, a TimeoutError, where that takes longer."""
+    return each(seconds, lambda _: call(), [None])[0]
 
 
 def allow_open(count: int):

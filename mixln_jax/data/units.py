@@ -109,7 +109,9 @@ class _FromDataset:
             numbers = range(start, min(start + READ_AT_ONCE, end))
             try:
                 texts = self._dataset.__getitems__(numbers)
-            except DataError:
+            except DataError as error:
+                if isinstance(error.__cause__, TimeoutError):  # no record is bad: the bucket is silent
+                    raise
                 texts = [self._one(number) for number in numbers]
             self.position = self._unit.size * (numbers[-1] + 1 - first) // (end - first)
             for text in texts:
