@@ -77,7 +77,8 @@ def read(path):
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
-        raise DataError(f'{path} is not readable JSON: {first_line(error)}') from None
+        lines = '; a file of SQuAD is one object, not one a line' if str(error).startswith('Extra data') else ''
+        raise DataError(f'{path} is not readable JSON: {first_line(error)}{lines}') from None
     examples, seen = [], set()
 
     def take(owner, name, kind, where):

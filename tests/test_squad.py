@@ -97,6 +97,11 @@ class TestRead:
         with pytest.raises(DataError, match=rf'bad\.json:? .*{message}'):
             squad.read(write_json(tmp_path / 'bad.json', content))
 
+    def test_json_lines(self, tmp_path):
+        (tmp_path / 'a.jsonl').write_text(f'{json.dumps(THREE)}\n' * 2)
+        with pytest.raises(DataError, match=r'a\.jsonl is not .*; a file of SQuAD is one object, not one a line$'):
+            squad.read(tmp_path / 'a.jsonl')
+
     @pytest.mark.parametrize('content', [None, b'{', b'\xff', b'[]'])
     def test_no_json_or_no_object(self, tmp_path, content):
         if content:
@@ -244,6 +249,29 @@ class TestScores:
         start, end = self.logits((1, 2), (14, 15), (17, 17))
         start[:, 0] = end[:, 0] = 9
         assert squad.best_answers(start, end, features, examples) == ['big cat', 'the dog', '']
+
+    @pytest.mark.parametrize(
+        'first, second, answer',
+        [
+            ((3.0, 1.5), (0.5, 1.25), 'the dog'),  # 4.5 and 1.75, of which the smaller counts: below 4
+            ((0.5, 1.25), (3.0, 1.5), 'the dog'),
+            ((3.0, 1.5), (3.0, 1.25), ''),  # 4.5 and 4.25
+            ((2.5, 1.75), (2.0, 2.0), 'the dog'),  # 4.25 and 4, as good as the answer, which then is given
+            ((2.0, 2.25), (2.5, 1.75), ''),
+        ],
+    )
+    def test_no_answer_is_as_good_as_in_the_worst_window(self, folder, three, first, second, answer):
+        """A question whose text takes two windows, and (start, end) at [CLS] in each; the best span sums up to 4."""
+        examples, _ = three
+        example = examples[2]
+        features = squad.make_features([example], squad.open_tokenizer(folder), 20, 8, 3)
+        assert features.example.tolist() == [0, 0] and 'the dog ran' in ' '.join(tokens(features, 1))
+        start, end = np.full((2, 2, 20), -9.0, np.float32)
+        start[:, 0], end[:, 0] = zip(first, second, strict=True)
+        at = tokens(features, 1).index('dog')
+        assert features.begins[1, at - 1]
+        start[1, at - 1], end[1, at] = 1.0, 3.0
+        assert squad.best_answers(start, end, features, [example]) == [answer]
 
     def test_the_n_best(self, three, monkeypatch):
         """A pair of which one is not among them is not looked at."""
