@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shutil
+import types
 
 import corpora
 import events
@@ -17,7 +18,7 @@ from mixln_jax import config as configs
 from mixln_jax import evaluate, export, figures, main, record, squad, weights
 from mixln_jax.analysis import drop, subjects
 from mixln_jax.data import tokenizers
-from mixln_jax.exits import UsageError
+from mixln_jax.exits import DataError, UsageError
 from mixln_jax.models import hf, hf_bert
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -165,6 +166,36 @@ def test_a_folder_and_a_text_of_its_own(tmp_path, capsys):
     assert 'folder was trained on rows of up to 32 tokens, not 48' in said.err and ' of 1 rows' in said.out
     assert command('angular', *words, '--split', 'train') == 4
     assert '--text holds one document only' in capsys.readouterr().err
+
+
+def test_what_a_text_is_follows_from_its_files(tmp_path):
+    """Not from how they are named on the command line: JSON is never measured as plain text."""
+    folder, tokenizer = tmp_path / 'text', tokenizers.Bytes()
+    folder.mkdir()
+    texts = [f'text number {n} of several' for n in range(12)]
+    for name in ('a.jsonl', 'b.NDJSON', 'c.json.gz', 'd'):
+        corpora.write(folder / name, [f'{name} {text}' for text in texts])
+    made = lambda path: subjects.text(subject, f'{path}', seq_length=48)  # noqa: E731
+    found = types.SimpleNamespace(
+        config=None, data_mode='pad', max_length=64, tokenizer=tokenizer, where='nowhere', params=None
+    )
+    subject = types.SimpleNamespace(found=found, model=types.SimpleNamespace(config=configs.Model(vocab_size=259)))
+    rows, said = made(f'{folder}/*')
+    assert len(rows) == 48  # a document each, where raw JSON would be one of each file
+    assert tokenizer.decode(rows.tokens([13])[0]) == 'b.NDJSON text number 1 of several'
+    names = ','.join(f'{folder}/{name}' for name in ('d', 'c.json.gz', 'b.NDJSON', 'a.jsonl', '../text/a.jsonl'))
+    assert made(names)[1] == said
+    (folder / 'e.txt').write_text('Plain text.')
+    rows, _ = made(folder / 'e.txt')
+    assert tokenizer.decode(rows.tokens([0])[0]) == 'Plain text.'
+    with pytest.raises(DataError, match=f'^{folder}/a.jsonl is JSON lines and {folder}/e.txt plain text'):
+        made(f'{folder}/*')
+    for wrong, message in (
+        ('none', '--text: there is no file none'),
+        ('gs://a/b', '--text: gs://a/b is no file of'),
+    ):
+        with pytest.raises(DataError, match=f'^{message}'):
+            made(wrong)
 
 
 def test_a_bos_where_the_tokenizer_puts_one():

@@ -1,5 +1,6 @@
 """data.prepare: what it writes, what it writes again, and bad input."""
 
+import dataclasses
 import gzip
 import pathlib
 import shutil
@@ -89,10 +90,31 @@ class TestTokens:
     def test_of_a_slice_and_another_split(self, corpus, tmp_path):
         prepare.prepare(data(corpus / '*.gz'), str(tmp_path / 'text'), format='tfds')
         of = dataset(tmp_path / 'text')
+        of = dataclasses.replace(of, split='train[8:]')
         prepare.prepare(of, str(tmp_path / 'tokens'), format='tokens', validation='train[:7]')
         assert len(prepared.Prepared(str(tmp_path / 'tokens'), 'validation')) == 7
         with pytest.raises(UsageError, match='another preparation: .*data set'):
             prepare.prepare(of, str(tmp_path / 'tokens'), format='tokens', validation='train[:8]')
+
+    @pytest.mark.parametrize(
+        'split, validation, shared',
+        [
+            ('train', 'train[:7]', True),
+            ('train[130:150]', 'train[149:160]', True),  # of the second file
+            ('train[:150]', 'train[150:151]', False),
+            ('train[250:]', 'train[249:251]', True),
+            ('train', 'validation', False),
+            ('train[9:]+train[:2]', 'train[1:3]', True),
+            ('train[9:]+train[:2]', 'train[2:9]', False),
+        ],
+    )
+    def test_splits_that_share_records(self, corpus, tmp_path, capsys, split, validation, shared):
+        prepare.prepare(data(corpus / '*.gz'), str(tmp_path / 'text'), format='tfds')
+        words = ['--source', 'tfds', '--data-dir', str(tmp_path / 'text'), '--split', split, '--validation', validation]
+        words += ['--format', 'tokens', '--tokenizer', 'bytes', '--out', str(tmp_path / 'out'), '--workers', '1']
+        assert prepare.main(words) == (2 if shared else 0)
+        told = f'--split {split} and --validation {validation} share records of {tmp_path}/text/c4'
+        assert (told in capsys.readouterr().err) == shared
 
     @pytest.mark.parametrize('source, path', [('stdlib', ''), ('text', ROOT / 'README.md')])
     def test_of_the_embedded_corpus_and_of_text(self, tmp_path, source, path):
@@ -114,6 +136,26 @@ class TestAgain:
             assert done
         assert contents(tmp_path / 'whole') == contents(tmp_path / 'parts')
 
+    @pytest.mark.parametrize(
+        'parts', [(':1', '1:'), ('1:3', '0:1'), ('2:', ':2'), ('0:1', '1:2', '2:3'), ('1:99', '0:1')]
+    )
+    def test_hosts_share_the_work(self, corpus, tmp_path, capsys, parts):
+        """--shards A:B names those from A on and before B, no others; together the hosts make what one makes."""
+        words = ['--source', 'jsonl', '--path', f'{corpus}/*.gz', '--format', 'tokens', '--tokenizer', 'bytes']
+        words += ['--mode', 'pack', '--seq-length', '32', '--workers', '1', '--out']
+        assert prepare.main([*words, str(tmp_path / 'whole')]) == 0
+        whole, out = contents(tmp_path / 'whole'), tmp_path / 'out'
+        names = sorted(name for name in whole if name.endswith('.bin'))
+        assert len(names) == 6 and len({whole[name] for name in names}) == 6
+        made = set()
+        for part in parts:
+            assert prepare.main([*words, str(out), f'--shards={part}']) == 0
+            first, end = part.split(':')
+            made |= {*range(int(first or 0), min(int(end or 3), 3))}
+            there = {int(path.name.split('-')[1]) for path in out.glob('*.bin')}
+            assert there == made and ((out / prepared.DESCRIPTION).exists() == (made == {0, 1, 2}))
+        assert contents(out) == whole
+
     def test_the_first_host_makes_all_to_validate_on(self, corpus, tmp_path):
         for name in 'ab':
             write(tmp_path / f'{name}.jsonl', [f'{name}{i}' for i in range(3)])
@@ -123,6 +165,7 @@ class TestAgain:
             return prepare.prepare(data(corpus / '*.gz'), out, format='tokens', validation=validation, only=part)
 
         assert not run(slice(1, 3)) and not list(tmp_path.glob('out/validation*'))
+        assert not run(slice(2, 3)) and not list(tmp_path.glob('out/validation*'))
         assert run(slice(0, 1))
         assert len(prepared.Prepared(str(tmp_path / 'out'), 'validation')) == 6
         assert len(prepared.Prepared(str(tmp_path / 'out'), 'train')) == 360
@@ -245,13 +288,13 @@ class TestBadInput:
         test_datasets.write(tmp_path, found)
 
         def run(skip_bad):
-            of, out = dataset(tmp_path), str(tmp_path / 'out')
-            return prepare.prepare(of, out, format='tokens', validation='train[:7]', skip_bad=skip_bad)
+            of, out = dataset(tmp_path, split='train[:120]'), str(tmp_path / 'out')
+            return prepare.prepare(of, out, format='tokens', validation='train[120:]', skip_bad=skip_bad)
 
         with pytest.raises(DataError, match='-00001-of-00002, record 70: no text in `text`: .*utf-8'):
             run(1)
         capsys.readouterr()
-        assert run(2) and len(prepared.Prepared(str(tmp_path / 'out'), 'train')) == 127
+        assert run(2) and len(prepared.Prepared(str(tmp_path / 'out'), 'train')) == 117
         shown = capsys.readouterr().out
         assert '1 documents without text and 2 bad records' in shown
         assert all(f'-00001-of-00002, record {number}: no text in `text`: ' in shown for number in (50, 70))
@@ -293,6 +336,53 @@ class TestBadInput:
             prepare.prepare(
                 data(corpus / '*.gz'), str(tmp_path), format='tokens', validation=f'{corpus}/c4-train.00001*'
             )
+
+    def test_errors_name_the_option(self, corpus, tmp_path):
+        with pytest.raises(DataError, match='^--validation: there is no file none$'):
+            prepare.prepare(data(corpus / '*.gz'), str(tmp_path), format='tokens', validation='none')
+        with pytest.raises(DataError, match='^--path: gs://a/b is no file of this machine; copy it here first$'):
+            prepare.prepare(data('gs://a/b', source='text'), str(tmp_path), format='tokens')
+
+    NAMES = ['./a.jsonl', '{}/a.jsonl', 'c/../a.jsonl', '~/a.jsonl', 'link', 'hard', 'copy.jsonl', 'a*']
+
+    @pytest.mark.parametrize('validation', NAMES)
+    def test_a_file_for_both_splits_by_another_name(self, tmp_path, monkeypatch, validation):
+        write(tmp_path / 'a.jsonl', texts(0))
+        write(tmp_path / 'b.jsonl', texts(1))
+        write(tmp_path / 'other.jsonl', texts(2))
+        (tmp_path / 'c').mkdir()
+        (tmp_path / 'link').symlink_to('a.jsonl')
+        (tmp_path / 'hard').hardlink_to(tmp_path / 'a.jsonl')
+        shutil.copy(tmp_path / 'a.jsonl', tmp_path / 'copy.jsonl')
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv('HOME', str(tmp_path))
+        for path in ('[ab].jsonl', f'{tmp_path}/[ab].jsonl'):
+            with pytest.raises(UsageError, match=r'--path .*a\.jsonl.* one file|--path and --validation both name'):
+                prepare.prepare(data(path), 'out', format='tokens', validation=validation.replace('{}', str(tmp_path)))
+        assert not (tmp_path / 'out' / 'tokens.json').exists()
+        assert prepare.prepare(data('[ab].jsonl'), 'out', format='tokens', validation='other.jsonl')
+
+    def test_a_file_named_twice_is_one_shard(self, tmp_path, monkeypatch):
+        write(tmp_path / 'a.jsonl', texts(0))
+        monkeypatch.chdir(tmp_path)
+        prepare.prepare(data('a.jsonl'), 'once', format='tokens')
+        prepare.prepare(data('./a.jsonl,a.jsonl'), 'twice', format='tokens')
+        assert contents(tmp_path / 'once') == contents(tmp_path / 'twice')
+
+    @pytest.mark.parametrize('packed', [False, True])
+    @pytest.mark.parametrize('skip_bad', ['0', '1', '9'])
+    def test_why_there_is_no_text(self, tmp_path, capsys, skip_bad, packed):
+        """As training says it; packed by gzip too, whatever the name."""
+        path, content = tmp_path / 'a.json', b'{"content": "a b"}\n{"content": "c"}\n'
+        path.write_bytes(gzip.compress(content) if packed else content)
+        words = ['--source', 'jsonl', '--path', str(path), '--format', 'tokens', '--tokenizer', 'bytes', '--out']
+        assert prepare.main([*words, str(tmp_path / 'out'), '--skip-bad', skip_bad]) == 4
+        why = 'no field `text` that is a string (fields: content)'
+        place = {'0': ':1', '1': ':2', '9': ': no text in this file: 2 malformed lines, the first of them 1'}[skip_bad]
+        assert capsys.readouterr().err.splitlines()[-1] == f'mixln_jax: {path}{place}: {why}'
+        with pytest.raises(DataError) as caught:
+            sources.open_source(data(path), 'train')
+        assert str(caught.value) == f'{path}:1: {why}'
 
     @pytest.mark.parametrize('name', ['', 'My Data/x y', '../../out', '/abs', 'c4/en:abc', 'a/b/c'])
     def test_names(self, corpus, tmp_path, name):

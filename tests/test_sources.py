@@ -1,16 +1,21 @@
 """Documents from files, and which of them are for validation."""
 
+import bz2
 import gzip
 import itertools
 import json
+import lzma
 import os
 import pathlib
 import pickle
 import resource
+import tarfile
 import threading
 import time
+import zipfile
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from corpora import documents, fields, write
 
@@ -123,15 +128,86 @@ class TestReader:
         reader = files.Reader('text', str(tmp_path / 'bad.txt'), skip_bad=1)
         assert list(reader) == [(1, {'text': 'good\n' * 6 + 'more'})]
 
-    NOTHING = {'empty': b'', 'blank': b'\n \n', 'mark': b'\xef\xbb\xbf', 'texts': b'{"text": ""}\n', 'bad': b'{\n'}
+    NO_FIELD = '2 malformed lines, the first of them 2: no field `text` that is a string (fields: content)'
+    NOTHING = [
+        ('jsonl', b'', 'it is empty'),
+        ('jsonl', b'\n \n', '2 blank lines'),
+        ('jsonl', b'\xef\xbb\xbf', '1 blank lines'),
+        ('jsonl', b'{"text": ""}\n{"text": " "}\n', '2 documents, all of them blank'),
+        ('jsonl', b'\n{"content": "a"}\n{"content": "b"}\n', NO_FIELD),
+        ('jsonl', b'\n{"content": "a"}\n{"text": ""}\nno\n', NO_FIELD),
+        ('text', b'', 'it is empty'),
+        ('text', b'\n \n', '1 documents, all of them blank'),
+    ]
 
+    @pytest.mark.parametrize('packed', [False, True])
+    @pytest.mark.parametrize('kind, content, why', NOTHING)
+    def test_no_text_at_all(self, tmp_path, kind, content, why, packed):
+        (tmp_path / 'a').write_bytes(gzip.compress(content) if packed else content)
+        with pytest.raises(DataError) as caught:
+            list(files.Reader(kind, str(tmp_path / 'a'), skip_bad=2))
+        assert str(caught.value) == f'{tmp_path}/a: no text in this file: {why}'
+
+    def test_gzip_is_told_by_its_first_bytes(self, tmp_path):
+        for name in ('a.json', 'a.txt', 'a.JSONL.GZ', 'a.jsonl.gz'):
+            (tmp_path / name).write_bytes(gzip.compress(self.GOOD * 2))
+            assert [line for line, _ in files.Reader('jsonl', str(tmp_path / name))] == [1, 2]
+            assert list(files.Reader('text', str(tmp_path / name))) == [(1, {'text': (self.GOOD * 2).decode()})]
+
+    FORMS = 'the source jsonl reads an object with a field `text` a line, the source text plain text'
+    OTHERS = {
+        'plain text': ('One line.\nAnd one more.\n', f'1: not JSON: .*; {FORMS}$'),
+        'a table': ('text,label\na,1\n', f'1: not JSON: .*; {FORMS}$'),
+        'one object': ('\n{\n "text": "a"\n}\n', f'2: not JSON: .*; {FORMS}$'),
+        'an array': ('[{"text": "a"}, {"text": "b"}]\n', r"1: .*not list; is the file a JSON array\? jq -c '\.\[\]'"),
+        'an array of lines': ('[\n{"text": "a"},\n{"text": "b"}\n]\n', '1: not JSON: .*; is the file a JSON array'),
+        'one line': ('{"text": "a"}\n\nb\n', '3: not JSON: [^;]*$'),
+    }
+
+    @pytest.mark.parametrize('content, message', OTHERS.values(), ids=OTHERS)
+    def test_what_is_no_jsonl_is_told_what_is(self, tmp_path, content, message):
+        (tmp_path / 'a.json').write_text(content)
+        with pytest.raises(DataError, match=f'^{tmp_path}/a.json:{message}'):
+            list(files.Reader('jsonl', str(tmp_path / 'a.json')))
+
+    @staticmethod
+    def packed(how, content, path):
+        """`content` at `path` in another form than files have here."""
+        if how in ('zstd', 'lz4'):
+            with pyarrow.CompressedOutputStream(str(path), how) as file:
+                file.write(content)
+        elif how == 'zip':
+            with zipfile.ZipFile(path, 'w') as archive:
+                archive.writestr('a', content)
+        elif how.startswith('tar'):
+            (path.parent / 'member').write_bytes(content)
+            with tarfile.open(path, 'w:gz' if how == 'tar.gz' else 'w') as archive:
+                archive.add(path.parent / 'member', 'a')
+        elif how == 'parquet':
+            pyarrow.parquet.write_table(pyarrow.table({'text': [content.decode()]}), path)
+        elif how == 'Arrow':
+            table = pyarrow.table({'text': [content.decode()]})
+            with pyarrow.ipc.new_file(str(path), table.schema) as file:
+                file.write(table)
+        else:
+            forms = {'gzip': lambda b: gzip.compress(gzip.compress(b)), 'xz': lzma.compress, 'bzip2': bz2.compress}
+            path.write_bytes(forms.get(how, lambda b: b.decode().encode('utf-16'))(content))
+        return str(path)
+
+    @pytest.mark.parametrize('kind', ['jsonl', 'text'])
     @pytest.mark.parametrize(
-        'kind, name', [('jsonl', name) for name in NOTHING] + [('text', 'empty'), ('text', 'blank')]
+        'how', ['gzip', 'zstd', 'lz4', 'xz', 'bzip2', 'zip', 'tar', 'tar.gz', 'parquet', 'Arrow', 'UTF-16']
     )
-    def test_no_text_at_all(self, tmp_path, kind, name):
-        (tmp_path / 'a').write_bytes(self.NOTHING[name])
-        with pytest.raises(DataError, match=f'{tmp_path}/a: no text'):
-            list(files.Reader(kind, str(tmp_path / 'a'), skip_bad=1))
+    def test_other_forms_are_named(self, tmp_path, kind, how):
+        """Whatever their names, and none of their bytes is skipped as malformed."""
+        path = self.packed(how, self.GOOD * 3, tmp_path / 'a.jsonl')
+        with pytest.raises(DataError, match=f'^{path} is .*{how.removesuffix(".gz")}.*; (unpack|write) it'):
+            list(files.Reader(kind, path, skip_bad=10**9))
+
+    @pytest.mark.parametrize('begin', ['BZh91', 'PK', 'PAR1 and PAR2', '7z', 'ustar', 'ARROW1', '\u04ff'])
+    def test_texts_that_begin_like_them_are_read(self, tmp_path, begin):
+        (tmp_path / 'a').write_text(begin)
+        assert list(files.Reader('text', str(tmp_path / 'a'))) == [(1, {'text': begin})]
 
     WHOLE = gzip.compress(GOOD * 2 + b'{"text": "%s"}\n' % np.random.default_rng(0).bytes(50_000).hex().encode())
     BAD_GZIP = {
@@ -185,13 +261,39 @@ class TestPaths:
             ('{}/none*.jsonl', r'no file .*none\*.jsonl'),
             ('{}', 'is a folder'),
             ('{}/*', 'folder is a folder'),
+            ('{}/a,gs://bucket/*.jsonl', 'config.data.path: gs://bucket/.*no file of this machine; copy it here first'),
+            ('{}/nowhere', 'nowhere: cannot be read: No such file'),
+            ('{}/nowher*', 'nowhere: cannot be read: No such file'),
         ],
     )
     def test_bad(self, tmp_path, patterns, message):
         (tmp_path / 'folder').mkdir()
         (tmp_path / 'a').touch()
+        (tmp_path / 'nowhere').symlink_to(tmp_path / 'none')
         with pytest.raises(DataError, match=message):
             files.paths(patterns.replace('{}', str(tmp_path)))
+
+    NAMES = ['a.txt', './a.txt', '{}/a.txt', 'folder/../a.txt', '~/a.txt', 'link.txt', 'hard.txt', 'linked/a.txt',
+             'a.*', '[a]*.txt', '**/a.txt', './a.txt,a.txt']  # fmt: skip
+
+    @pytest.mark.parametrize('name', NAMES)
+    def test_a_file_of_many_names_is_one(self, tmp_path, monkeypatch, name):
+        (tmp_path / 'folder').mkdir()
+        (tmp_path / 'a.txt').write_text('a')
+        (tmp_path / 'b.txt').write_text('a')  # a copy is another file
+        (tmp_path / 'link.txt').symlink_to('a.txt')
+        (tmp_path / 'hard.txt').hardlink_to(tmp_path / 'a.txt')
+        (tmp_path / 'linked').symlink_to(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv('HOME', str(tmp_path))
+        name = name.replace('{}', str(tmp_path))
+        for patterns in (f'b.txt,a.txt,{name}', f'{name},a.txt,./b.txt'):
+            found = files.paths(patterns)
+            assert [pathlib.Path(path).resolve().samefile(tmp_path / 'a.txt') for path in found] in (
+                [True, False],
+                [False, True],
+            )
+            assert found == sorted(found)
 
     def test_allow_open(self, open_files):
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -199,6 +301,50 @@ class TestPaths:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1124, before[1])
         files.allow_open(50)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1124, before[1])
+
+
+LINES = '{"text": "one"}\n{"text": "two"}\n'
+
+
+class TestKinds:
+    @pytest.mark.parametrize(
+        'name, content, kind',
+        [
+            *((name, 'x', 'jsonl') for name in ('a.jsonl', 'a.json', 'A.NDJSON', 'a.jsonl.gz', 'a.Json.Gz')),
+            *((name, 'x', 'text') for name in ('a.txt', 'a', 'json', 'a.json.txt', 'a.csv')),
+            *((name, LINES, 'jsonl') for name in ('a.txt', 'a', 'a.jsonl.1', 'a.dump')),
+            ('a', f'\ufeff \n\n{LINES}', 'jsonl'),
+            ('a', '{"content": 7}', 'jsonl'),
+            ('a', '[1]\n', 'text'),
+            ('a', '{1, 2} is a set\n{"text": "one"}\n', 'text'),
+            ('a', '', 'text'),
+            ('a', ' \n', 'text'),
+        ],
+    )
+    def test_by_name_else_by_the_first_line(self, tmp_path, name, content, kind):
+        (tmp_path / name).write_text(content)
+        assert files.kind(str(tmp_path / name)) == kind
+        if not name.lower().endswith('.gz'):
+            (tmp_path / name).write_bytes(gzip.compress(content.encode()))
+            assert files.kind(str(tmp_path / name)) == kind
+
+    def test_a_source_of_text_refuses_json(self, tmp_path):
+        (tmp_path / 'a.txt').write_text('One text.\n' * 1000)
+        (tmp_path / 'b').write_text(LINES)
+        assert documents(options(tmp_path / 'a.txt', 'text'), 'all') == ['One text.\n' * 1000]
+        for files_ in ('b', '*'):
+            with pytest.raises(DataError, match=f'{tmp_path}/b is JSON lines, not plain text; the source jsonl reads'):
+                sources.open_source(options(tmp_path / files_, 'text'), 'train')
+
+    def test_one_kind_at_a_time(self, tmp_path):
+        names = [str(write(tmp_path / name, ['x'])) for name in ('a.json', 'b.ndjson', 'c')]
+        assert files.kind_of_all(names) == 'jsonl'
+        (tmp_path / 'README').write_text('About a, b and c.')
+        assert files.kind_of_all([f'{tmp_path}/README']) == 'text'
+        with pytest.raises(
+            DataError, match=f'{names[0]} is JSON lines and {tmp_path}/README plain text; name files of'
+        ):
+            files.kind_of_all([*names, f'{tmp_path}/README'])
 
 
 class TestEach:
@@ -303,7 +449,16 @@ class TestTexts:
         data = options(f'{tmp_path}/*')
         assert documents(data, 'train') == sorted(documents(data, 'train'))
         assert sorted(both(data)) == [f'{name}{i:02}' for name in 'ab' for i in range(50)]
-        assert documents(options(f'{tmp_path}/*', 'text'), 'train')[0].startswith('{"text"')
+        paragraphs = [f'{name} {i} ' * 500 + '\n\n' for name in 'dc' for i in range(3)]
+        for name, start in (('d', 0), ('c', 3)):
+            (tmp_path / f'{name}.txt').write_text(''.join(paragraphs[start : start + 3]))
+        assert documents(options(f'{tmp_path}/*.txt', 'text'), 'all') == paragraphs[3:] + paragraphs[:3]
+
+    def test_a_file_named_twice_is_read_once(self, tmp_path, monkeypatch):
+        write(tmp_path / 'a.jsonl', map(str, range(50)))
+        monkeypatch.chdir(tmp_path)
+        once, twice = (sources.open_source(options(path), 'all') for path in ('a.jsonl', './a.jsonl,*.jsonl'))
+        assert len(twice) == 50 and twice.fingerprint == once.fingerprint
 
     def test_origin(self, tmp_path):
         write(tmp_path / 'a.jsonl', [f'a.jsonl:{line}' if line % 3 else ' ' for line in range(1, 50)])
@@ -351,6 +506,8 @@ class TestTexts:
     @pytest.mark.parametrize('kind', ['jsonl', 'text'])
     def test_too_much(self, tmp_path, monkeypatch, kind):
         path = write(tmp_path / 'large', ['good'] * 5)
+        if kind == 'text':
+            path.write_text('good' * 5)
         monkeypatch.setattr(sources, 'LARGEST', 15)
         with pytest.raises(DataError, match=r'more than .* GB of text.*data.prepare'):
             sources.open_source(options(path, kind), 'train')

@@ -14,7 +14,7 @@ import numpy as np
 from mixln_jax import checkpoint, drawing, record, squad, weights
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
-from mixln_jax.data import batches
+from mixln_jax.data import batches, files
 from mixln_jax.data import rows as data_rows
 from mixln_jax.exits import DataError, UsageError
 from mixln_jax.models.bert import Bert
@@ -141,7 +141,7 @@ def text(subject, path=None, split=None, seq_length=None, mode=None):
 
     Args:
         subject: from `open_subject`.
-        path: files, .jsonl (also gzipped) or plain text, as `data.path`; None: the run's own text.
+        path: files, all of JSON lines or all of plain text, as `data.path`; None: the run's own text.
         split: of it; None: the run's config.eval.split, of `path` all.
         seq_length: tokens of a row; None: the run's, also where it was exported; of other Hugging Face folders 256, or
             as many as they have positions.
@@ -159,7 +159,7 @@ def text(subject, path=None, split=None, seq_length=None, mode=None):
     data = found.config.data if found.config else configs.Data()
     length = seq_length or (found.max_length if found.data_mode else min(256, found.max_length))
     if path:
-        source = 'jsonl' if re.search(r'\.jsonl?(\.gz)?$', path.split(',')[0]) else 'text'
+        source = files.kind_of_all(files.paths(path, '--text'))
         data = dataclasses.replace(data, source=source, path=path)
     elif not found.config:
         raise UsageError(f'{found.where} is a Hugging Face folder, which names no text; give --text FILES')

@@ -84,6 +84,17 @@ class Dataset:
         first = self.ends[shard - 1] if shard else 0
         return f'{self._files[shard]}, record {i - first + self._skipped[shard]}'
 
+    def shares(self, other) -> str | None:
+        """A file of which both have a record, or None."""
+        for file, first, end in self._spans():
+            if any(file == also and first < stop and start < end for also, start, stop in other._spans()):
+                return file
+        return None
+
+    def _spans(self):
+        """What it has of each file: (name, first record, the one behind the last)."""
+        return zip(self._files, self._skipped, self._skipped + np.diff(self.ends, prepend=0), strict=True)
+
     def __setstate__(self, state):
         self.__dict__.update(state)
         files.allow_open(2 * len(self._files))

@@ -1,10 +1,11 @@
-"""Documents from files: JSON lines and plain text, through gzip if the name ends in .gz, one after the other."""
+"""Documents from files: JSON lines and plain text, packed by gzip or not, one after the other."""
 
 import glob
 import io
 import os
 import queue
 import resource
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
@@ -15,25 +16,96 @@ from mixln_jax.exits import DataError
 
 PIECE = 2000  # characters of a text document, at least
 STEP = 2**15  # bytes
-AT_ONCE = 32  # calls that wait for answers
 LONGEST = 10**7  # characters after which a text document without a blank line ends with the next line
+AT_ONCE = 32  # calls that wait for answers
+GZIP = b'\x1f\x8b'
+JSON = ('.json', '.jsonl', '.ndjson', '.jsonlines')
+FORMS = 'the source jsonl reads an object with a field `text` a line, the source text plain text'
+ARRAY = "is the file a JSON array? jq -c '.[]' FILE makes it an object a line"
+# What begins so is not read: place, bytes, and what it is.
+FOREIGN = (
+    (0, GZIP, 'packed by gzip twice; unpack it once'),
+    (0, b'\x28\xb5\x2f\xfd', 'packed by zstd; unpack it, or pack it with gzip'),
+    (0, b'\xfd7zXZ\0', 'packed by xz; unpack it, or pack it with gzip'),
+    (4, b'1AY&SY', 'packed by bzip2; unpack it, or pack it with gzip'),
+    (0, b'\x04\x22\x4d\x18', 'packed by lz4; unpack it, or pack it with gzip'),
+    (0, b'PK\x03\x04', 'a zip archive; unpack it'),
+    (0, b'7z\xbc\xaf', 'a 7z archive; unpack it'),
+    (257, b'ustar', 'a tar archive; unpack it'),
+    (0, b'PAR1\x15', 'parquet; write it as JSON lines'),
+    (0, b'ARROW1\0\0', 'an Arrow file; write it as JSON lines'),
+    (0, b'\xff\xfe', 'UTF-16; write it as UTF-8'),
+    (0, b'\xfe\xff', 'UTF-16; write it as UTF-8'),
+)
 
 
-def paths(patterns: str) -> list[str]:
-    """The files that comma-separated paths and globs name, sorted. Raises DataError for one that names none."""
+def paths(patterns: str, key: str = 'config.data.path') -> list[str]:
+    """The files that comma-separated paths and globs name, sorted; a file of several names once, by the first of them.
+
+    Raises DataError, naming `key`, for a path or glob that names no file of this machine.
+    """
     parts = [os.path.expanduser(part.strip()) for part in patterns.split(',') if part.strip()]
     if not parts:
-        raise DataError('config.data.path is empty; this source needs files')
+        raise DataError(f'{key} is empty; this source needs files')
     found = set()
     for pattern in parts:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+        if not matches and '://' in pattern:
+            raise DataError(f'{key}: {pattern} is no file of this machine; copy it here first')
         if not matches:
-            raise DataError(f'config.data.path: there is no file {pattern}')
+            raise DataError(f'{key}: there is no file {pattern}')
         for path in matches:
             if os.path.isdir(path):
-                raise DataError(f'config.data.path: {path} is a folder; name its files, for instance {path}/*')
+                raise DataError(f'{key}: {path} is a folder; name its files, for instance {path}/*')
         found.update(matches)
-    return sorted(found)
+    once = {}
+    for path in sorted(found):
+        once.setdefault(_identity(path), path)
+    return list(once.values())
+
+
+def _identity(path: str) -> tuple[int, int, int]:
+    """The same for all names of a file, spelled otherwise or links. Raises DataError for a link to nothing."""
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise DataError(f'{path}: cannot be read: {error.strerror}') from error
+    return state.st_dev, state.st_ino, state.st_size  # size: not every network's file system numbers its files
+
+
+def of_source(source: str, patterns: str, key: str = 'config.data.path') -> list[str]:
+    """`paths` for the source jsonl or text. DataError also for JSON in the source text; jsonl tells as it is read."""
+    found = paths(patterns, key)
+    for path in found if source == 'text' else ():
+        if kind(path) == 'jsonl':
+            raise DataError(f'{path} is JSON lines, not plain text; the source jsonl reads it')
+    return found
+
+
+def kind_of_all(found: list[str]) -> str:
+    """'jsonl' or 'text', what these files are. Raises DataError where some are this and some that."""
+    kinds = {}
+    for path in found:
+        kinds.setdefault(kind(path), path)
+    if len(kinds) > 1:
+        raise DataError(
+            f'{kinds["jsonl"]} is JSON lines and {kinds["text"]} plain text; name files of one kind, as in dir/*.jsonl'
+        )
+    return next(iter(kinds))
+
+
+def kind(path: str) -> str:
+    """'jsonl' or 'text': what a file is by its name, or where that does not say JSON by its first line.
+
+    Raises DataError for one that cannot be read.
+    """
+    if path.lower().removesuffix('.gz').endswith(JSON):
+        return 'jsonl'
+    first = next((line for _, line in Reader('text', path, sys.maxsize)._lines() if line.strip()), '')
+    try:
+        return 'jsonl' if isinstance(orjson.loads(first), dict) else 'text'
+    except ValueError:
+        return 'text'
 
 
 class NoAnswer(TimeoutError):
@@ -114,11 +186,11 @@ class Reader:
     they could not be read, and `position` is how far the file has been read, in bytes as stored.
 
     Iterating raises DataError, naming file and line, for what is unreadable, for the line after the first `skip_bad`
-    that are malformed, and for a file without any text. What gzip cannot unpack is never skipped.
+    that are malformed, and for a file without any text, with the reason. What gzip cannot unpack is never skipped.
     """
 
     def __init__(self, kind: str, path: str, skip_bad: int = 0):
-        self.empty = self.bad = self._end = 0
+        self.empty = self.bad = self._number = self._end = 0
         self._raw = None
         self.skipped = []  # why, for the first few
         self._path, self._skip_bad = path, skip_bad
@@ -137,18 +209,32 @@ class Reader:
             nothing = False
             yield number, record
         if nothing:
-            raise DataError(f'{self._path}: no text in this file')
+            raise DataError(f'{self._path}: no text in this file: {self._why()}')
+
+    def _why(self):
+        """Why there is no text."""
+        if self.bad:
+            return f'{self.bad} malformed lines, the first of them {self.skipped[0].removeprefix(f"{self._path}:")}'
+        if self.empty:
+            return f'{self.empty} documents, all of them blank'
+        return f'{self._number} blank lines' if self._number else 'it is empty'
 
     def _lines(self):
         """Pairs (line number from 1, line with its end), UTF-8."""
         number = 0
         try:
             with _Steps(self._path) as self._raw:
+                packed = self._path.lower().endswith('.gz') or os.pread(self._raw.fileno(), 2, 0) == GZIP
                 # igzip finds its lines in Python, a BufferedReader in C.
-                unpacked = igzip.open(self._raw) if self._path.endswith('.gz') else self._raw
+                unpacked = igzip.open(self._raw) if packed else self._raw
                 lines = io.BufferedReader(unpacked)  # 8 kB: what one read unpacks before an error is lost, and its line
                 try:
+                    head = lines.peek()
+                    for place, begin, what in FOREIGN:
+                        if head.startswith(begin, place):
+                            raise DataError(f'{self._path} is {what}')
                     for number, line in enumerate(lines, 1):
+                        self._number = number
                         try:
                             text = line.removeprefix(b'\xef\xbb\xbf').decode() if number == 1 else line.decode()
                         except UnicodeDecodeError as error:
@@ -182,20 +268,24 @@ class Reader:
         rest = ''.join(piece)
         if before:
             first, rest = before[0], before[1]['text'] + rest
-        yield first, {'text': rest}
+        if rest:
+            yield first, {'text': rest}
 
     def _jsonl(self):
+        right = False  # whether there was a record, so that the file is of this form
         for number, line in self._lines():
             if not line.strip():
                 continue
             try:
                 record = orjson.loads(line)
             except ValueError as error:
-                self._skip(number, f'not JSON: {str(error).partition(":")[0]}')
+                problem = f'not JSON: {str(error).partition(":")[0]}' + ('' if right else f'; {FORMS}')
+            else:
+                problem = _problem(record)
+            if problem:
+                self._skip(number, problem if right or line.lstrip()[0] != '[' else f'{problem}; {ARRAY}')
                 continue
-            if problem := _problem(record):
-                self._skip(number, problem)
-                continue
+            right = True
             yield number, record
 
 

@@ -56,7 +56,7 @@ def prepare(
     folder = shards.folder(out, format, data.name)
     units = list_units(data, validation)
     tokenizer = tokenizers.open_tokenizer(data) if format == 'tokens' else None
-    first = None if any(unit.split for unit in units) else _first_for_training(units, data)
+    first = None if any(unit.split for unit in units) else _first_for_training(units, data, skip_bad)
     job = shards.Job(data, format, out, str(folder), tokenizer, seq_length, first, skip_bad)
     job.check_plan(units)
     # What to validate on is little: the host with the first shard makes all of it.
@@ -88,9 +88,9 @@ def prepare(
     return True
 
 
-def _first_for_training(units, data):
+def _first_for_training(units, data, skip_bad):
     """Reads as far as is needed to know: for C4 some thousand documents."""
-    documents = (pair for unit in units for pair in read(data, unit, skip_bad=sys.maxsize))
+    documents = (pair for unit in units for pair in read(data, unit, skip_bad))
     ranks = (rank(decides.encode()) for decides, _ in documents)
     return first_for_training(ranks, HELD_OUT[data.source])
 
@@ -207,6 +207,7 @@ def parse(argv):
     )
     add('--name', default='c4/en', metavar='NAME', help='data set to write, or to read with --source tfds [c4/en]')
     add('--data-dir', default='', metavar='DIR', help='--source tfds: folder or gs:// address above it')
+    add('--split', default='train', metavar='SPLIT', help='--source tfds: its split to train on [train]')
     add('--tokenizer', default='sentencepiece', choices=choices['tokenizer'], help='tokens: [sentencepiece]')
     add('--tokenizer-path', default='', metavar='FILE', help='tokens: as config.data.tokenizer_path [T5 vocabulary]')
     add('--mode', default='pad', choices=choices['mode'], help='tokens: how documents fill rows [pad]')
@@ -240,7 +241,7 @@ def parse(argv):
         raise UsageError('--validation does not go with --source stdlib, which has its own')
     arguments = vars(options)
     del arguments['traceback']
-    keys = ('source', 'path', 'name', 'data_dir', 'tokenizer', 'tokenizer_path', 'mode')
+    keys = ('source', 'path', 'name', 'data_dir', 'split', 'tokenizer', 'tokenizer_path', 'mode')
     return arguments | {'data': config.Data(**{key: arguments.pop(key) for key in keys})}
 
 

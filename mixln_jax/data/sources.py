@@ -61,7 +61,8 @@ def open_source(data: config.Data, split: str) -> Source:
         raise DataError(f'data.source={data.source} has no split {split} (there is train, validation, all)')
     state = None
     if data.source != 'stdlib':
-        state = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files.paths(data.path))
+        found = files.of_source(data.source, data.path)
+        state = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in found)
     gathered = _gather(data.source, state)
     if split == 'all':
         return Texts(gathered, np.arange(len(gathered.ranks)))

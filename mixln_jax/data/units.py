@@ -35,23 +35,37 @@ class Unit:
 
 
 def list_units(data: config.Data, validation: str) -> list[Unit]:
-    """The shards that a source makes: a file each; of a data set its own; one of the embedded corpus."""
+    """The shards that a source makes: a file each; of a data set its own; one of the embedded corpus.
+
+    Raises UsageError for a file, a copy of one or a record that is both to train and to validate on.
+    """
     if data.source == 'stdlib':
         return [Unit(None, 0, 1, 'stdlib', sum(len(text) for _, text in stdlib.gather()))]
     if data.source == 'tfds':
         sides = {'train': data.split, 'validation': validation or 'validation'}
+        if file := open_dataset(data, sides['train']).shares(open_dataset(data, sides['validation'])):
+            raise UsageError(
+                f'--split {sides["train"]} and --validation {sides["validation"]} share records of {file}; '
+                "take, for instance, 'train[1%:]' and 'train[:1%]'"
+            )
         return [unit for split, of in sides.items() for unit in _units_of(open_dataset(data, of), split, of)]
-    made = []
-    for split, patterns in ((('train' if validation else None), data.path), ('validation', validation)):
-        paths = files.paths(patterns) if patterns or split != 'validation' else []
-        for i, path in enumerate(paths):
-            made.append(Unit(split, i, len(paths), path, os.path.getsize(path), digest=_digest(path)))
-    twice = {unit.path for unit in made if unit.split == 'train'} & {
-        unit.path for unit in made if unit.split != 'train'
-    }
-    if twice:
-        raise UsageError(f'--path and --validation both name {min(twice)}')
-    return made
+    if not validation:
+        return _units_from(files.of_source(data.source, data.path, '--path'), None)
+    train = _units_from(files.of_source(data.source, data.path, '--path'), 'train')
+    held_out = _units_from(files.of_source(data.source, validation, '--validation'), 'validation')
+    known = {unit.digest: unit.path for unit in train}  # also of links, other spellings and copies of a file
+    for unit in held_out:
+        if (also := known.get(unit.digest)) == unit.path:
+            raise UsageError(f'--path and --validation both name {also}')
+        if also:
+            raise UsageError(f'--path {also} and --validation {unit.path} are one file, or have the same content')
+    return train + held_out
+
+
+def _units_from(paths, split):
+    return [
+        Unit(split, i, len(paths), path, os.path.getsize(path), digest=_digest(path)) for i, path in enumerate(paths)
+    ]
 
 
 def _digest(path):
