@@ -145,8 +145,8 @@ class TestRecords:
         assert lines_of(finished) == before
 
     def test_what_the_terminal_shows(self, corpus, tmp_path, capsys):
-        changes = {'optim.warmup_ratio': 0.0, 'profile.start': 2, 'profile.steps': 9, **NO_ANALYSES}
-        main.run(recipe(corpus, num_steps=2, **changes), tmp_path)
+        changes = {'optim.warmup_ratio': 0.0, 'profile.start': 2, 'profile.steps': 9, 'eval.every': 1, **NO_ANALYSES}
+        main.run(recipe(corpus, num_steps=2, log_every=1, **changes), tmp_path)
         shown, warned = capsys.readouterr()
         assert 'placement post x 1, pre x 2' in shown
         assert 'layers/segment_1/attention/q/kernel' in shown
