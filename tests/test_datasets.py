@@ -104,6 +104,8 @@ class TestReading:
     def test_pickle(self, root):
         dataset = open_(root)
         dataset[3]
+        for path in root.rglob('*.json'):
+            path.unlink()  # a worker asks a bucket for nothing before it reads, when that has a limit
         copy = pickle.loads(pickle.dumps(dataset))
         assert copy.__getitems__(range(13)) == TEXTS
         assert copy.fingerprint == dataset.fingerprint and copy.origin(7) == dataset.origin(7)

@@ -53,13 +53,14 @@ class Dataset:
             self._features = tfds.features.FeaturesDict({self._field: tfds.features.Text()})
             whole = info.file_format.value == 'parquet'  # is read now
             self._limit = PATIENCE if limit and not whole else None
-            [self._records] = _ask(
+            [records] = _ask(
                 limit and limit + whole * self.num_bytes / SLOWEST,
                 lambda _: builder.as_data_source(
                     split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
                 ),
                 [self.folder],
             )
+            self._records = records.data_source  # without what reads the description again where it is unpickled
             if len(self) != self.ends[-1]:
                 raise DataError(f'{self.folder}: split {split} has {len(self)} records, not {self.ends[-1]}')
             self.fingerprint = self._digest()
