@@ -52,11 +52,15 @@ def serve(pipe, name, arguments):
 
 
 def ours(case, settings):
-    """mixln_jax: (steps(count) that blocks, peak memory in bytes(), about); of `settings` XLA_FLAGS goes to XLA."""
+    """mixln_jax: (steps(count) that blocks, peak memory in bytes(), about).
+
+    Of `settings` XLA_FLAGS goes to XLA; heap=default leaves glibc's heap as it is.
+    """
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # others want memory too
     settings = dict(settings)
     if flags := settings.pop('XLA_FLAGS', None):
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
+    heap = settings.pop('heap', 'kept')
     import jax
 
     from mixln_jax import mesh as meshes
@@ -64,6 +68,8 @@ def ours(case, settings):
     from mixln_jax.program import Program
 
     config = case.config(settings)
+    if heap == 'kept':
+        meshes.keep_heap(config.device)
     mesh = meshes.make_mesh(config.mesh, meshes.devices(config.device)[:1])
     program, sizes, device = Program(config, mesh), config.model, mesh.devices.flat[0]
     ids = case.tokens(sizes.vocab_size)

@@ -4,10 +4,10 @@ Every contender of a case has a process of its own, with its weights and its com
 round each runs some steps, and its time is compared with that of the first one in the same round. Writes
 benchmarks/results/<device>.json and a table beside it.
 
-Contenders are ours, with each of `--placements` and, with the first of them, each of `--with` (settings of the
-recipe, and XLA_FLAGS); with `--against` also Hugging Face's LlamaForCausalLM, which has Pre-LN: compiled, with bfloat16
-autocast, and eager, all bfloat16, as the Mix-LN authors train; in float32 both without autocast. Those need
-requirements-parity.txt.
+Contenders are ours, with each of `--placements` and, with the first of them, each of `--with`: settings of the recipe,
+XLA_FLAGS, and heap=default, which is without what training asks of glibc on CPUs (`mesh.keep_heap`). With `--against`
+also Hugging Face's LlamaForCausalLM, which has Pre-LN: compiled, with bfloat16 autocast, and eager, all bfloat16, as
+the Mix-LN authors train; in float32 both without autocast. Those need requirements-parity.txt.
 """
 
 import argparse

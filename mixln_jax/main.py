@@ -194,6 +194,7 @@ def _start_jax(config):
     """The mesh of the run, after the settings that JAX reads when it starts."""
     if config.deterministic:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
+    meshes.keep_heap(config.device)
     mesh = meshes.make_mesh(config.mesh, meshes.devices(config.device))
     # Compiled code is kept between runs, but not for CPUs: it may need instructions that the next host lacks.
     if mesh.devices.flat[0].platform != 'cpu' and not jax.config.jax_compilation_cache_dir:

@@ -5,7 +5,12 @@ parts and gathered where it is needed; Rajbhandari et al. 2020, ZeRO-3) and `ten
 every matrix product; Shoeybi et al. 2019, Megatron-LM).
 """
 
+import ctypes
+import importlib.metadata
+import importlib.util
 import math
+import os
+import platform
 import re
 
 import jax
@@ -17,6 +22,10 @@ from jax.sharding import PartitionSpec as P
 from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.exits import DeviceError, UsageError, first_line
+
+# Options of glibc's mallopt: no mappings of their own for large arrays, nothing given back, one heap, which grows by
+# 256 MB: else a CPU faults in a step's temporaries, about 1 GB of them, afresh at every step.
+HEAP = {'MMAP_MAX': (-4, 0), 'TRIM_THRESHOLD': (-1, 2**31 - 1), 'ARENA_MAX': (-8, 1), 'TOP_PAD': (-2, 2**28)}
 
 AXES = ('data', 'fsdp', 'tensor')
 ROWS = ('data', 'fsdp')  # the axes over which rows of a batch are split
@@ -33,6 +42,22 @@ RULES = (
     (r'/(o|down)/kernel$', P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor'))),
     (r'((norm\w*/|_)scale|/bias|/span/kernel)$', P()),
 )
+
+
+def keep_heap(kind: str):
+    """Lets this process keep what memory it frees where its devices, of a kind as in `devices`, can only be CPUs.
+
+    To be called before JAX starts, whose threads else have heaps of their own. No number changes. Only glibc can;
+    whoever has set its MALLOC_ or GLIBC_TUNABLES variables keeps those.
+    """
+    other = importlib.metadata.entry_points(group='jax_plugins') or any(
+        importlib.util.find_spec(name) for name in ('jax_plugins', 'libtpu')
+    )
+    cpu = kind == 'cpu' or jax.config.jax_platforms == 'cpu' or not other
+    chosen = any(name.startswith('MALLOC_') for name in os.environ) or 'GLIBC_TUNABLES' in os.environ
+    if cpu and not chosen and platform.libc_ver()[0] == 'glibc':
+        for option in HEAP.values():
+            ctypes.CDLL(None).mallopt(*option)
 
 
 def devices(kind):

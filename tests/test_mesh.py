@@ -1,22 +1,28 @@
 """Meshes: sizes, the rules, and that sharing the work changes no number."""
 
 import contextlib
+import ctypes
 import dataclasses
+import importlib.metadata
+import importlib.util
 import math
 import os
 import pathlib
+import platform
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from mixln_jax import checkpoint, hlo, mesh, trees
+from mixln_jax import checkpoint, hlo, main, mesh, trees
 from mixln_jax import config as configs
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.program import Program
 
+ROOT = pathlib.Path(__file__).parents[1]
 SHAPES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 MODEL = configs.Model(
     vocab_size=101,
@@ -103,6 +109,60 @@ class TestNumbers:
         settings = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': f'{folder}:{folder.parent}'}
         call = 'import test_mesh; test_mesh.compare_first_weights()'
         subprocess.run([sys.executable, '-c', call], env=settings, check=True)
+
+
+class TestHeap:
+    FAULTS = """
+import resource, numpy as np
+from mixln_jax import mesh
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**24, np.float32)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(), print(faults()), mesh.keep_heap('cpu'), faults(), print(faults())"""
+
+    @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs glibc')
+    def test_freed_memory_is_used_again(self):
+        given = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'GLIBC_'))}
+        words = [sys.executable, '-c', self.FAULTS]
+        ended = subprocess.run(words, env=given, cwd=ROOT, check=True, capture_output=True, text=True)
+        before, kept = map(int, ended.stdout.split())
+        assert before >= 20 > kept
+
+    @pytest.mark.parametrize(
+        'libc, given, kind, platforms, plugins, asked',
+        [
+            ('glibc', 'ANYTHING', 'cpu', None, True, True),
+            ('glibc', 'ANYTHING', 'auto', 'cpu', True, True),
+            ('glibc', 'ANYTHING', 'auto', None, False, True),
+            ('glibc', 'ANYTHING', 'auto', None, True, False),
+            ('glibc', 'ANYTHING', 'gpu', 'cuda', True, False),
+            ('', 'ANYTHING', 'cpu', None, False, False),
+            ('glibc', 'MALLOC_ARENA_MAX', 'cpu', None, False, False),
+            ('glibc', 'GLIBC_TUNABLES', 'cpu', None, False, False),
+        ],
+    )
+    def test_who_is_asked(self, monkeypatch, libc, given, kind, platforms, plugins, asked):
+        calls = []
+        for name in list(os.environ):
+            if name.startswith(('MALLOC_', 'GLIBC_')):
+                monkeypatch.delenv(name)
+        monkeypatch.setenv(given, '1')
+        monkeypatch.setattr(mesh.jax, 'config', types.SimpleNamespace(jax_platforms=platforms))
+        monkeypatch.setattr(importlib.metadata, 'entry_points', lambda group: [])
+        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: plugins and name == 'jax_plugins')
+        monkeypatch.setattr(platform, 'libc_ver', lambda: (libc, '1'))
+        monkeypatch.setattr(ctypes, 'CDLL', lambda _: types.SimpleNamespace(mallopt=lambda *words: calls.append(words)))
+        mesh.keep_heap(kind)
+        assert calls == ([(-4, 0), (-1, 2**31 - 1), (-8, 1), (-2, 256 * 2**20)] if asked else [])
+
+    def test_training_asks_before_jax_starts(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(mesh, 'keep_heap', calls.append)
+        monkeypatch.setattr(mesh, 'devices', lambda kind: calls.append(f'devices {kind}'))
+        monkeypatch.setattr(mesh, 'make_mesh', lambda *_: jax.sharding.Mesh(jax.devices('cpu')[:1], 'a'))
+        main._start_jax(dataclasses.replace(CONFIG, device='cpu'))
+        assert calls == ['cpu', 'devices cpu']
 
 
 @pytest.mark.parametrize('shape', [(8, 1, 1), (2, 2, 2)])
