@@ -1,6 +1,7 @@
 """data.prepare: what it writes, what it writes again, and bad input."""
 
 import dataclasses
+import errno
 import gzip
 import pathlib
 import shutil
@@ -330,6 +331,14 @@ class TestBadInput:
             assert partial.exists()
         job.clean(unit)
         assert not partial.exists()
+
+    def test_a_file_system_without_locks(self, corpus, tmp_path, monkeypatch, capsys):
+        def flock(*_):
+            raise OSError(errno.ENOLCK, 'No locks available')
+
+        monkeypatch.setattr(shards.fcntl, 'flock', flock)
+        prepare.prepare(data(corpus / '*0-of*'), str(tmp_path), format='tokens')
+        assert 'cannot be locked ([Errno' in capsys.readouterr().err and list(tmp_path.glob('train-*.bin'))
 
     def test_files_for_both_splits(self, corpus, tmp_path):
         with pytest.raises(UsageError, match='--path and --validation both name .*00001-of'):

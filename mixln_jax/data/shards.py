@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable
 
 import xxhash
@@ -210,8 +211,10 @@ def _locked(notes, name):
     with path.open('w') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UsageError(f'{path}: another process prepares this shard') from None
+        except OSError as error:  # some network file systems have no locks
+            record.say(f'mixln_jax: warning: {path} cannot be locked ({error})', file=sys.stderr)
         try:
             yield
         finally:
