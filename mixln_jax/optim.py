@@ -42,17 +42,18 @@ def optimizer(config: configs.Optim):
     """
     mu_dtype = None if config.mu_dtype == 'auto' else config.mu_dtype
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=mu_dtype)
-    decay = [optax.add_decayed_weights(config.weight_decay, mask=_is_matrix)] if config.weight_decay else []
     rule = {
         'adam': adam,
         'adamw': adam,
         'sgd': optax.trace(config.b1, accumulator_dtype=mu_dtype),
         'lion': optax.scale_by_lion(config.b1, config.b2, mu_dtype),
-        'adafactor': optax.chain(_adafactor(decay)),
+        'adafactor': optax.chain(optax.adafactor(), optax.scale(-1.0)),  # the sign of a descent is the step's
         'muon': optax.chain(scale_by_muon(config.b1, mu_dtype), optax.stateless_with_tree_map(_size_of_adam)),
         'galore': scale_by_galore(config.galore_rank, config.galore_gap, config.galore_scale, adam),
     }[config.name]
-    decay = [] if config.name == 'adafactor' else decay
+    plain = functools.partial(optax.add_decayed_weights, mask=_is_matrix)
+    decaying = _relative_decay if config.name == 'adafactor' else plain
+    decay = [decaying(config.weight_decay)] if config.weight_decay else []
     others = rule
     if config.name in ('muon', 'galore'):  # for matrices between features alone
         kind = lambda path, _: 'matrix' if path[-1].key == 'kernel' else 'vector'  # noqa: E731
@@ -61,15 +62,14 @@ def optimizer(config: configs.Optim):
     return per_layer(optax.chain(rule, *decay), optax.chain(others, *decay), one_by_one=config.name == 'galore')
 
 
-def _adafactor(decay):
-    """Shazeer and Stern 2018 (arXiv 1804.04235): second moments factored from 128 rows and columns on, no first ones.
+def _relative_decay(rate):
+    """Weight decay for adafactor, at each matrix's own rate, which is relative to its root mean square: as in fairseq's
+    and Hugging Face's Adafactor. The paper (Shazeer and Stern 2018, arXiv 1804.04235) has none."""
 
-    A matrix's rate is the learning rate times its root mean square. So is that of its decay, which the paper does not
-    have: as in fairseq's and Hugging Face's Adafactor.
-    """
-    return optax.chain(
-        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *decay, optax.scale_by_param_block_rms()
-    )
+    def add(update, leaf):
+        return update + rate * jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(leaf))), 1e-3) * leaf
+
+    return optax.masked(optax.stateless_with_tree_map(add), _is_matrix)
 
 
 def scale_by_muon(momentum, mu_dtype=None):

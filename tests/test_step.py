@@ -283,6 +283,16 @@ class TestOptimisers:
             }[name]
         )
 
+    @pytest.mark.parametrize('decay', [0.0, 0.1])
+    def test_adafactors_state_fits_checkpoints_of_the_first_release(self, decay):
+        """orbax compares states without arrays too."""
+        rules = [optax.chain(optax.adafactor(), optax.scale(-1.0))]
+        rules += [optax.add_decayed_weights(decay, mask={'norm': {'scale': True}})] if decay else []
+        params = {'norm': {'scale': jnp.ones(8)}, 'layers': {}}
+        state = optim.optimizer(configs.Optim(name='adafactor', weight_decay=decay)).init(params)['rest']
+        first = optax.chain(*rules).init({'norm': params['norm']})
+        assert jax.tree.structure(state) == jax.tree.structure(first)
+
     @pytest.mark.parametrize('name', ['adamw', 'sgd', 'lion', 'adafactor', 'muon', 'galore'])
     def test_learned_factors_and_gains_do_not_decay(self, name):
         """Without gradients matrices and the embedding shrink by the decay, everything else stays."""
