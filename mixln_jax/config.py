@@ -3,18 +3,25 @@
 The defaults are the Mix-LN paper's C4 recipe (arXiv 2412.13795, section 4.1), so a recipe states only what differs.
 """
 
+import contextlib
 import dataclasses
 import difflib
-import importlib.util
+import hashlib
+import importlib.machinery
 import json
 import math
+import numbers
 import pathlib
 import re
+import sys
 import traceback
+import types
 
 import ml_collections
 
-from mixln_jax.exits import UsageError
+from mixln_jax.exits import UsageError, integer
+
+BOOLEANS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
 
 
 def key(default, help, *, choices=None, at_least=None, above=None, at_most=None, below=None):
@@ -274,23 +281,43 @@ class Config:
     expected: Expected = group(Expected)
 
 
+class UnknownKey(KeyError):
+    """A name in a recipe that is no key; its only argument is what to say."""
+
+
+class Keys(ml_collections.ConfigDict):
+    """A ConfigDict whose keys take numbers of another type where the value stays the same, such as 1e3 for an integer,
+    and that says where a key is that is not in this group."""
+
+    def __getitem__(self, key):
+        if key not in self and '.' not in str(key):
+            raise UnknownKey(_unknown(key, key, key, self))
+        return super().__getitem__(key)
+
+    def __setitem__(self, key, value):
+        if self.is_locked and key not in self:
+            raise UnknownKey(_unknown(key, key, key, self))
+        super().__setitem__(key, _as(type(self.get(key)), value))
+
+
 def default() -> ml_collections.ConfigDict:
     """The default values as a ConfigDict, for recipes to change; keys and types are locked."""
 
     def of(field):
         if dataclasses.is_dataclass(field.type):
-            return {inner.name: of(inner) for inner in dataclasses.fields(field.type)}
+            return Keys({inner.name: of(inner) for inner in dataclasses.fields(field.type)})
         number = ml_collections.FieldReference('auto', field_type=(float, int, str))
         return number if _takes_auto(field) else field.default
 
-    return ml_collections.ConfigDict({field.name: of(field) for field in dataclasses.fields(Config)}).lock()
+    return Keys({field.name: of(field) for field in dataclasses.fields(Config)}).lock()
 
 
-def load(recipe, overrides=()):
+def load(recipe: str, overrides=()) -> ml_collections.ConfigDict:
     """The ConfigDict of a recipe file, with keys overridden.
 
     Args:
-        recipe: 'FILE' or 'FILE:ARG'; FILE is Python with `get_config()` or `get_config(ARG)`.
+        recipe: 'FILE' or 'FILE:ARG'; FILE is Python with `get_config()` or `get_config(ARG)`, and may import its
+            neighbours.
         overrides: pairs (dotted key, text); the text is read as the type of the key's present value.
 
     Raises:
@@ -300,28 +327,62 @@ def load(recipe, overrides=()):
     file = pathlib.Path(f'{file}.py' if colon else recipe)
     if not file.is_file():
         raise UsageError(f'--config: there is no file {file}')
-    spec = importlib.util.spec_from_file_location(f'recipe_{file.stem}', file)
-    if spec is None:
+    if file.suffix != '.py':
         raise UsageError(f'--config: {file} is not a Python file')
-    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickle look up a class's module by name, which no other recipe or module may have.
+    digest = hashlib.blake2b(bytes(file.absolute()), digest_size=8).hexdigest()
+    name = re.sub(r'\W', '_', f'recipe_{file.stem}_{digest}')
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__file__ = str(file)
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config(*([argument] if argument else []))
+        with _neighbours(file.parent):
+            # Not by a loader: Python takes a file changed within a second, to the same size, for the one before.
+            exec(compile(file.read_bytes(), str(file), 'exec', dont_inherit=True), vars(module))
+            config = module.get_config(*([argument] if argument else []))
     except UsageError as error:
         raise UsageError(f'{file}: {error}') from None
     except (Exception, SystemExit) as error:  # a recipe is Python and may raise anything
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        line = getattr(error, 'lineno', None) or (lines[-1] if lines else None)
-        what = f'{type(error).__name__}: {error}'
-        if unknown := re.search(r'Key "(\w+)" does not exist', str(error)):
-            names = [name for path in flatten(Config()) for name in path.split('.')]
-            what = f'unknown key {unknown[1]}{nearest(unknown[1], names)}'
-        raise UsageError(f'{f"{file}:{line}" if line else file}: {what}') from error
+        unknown = next((cause for cause in (error, *error.args) if isinstance(cause, UnknownKey)), None)
+        what = unknown.args[0] if unknown else f'{type(error).__name__}: {error}'
+        raise UsageError(f'{_line(error, file)}: {what}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UsageError(f'{file}: get_config returned {type(config).__name__}, not the ConfigDict of config.default()')
     for path, text in overrides:
         _override(config, path, text)
     return config
+
+
+@contextlib.contextmanager
+def _neighbours(folder):
+    """Inside, a recipe can import the modules in its folder, as a script can, except under names of the standard
+    library. Afterwards they are forgotten: another folder may have others of the same name."""
+    found = set()
+
+    def find_spec(name, path=None, target=None):
+        if path is None and name not in sys.stdlib_module_names:
+            spec = importlib.machinery.PathFinder.find_spec(name, [str(folder)])
+            if spec and spec.loader:  # any other folder is not a package
+                found.add(name)
+                return spec
+        return None
+
+    finder = types.SimpleNamespace(find_spec=find_spec)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition('.')[0] in found]:
+            del sys.modules[name]
+
+
+def _line(error, file):
+    """`FILE:LINE` where an error comes from, in a recipe or one of its neighbours; FILE alone where nothing says it."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or '', error.lineno))
+    lines = [f'{name}:{line}' for name, line in places if pathlib.Path(name).parent == file.parent and '<' not in name]
+    return lines[-1] if lines else str(file)
 
 
 def cell(file, source, cells, tokens, name):
@@ -349,7 +410,9 @@ def overrides(words):
     for word in words:
         key, equals, text = word.partition('=')
         if not key.startswith('--config.'):
-            raise UsageError(f'unexpected argument {word!r}; --help lists them')
+            meant = _paths_by_name().get(key.lstrip('-').rpartition('.')[2])
+            known = f', did you mean --{" or --".join(meant)}?' if meant else '; --help lists them'
+            raise UsageError(f'unexpected argument {word!r}{known}')
         text = text if equals else next(words, '--')
         if text.startswith('--') and not equals:
             raise UsageError(f'{key} needs a value')
@@ -361,22 +424,44 @@ def _override(config, path, text):
     *groups, name = path.split('.')
     for at, part in enumerate([*groups, name]):
         if part not in config:
-            known = '.'.join(['config', *groups[:at], part])
-            raise UsageError(f'unknown key {known}{nearest(part, config.keys())}')
+            raise UsageError(_unknown('.'.join(['config', *groups[:at], part]), part, name, config))
         inside = isinstance(config[part], ml_collections.ConfigDict)
         if inside == (at == len(groups)):
             raise UsageError(f'config.{path} is {"a group of keys" if inside else "not a key"}')
         config = config[part] if inside else config
     kind, field = type(config[name]), dict(_fields(Config, '')).get(path)
     number = field and _takes_auto(field)
+    read = {bool: lambda text: BOOLEANS[text.strip().lower()], int: integer}.get(kind, kind)
     try:
-        if number:
-            config[name] = text if text == 'auto' else float(text)
-        else:
-            config[name] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
+        config[name] = text if number and text == 'auto' else float(text) if number else read(text)
     except (ValueError, KeyError):
         wanted = 'a number or auto' if number else f'of type {kind.__name__}'
         raise UsageError(f'config.{path} must be {wanted}, not {text!r}') from None
+
+
+def _unknown(shown, part, name, group):
+    """What to say of an unknown key.
+
+    Args:
+        shown: the key, as far as it is known and one part more.
+        part: that part.
+        name: the last part of the whole key; another than `part` where `part` should have been a group.
+        group: the names beside `part`.
+    """
+    paths = _paths_by_name()
+    near = difflib.get_close_matches(str(part), [*group, *(paths if part == name else ())], n=1)
+    if not near or near[0] not in group:
+        near = [path for one in near or difflib.get_close_matches(str(name), paths, n=1) for path in paths[one]]
+    meant = f', did you mean {" or ".join(near)}?' if near else ''
+    return f'unknown key {shown}{meant}'
+
+
+def _paths_by_name():
+    """{last part of a key: the keys that end in it, `config.GROUP.NAME`}."""
+    paths = {}
+    for path, _ in _fields(Config, ''):
+        paths.setdefault(path.rpartition('.')[2], []).append(f'config.{path}')
+    return paths
 
 
 def build(values, earlier: Config | None = None) -> Config:
@@ -424,7 +509,7 @@ def _build(cls, values, prefix, earlier):
         raise UsageError(f'{prefix} must be a group of keys, not {values!r}')
     for name in values:
         if name not in fields:
-            raise UsageError(f'unknown key {prefix}.{name}{nearest(str(name), fields)}')
+            raise UsageError(_unknown(f'{prefix}.{name}', name, name, fields))
     built = {}
     for name, field in fields.items():
         path, value = f'{prefix}.{name}', values.get(name, field.default)
@@ -448,9 +533,19 @@ def _takes_auto(field):
     return field.type is float and field.default == 'auto'
 
 
+def _as(kind, value):
+    """A number as the type of its key where that has the same value, numpy's too; anything else as it is."""
+    if kind not in (bool, int, float) or not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return value
+    try:
+        made = kind(value)
+    except (OverflowError, ValueError):  # not finite, or beyond all floats
+        return value
+    return made if kind is float or made == value else value
+
+
 def _check(path, field, value):
-    if field.type is float and type(value) is int:
-        value = float(value)
+    value = _as(field.type, value)
     if type(value) is not field.type:
         wanted = 'a number or auto' if _takes_auto(field) else f'of type {field.type.__name__}'
         raise UsageError(f'{path} must be {wanted}, not {value!r}')
@@ -507,13 +602,22 @@ def _check_together(config):
         raise UsageError(f'{" and ".join(left)} are both -1; one of them can take all devices that are left')
 
 
-def help_text():
-    """Every key with its type, default and meaning, a line each."""
-    lines = []
+def help_text(values: ml_collections.ConfigDict | None = None, names=None) -> str:
+    """Every key with its meaning, type and value, a line each.
+
+    Args:
+        values: of a recipe, where those that are not the default are marked; None: the defaults.
+        names: {key: what it may be}, of keys whose choices this module does not know.
+    """
+    lines, values = [], flatten(values.to_dict()) if values else {}
     for path, field in _fields(Config, ''):
-        shown = f'{field.type.__name__}{" or auto" if _takes_auto(field) else ""}, {field.default!r}'
-        choices = f' ({" | ".join(field.metadata["choices"])})' if field.metadata['choices'] else ''
-        lines.append(f'  --config.{path:<24} {field.metadata["help"]}{choices} [{shown}]')
+        value, choices = values.get(path, field.default), field.metadata['choices'] or (names or {}).get(path)
+        shown = f'{field.type.__name__}{" or auto" if _takes_auto(field) else ""}, {value!r}'
+        mark = ' '
+        if value != field.default:
+            mark, shown = '*', f'{shown}; default {field.default!r}'
+        listed = f' ({" | ".join(choices)})' if choices else ''
+        lines.append(f'{mark} --config.{path:<24} {field.metadata["help"]}{listed} [{shown}]')
     return '\n'.join(lines)
 
 

@@ -171,6 +171,8 @@ def parse(parser, argv, known=False):
     With `known` a pair: the options that the parser knows, and the other words.
     """
     parser.exit_on_error = False
+    parser.register('type', int, integer)  # what `type=int` and `type=float` read
+    parser.register('type', float, finite)
 
     def error(message):
         raise UsageError(f'{message} (--help lists the options)')
@@ -180,6 +182,30 @@ def parse(parser, argv, known=False):
         return parser.parse_known_args(argv) if known else parser.parse_args(argv)
     except argparse.ArgumentError as problem:
         error(str(problem))
+
+
+def integer(text: str) -> int:
+    """The integer of a text such as 1000, 1_000 or 1e3. Raises ValueError for any other text."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():
+            raise
+        return int(value)
+
+
+def finite(text: str) -> float:
+    """The number of a text. Raises ValueError for one that is none, or not finite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f'{text} is not finite')
+    return value
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a list such as 'a,b' or 'a, b', without blanks."""
+    return [part.strip() for part in text.split(',') if part.strip()]
 
 
 def end_with_parent():

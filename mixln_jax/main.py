@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import pathlib
+import shlex
 import shutil
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from mixln_jax.analysis import during
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import norms
+from mixln_jax.models import llama, norms
 from mixln_jax.program import Program
 
 # What may differ when a run goes on; everything else would make it another run.
@@ -44,13 +45,14 @@ MAY_CHANGE = (
 )
 
 
-def run(values, workdir, stop=None):
+def run(values, workdir, stop=None, verbose=False):
     """The whole job: trains, evaluates, saves; resumes what `workdir` holds.
 
     Args:
         values: a ConfigDict or nested dict; see config.py.
         workdir: folder of the run, made if need be.
         stop: an exits.Stop with handlers installed; None leaves signals alone, as a notebook wants it.
+        verbose: whether to list the parameters.
 
     Raises:
         exits.Exit and its kinds, exits.Stopped.
@@ -79,7 +81,7 @@ def run(values, workdir, stop=None):
                 record.say(f'mixln_jax: {workdir} is already finished ({config.num_steps} steps)')
                 return
             tokenizer, rows, eval_rows = _open_data(config)
-            _describe(config, program, rows, mesh)
+            _describe(config, program, rows, mesh, verbose)
             state, about = _first_state(program, resolved, checkpoints, rows.fingerprint, stop)
             if about['step'] == config.num_steps and about['open_line'] is None:
                 raise CheckpointError(f'{workdir} is trained to the end, but its metrics.jsonl lacks the last step')
@@ -183,7 +185,10 @@ def run(values, workdir, stop=None):
             )
             checkpoints.wait()
         record.say(record.summary_table(lines.lines[-1], model.norm_position))
-        record.say(f'weights, metrics and configuration are in {given}')
+        record.say(
+            f'weights, metrics and configuration are in {given}',
+            f'next: python -m mixln_jax.report {shlex.quote(str(given))}',
+        )
 
 
 def _digest(config):
@@ -294,7 +299,6 @@ def _first_state(program, resolved, checkpoints, fingerprint, stop):
     Raises UsageError for a checkpoint that has seen other data, or of another configuration.
     """
     config = program.config
-    record.say(parameter_overview.get_parameter_overview(program.state.params, include_stats=False))
     with stop.wait():  # cut short, a restore would look like damage
         restored, where = checkpoints.restore(program.state), 'checkpoint'
         if not restored and config.resume_from:
@@ -354,15 +358,18 @@ def _placed(params, like):
     return jax.tree.map(of, params, like)
 
 
-def _describe(config, program, rows, mesh):
-    """The start line and what follows from the keys."""
-    model, analyses = program.model, config.analysis.tokens
+def _describe(config, program, rows, mesh, verbose):
+    """The start line and what follows from the keys; with `verbose` a table of the parameters."""
+    model, params, analyses = program.model, program.state.params, config.analysis.tokens
+    if verbose:
+        record.say(parameter_overview.get_parameter_overview(params, include_stats=False))
     per_step = config.batch_size * config.seq_length
     numbers = {name: getattr(config.optim, name) for name in configs.PUBLISHED[config.optim.name]}
     attention = '; attention by cuDNN' if model.config.attention == 'cudnn' else ''
     record.say(
         f'{mesh.size} x {mesh.devices.flat[0].device_kind}{attention}'
         f'; placement {norms.spelled(model.norm_position)}\n'
+        f'{llama.num_params(config.model, params):,} parameters{"" if verbose else " (--verbose lists them)"}\n'
         f'{per_step:,} positions a step, {per_step * config.num_steps:,} in {config.num_steps:,} steps, '
         f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows\n'
         f'optimiser {config.optim.name}: {", ".join(f"{name} {number:g}" for name, number in numbers.items()) or "-"}'
@@ -375,24 +382,35 @@ def _describe(config, program, rows, mesh):
 
 
 def parse(argv):
-    """(options, ConfigDict) of the words behind the command. Raises UsageError; --help prints and exits with 0."""
+    """(options, ConfigDict) of the words after the command. Raises UsageError; --help prints and exits with 0."""
     parser = argparse.ArgumentParser(
         prog='python -m mixln_jax.main',
-        usage='%(prog)s --config FILE[:ARG] [--workdir DIR] [--config.KEY=VALUE ...] [--traceback]',
+        usage='%(prog)s --config FILE[:ARG] [--workdir DIR] [--config.KEY=VALUE ...] [--verbose] [--traceback]',
         description='Trains what a recipe says. The same command again goes on where the run stopped.',
-        epilog=f"keys of a recipe, with the Mix-LN paper's C4 recipe as defaults:\n{configs.help_text()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
+    parser.add_argument('-h', '--help', action='store_true', help='show this; with --config FILE the values of FILE')
     parser.add_argument('--config', metavar='FILE[:ARG]', help='a recipe, such as configs/quickstart.py')
     parser.add_argument('--workdir', metavar='DIR', help='folder of the run [runs/<name of the recipe>]')
+    parser.add_argument('--verbose', action='store_true', help='list the parameters at the start')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
     options, rest = exits.parse(parser, argv, known=True)
+    config = configs.load(options.config, configs.overrides(rest)) if options.config else None
+    if options.help:
+        shown = "with the Mix-LN paper's C4 recipe as defaults"
+        if config:
+            shown = f'with the values of {options.config}, * where they are not the defaults'
+        names = {'model.norm_position': [*norms.PLACEMENTS, *norms.SCHEMES]}
+        parser.epilog = f'keys of a recipe, {shown}:\n{configs.help_text(config, names)}'
+        parser.print_help()
+        parser.exit()
     if not options.config:
         raise UsageError('--config FILE is missing; --help lists the keys')
     file, _, argument = options.config.partition('.py:')
     options.workdir = options.workdir or f'runs/{pathlib.Path(file).stem}{argument and f"_{argument}"}'
-    return options, configs.load(options.config, configs.overrides(rest))
+    return options, config
 
 
 def main(argv):
@@ -403,7 +421,7 @@ def main(argv):
         if not options.traceback:  # the libraries' own reports of what ends as one line here
             logging.getLogger('asyncio').setLevel(logging.CRITICAL)
             absl.logging.set_verbosity(absl.logging.FATAL)
-        run(config, options.workdir, stop)
+        run(config, options.workdir, stop, options.verbose)
 
     return exits.call(job, show_traceback='--traceback' in argv)
 

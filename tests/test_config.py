@@ -1,16 +1,20 @@
 """Recipes, overrides, and what a user gets for a wrong key."""
 
+import argparse
 import json
 import pathlib
+import pickle
 import re
+import sys
 
 import jax
+import numpy as np
 import pytest
 
 from mixln_jax import config as configs
-from mixln_jax import main, optim
+from mixln_jax import exits, main, optim
 from mixln_jax.exits import UsageError
-from mixln_jax.models import llama
+from mixln_jax.models import llama, norms
 
 RECIPES = pathlib.Path(__file__).parents[1] / 'configs'
 # The authors' JSON files: hidden, MLP, heads, layers, parameters (untied head, final norm included).
@@ -70,8 +74,91 @@ def test_overrides_take_the_type_of_the_key():
 
 
 @pytest.mark.parametrize(
+    'key, text, value',
+    [
+        ('num_steps', '1e3', 1000),
+        ('num_steps', '1_000', 1000),
+        ('num_steps', ' 20.0', 20),
+        ('mesh.data', '-1e0', -1),
+        ('data.seed', str(2**32 - 1), 2**32 - 1),
+        ('eval.tokens', '1E7', 10_000_000),
+        ('optim.learning_rate', '1_0e-3', 0.01),
+        ('model.scan_unroll', '1', '1'),
+        *(('deterministic', text, True) for text in ('1', 'TRUE', 'yes', 'Yes')),
+        *(('deterministic', text, False) for text in ('0', 'False', 'NO', 'no ')),
+    ],
+)
+def test_numbers_and_booleans_as_people_write_them(key, text, value):
+    assert repr(configs.flatten(configs.build(with_overrides((key, text))))[key]) == repr(value)  # the type too
+
+
+def with_overrides(*pairs):
+    return configs.load(str(RECIPES / 'quickstart.py'), pairs)
+
+
+@pytest.mark.parametrize(
+    'key, given, value',
+    [
+        ('num_steps', 1e3, 1000),
+        ('num_steps', np.int64(7), 7),
+        ('optim.learning_rate', 1, 1.0),
+        ('optim.learning_rate', np.float32(0.5), 0.5),
+        ('deterministic', 1, True),
+        ('deterministic', 0.0, False),
+    ],
+)
+def test_numbers_of_another_type_in_recipes(tmp_path, key, given, value):
+    """In a recipe, in nested dicts and in a config.json that someone has edited."""
+    group, _, name = key.rpartition('.')
+    config = configs.default()
+    setattr(config[group] if group else config, name, given)
+    for values in (config, config.copy_and_resolve_references(), {group: {name: given}} if group else {name: given}):
+        assert repr(configs.flatten(configs.build(values))[key]) == repr(value)
+    config = configs.default()
+    config.update_from_flattened_dict({key: given})
+    assert repr(config.to_dict()) == repr(pickle.loads(pickle.dumps(config)).to_dict())
+    assert configs.flatten(config.to_dict())[key] == value
+
+
+@pytest.mark.parametrize('given', [1.5, np.inf, np.nan, True, '7', None, 1e300])
+def test_what_is_no_integer(given):
+    with pytest.raises((UsageError, TypeError), match='num_steps'):
+        config = configs.default()
+        config.num_steps = given
+        configs.build(config)
+    with pytest.raises(UsageError, match='config.num_steps must be'):
+        configs.build({'num_steps': given})
+
+
+def test_numbers_of_options(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--tokens', type=int)
+    parser.add_argument('--mfu', type=float)
+    options = exits.parse(parser, ['--tokens', '1e6', '--mfu', '1_0e-1'])
+    assert repr((options.tokens, options.mfu)) == '(1000000, 1.0)'
+    for option, text in (('tokens', '1e3.5'), ('tokens', '1.5'), ('tokens', 'inf'), ('mfu', 'nan'), ('mfu', 'inf')):
+        with pytest.raises(UsageError, match=f'--{option}: invalid .* value: .{text}'):
+            exits.parse(parser, [f'--{option}', text])
+    assert exits.listed(' a, b ,,c') == ['a', 'b', 'c'] and not exits.listed(' , ')
+
+
+@pytest.mark.parametrize(
     'path, text, words',
     [
+        ('learning_rate', '1', r'unknown key config\.learning_rate, did you mean config\.optim\.learning_rate\?'),
+        ('model.batch_size', '1', r'unknown key config\.model\.batch_size, did you mean config\.batch_size\?'),
+        ('learning_rte', '1', r'config\.learning_rte, did you mean config\.optim\.learning_rate\?'),
+        ('training.learning_rate', '1', r'unknown key config\.training, did you mean config\.optim\.learning_rate\?'),
+        ('data.batchsize', '1', r'did you mean config\.batch_size\?'),
+        ('path', 'x', r'unknown key config\.path, did you mean config\.data\.path\?'),
+        ('split', 'x', r'did you mean config\.data\.split or config\.eval\.split\?'),
+        ('zzz', 'x', r'unknown key config\.zzz$'),
+        ('num_steps', '1e3.5', "config.num_steps must be of type int, not '1e3.5'"),
+        ('num_steps', 'inf', "config.num_steps must be of type int, not 'inf'"),
+        ('num_steps', 'nan', "config.num_steps must be of type int, not 'nan'"),
+        ('num_steps', 'true', 'config.num_steps must be of type int'),
+        ('deterministic', '2', 'config.deterministic must be of type bool'),
+        ('deterministic', '', 'config.deterministic must be of type bool'),
         ('modl.num_layers', '3', r'unknown key config\.modl, did you mean model\?'),
         ('model.num_layer', '3', r'unknown key config\.model\.num_layer, did you mean num_layers\?'),
         ('model.num_layers', 'many', "config.model.num_layers must be of type int, not 'many'"),
@@ -100,7 +187,7 @@ def test_overrides_take_the_type_of_the_key():
             '4',
             'rope_high_freq_factor=4 must be above config.model.rope_low_freq_factor=4',
         ),
-        ('model.tie_word_embeddings', 'yes', 'config.model.tie_word_embeddings must be of type bool'),
+        ('model.tie_word_embeddings', 'perhaps', 'config.model.tie_word_embeddings must be of type bool'),
         ('num_steps', str(10**20), 'config.num_steps must be below'),
         ('batch_size', str(10**14), 'config.batch_size must be at most'),
         ('optim.learning_rate', '1e39', 'config.optim.learning_rate must be at most'),
@@ -140,6 +227,104 @@ def test_errors_in_a_recipe_name_the_line(tmp_path, recipe, words):
     with pytest.raises(UsageError) as error:
         configs.load(str(tmp_path / 'recipe.py'))
     assert re.search(words, str(error.value).replace('\n', ' '))
+
+
+DEFAULT = 'from mixln_jax import config\nc = config.default()\ndef get_config():\n'
+
+
+@pytest.mark.parametrize(
+    'line, words',
+    [
+        ('c.learning_rate = 3', r'unknown key learning_rate, did you mean config\.optim\.learning_rate\?'),
+        ('c.model.learning_rte = 3', r'unknown key learning_rte, did you mean config\.optim\.learning_rate\?'),
+        ('c.optim.update(learning_rat=3)', r'unknown key learning_rat, did you mean learning_rate\?'),
+        ('c.optimiser.learning_rate = 3', r'unknown key optimiser, did you mean optim\?'),
+        ('c.seed = c.learning_rate', r'unknown key learning_rate, did you mean config\.optim\.learning_rate\?'),
+        ('c["optim.seed"]', r'unknown key seed, did you mean config\.seed or config\.data\.seed\?'),
+        ('c.seed.x', "AttributeError: 'int' object has no attribute 'x'"),
+        ('{}["learning_rate"]', "KeyError: 'learning_rate'"),
+        ('c.num_steps = 1.5', 'TypeError.*num_steps'),
+        ('import json; json.loads("{")', 'JSONDecodeError'),
+    ],
+)
+def test_errors_of_keys_in_a_recipe_say_where_the_key_is(tmp_path, line, words):
+    (tmp_path / 'recipe.py').write_text(f'{DEFAULT}    {line}\n    return c\n')
+    with pytest.raises(UsageError, match=rf'recipe\.py:4: {words}'):
+        configs.load(str(tmp_path / 'recipe.py'))
+    assert not hasattr(configs.default(), 'learning_rate') and configs.default().get('learning_rate', 3) == 3
+
+
+class TestRecipesArePython:
+    def write(self, folder, name, *lines):
+        folder.mkdir(exist_ok=True)
+        (folder / f'{name}.py').write_text('\n'.join(lines))
+        return str(folder / f'{name}.py')
+
+    def test_dataclasses_of_their_own(self, tmp_path):
+        """Whose annotations are strings; instances are copied and pickled as those of any module."""
+        lines = (
+            'from __future__ import annotations',
+            'import copy, dataclasses, pickle',
+            'from mixln_jax import config',
+            '@dataclasses.dataclass',
+            'class Mine:',
+            '    steps: int = {}',
+            '    kind: dataclasses.KW_ONLY = None',
+            'def get_config():',
+            '    c = config.default()',
+            '    c.num_steps = pickle.loads(pickle.dumps(copy.deepcopy(Mine()))).steps',
+            '    return c',
+        )
+        for folder, name, steps in (('a', 'recipe', 10), ('b', 'recipe', 20), ('b', 'json', 30), ('b', 'my v1.2', 40)):
+            path = self.write(tmp_path / folder, name, *lines).format()
+            pathlib.Path(path).write_text(pathlib.Path(path).read_text().replace('{}', str(steps)))
+            assert configs.load(path).num_steps == steps
+        assert sys.modules['json'] is json
+        mine = {
+            module.Mine for name, module in sys.modules.items() if name.startswith('recipe_') and 'Mine' in vars(module)
+        }
+        assert len(mine) == 4 and all(pickle.loads(pickle.dumps(kind())) == kind() for kind in mine)
+
+    def test_neighbours_are_those_of_the_folder(self, tmp_path, monkeypatch):
+        """Also where another folder's have their names, or modules of Python; none stays."""
+        recipe = (
+            'import base, statistics',
+            DEFAULT,
+            '    import later',
+            '    c.seed = base.SEED + later.SEED',
+            '    statistics.mean',
+            '    return c',
+        )
+        for folder, seed in (('a', 1), ('b', 2), ('cwd', 3)):
+            self.write(tmp_path / folder, 'base', f'SEED = {seed}')
+            self.write(tmp_path / folder, 'later', f'SEED = 10 * {seed}')
+            if folder != 'cwd':
+                self.write(tmp_path / folder, 'statistics', 'raise ValueError')
+            (tmp_path / folder / 'ml_collections').mkdir()  # no package
+        monkeypatch.syspath_prepend(tmp_path / 'cwd')
+        monkeypatch.delitem(sys.modules, 'statistics', raising=False)
+        before = len(sys.meta_path)
+        for folder, seed in (('a', 11), ('b', 22), ('a', 11)):
+            assert configs.load(self.write(tmp_path / folder, 'recipe', *recipe)).seed == seed
+        assert not {'base', 'later'} & {*sys.modules} and len(sys.meta_path) == before
+
+    def test_a_recipe_that_is_written_again_at_once(self, tmp_path):
+        for seed in range(5):
+            path = self.write(tmp_path, 'recipe', DEFAULT, f'    c.seed = {seed}', '    return c')
+            assert configs.load(path).seed == seed
+        assert [path.name for path in tmp_path.iterdir()] == ['recipe.py']
+
+    def test_errors_in_a_neighbour(self, tmp_path):
+        path = self.write(tmp_path, 'recipe', 'import base')
+        for lines, message in ((['', 'x = 1 +'], 'base.py:2: SyntaxError'), (['', '', '1 / 0'], 'base.py:3: ZeroDiv')):
+            self.write(tmp_path, 'base', *lines)
+            with pytest.raises(UsageError, match=f'^{tmp_path}/{message}'):
+                configs.load(path)
+
+    def test_what_is_not_python(self, tmp_path):
+        (tmp_path / 'config.json').write_text('{}')
+        with pytest.raises(UsageError, match='config.json is not a Python file'):
+            configs.load(str(tmp_path / 'config.json'))
 
 
 def test_recipe_with_an_argument(tmp_path):
@@ -229,7 +414,11 @@ class TestCommandLine:
             (('--config', str(RECIPES / 'quickstart.py'), '--config.KEY=3'), 'unknown key config.KEY'),
             (('--config', 'nope.py'), 'there is no file nope.py'),
             (('--config', str(RECIPES / 'quickstart.py'), 'more'), "unexpected argument 'more'"),
-            (('--config', str(RECIPES / 'quickstart.py'), '--workdri=x'), "unexpected argument '--workdri=x'"),
+            (('--config', str(RECIPES / 'quickstart.py'), '--workdri=x'), "unexpected argument '--workdri=x'; --help"),
+            (
+                ('--config', str(RECIPES / 'quickstart.py'), '--learning_rate=1'),
+                "unexpected argument '--learning_rate=1', did you mean --config.optim.learning_rate",
+            ),
             (('--config', str(RECIPES / 'quickstart.py'), '--config.seed'), '--config.seed needs a value'),
         ],
     )
@@ -242,7 +431,26 @@ class TestCommandLine:
             main.main(['--help'])
         assert end.value.code == 0
         shown = capsys.readouterr().out
-        assert all(f'--config.{name}' in shown for name in configs.flatten(configs.Config()))
+        lines = {line.split()[0]: line for line in shown.splitlines() if line.strip().startswith('--config.')}
+        assert [*lines] == [f'--config.{name}' for name in configs.flatten(configs.Config())]
+        placements = re.search(r'\((pre \| .*?)\)', lines['--config.model.norm_position'])[1].split(' | ')
+        assert {*placements} == {*norms.PLACEMENTS, *norms.SCHEMES}
+        assert 'post*3,pre*9' in lines['--config.model.norm_position']
+
+    def test_help_with_a_recipe_has_its_values(self, capsys):
+        words = ['--help', '--config', str(RECIPES / 'quickstart.py'), '--config.optim.b1=0.8']
+        with pytest.raises(SystemExit) as end:
+            main.main(words)
+        assert end.value.code == 0
+        shown, recipe = capsys.readouterr().out, with_overrides(('optim.b1', '0.8'))
+        values, default = (configs.flatten(of.to_dict()) for of in (recipe, configs.default()))
+        for name in values:
+            [line] = [line for line in shown.splitlines() if f' --config.{name} ' in line]
+            changed = values[name] != default[name]
+            assert f', {values[name]!r}{f"; default {default[name]!r}" if changed else ""}]' in line
+            assert line.startswith('* ' if changed else '  ')
+        assert '[float, 0.8; default 0.9]' in shown and 'quickstart.py' in shown
+        assert main.main([*words, '--config.seed=x']) == 2
 
 
 class TestSchedules:

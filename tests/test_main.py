@@ -149,12 +149,19 @@ class TestRecords:
         main.run(recipe(corpus, num_steps=2, log_every=1, **changes), tmp_path)
         shown, warned = capsys.readouterr()
         assert 'placement post x 1, pre x 2' in shown
-        assert 'layers/segment_1/attention/q/kernel' in shown
+        assert '\n14,928 parameters (--verbose lists them)\n' in shown and 'segment_1' not in shown
         assert 'step 2/2 100%' in shown
         table = record.summary_table(lines_of(tmp_path)[-1], ('post', 'pre', 'pre')).splitlines()
-        assert len(table) == 5 and table[0].startswith('eval loss ') and shown.splitlines()[-6:-1] == table
+        assert len(table) == 5 and table[0].startswith('eval loss ') and shown.splitlines()[-7:-2] == table
+        assert shown.endswith(f'are in {tmp_path}\nnext: python -m mixln_jax.report {tmp_path}\n')
         assert 'warm-up of about 10 %' in warned
         assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+    def test_parameters_are_listed_where_asked_for(self, corpus, tmp_path, capsys):
+        with pytest.raises(Stopped):
+            main.run(recipe(corpus), tmp_path, StopAfter(3), verbose=True)
+        shown = capsys.readouterr().out
+        assert 'layers/segment_1/attention/q/kernel' in shown and '14,928 parameters\n' in shown
 
     def test_nothing_is_compiled_twice(self, corpus, tmp_path, caplog):
         with jax.log_compiles():

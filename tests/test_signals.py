@@ -94,9 +94,9 @@ def test_kill_9_at_random_times(undisturbed, tmp_path):
 PHASES = {
     'imports': '',
     'start-up': 'placement',
-    'compilation': 'Total:',
+    'compilation': ' parameters',
     'step': f'step  6/{LAST}',
-    'restore': 'Total:',
+    'restore': ' parameters',
     'evaluation': f'step 10/{LAST}',
     'save': 'eval at step 20',
     'near the end': f'step 39/{LAST}',
