@@ -21,7 +21,8 @@ from mixln_jax.data import rows as data_rows
 from mixln_jax.exits import NumericsError, UsageError
 from mixln_jax.program import Program
 
-OF_TEXT, OF_TASKS = ('split', 'tokens'), ('task_path', 'limit', 'num_fewshot')  # options without and with --tasks
+# Options without and with --tasks.
+OF_TEXT, OF_TASKS = ('split', 'tokens', 'data_path'), ('task_path', 'limit', 'num_fewshot')
 
 
 def evaluate(eval_step, params, batches, *, at_a_time, num_tokens, sharding, check=lambda: None, official=False):
@@ -58,7 +59,7 @@ def evaluate(eval_step, params, batches, *, at_a_time, num_tokens, sharding, che
     return values | ({'eval/perplexity_official': metrics.official_perplexity(sums, counts)} if official else {})
 
 
-def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size=None):
+def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size=None, data_path=None):
     """Evaluates the weights of a run as the run itself does, on all devices that share a batch evenly.
 
     Args:
@@ -66,13 +67,14 @@ def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size
         split: of the run's data; None: config.eval.split.
         num_tokens: target tokens, at least (or the whole split); None: config.eval.tokens.
         batch_size: rows at a time, a divisor of the run's batch; None: the run's micro-batch.
+        data_path: where the run's data is now; None: where it was.
 
     Returns:
         As `evaluate`.
 
     Raises:
-        UsageError: no run, or a batch that does not divide the run's. DataError: as `rows.open_rows`. NumericsError:
-        the loss is not finite.
+        UsageError: no run, or a batch that does not divide the run's. DataError: as `rows.open_rows_of_run`.
+        NumericsError: the loss is not finite.
     """
     config = found.config
     if not config:
@@ -83,9 +85,7 @@ def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size
     devices = meshes.devices('auto')
     mesh = meshes.make_mesh(configs.Mesh(data=math.gcd(batch_size, len(devices))), devices)
     program = Program(dataclasses.replace(config, batch_size=batch_size, accumulate=1), mesh)
-    rows = data_rows.open_rows(
-        config.data, split or config.eval.split, found.tokenizer, config.seq_length, config.model.vocab_size
-    )
+    rows = data_rows.open_rows_of_run(found.workdir, config, split or config.eval.split, found.tokenizer, data_path)
     params = jax.device_put(found.params, jax.tree.map(lambda leaf: leaf.sharding, program.state.params))
     with contextlib.closing(batches.read(batches.evaluation(rows, batch_size, sized=True), 0, workers=0)) as reader:
         values = evaluate(
@@ -106,8 +106,14 @@ def add_task_options(add):
     """Options for `open_harness`."""
     add('--tasks', metavar='TASK,...', help='tasks of the lm-evaluation-harness: arc_easy,hellaswag')
     add('--task_path', metavar='DIR', help='YAML files that define more tasks')
-    add('--limit', type=int, metavar='N', help='documents of each task [all]')
+    add('--limit', type=count_or_share, metavar='N', help='documents of each task, or a share below 1 of them [all]')
     add('--num_fewshot', type=int, metavar='N', help='examples before each document [what the task says]')
+
+
+def count_or_share(text):
+    """How many documents: an integer, or a share of them. Raises ValueError for any other text."""
+    value = exits.finite(text)
+    return value if 0 < value < 1 else exits.integer(text)
 
 
 def open_harness(options):
@@ -119,13 +125,17 @@ def open_harness(options):
     `harness.open_tasks`; the function as `Harness`.
     """
     for name, least in (('limit', 1), ('num_fewshot', 0)):
-        if (value := getattr(options, name)) is not None and value < least:
+        value = getattr(options, name)
+        if value is not None and value < least and not isinstance(value, float):
             raise UsageError(f'--{name} must be at least {least}')
     if not options.tasks:
         for name in OF_TASKS:
             if getattr(options, name) is not None:
                 raise UsageError(f'--{name} has no meaning without --tasks')
         return None
+    names = exits.listed(options.tasks)
+    if not names:
+        raise UsageError(f'--tasks {options.tasks!r} names no task')
     if options.task_path and not pathlib.Path(options.task_path).is_dir():
         raise UsageError(f'--task_path {options.task_path} is not a folder')
     try:
@@ -134,7 +144,6 @@ def open_harness(options):
         if error.name.partition('.')[0] != 'lm_eval':
             raise
         raise UsageError('--tasks needs the lm-evaluation-harness: pip install lm_eval') from error
-    names = options.tasks.split(',')
     manager = harness.open_tasks(names, options.task_path)
 
     def of(found):
@@ -146,7 +155,7 @@ def open_harness(options):
 
 def _text(found, options):
     """The line and JSON object without --tasks."""
-    values = evaluate_run(found, options.split, options.tokens, options.batch_size)
+    values = evaluate_run(found, options.split, options.tokens, options.batch_size, options.data_path)
     split, bits = options.split or found.config.eval.split, values['eval/bits_per_byte']
     line = (
         f'{split}: loss {values["eval/loss"]:.4f}  perplexity {values["eval/perplexity"]:.2f}  '
@@ -169,6 +178,7 @@ def main(argv):
     add('--out', metavar='FILE.json', help='write the results here too')
     add('--split', metavar='SPLIT', help="of the run's data [config.eval.split]")
     add('--tokens', type=int, metavar='N', help='target tokens, at least [config.eval.tokens]')
+    add('--data_path', metavar='PATH', help=data_rows.MOVED)
     add_task_options(add)
     add('--traceback', action='store_true', help='show where an error comes from')
 

@@ -128,7 +128,7 @@ def main(argv):
     def job():
         options = exits.parse(parser, argv)
         jax.config.update('jax_platforms', 'cpu')  # nothing here is worth waiting for a device
-        removed = [part.strip() for part in (options.remove_layers or '').split(',') if part.strip()]
+        removed = exits.listed(options.remove_layers or '')
         if (options.remove_layers is not None and not removed) or not all(part.isdecimal() for part in removed):
             raise UsageError(f'--remove_layers {options.remove_layers!r}: numbers from 1 are needed, such as 3 or 3,4')
         export(

@@ -39,6 +39,9 @@ class Harness(TemplateLM):
     with the weights of a Hugging Face folder behind a bos, once, where its tokenizer puts one. Where there is no
     context (an empty one, the first token of a rolling likelihood) an eos stands for it, of such a folder the bos.
 
+    A rolling likelihood is that of the text alone, after one such token. The harness's own `hf` model puts its token
+    before the bos that a tokenizer has put already, and counts that bos as text (lm-evaluation-harness issue 3333).
+
     A text longer than the window (config.seq_length, max_position_embeddings) loses its beginning. A continuation
     that is longer by itself is scored in several windows, as in `loglikelihood_rolling`.
     """
@@ -114,7 +117,7 @@ class Harness(TemplateLM):
         return list(zip(totals.tolist(), greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """Sums over all tokens of each text, windows side by side; a text's beginning is predicted behind one token."""
+        """Sums over all tokens of each text, windows side by side; a text's first token is predicted from one alone."""
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         wanted = [(None, [self.prefix_token_id], ids) for ids in texts if ids]
         sums = iter(self._loglikelihood_tokens(wanted, disable_tqdm=disable_tqdm))
@@ -217,7 +220,7 @@ def run(model: Harness, manager, names, limit=None, num_fewshot=None):
     Args:
         model: the network.
         manager, names: of `open_tasks`.
-        limit: documents of each task; None: all.
+        limit: documents of each task, or a share below 1 of them; None: all.
         num_fewshot: examples before each document; None: what the task says.
 
     Returns:

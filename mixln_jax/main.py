@@ -89,9 +89,8 @@ def run(values, workdir, stop=None, verbose=False):
             if jax.process_index():  # one of several writes the records
                 workdir = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
             record.write_json(workdir / 'config.json', resolved)
-            record.write_json(
-                workdir / 'environment.json', record.environment(list(mesh.devices.flat)) | {'data': rows.fingerprint}
-            )
+            seen = {'data': rows.fingerprint, 'eval_data': {'split': config.eval.split} | eval_rows.fingerprint}
+            record.write_json(workdir / 'environment.json', record.environment(list(mesh.devices.flat)) | seen)
             tokenizer.save(workdir / 'tokenizer')
             lines = record.Metrics(workdir, about['step'], about['open_line'], during.PICTURES)
             closing.callback(lines.close)

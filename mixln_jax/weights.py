@@ -43,6 +43,7 @@ class Weights:
     step: int | None = None
     config: configs.Config | None = None
     tokenizer: tokenizers.Tokenizer | None = None
+    workdir: pathlib.Path | None = None  # of the run
 
     @property
     def max_length(self):
@@ -97,7 +98,9 @@ def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weigh
             raise CheckpointError(
                 f'{folder}: {name} is {shapes.get(name, "not there")}, its config makes it {expected.get(name)}'
             )
-    return Weights(model, params, str(folder), about['step'], config, tokenizers.load(folder.parents[1] / 'tokenizer'))
+    workdir = folder.parents[1]
+    tokenizer = tokenizers.load(workdir / 'tokenizer')
+    return Weights(model, params, str(folder), about['step'], config, tokenizer, workdir)
 
 
 def without_layers(found: Weights, removed) -> Weights:

@@ -144,7 +144,7 @@ def test_a_folder_and_a_text_of_its_own(tmp_path, capsys):
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {'max_position_embeddings': 32}))
     path = corpora.write(tmp_path / 'text.jsonl.gz', [f'text number {n}' * (n % 3 + 1) for n in range(9)])
     words = ['--checkpoint', tmp_path / 'folder', '--text', path, '--seq_length', 12, '--out', tmp_path / 'out']
-    assert command('drop', *words, '--blocks', '1,2', '--batch_size', 10**8) == 0  # more than there are
+    assert command('drop', *words, '--blocks', '1, 2', '--batch_size', '1e8') == 0  # more than there are
     [head] = [line for line in capsys.readouterr().out.splitlines() if line.startswith('layer')]
     assert [title.strip() for title in head.split('  ')[-2:]] == ['change in loss', 'change in perplexity']
     [result] = content(tmp_path / 'out')['results']
@@ -198,6 +198,32 @@ def test_what_a_text_is_follows_from_its_files(tmp_path):
             made(wrong)
 
 
+def test_drops_of_tasks(run, monkeypatch):
+    """The metric without a layer less that with all, of every block, with the errors of two independent values."""
+    asked, worth = [], np.array([1.0, 10.0, 100.0])  # what each layer adds to the metric
+
+    def open_harness(options):
+        model = types.SimpleNamespace(keep=None)
+
+        def evaluate():
+            value = float(worth @ np.asarray(model.keep))
+            errors = {'acc_stderr,none': 3.0 if value == 111 else 4.0, 'em_stderr,strict': 'N/A'}
+            return '', {'results': {'arc': {'alias': 'arc', 'acc,none': value, 'em,strict': -value, **errors}}}
+
+        asked.append(options.tasks)
+        return lambda found: (model, evaluate)
+
+    monkeypatch.setattr(drop, 'open_harness', open_harness)
+    assert command('drop', '--checkpoint', run, '--tokens', 100, '--blocks', '1, 2', '--tasks', 'a, b') == 0
+    found = content(run / 'analysis/drop')['results'][0]['metrics']
+    assert asked == ['a, b'] and {*found} == {'loss', 'perplexity', 'arc/acc', 'arc/em,strict'}
+    accuracy = {'mean': [-1, -10, -100], 'standard_error': [5, 5, 5]}
+    of_two = {'mean': [-11, -110], 'standard_error': [5, 5]}
+    assert found['arc/acc'] == {'value': 111, 'standard_error': 3, 'drop': {'1': accuracy, '2': of_two}}
+    assert found['arc/em,strict']['drop']['1'] == {'mean': [1, 10, 100], 'standard_error': [None] * 3}
+    assert {'arc_acc.png', 'arc_acc_2.png'} <= {path.name for path in (run / 'analysis/drop').iterdir()}
+
+
 def test_a_bos_where_the_tokenizer_puts_one():
     begun = subjects._Begun(tokenizers.Bytes(), [257])
     assert begun.encode('ab').tolist() == [257, 97, 98] and begun.encode('abc', 2).tolist() == [257, 97]
@@ -211,7 +237,7 @@ def test_what_is_measured_and_how_it_is_called(run, tmp_path, monkeypatch):
     assert labels(run) == ['small'] and labels(run / 'checkpoints/2', run) == ['small step 2', 'small']
     assert labels(run, run / 'checkpoints/4', run) == ['small']  # once each
     assert labels(run, other) == [f'{run.parent.name}/small', 'elsewhere/small']
-    assert labels(run, steps='init, all,2') == ['small at init', 'small step 2', 'small step 4']
+    assert labels(run, steps=' init, all ,2,') == ['small at init', 'small step 2', 'small step 4']
     monkeypatch.chdir(run / 'checkpoints')
     assert labels('2') == ['small step 2']
     monkeypatch.setenv('HOME', str(run.parent))
@@ -354,6 +380,11 @@ class TestBert:
         ('gradients', ['--checkpoint', 'RUN', '--tokens', '20', '--rows', '64'], 'raise --tokens or lower --rows', 2),
         ('drop', ['--checkpoint', 'RUN', '--blocks', '1,4'], '--blocks 1,4: .*/checkpoints/4 has 3 layers', 2),
         ('drop', ['--checkpoint', 'RUN', '--blocks', 'x'], '--blocks x: different numbers', 2),
+        ('drop', ['--checkpoint', 'RUN', '--blocks', ' , '], '--blocks  , : different numbers', 2),
+        ('drop', ['--checkpoint', 'RUN', '--tokens', '1e3.5'], '--tokens: invalid int value', 2),
+        ('angular', ['--checkpoint', 'RUN', '--text', 'x', '--data_path', 'x'], 'has no meaning with --text', 2),
+        ('angular', ['--checkpoint', 'RUN', '--squad', 'x', '--data_path', 'x'], '--data_path .* with --squad', 2),
+        ('variance', ['--checkpoint', 'RUN', '--data_path', 'none.jsonl'], '--data_path: there is no file none', 4),
         ('drop', ['--checkpoint', 'RUN', '--limit', '0', '--tasks', 'a'], '--limit must be at least 1', 2),
         ('drop', ['--checkpoint', 'RUN', '--limit', '3'], '--limit has no meaning without --tasks', 2),
         ('angular', ['--checkpoint', 'GOLDEN'], 'is not a run of ours, .* give --out DIR', 2),

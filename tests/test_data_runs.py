@@ -11,8 +11,9 @@ import pytest
 from corpora import write
 
 from mixln_jax import config as configs
-from mixln_jax import exits, main
-from mixln_jax.data import batches, datasets, inspect, prepare, train_tokenizer
+from mixln_jax import evaluate, exits, main, record
+from mixln_jax.analysis import angular
+from mixln_jax.data import batches, datasets, inspect, prepare, sources, train_tokenizer
 from mixln_jax.exits import DataError, Stopped, UsageError
 
 WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
@@ -206,6 +207,84 @@ class TestRefusals:
         config.data.tokenizer_path = str(tmp_path / '1.json')
         with pytest.raises(UsageError, match='seen other data: data.fingerprint.tokenizer differs'):
             main.run(config, tmp_path / 'run')
+
+
+def with_another_text(corpus, path, validation):
+    """Writes the corpus with the first text of a split changed, so that it stays in the split."""
+    texts = [json.loads(line)['text'] for line in corpus.read_text().splitlines()]
+    ranks = sorted(sources.rank(text.encode()) for text in texts)
+    low, high = (0, ranks[18]) if validation else (ranks[20], 2**64)  # the 20 of lowest rank are for validation
+    inside = lambda text: low <= sources.rank(text.encode()) < high  # noqa: E731
+    number = next(number for number, text in enumerate(texts) if inside(text))
+    texts[number] = next(text for n in range(10**6) if inside(text := f'{n} {texts[number]}'))
+    return write(path, texts)
+
+
+class TestMovedData:
+    """--data_path of evaluate, inspect and the analyses, whatever the source."""
+
+    @staticmethod
+    def make(kind, corpus, folder):
+        """A folder of data; what names it."""
+        if kind == 'tokens':
+            return str(tokens(corpus, folder, 'pad'))
+        if kind == 'tfds':
+            prepare.prepare(configs.Data(source='jsonl', path=str(corpus)), str(folder), format='tfds')
+            return str(folder)
+        folder.mkdir()
+        shutil.copy(corpus, folder)
+        return f'{folder}/*.jsonl'
+
+    @pytest.fixture(scope='class', params=['tfds', 'tokens', 'jsonl'])
+    @classmethod
+    def run(cls, request, corpus, tmp_path_factory):
+        """(kind of source, folder of a run, where its data is now): nothing is left where the run found it."""
+        kind, folder = request.param, tmp_path_factory.mktemp('moved')
+        given = cls.make(kind, corpus, folder / 'old')
+        key = 'data.data_dir' if kind == 'tfds' else 'data.path'
+        main.run(recipe(**{'data.source': kind, key: given, 'num_steps': 2, 'eval.tokens': 100}), folder / 'run')
+        (folder / 'old').rename(folder / 'new')
+        return kind, folder / 'run', given.replace('/old', '/new')
+
+    @staticmethod
+    def commands(run, tmp_path):
+        return {
+            inspect.main: ['--workdir', str(run), '--step', '2'],
+            evaluate.main: ['--checkpoint', str(run), '--out', str(tmp_path / 'out.json')],
+            angular.main: ['--checkpoint', str(run), '--tokens', '50'],
+        }
+
+    def test_all_read_it_where_it_is_now(self, run, tmp_path, capsys):
+        _, run, now = run
+        for command, words in self.commands(run, tmp_path).items():
+            capsys.readouterr()
+            assert command(words) == 4
+            assert 'where the data is now' in capsys.readouterr().err
+            assert command([*words, '--data_path', str(tmp_path / 'none')]) == 4
+            error = capsys.readouterr().err
+            assert str(tmp_path / 'none') in error and '--data_path' in error and 'config.data' not in error
+            assert command([*words, '--data_path', now]) == 0
+        last, found = record.read_metrics(run / 'metrics.jsonl')[-1], json.loads((tmp_path / 'out.json').read_text())
+        assert found['eval/loss'] == pytest.approx(last['eval/loss'], rel=1e-5)
+
+    @pytest.mark.parametrize('changed', ['validation', 'train', 'train, as older runs know it'])
+    def test_other_data_is_refused(self, run, corpus, tmp_path, capsys, changed):
+        """A split by what the run has recorded of it; one that an older run has not, by the split it trained on."""
+        kind, run, _ = run
+        run = shutil.copytree(run, tmp_path / 'run')
+        other = with_another_text(corpus, tmp_path / 'other.jsonl', changed == 'validation')
+        now = self.make(kind, other, tmp_path / 'another')
+        if changed.endswith('it'):
+            about = json.loads((run / 'environment.json').read_text())
+            del about['eval_data']
+            (run / 'environment.json').write_text(json.dumps(about))
+        codes = []
+        for command, words in self.commands(run, tmp_path).items():
+            capsys.readouterr()
+            codes.append(command([*words, '--data_path', now]))
+            if codes[-1]:
+                assert f'the data is not what the run in {run} saw: source differs' in capsys.readouterr().err
+        assert codes == {'validation': [0, 4, 4], 'train': [4, 0, 0]}.get(changed, [4, 4, 4])
 
 
 class TestInspect:

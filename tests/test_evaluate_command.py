@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -76,6 +77,14 @@ def test_weights_that_are_not_finite(run):
         (['--checkpoint', '{run}', '--limit', '5'], '--limit has no meaning without --tasks'),
         (['--checkpoint', '{run}', '--tasks', 'a', '--split', 'train'], '--split has no meaning with --tasks'),
         (['--checkpoint', '{run}', '--tasks', 'a', '--task_path', '{folder}/no'], '--task_path .*/no is not a folder'),
+        (['--checkpoint', '{run}', '--tasks', 'a', '--data_path', 'x'], '--data_path has no meaning with --tasks'),
+        (['--checkpoint', '{run}', '--data_path', 'x'], '--data_path has no meaning for data.source=stdlib'),
+        (['--checkpoint', '{run}', '--tasks', ' , '], "--tasks ' , ' names no task"),
+        *(
+            (['--checkpoint', '{run}', '--tasks', 'a', '--limit', limit], f'--limit: invalid .* value: .{limit}')
+            for limit in ('1.5', 'nan', 'inf', '-0.5', '1e3.5')
+        ),
+        (['--checkpoint', '{run}', '--tasks', 'a', '--limit', '0.0'], '--limit must be at least 1'),
         (['--checkpoint', '{run}', '--norm_position', 'pre'], 'is a run of ours, which knows its placement'),
         (['--split', 'train'], '--checkpoint'),
     ],
@@ -86,6 +95,17 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, words, message):
     assert code == 2
     assert said.count('\n') == 1
     assert re.search(message, said), said
+
+
+def test_text_of_another_python_is_refused(run, tmp_path, capsys):
+    run = shutil.copytree(run, tmp_path / 'run')
+    about = json.loads((run / 'environment.json').read_text())
+    about['eval_data']['source'] = 'python-3.0.0-another'
+    (run / 'environment.json').write_text(json.dumps(about))
+    code, _, said = command(capsys, '--checkpoint', run)
+    assert code == 4 and said.count('\n') == 1
+    assert f'the data is not what the run in {run} saw: source differs (the text that comes with Python' in said
+    assert command(capsys, '--checkpoint', run, '--split', 'train')[0] == 0  # as that split is what it was
 
 
 def test_without_the_harness(run, capsys, monkeypatch):

@@ -100,7 +100,7 @@ def test_standard_errors():
 
 
 def test_drops():
-    """Of perplexity exp(with) less exp(without); errors of paired rows, for perplexity against a jackknife."""
+    """Of perplexity exp(without) less exp(with); errors of paired rows, for perplexity against a jackknife."""
     rng = np.random.default_rng(3)
     counts = rng.integers(50, 90, 60)
     whole = rng.normal(2, 0.3, 60) * counts

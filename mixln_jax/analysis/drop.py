@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mixln_jax import figures, measures, squad
+from mixln_jax import exits, figures, measures, squad
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import job, subjects
 from mixln_jax.evaluate import add_task_options, open_harness
@@ -149,8 +149,8 @@ def add_options(add):
 
 def _blocks(text):
     """The numbers of --blocks."""
-    blocks = [int(part) if part.strip().isdecimal() else 0 for part in text.split(',')]
-    if min(blocks) < 1 or len(set(blocks)) < len(blocks):
+    blocks = [int(part) if part.isdecimal() else 0 for part in exits.listed(text)]
+    if min(blocks, default=0) < 1 or len(set(blocks)) < len(blocks):
         raise UsageError(f'--blocks {text}: different numbers from 1 are needed')
     return blocks
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mixln_jax import exits, figures, record
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import subjects
+from mixln_jax.data import rows as data_rows
 from mixln_jax.exits import NumericsError, UsageError
 
 TOKENS, BATCH_SIZE = 65_536, 8
@@ -78,6 +79,7 @@ def run(job, work, argv, add_options=lambda add: None, check=lambda options: Non
     add('--text', metavar='FILES', help="measure on these .jsonl or text files [the run's own text]")
     add('--squad', metavar='FILE.json', help='a BERT reads the questions and texts of this SQuAD file')
     add('--split', metavar='SPLIT', help='of the text [config.eval.split; of --text all]')
+    add('--data_path', metavar='PATH', help=data_rows.MOVED)
     add('--seq_length', type=int, metavar='T', help="tokens in a row [the run's; of a Hugging Face folder up to 256]")
     add('--mode', choices=('pad', 'pack', 'concat'), help="how rows are made [the run's; of a Hugging Face folder pad]")
     add('--tokens', type=int, metavar='N', help=f'real tokens to measure on, at least [{TOKENS:,}]')
@@ -120,9 +122,11 @@ def _check(options):
     for name, least in (('tokens', 1), ('batch_size', 1), ('seq_length', 2)):
         if (value := getattr(options, name)) is not None and value < least:
             raise UsageError(f'--{name} must be at least {least}')
-    for name in ('text', 'split', 'mode', 'norm_position'):
+    for name in ('text', 'split', 'mode', 'norm_position', 'data_path'):
         if options.squad and getattr(options, name) is not None:
             raise UsageError(f'--{name} has no meaning with --squad')
+    if options.text and options.data_path and subjects.INITIAL not in exits.listed(options.steps or ''):
+        raise UsageError("--data_path is where the run's own text is; it has no meaning with --text")
 
 
 def _folder(job, options, place):
@@ -160,7 +164,7 @@ def _written(folder):
 
 def _result(job, place, options, work):
     """The entry of one network in result.json. Raises NumericsError where it is not finite."""
-    subject = subjects.open_subject(place, options.norm_position, options.batch_size)
+    subject = subjects.open_subject(place, options.norm_position, options.batch_size, options.data_path)
     about = {}
 
     def texts(subject, last=False):
@@ -168,7 +172,8 @@ def _result(job, place, options, work):
             features, _, about['text'] = subjects.questions(subject, options.squad, options.seq_length)
             singles = subjects.rows_of_questions(features)
         else:
-            rows, about['text'] = subjects.text(subject, options.text, options.split, options.seq_length, options.mode)
+            of_text = options.text, options.split, options.seq_length, options.mode, options.data_path
+            rows, about['text'] = subjects.text(subject, *of_text)
             singles = subjects.rows_of_text(rows)
         parts = subjects.parts(options.batch_size)
         batches = subjects.sample(singles, options.tokens or TOKENS, options.batch_size, last, parts)

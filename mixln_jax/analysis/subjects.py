@@ -4,14 +4,13 @@ import dataclasses
 import hashlib
 import math
 import pathlib
-import re
 import sys
 from typing import Any
 
 import jax
 import numpy as np
 
-from mixln_jax import checkpoint, drawing, record, squad, weights
+from mixln_jax import checkpoint, drawing, exits, record, squad, weights
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
 from mixln_jax.data import batches, files
@@ -80,7 +79,7 @@ def places(checkpoints, steps=None) -> list[Place]:
 def _steps(newest, steps):
     """[(folder, whether initial, suffix of the name)] of the run with this newest checkpoint."""
     kept = checkpoint.steps(newest.parent)
-    for step in re.split(r'\s*,\s*', steps.strip()):
+    for step in exits.listed(steps) or ['']:
         if step == INITIAL:
             yield newest, True, ' at init'
         elif step == 'all' or (step.isdecimal() and int(step) in kept):
@@ -91,13 +90,14 @@ def _steps(newest, steps):
             raise UsageError(f'--steps: {newest.parents[1]} has no checkpoint {step!r} (there is {listed})')
 
 
-def open_subject(place: Place, norm_position=None, batch_size=8) -> Subject:
+def open_subject(place: Place, norm_position=None, batch_size=8, data_path=None) -> Subject:
     """Opens one of `places`.
 
     Args:
         place: which.
         norm_position: placement of a Hugging Face folder that does not say it.
         batch_size: rows that the devices are to share.
+        data_path: where the run's data is now; None: where it was.
 
     Raises:
         UsageError, CheckpointError: as `weights.load`; DataError where initial weights need the run's data.
@@ -105,7 +105,8 @@ def open_subject(place: Place, norm_position=None, batch_size=8) -> Subject:
     found = weights.load(place.folder, norm_position=norm_position, bert=True)
     mesh = _mesh(batch_size)
     if place.initial:
-        found = dataclasses.replace(found, params=_initial(found), step=0, where=f'{place.run} at initialisation')
+        params = _initial(found, data_path)
+        found = dataclasses.replace(found, params=params, step=0, where=f'{place.run} at initialisation')
     model = found.model.clone(stream_sharding=meshes.batch_sharding(mesh))
     return Subject(found, model, jax.device_put(found.params, meshes.state_shardings(mesh, found.params)))
 
@@ -120,7 +121,7 @@ def parts(rows):
     return math.gcd(rows, len(meshes.devices('auto')))
 
 
-def _initial(found):
+def _initial(found, data_path):
     """The weights that a run began with, made again from its config, on one device."""
     config, mesh = found.config, _mesh(1)
     if config.init_from:
@@ -128,15 +129,13 @@ def _initial(found):
     program = Program(config, mesh)
     state = program.init(jax.random.key(config.seed))
     if program.model.measured():
-        rows = data_rows.open_rows(
-            config.data, config.data.split, found.tokenizer, config.seq_length, config.model.vocab_size
-        )
+        rows = data_rows.open_rows_of_run(found.workdir, config, config.data.split, found.tokenizer, data_path)
         first = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size)[0]
         state = program.measure_factors(state, meshes.place(first, meshes.batch_sharding(mesh)))
     return jax.device_get(state.params)
 
 
-def text(subject, path=None, split=None, seq_length=None, mode=None):
+def text(subject, path=None, split=None, seq_length=None, mode=None, data_path=None):
     """Rows of text to measure a network on.
 
     Args:
@@ -146,12 +145,14 @@ def text(subject, path=None, split=None, seq_length=None, mode=None):
         seq_length: tokens of a row; None: the run's, also where it was exported; of other Hugging Face folders 256, or
             as many as they have positions.
         mode: as config.data.mode; None: the run's, also where it was exported; of other Hugging Face folders `pad`.
+        data_path: where the run's own text is now; None: where it was.
 
     Returns:
         (rows, what says which text it is: a dict).
 
     Raises:
-        UsageError: no text, no tokenizer, or a network that does not read plain text. DataError: as `rows.open_rows`.
+        UsageError: no text, no tokenizer, or a network that does not read plain text. DataError: as
+        `rows.open_rows_of_run`.
     """
     found = subject.found
     if isinstance(subject.model, Bert):
@@ -170,10 +171,15 @@ def text(subject, path=None, split=None, seq_length=None, mode=None):
     split = split or ('all' if path else found.config.eval.split)
     tokenizer = found.tokenizer or _Begun(*weights.open_tokenizer(pathlib.Path(found.where)))
     try:
-        rows = data_rows.open_rows(data, split, tokenizer, length, subject.model.config.vocab_size)
+        if path:
+            rows = data_rows.open_rows(data, split, tokenizer, length, subject.model.config.vocab_size)
+        else:
+            run = dataclasses.replace(found.config, data=data, seq_length=length)
+            rows = data_rows.open_rows_of_run(found.workdir, run, split, tokenizer, data_path)
     except (DataError, UsageError) as error:
         said = str(error)
-        for key, option in (('data.mode', '--mode'), ('seq_length', '--seq_length'), ('data.path', '--text')):
+        options = {'data.mode': '--mode', 'seq_length': '--seq_length'} | ({'data.path': '--text'} if path else {})
+        for key, option in options.items():
             said = said.replace(f'config.{key}', option)
         raise type(error)(said) from None
     return rows, {'split': split} | rows.fingerprint

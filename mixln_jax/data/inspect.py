@@ -17,14 +17,15 @@ import numpy as np
 from mixln_jax import config as configs
 from mixln_jax import exits, record
 from mixln_jax.data import batches, rows, tokenizers
-from mixln_jax.exits import DataError, UsageError
+from mixln_jax.exits import UsageError
 
 
-def inspect(workdir: str, step: int, num_rows: int | None = None):
+def inspect(workdir: str, step: int, num_rows: int | None = None, data_path: str | None = None):
     """The first `num_rows` rows (None: all) of the batch of step `step` (from 1) of the run in `workdir`, one by one.
 
     Each is a dict: `row` in the batch, `origin` (file and record), `text` (a list, one piece of text for each document
     in the row), and `inputs`, `targets`, `weights`, for packed rows `segments` and `positions`, each a list of T.
+    `data_path` is where the run's data is now (None: where it was).
 
     Raises:
         UsageError: no run in `workdir`, no such step.
@@ -37,13 +38,7 @@ def inspect(workdir: str, step: int, num_rows: int | None = None):
     if num_rows is not None and num_rows < 0:
         raise UsageError('--rows must be at least 0')
     tokenizer = tokenizers.load(workdir / 'tokenizer')
-    of = rows.open_rows(config.data, config.data.split, tokenizer, config.seq_length, config.model.vocab_size)
-    try:
-        seen = json.loads((workdir / 'environment.json').read_text())['data']
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f'{workdir}/environment.json does not tell what data the run saw: {error}') from error
-    if differ := [part for part in seen if of.fingerprint[part] != seen[part]]:
-        raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs')
+    of = rows.open_rows_of_run(workdir, config, config.data.split, tokenizer, data_path)
     places = (step - 1) * config.batch_size + np.arange(config.batch_size)
     numbers = batches.order(of, config.data.seed, places)[:num_rows]
     batch = of.layout.batch(of.read(numbers))
@@ -87,13 +82,14 @@ def main(argv):
     parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of a run')
     parser.add_argument('--step', required=True, type=int, metavar='N', help='step, from 1; it need not have come yet')
     parser.add_argument('--rows', default=4, type=int, metavar='K', help='rows to show; 0: the whole batch [4]')
+    parser.add_argument('--data_path', metavar='PATH', help=rows.MOVED)
     parser.add_argument('--json', action='store_true', help='a JSON object a row')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
     def job():
         options = exits.parse(parser, argv)
         stop.started()
-        for row in inspect(options.workdir, options.step, options.rows or None):
+        for row in inspect(options.workdir, options.step, options.rows or None, options.data_path):
             record.say(*([json.dumps(row)] if options.json else show(row)))
 
     return exits.call(job, show_traceback='--traceback' in argv)

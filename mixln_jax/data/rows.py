@@ -1,5 +1,8 @@
 """Rows of tokens by number: a document each, made when asked for, or made at the start, or made beforehand."""
 
+import dataclasses
+import json
+import pathlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -11,6 +14,9 @@ from mixln_jax.data.layout import Block, Layout
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.exits import DataError, UsageError
+
+# What the option --data_path means.
+MOVED = "where the run's data is now: data.data_dir of a tfds data set, data.path of another source [where it was]"
 
 
 class Rows(Protocol):
@@ -137,6 +143,71 @@ def open_rows(data: config.Data, split: str, tokenizer: Tokenizer, seq_length: i
     source = open_source(data, split)
     record.say(f'{data.mode}: tokenises {len(source):,} documents of {split}')
     return InMemory(source, tokenizer, data.mode, seq_length)
+
+
+def open_rows_of_run(
+    workdir: str | pathlib.Path, run: config.Config, split: str, tokenizer: Tokenizer, data_path: str | None = None
+) -> Rows:
+    """The rows of a split of a run's data, after a check that they are what the run saw.
+
+    Where the run has not recorded this split and its data has moved, the split that it trained on is compared.
+
+    Args:
+        workdir: of the run.
+        run: its configuration; `data.mode` and `seq_length` may be others.
+        split: of its data.
+        tokenizer: its tokenizer.
+        data_path: where the data is now, as `moved`; None: where it was.
+
+    Raises UsageError where the run does not say what it saw; as `moved` and `open_rows` do. DataError: as `open_rows`,
+    or naming what differs.
+    """
+    data = moved(run.data, data_path) if data_path else run.data
+    try:
+        about = json.loads((pathlib.Path(workdir) / 'environment.json').read_text())
+        trained, evaluated = dict(about['data']), dict(about.get('eval_data', {}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f'{workdir}/environment.json does not tell what data the run saw: {error}') from error
+    seen = {evaluated.get('split'): evaluated, run.data.split: trained}.get(split)
+    try:
+        rows = open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size)
+        found = rows.fingerprint
+        if not seen and data_path:
+            seen, found = trained, fingerprint(data, run.data.split, tokenizer, run.seq_length)
+    except (DataError, UsageError) as error:
+        key, said = f'config.data.{_place(data)}', str(error)
+        if data_path:
+            said = said.replace(key, '--data_path')
+        elif key in said:
+            said += '; --data_path says where the data is now'
+        raise type(error)(said) from None
+    chosen = ('split', 'mode', 'seq_length')
+    if differ := [part for part in seen or () if part not in chosen and found.get(part) != seen[part]]:
+        known = ' (the text that comes with Python is another in other versions)' if data.source == 'stdlib' else ''
+        raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs{known}')
+    return rows
+
+
+def moved(data: config.Data, path: str) -> config.Data:
+    """`data` from elsewhere: `path` takes the place of data.data_dir for tfds, of data.path for other sources.
+
+    Raises UsageError for the text that comes with Python.
+    """
+    if data.source == 'stdlib':
+        raise UsageError('--data_path has no meaning for data.source=stdlib, the text that comes with Python')
+    return dataclasses.replace(data, **{_place(data): path})
+
+
+def _place(data):
+    """The key that says where the data is."""
+    return 'data_dir' if data.source == 'tfds' else 'path'
+
+
+def fingerprint(data: config.Data, split: str, tokenizer: Tokenizer, seq_length: int) -> dict:
+    """The fingerprint of the rows of a split, without making them."""
+    if data.source == 'tokens':
+        return prepared.Prepared(data.path, split).fingerprint
+    return _fingerprint(open_source(data, split), tokenizer, data.mode, seq_length)
 
 
 def _fingerprint(source, tokenizer, mode, seq_length):

@@ -25,6 +25,7 @@ from lm_eval.tasks import TaskManager
 from mixln_jax import config as configs
 from mixln_jax import evaluate, harness, weights
 from mixln_jax import mesh as meshes
+from mixln_jax.analysis import drop
 from mixln_jax.data import tokenizers
 from mixln_jax.exits import NumericsError, UsageError
 from mixln_jax.models import llama
@@ -150,6 +151,16 @@ class TestLoglikelihood:
         second = likeliest[:-1] + [int(logits(likeliest[:-1])[-1].argsort()[-2])]
         requests = [(None, context, ids[len(context) :]) for ids in (likeliest, second)]
         assert [greedy for _, greedy in lm._loglikelihood_tokens(requests, disable_tqdm=True)] == [True, False]
+
+    @pytest.mark.parametrize('wrong', [None, 0, WINDOW], ids=['nowhere', 'in the first window', 'in the last'])
+    def test_greedy_means_every_window(self, found, logits, wrong):
+        """A continuation of two windows, each token the likeliest one but for `wrong`, the second likeliest."""
+        lm, ids = harness.Harness(found, 2, WINDOW, on('1')), [5]
+        for place in range(WINDOW + 1):
+            ids.append(int(logits(ids[-WINDOW:])[-1].argsort()[-2 if place == wrong else -1]))
+        [(total, greedy)] = lm._loglikelihood_tokens([(None, ids[:1], ids[1:])], disable_tqdm=True)
+        assert greedy == (wrong is None)
+        assert total == pytest.approx(sum_of(logits, ids, range(1, len(ids)), WINDOW)[0], rel=1e-5)
 
     def test_padded_vocabulary_takes_no_part(self, found):
         params = dict(found.params, head={'kernel': found.params['head']['kernel'].at[:, V:].set(1e4)})
@@ -365,8 +376,61 @@ class TestAgainstTransformers:
         ]
         assert written[0] == written[1] and any(text for [text] in written[0])
 
+    def test_a_bos_is_no_part_of_a_text(self, folders, tasks, logits):
+        """Rolling: as theirs where it adds no bos. Else theirs puts two before a text and counts the second as text."""
+        texts = [asked(text) for text in ('badu gi', ' '.join(vocabularies.prose(9, seed=4)))]
+        lm = harness.Harness(weights.load(folders['bos']), 4)
+        ours, bos = lm.loglikelihood_rolling(texts, True), lm.prefix_token_id
+        theirs = [HFLM(str(folders['bos']), device='cpu', dtype='float32', add_bos_token=add) for add in (False, None)]
+        one, two = (np.array(model.loglikelihood_rolling(texts, True)) for model in theirs)
+        np.testing.assert_allclose(ours, one, rtol=1e-5)
+        for text, of_one, of_two in zip(texts, one, two, strict=True):
+            ids = lm.tok_encode(*text.args, add_special_tokens=False)
+            assert len(ids) < 127
+            for start, value in (([bos], of_one), ([bos, bos], of_two)):
+                counted = range(1, len(start) + len(ids))
+                assert value == pytest.approx(sum_of(logits, start + ids, counted, 128)[0], rel=1e-5)
+        assert (two < one - 1).all()
+
+    def test_the_drop_of_tasks(self, folders, tasks, tmp_path, capsys):
+        """As theirs of networks whose layers are cut out; with a share of the documents, and blanks in lists."""
+        text = tmp_path / 'text.jsonl'
+        text.write_text(''.join(json.dumps({'text': line}) + '\n' for line in vocabularies.prose(9)))
+        words = ['--checkpoint', folders['plain'], '--text', text, '--out', tmp_path / 'out', '--tokens', '1e2']
+        words += ['--tasks', ' local_arc, local_written', '--task_path', tasks, '--limit', 0.5, '--batch_size', 4]
+        assert drop.main([str(word) for word in words]) == 0
+        found = json.loads((tmp_path / 'out/result.json').read_text())['results'][0]['metrics']
+        tokenizer, values = transformers.AutoTokenizer.from_pretrained(folders['plain']), []
+        for removed in (None, 0, 1, 2):
+            model = transformers.LlamaForCausalLM.from_pretrained(folders['plain'], dtype=torch.float32)
+            if removed is not None:
+                del model.model.layers[removed]
+                model.config.num_hidden_layers = 2
+            manager = TaskManager(include_path=str(tasks))
+            made = lm_eval.simple_evaluate(
+                HFLM(model, tokenizer=tokenizer, batch_size=4), tasks=['local_arc'], task_manager=manager, limit=10
+            )
+            values.append([made['results']['local_arc'][f'{metric},none'] for metric in ('acc', 'acc_norm')])
+        whole, *without = np.array(values)
+        for at, metric in enumerate(('acc', 'acc_norm')):
+            of_metric = found[f'local_arc/{metric}']
+            assert of_metric['value'] == whole[at]
+            np.testing.assert_allclose(
+                of_metric['drop']['1']['mean'], [of[at] - whole[at] for of in without], atol=1e-12
+            )
+        assert (np.array(without) != whole).any() and 'local_written/exact_match' in found
+
 
 class TestCommand:
+    def test_a_share_of_the_documents(self, folders, tasks, tmp_path):
+        for limit, count in (('0.3', 6), ('1.2e1', 12), ('7', 7)):
+            words = ['--checkpoint', folders['plain'], '--tasks', 'local_arc, local_text', '--task_path', tasks]
+            words += ['--limit', limit, '--out', tmp_path / 'out.json', '--num_fewshot', 0]
+            assert evaluate.main([str(word) for word in words]) == 0
+            found = json.loads((tmp_path / 'out.json').read_text())
+            assert found['limit'] == float(limit)
+            assert {of_task['effective'] for of_task in found['n-samples'].values()} == {count}
+
     def test_the_table(self, folders, tasks, tmp_path, capsys):
         words = ['--checkpoint', folders['plain'], '--tasks', 'local_arc,local_text', '--task_path', tasks]
         words += ['--limit', 12, '--num_fewshot', 1, '--batch_size', 8, '--out', tmp_path / 'out.json']
