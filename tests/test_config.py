@@ -449,7 +449,7 @@ class TestCommandLine:
             changed = values[name] != default[name]
             assert f', {values[name]!r}{f"; default {default[name]!r}" if changed else ""}]' in line
             assert line.startswith('* ' if changed else '  ')
-        assert '[float, 0.8; default 0.9]' in shown and 'quickstart.py' in shown
+        assert "[float or auto, 0.8; default 'auto']" in shown and 'quickstart.py' in shown
         assert main.main([*words, '--config.seed=x']) == 2
 
 
