@@ -45,7 +45,7 @@ def measure(options, folder):
     sample = folder / 'sample.jsonl.gz'
     records = (record for path in files.paths(options.path) for _, record in files.Reader('jsonl', path))
     texts = [record['text'] for record in itertools.islice(records, options.documents)]
-    with gzip.open(sample, 'wt') as file:
+    with gzip.open(sample, 'wt', encoding='utf-8') as file:
         file.writelines(json.dumps({'text': text}) + '\n' for text in texts)
     data = config.Data(source='jsonl', path=str(sample), tokenizer_path=options.tokenizer_path)
     tokenizer = tokenizers.open_tokenizer(data)

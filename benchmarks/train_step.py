@@ -132,7 +132,8 @@ def _write(rows, device, options):
     }
     record.write_json(folder / f'{name}.json', about | {'versions': record.versions(), 'rows': rows})
     table = '\n'.join(_table(rows))
-    (folder / f'{name}.md').write_text(f'`{command}`\n\n{device}, {about["date"]}, {options.dtype}\n\n{table}\n')
+    text = f'`{command}`\n\n{device}, {about["date"]}, {options.dtype}\n\n{table}\n'
+    (folder / f'{name}.md').write_text(text, encoding='utf-8')
     print(f'\n{device}, {options.dtype}; {folder / name}.json\n\n{table}')
 
 

@@ -10,4 +10,6 @@ title, path = sys.argv[1:]
 console = Console(record=True, width=88, file=sys.stderr)
 console.print(sys.stdin.read().rstrip(), highlight=False, markup=False)
 svg = console.export_svg(title=title)
-pathlib.Path(path).write_text(re.sub(r'@font-face \{.*?\}\s*', '', svg, flags=re.DOTALL))  # no fonts from elsewhere
+pathlib.Path(path).write_text(
+    re.sub(r'@font-face \{.*?\}\s*', '', svg, flags=re.DOTALL), 'utf-8'
+)  # no fonts from elsewhere

@@ -9,7 +9,7 @@ if (($# == 0)); then
   exit 2
 fi
 pid='' stopped=0
-trap 'stopped=1 caught=1; [[ $pid ]] && kill -TERM "$pid" 2>/dev/null' INT TERM
+trap 'stopped=1 caught=1; [[ $pid ]] && kill -TERM "$pid" 2>/dev/null' INT TERM HUP
 for ((try = 1; ; try++)); do
   "$@" &
   pid=$!

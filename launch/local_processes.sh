@@ -21,7 +21,7 @@ fi
 share=$((${#gpus[@]} / count))
 
 pids=()
-trap 'caught=1; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+trap 'caught=1; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM HUP
 for ((i = 0; i < count; i++)); do
   if ((share)); then
     mine=$(IFS=,; echo "${gpus[*]:i * share:share}")

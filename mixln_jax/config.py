@@ -492,7 +492,7 @@ def read(path) -> Config:
     Raises UsageError where there is none or it is not one.
     """
     try:
-        return from_resolved(json.loads(pathlib.Path(path).read_text()))
+        return from_resolved(json.loads(pathlib.Path(path).read_bytes()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{path} is not the configuration of a run: {error!r}') from error
 

@@ -14,7 +14,7 @@ import sys
 import jax
 
 from mixln_jax import config as configs
-from mixln_jax import exits, metrics, record, weights
+from mixln_jax import exits, metrics, paths, record, weights
 from mixln_jax import mesh as meshes
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
@@ -190,12 +190,13 @@ def main(argv):
         for name in OF_TEXT:
             if options.tasks and getattr(options, name) is not None:
                 raise UsageError(f'--{name} has no meaning with --tasks')
+        out = options.out and paths.local(options.out, '--out')  # before anything is measured
         harness = open_harness(options)
         found = weights.load(options.checkpoint, norm_position=options.norm_position)
         shown, values = harness(found)[1]() if harness else _text(found, options)
         record.say(f'{found.where}', shown)
-        if options.out:
-            record.write_json(options.out, {'checkpoint': found.where, 'step': found.step} | values)
+        if out:
+            record.write_json(out, {'checkpoint': found.where, 'step': found.step} | values)
 
     return exits.call(job, show_traceback='--traceback' in argv)
 

@@ -16,7 +16,10 @@ import threading
 import time
 import traceback
 
+from mixln_jax import console
+
 STOPPED = 75
+UNGUARDED = 1  # how a worker ends that runs its parent's script, the whole job, once more
 # A path that cannot be used as it should: what the user gave is at fault, not the program.
 UNUSABLE = {
     errno.EACCES,
@@ -85,10 +88,11 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """SIGTERM and SIGINT as a flag that the training loop reads; raised only where that is harmless.
+    """SIGTERM, SIGINT and SIGHUP as a flag that the training loop reads; raised only where that is harmless.
 
     One signal ends the run at the next safe point with exit 75, a second one at once. Ctrl-C in a terminal may come
-    twice, from the terminal and from the script that started the command: within a second it is one signal.
+    twice, from the terminal and from the script that started the command: within a second it is one signal. SIGHUP, a
+    terminal that has gone, never counts as a second one; where it is ignored, as under nohup, it stays ignored.
     """
 
     def __init__(self):
@@ -98,10 +102,11 @@ class Stop:
         self._since = math.inf
 
     def install(self):
-        """Takes over both signals. Until `started` is called a signal ends the process at once."""
+        """Takes over the signals. Until `started` is called a signal ends the process at once."""
         self._starting = True
         sys.unraisablehook = _quiet_if_stopped
-        for number in (signal.SIGTERM, signal.SIGINT):
+        console.guard()
+        for number in signals():
             signal.signal(number, self._handle)
 
     def started(self):
@@ -122,12 +127,18 @@ class Stop:
     def may_interrupt(self):
         """Inside, a signal raises Stopped at once: for start-up and compilation, where nothing is to be saved."""
         self.check()
+        with self.interruptible():
+            yield
+        self.check()  # a raise inside a callback may have been swallowed
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Inside, a signal raises Stopped at once; one that came before waits for the next `reached` or `check`."""
         self._interruptible = True
         try:
             yield
         finally:
             self._interruptible = False
-        self.check()  # a raise inside a callback may have been swallowed
 
     @contextlib.contextmanager
     def wait(self):
@@ -141,14 +152,23 @@ class Stop:
 
     def _handle(self, number, frame):
         del frame
-        again = time.monotonic() > self._since + 1
-        self._since = min(self._since, time.monotonic())
+        again = False
+        if number != signal.SIGHUP:
+            again = time.monotonic() > self._since + 1
+            self._since = min(self._since, time.monotonic())
         self.requested = signal.Signals(number).name
         if again or self._starting:
-            os.write(2, f'{stopped_line(f"stopped by {self.requested}")}\n'.encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f'{stopped_line(f"stopped by {self.requested}")}\n'.encode())
             os._exit(STOPPED)
         if self._interruptible:
             self.check()
+
+
+def signals():
+    """The signals that stop a run: SIGTERM, SIGINT and, unless it is ignored, SIGHUP."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
 
 
 def _quiet_if_stopped(unraisable, default=sys.unraisablehook):
@@ -218,24 +238,35 @@ def end_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
+def end_if_imported():
+    """Ends, without a word, a worker process that is only there to import its parent's script.
+
+    A script whose job is not under `if __name__ == '__main__':` would begin it once more in each worker. Who waits for
+    the worker says so.
+    """
+    if getattr(multiprocessing.current_process(), '_inheriting', False):  # as multiprocessing itself finds out
+        os._exit(UNGUARDED)
+
+
 def call(job, *args, show_traceback=False):
     """Runs `job(*args)`, prints the one line that an error deserves and returns the exit code.
 
     With `show_traceback` Python's own report of where it comes from stands before it.
     """
+    console.guard()
     try:
         job(*args)
     except Stopped as stopped:
-        print(stopped_line(stopped), file=sys.stderr)
+        console.say(stopped_line(stopped), file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        print('mixln_jax: stopped by SIGINT', file=sys.stderr)
+        console.say('mixln_jax: stopped by SIGINT', file=sys.stderr)
         return STOPPED
     except Exception as error:
         if show_traceback:
-            traceback.print_exception(error)
+            console.say(''.join(traceback.format_exception(error)).rstrip(), file=sys.stderr)
         error = known(error)
-        print(f'mixln_jax: {_one_line(error)}', file=sys.stderr)
+        console.say(f'mixln_jax: {_one_line(error)}', file=sys.stderr)
         return error.code
     return 0
 
@@ -247,7 +278,9 @@ def known(error):
     text = first_line(error)
     if re.search('No space left on device|File too large|Disk quota exceeded', str(error)):
         return UsageError(f'the disk is full: {text}')
-    if isinstance(error, MemoryError) or re.search('RESOURCE_EXHAUSTED|[Oo]ut of memory', str(error)):
+    if isinstance(error, MemoryError) or re.search(
+        'RESOURCE_EXHAUSTED|[Oo]ut of memory|Cannot allocate memory', str(error)
+    ):
         advice = 'lower batch_size, raise accumulate or set model.remat=full'
         return MemoryExhausted(f'out of memory: {advice} ({text})')
     if isinstance(error, OSError) and error.errno in UNUSABLE:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from mixln_jax import exits, record, weights
+from mixln_jax import exits, paths, record, weights
 from mixln_jax.checkpoint import rename
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import hf
@@ -34,7 +34,7 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
         UsageError: `out` holds what is not an export; options, or a network, that cannot be written.
         CheckpointError: weights that cannot be read, or that are others when read back.
     """
-    out = pathlib.Path(out).expanduser().absolute()
+    out = paths.local(out, '--out').absolute()
     _check_replaceable(out)
     found = weights.load(checkpoint, norm_position=norm_position)
     if remove_layers:
@@ -69,7 +69,7 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
 def _check_replaceable(out):
     try:
         there = [path for path in out.rglob('*') if not path.is_dir()] if out.exists() else []
-        files = set(json.loads((out / weights.EXPORT).read_text())['files'] if (out / weights.EXPORT).exists() else ())
+        files = set(json.loads((out / weights.EXPORT).read_bytes())['files'] if (out / weights.EXPORT).exists() else ())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'--out {out}: {weights.EXPORT} is not readable: {error!r}') from None
     others = sorted(str(path.relative_to(out)) for path in there if str(path.relative_to(out)) not in files)
@@ -79,7 +79,7 @@ def _check_replaceable(out):
 
 def _about(folder):
     """What a Hugging Face folder says for other tools."""
-    found = json.loads((folder / 'config.json').read_text())
+    found = json.loads((folder / 'config.json').read_bytes())
     return {name: found[name] for name in hf.ABOUT if name in found}
 
 

@@ -19,7 +19,7 @@ from jax._src import clusters  # how JAX itself finds out; it has no public name
 from jax.experimental import multihost_utils
 
 from mixln_jax import record
-from mixln_jax.exits import ProcessLost, Stop, UsageError, call, first_line, known
+from mixln_jax.exits import ProcessLost, Stop, UsageError, call, first_line, known, signals
 
 ASKED = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 LAST = 2.5  # seconds by which process 0 outlives the others
@@ -127,7 +127,8 @@ def joined(timeout: float, digest: str):
     except Exception as error:
         raise ProcessLost(f'process {number} of {count}: JAX cannot join the others: {first_line(error)}') from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _interrupted)
+        for signum in signals()[1:]:
+            signal.signal(signum, _interrupted)
     try:
         yield
     except Exception as error:
@@ -145,10 +146,10 @@ def joined(timeout: float, digest: str):
             jax.distributed.shutdown()
 
 
-def _interrupted(*_):
-    """Ctrl-C does what SIGTERM does, whose handler is JAX's: it stops all behind the same step. A second one ends this
-    process at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _interrupted(signum, _):
+    """Ctrl-C and SIGHUP do what SIGTERM does, whose handler is JAX's: it stops all after the same step. A second Ctrl-C
+    ends this process at once."""
+    signal.signal(signum, signal.SIG_DFL if signum == signal.SIGINT else signal.SIG_IGN)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -307,8 +308,9 @@ def check_shared(folder):
 
 def end(code: int):
     """Ends this process at once: among several, Python's own end would wait for those that are gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -1,5 +1,6 @@
 """What a run leaves behind beside its weights: its environment, metrics.jsonl, TensorBoard events, lines for people."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -8,22 +9,16 @@ import pathlib
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 
 import tensorboardX
 
+from mixln_jax.console import say as say
 from mixln_jax.exits import CheckpointError
 
+GIT_REPOSITORY = 'GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE', 'GIT_PREFIX'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections', 'numpy')
-
-
-def say(*lines, file=None):
-    """Prints for a person. Nobody listening any more (`| head`) must not end a run."""
-    file = file or sys.stdout
-    try:
-        print(*lines, sep='\n', file=file, flush=True)
-    except BrokenPipeError:  # from here on into nothing, also what Python flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def write(path, body: bytes):
@@ -48,8 +43,17 @@ def write_json(path, content):
 
 
 def cache():
-    """Folder of what may be made or fetched again: $XDG_CACHE_HOME/mixln_jax, else ~/.cache/mixln_jax."""
-    return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mixln_jax'
+    """Folder of what may be made or fetched again: $XDG_CACHE_HOME/mixln_jax, else ~/.cache/mixln_jax; without a home
+    a folder of this user's where temporary files are."""
+    try:
+        return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mixln_jax'
+    except RuntimeError:
+        folder = pathlib.Path(tempfile.gettempdir(), f'mixln_jax-{os.getuid()}')
+        with contextlib.suppress(OSError):
+            folder.mkdir(0o700)
+        if folder.lstat().st_uid != os.getuid():  # another user's, who could put anything there
+            folder = pathlib.Path(tempfile.mkdtemp(prefix='mixln_jax-'))
+        return folder
 
 
 def versions():
@@ -88,7 +92,7 @@ class Metrics:
         if self._path.exists():
             write(self._path, ''.join(json.dumps(line) + '\n' for line in kept).encode())
         self.lines, self.open_line = kept, open_line
-        self._file = self._path.open('a')
+        self._file = self._path.open('a', encoding='utf-8')
         # purge_step makes TensorBoard forget what a cut line had shown.
         self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=first, write_to_disk=True)
 
@@ -132,7 +136,7 @@ def read_metrics(path):
     Raises CheckpointError, naming the line, for one that is no JSON object with a step.
     """
     try:
-        texts = pathlib.Path(path).read_text().splitlines(keepends=True)
+        texts = pathlib.Path(path).read_text(encoding='utf-8').splitlines(keepends=True)
     except FileNotFoundError:
         return []
     except UnicodeDecodeError:
@@ -210,15 +214,18 @@ def finite(value):
 
 
 def _commit():
-    """The commit of this code, '-dirty' behind it where files differ; None outside a checkout."""
+    """The commit of this code, '-dirty' after it where files differ; None where no repository tracks it, such as that
+    of a project in which it is installed."""
+
+    def git(*words):
+        # In a hook these say which repository the hook is of.
+        environment = {name: os.environ[name] for name in os.environ if name not in GIT_REPOSITORY}
+        folder = pathlib.Path(__file__).resolve().parent
+        done = subprocess.run(['git', *words], cwd=folder, env=environment, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
     try:
-        described = subprocess.run(
-            ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-            cwd=pathlib.Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        git('ls-files', '--error-unmatch', pathlib.Path(__file__).name)
+        return git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()

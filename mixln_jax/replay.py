@@ -6,7 +6,6 @@ what the stream and the gradient were, and where the first number was not finite
 
 import argparse
 import functools
-import pathlib
 import re
 import sys
 import zipfile
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixln_jax import checkpoint, exits, losses, measures, record, step
+from mixln_jax import checkpoint, exits, losses, measures, paths, record, step
 from mixln_jax import config as configs
 from mixln_jax.exits import CheckpointError, UsageError, first_line
 from mixln_jax.models import llama
@@ -23,7 +22,7 @@ from mixln_jax.models import llama
 
 def replay(folder, compute_dtype):
     """Prints what the batches of a debug/ folder do. Raises UsageError where there is nothing to replay."""
-    folder = pathlib.Path(folder) / 'debug'
+    folder = paths.local(folder, '--workdir') / 'debug'
     batches = sorted(folder.glob('batch_[0-9]*.npz'), key=_number)
     steps = checkpoint.steps(folder / 'checkpoints')
     if not batches or not steps:

@@ -157,7 +157,7 @@ def _numeric(value):
 def _content(path, job):
     """A JSON file, None where there is none; CheckpointError where it is malformed or not the result of `job`."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise TypeError('it is not an object')
         for result in content['results'] if job else ():

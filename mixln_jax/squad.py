@@ -75,7 +75,7 @@ def read(path):
     """
     path = pathlib.Path(path)
     try:
-        found = json.loads(path.read_text(encoding='utf-8'))
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         lines = '; a file of SQuAD is one object, not one a line' if str(error).startswith('Extra data') else ''
         raise DataError(f'{path} is not readable JSON: {first_line(error)}{lines}') from None
@@ -136,7 +136,7 @@ def _from_vocabulary(folder):
     for name in ('vocab.txt', 'tokenizer_config.json'):
         if not (folder / name).is_file():
             raise UsageError(f'{folder} has neither tokenizer.json nor both of vocab.txt and tokenizer_config.json')
-    settings = json.loads((folder / 'tokenizer_config.json').read_text())
+    settings = json.loads((folder / 'tokenizer_config.json').read_bytes())
     if not isinstance(settings, dict) or not isinstance(settings.get('do_lower_case'), bool):
         raise CheckpointError(f'{folder / "tokenizer_config.json"} does not say do_lower_case, true or false')
     return tokenizers.BertWordPieceTokenizer(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import tokenizers as library
 
-from mixln_jax import checkpoint, trees
+from mixln_jax import checkpoint, paths, trees
 from mixln_jax import config as configs
 from mixln_jax.data import tokenizers
 from mixln_jax.exits import CheckpointError, UsageError
@@ -50,7 +50,7 @@ class Weights:
         """Tokens of the longest row that the weights were trained for."""
         if self.config:
             return self.config.seq_length
-        return json.loads(pathlib.Path(self.where, 'config.json').read_text()).get('max_position_embeddings', 2048)
+        return json.loads(pathlib.Path(self.where, 'config.json').read_bytes()).get('max_position_embeddings', 2048)
 
     @property
     def data_mode(self):
@@ -58,7 +58,7 @@ class Weights:
         if self.config:
             return self.config.data.mode
         path = pathlib.Path(self.where, EXPORT)
-        return json.loads(path.read_text()).get('data_mode') if path.is_file() else None
+        return json.loads(path.read_bytes()).get('data_mode') if path.is_file() else None
 
 
 def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weights:
@@ -135,7 +135,7 @@ def without_layers(found: Weights, removed) -> Weights:
 
 def find(path):
     """(`checkpoint_folder(path)`, True) of a run, (the folder, False) of Hugging Face. Raises UsageError for others."""
-    path = pathlib.Path(path).expanduser()
+    path = paths.local(path, '--checkpoint')
     if folder := checkpoint_folder(path):
         return folder, True
     tensors.refuse_others(path)
@@ -152,7 +152,7 @@ def checkpoint_folder(path):
 
     Raises UsageError: not a folder, a run without a checkpoint, or a checkpoint that was moved out of its run.
     """
-    path = pathlib.Path(path).expanduser()
+    path = paths.local(path, '')
     if not path.is_dir():
         raise UsageError(f'{path} is not a folder')
     if (folder := path / 'checkpoints').is_dir():
@@ -205,7 +205,7 @@ def initial(where, model):
         if where.startswith('hf:'):
             if where == 'hf:':
                 raise UsageError('hf: must be followed by a folder')
-            folder = pathlib.Path(where.removeprefix('hf:')).expanduser()
+            folder = paths.local(where.removeprefix('hf:'), '')
             tensors.refuse_others(folder)
             found, stated = hf_config.read(folder / 'config.json')
             _check_same(model, found, stated)

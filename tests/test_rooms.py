@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = [
-    {'exits', 'config', 'trees', 'record', 'hlo'},
+    {'console', 'exits', 'paths', 'config', 'trees', 'record', 'hlo'},
     {'mesh', 'processes', 'data', 'models'},
     {'losses', 'optim', 'metrics', 'measures', 'figures', 'drawing'},
     {'checkpoint', 'step', 'program', 'weights'},
@@ -15,7 +15,10 @@ LEVELS = [
     {'plan', 'main', 'export', 'analysis', 'report', 'sections', 'page', 'replay'},
 ]
 WITHIN = {
+    ('exits', 'console'),
+    ('paths', 'exits'),
     ('config', 'exits'),
+    ('record', 'console'),
     ('record', 'exits'),
     ('checkpoint', 'step'),
     ('weights', 'checkpoint'),

@@ -7,14 +7,13 @@ must be finite), `draw` (figures of many networks) and `columns` (what its table
 import argparse
 import json
 import os
-import pathlib
 import sys
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from mixln_jax import exits, figures, record
+from mixln_jax import exits, figures, paths, record
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import subjects
 from mixln_jax.data import rows as data_rows
@@ -132,7 +131,7 @@ def _check(options):
 def _folder(job, options, place):
     """Where the results of a checkpoint go."""
     if options.out:
-        return pathlib.Path(options.out).expanduser()
+        return paths.local(options.out, '--out')
     if not place.run:
         raise UsageError(f'{place.folder} is not a run of ours, which would keep its results; give --out DIR')
     return place.run / 'analysis' / job.NAME
@@ -154,7 +153,7 @@ def _written(folder):
     """What result.json in a folder says, {} where there is none."""
     path = folder / 'result.json'
     try:
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = json.loads(path.read_bytes()) if path.exists() else {}
     except ValueError:
         found = None
     if not isinstance(found, dict):

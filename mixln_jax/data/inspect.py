@@ -9,13 +9,12 @@ if __name__ == '__main__':
 import argparse
 import itertools
 import json
-import pathlib
 import sys
 
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax import exits, record
+from mixln_jax import exits, paths, record
 from mixln_jax.data import batches, rows, tokenizers
 from mixln_jax.exits import UsageError
 
@@ -31,7 +30,7 @@ def inspect(workdir: str, step: int, num_rows: int | None = None, data_path: str
         UsageError: no run in `workdir`, no such step.
         DataError: the data cannot be read, or is not what the run saw, naming what differs.
     """
-    workdir = pathlib.Path(workdir).expanduser()
+    workdir = paths.local(workdir, '--workdir')
     config = configs.read(workdir / 'config.json')
     if not 1 <= step * config.batch_size < 2**62:
         raise UsageError('--step counts from 1' if step < 1 else f'--step {step} is beyond any run')

@@ -13,12 +13,11 @@ read where the ids alone say which of them are real, without bytes of text, and 
 import hashlib
 import json
 import os
-import pathlib
 
 import numpy as np
 from isal import isal_zlib
 
-from mixln_jax import record
+from mixln_jax import paths, record
 from mixln_jax.data import files, tokenizers
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.exits import DataError
@@ -56,7 +55,7 @@ class Prepared:
 
     def __init__(self, folder: str, split: str):
         about = description(folder)
-        folder = pathlib.Path(folder).expanduser()
+        folder = paths.local(folder, 'config.data.path')
         try:
             self.layout = Layout(about['mode'], about['pad_id'], about['eos_id'])
             self._vocab_size = about['vocab_size']
@@ -172,9 +171,9 @@ def _ends_by_ids(ids, layout):
 
 def description(folder: str) -> dict:
     """tokens.json of a folder. Raises DataError where there is none: not prepared, or not to the end."""
-    path = pathlib.Path(folder).expanduser() / DESCRIPTION
+    path = paths.local(folder, 'config.data.path') / DESCRIPTION
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_bytes())
         about['splits'].items()
         return about
     except FileNotFoundError:
@@ -188,7 +187,7 @@ def description(folder: str) -> dict:
 
 def open_tokenizer(folder: str) -> tokenizers.Tokenizer:
     """The tokenizer that made the rows. Raises DataError where it is missing or another one."""
-    tokenizer = tokenizers.load(pathlib.Path(folder).expanduser() / 'tokenizer')
+    tokenizer = tokenizers.load(paths.local(folder, 'config.data.path') / 'tokenizer')
     if tokenizer.fingerprint != description(folder).get('tokenizer'):
         raise DataError(f'{folder}/tokenizer is not the tokenizer that made the rows')
     return tokenizer

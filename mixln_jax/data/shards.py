@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import xxhash
 
-from mixln_jax import config, record
+from mixln_jax import config, paths, record
 from mixln_jax.data import layout, prepared, rows, units
 from mixln_jax.data.sources import rank
 from mixln_jax.data.tokenizers import Tokenizer
@@ -54,7 +54,7 @@ class Job:
             plan |= {'tokenizer': self.tokenizer.fingerprint, 'mode': self.data.mode, 'seq-length': self.seq_length}
         path = notes / 'plan.json'
         if path.exists():
-            before = json.loads(path.read_text())
+            before = json.loads(path.read_bytes())
             differ = [name for name in plan | before if plan.get(name) != before.get(name)]
             if differ:
                 raise UsageError(
@@ -89,7 +89,7 @@ class Job:
         """What a finished unit counted; None where its input is another since, or a shard is not whole; without `notes`
         no matter whether it has any (prepared.py)."""
         try:
-            result = json.loads(pathlib.Path(self.folder, NOTES, f'{unit.name}.json').read_text())
+            result = json.loads(pathlib.Path(self.folder, NOTES, f'{unit.name}.json').read_bytes())
             sizes = {}
             for split in unit.splits:
                 sizes[result[split]['file']] = result[split]['size']
@@ -144,11 +144,9 @@ def dataset_name(name):
 def folder(out: str, format: str, name: str) -> pathlib.Path:
     """Where the shards lie: tokens in `out`, a data set in TFDS's layout below it, as version 3.1.0 if none is named
     (C4's, under which TFDS knows it)."""
-    if '://' in out:
-        raise UsageError(f'--out {out}: a folder of this machine is needed; copy it to the bucket afterwards')
+    out = paths.local(out, '--out')
     if format == 'tfds' and not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?(:\d+\.\d+\.\d+)?', name):
         raise UsageError(f'--name {name!r} is not NAME, NAME/CONFIG or NAME/CONFIG:1.2.3')
-    out = pathlib.Path(out).expanduser()
     name, _, version = name.partition(':')
     return out / name / (version or '3.1.0') if format == 'tfds' else out
 
@@ -208,7 +206,7 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
 def _locked(notes, name):
     notes.mkdir(exist_ok=True)
     path = notes / f'{name}.lock'
-    with path.open('w') as lock:
+    with path.open('wb') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

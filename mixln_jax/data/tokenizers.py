@@ -19,7 +19,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from mixln_jax import config, record
+from mixln_jax import config, paths, record
 from mixln_jax.data import files, tokenizer_json
 from mixln_jax.exits import DataError, UsageError, first_line
 
@@ -391,7 +391,7 @@ def open_tokenizer(data: config.Data) -> Tokenizer:
         path = f'https://storage.googleapis.com/{urllib.parse.quote(path.removeprefix("gs://"))}'
     if path.startswith(('http://', 'https://')):
         return _fetch(kind, path)
-    path = pathlib.Path(path).expanduser()
+    path = paths.local(path, 'config.data.tokenizer_path')
     first, *beside = kind.FILES
     files = {first: _read(path)}
     for name in beside:
@@ -455,7 +455,8 @@ def _fetch(kind, url):
     files = {first: _download(url)}
     files |= {name: _download(urllib.parse.urljoin(url, name), absent=b'{}') for name in beside}
     tokenizer = kind(files, url)
-    tokenizer.save(cache)
+    with contextlib.suppress(OSError):  # a home that cannot be written to: it is fetched again
+        tokenizer.save(cache)
     return tokenizer
 
 

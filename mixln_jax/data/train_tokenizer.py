@@ -7,13 +7,12 @@ if __name__ == '__main__':
 
 # ruff: noqa: E402
 import argparse
-import pathlib
 import sys
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mixln_jax import config, exits, record
+from mixln_jax import config, exits, paths, record
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer
 from mixln_jax.exits import UsageError
@@ -59,7 +58,7 @@ def run(options):
     """Trains on what `options`, of `parse`, name, writes the tokenizer and prints what came out."""
     data = config.Data(source=options.source, path=options.path, name=options.name, data_dir=options.data_dir)
     source = open_source(data, 'train')
-    out = pathlib.Path(options.out).expanduser()
+    out = paths.local(options.out, '--out')
     path = out if out.suffix == '.json' else out / 'tokenizer.json'
     path.parent.mkdir(parents=True, exist_ok=True)  # or fails before the work, not after it
     record.say(f'training on {len(source):,} documents')

@@ -206,7 +206,7 @@ def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.
         tokenizer.export(folder)
     if config['model_type'] == hf_config.OTHER_TYPE:
         shutil.copy(hf_config.MODELLING, folder)
-    (folder / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
+    (folder / 'config.json').write_text(json.dumps(config, indent=1) + '\n', encoding='utf-8')
 
 
 def _unpadded(params, vocab_size):

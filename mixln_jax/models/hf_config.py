@@ -109,7 +109,7 @@ def spell(names):
 def read_json(path):
     """The object in a JSON file. Raises UsageError: it does not exist. CheckpointError: unreadable, or no object."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UsageError(f'{path} does not exist') from None
     except (OSError, ValueError) as error:

@@ -159,7 +159,7 @@ def write(folder, tensors, dtype, max_bytes):
         safetensors.numpy.save_file(shard, folder / file, metadata={'format': 'pt'})
     if split.is_sharded:
         index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + '\n')
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + '\n', encoding='utf-8')
 
 
 def _read_file(path):
@@ -174,7 +174,7 @@ def _read_file(path):
 def _read_index(path):
     """{file: names of its tensors}."""
     try:
-        where = json.loads(path.read_text())['weight_map'].items()
+        where = json.loads(path.read_bytes())['weight_map'].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'{path} is not a readable index: {error!r}') from None
     files = {}
