@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from mixln_jax import checkpoint, evaluate, exits, hooks, measures, processes, record, train, weights
+from mixln_jax import checkpoint, console, evaluate, exits, hooks, measures, paths, processes, record, train, weights
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import during
@@ -43,6 +43,7 @@ MAY_CHANGE = (
     *('data.workers', 'data.path', 'data.data_dir', 'data.tokenizer_path'),  # to the same content
     *('init_from', 'resume_from'),  # where a run begins; once it has a checkpoint they are not even read
 )
+ANOTHER = 'give another --workdir'
 
 
 def run(values, workdir, stop=None, verbose=False):
@@ -57,7 +58,10 @@ def run(values, workdir, stop=None, verbose=False):
     Raises:
         exits.Exit and its kinds, exits.Stopped.
     """
+    exits.end_if_imported()
+    console.guard_files()
     config = configs.build(values)
+    paths.local(workdir, '--workdir')  # before anything takes time
     with contextlib.ExitStack() as closing:
         closing.enter_context(processes.joined(config.processes.timeout, _digest(config)))
         stop = processes.SharedStop() if jax.distributed.is_initialized() else stop or exits.Stop()
@@ -68,7 +72,8 @@ def run(values, workdir, stop=None, verbose=False):
                 who = f'process {jax.process_index()}/{jax.process_count()}'
                 record.say(f'mixln_jax: {who}, {len(mesh.local_devices)} local of {mesh.size} devices')
             if jax.process_index():  # one of several speaks
-                closing.enter_context(contextlib.redirect_stdout(closing.enter_context(open(os.devnull, 'w'))))
+                nowhere = closing.enter_context(open(os.devnull, 'w', encoding='utf-8'))
+                closing.enter_context(contextlib.redirect_stdout(nowhere))
             program = Program(config, mesh)
             model = program.model
             resolved = _resolved(config, model)
@@ -109,8 +114,13 @@ def run(values, workdir, stop=None, verbose=False):
         sharding = meshes.batch_sharding(mesh)
 
         def watched(reader):
-            for batch in reader:
+            reader, end = iter(reader), object()
+            while True:
                 processes.watch(config.processes.stall)
+                with stop.interruptible():  # reading may hang
+                    batch = next(reader, end)
+                if batch is end:
+                    return
                 yield batch
 
         def checked(of_sample):
@@ -202,7 +212,9 @@ def _start_jax(config):
     mesh = meshes.make_mesh(config.mesh, meshes.devices(config.device))
     # Compiled code is kept between runs, but not for CPUs: it may need instructions that the next host lacks.
     if mesh.devices.flat[0].platform != 'cpu' and not jax.config.jax_compilation_cache_dir:
-        jax.config.update('jax_compilation_cache_dir', str(record.cache() / 'xla'))
+        with contextlib.suppress(OSError):  # a home that cannot be written to: each start compiles
+            (cache := record.cache() / 'xla').mkdir(parents=True, exist_ok=True)
+            jax.config.update('jax_compilation_cache_dir', str(cache))
     return mesh
 
 
@@ -235,34 +247,61 @@ def _has_results(workdir):
 
 @contextlib.contextmanager
 def _open_workdir(workdir, resolved):
-    """Makes the folder and keeps other processes out of it; refuses the folder of another run.
+    """Makes the folder and keeps other processes out of it; refuses the folder of another run. A run that ends
+    before it has results leaves nothing that was not there before.
 
     Raises UsageError: not writable, in use, or results of another configuration in it, naming the keys that differ.
     """
-    workdir = pathlib.Path(workdir).expanduser().absolute()
-    path = workdir / 'config.json'
+    workdir = paths.local(workdir, '--workdir').absolute()
+    path, speaks = workdir / 'config.json', not jax.process_index()
     try:
+        made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+        if speaks:  # one of several makes it, and removes it
+            workdir.mkdir(parents=True, exist_ok=True)
+        processes.meet('work directory')
         workdir.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text()) if _has_results(workdir) and path.exists() else resolved
+        there = {*os.listdir(workdir)}
+        before = json.loads(path.read_bytes()) if _has_results(workdir) and path.exists() else resolved
         if not isinstance(before, dict):
             raise ValueError(f'{path} is not a JSON object')
-        lock = (workdir / '.lock').open('w')
+        lock = (workdir / '.lock').open('wb')
     except (OSError, ValueError) as error:
         raise UsageError(f'the work directory {workdir} cannot be used: {error}') from None
     with lock:
         try:
-            if not jax.process_index():
+            if speaks:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f'the work directory {workdir} is in use by another process') from None
         except OSError as error:  # some network file systems have no locks
             record.say(f'mixln_jax: warning: {workdir} cannot be locked ({error})', file=sys.stderr)
-        _check_same_run(workdir, before, resolved)
-        yield workdir
+        _check_same_run(workdir, before, resolved, ANOTHER)
+        try:
+            yield workdir
+        except BaseException:
+            if speaks and not _has_results(workdir):
+                _remove_traces(workdir, made, there)
+            raise
 
 
-def _check_same_run(where, before, now):
-    """Raises UsageError, naming the keys, where two resolved configs are not of one run."""
+def _remove_traces(workdir, made, there):
+    """Removes what this process has written into the work directory, and the folders `made`, where nothing else is in
+    them; `there` are the names that it found. What is for people, debug/ and profile/, keeps all."""
+    new = [path for path in workdir.iterdir() if path.name not in there]
+    if {path.name for path in new} & {'debug', 'profile'}:
+        return
+    for path in new:
+        if path.name in ('checkpoints', 'tokenizer'):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name in ('.lock', 'config.json', 'environment.json', 'metrics.jsonl') or 'tfevents' in path.name:
+            path.unlink(missing_ok=True)
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _check_same_run(where, before, now, way_out):
+    """Raises UsageError, naming the keys and the way out, where two resolved configs are not of one run."""
     before, now = configs.flatten(configs.Config()) | configs.flatten(before), configs.flatten(now)
     # The authors' mean of the micro-batches' means depends on how many they are.
     may_change = tuple(name for name in MAY_CHANGE if name != 'accumulate' or now['compat'] == 'none')
@@ -272,7 +311,7 @@ def _check_same_run(where, before, now):
         if before.get(name) != now.get(name) and name not in may_change and f'{name.split(".")[0]}.' not in may_change
     ]
     if differ:
-        raise UsageError(f'{where} holds a run of another configuration: {", ".join(differ)}')
+        raise UsageError(f'{where} holds a run of another configuration: {", ".join(differ)}; {way_out}')
 
 
 def _finished(workdir, checkpoints, num_steps):
@@ -299,9 +338,9 @@ def _first_state(program, resolved, checkpoints, fingerprint, stop):
     """
     config = program.config
     with stop.wait():  # cut short, a restore would look like damage
-        restored, where = checkpoints.restore(program.state), 'checkpoint'
+        restored, where, way_out = checkpoints.restore(program.state), 'checkpoint', ANOTHER
         if not restored and config.resume_from:
-            where = f'config.resume_from={config.resume_from}: checkpoint'
+            where, way_out = f'config.resume_from={config.resume_from}: checkpoint', 'init_from takes its weights alone'
             restored = _resume_from(config, program.state)
     if not restored:
         state = program.init(jax.random.key(config.seed))
@@ -312,12 +351,12 @@ def _first_state(program, resolved, checkpoints, fingerprint, stop):
         return state, {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored
     where = f'{where} {about["step"]}'
-    _check_same_run(where, about['config'], resolved)
+    _check_same_run(where, about['config'], resolved, way_out)
     differ = [
         f'data.fingerprint.{part}' for part, seen in about['data']['fingerprint'].items() if fingerprint[part] != seen
     ]
     if differ:
-        raise UsageError(f'{where} has seen other data: {", ".join(differ)} differs')
+        raise UsageError(f'{where} has seen other data: {", ".join(differ)} differs; {way_out}')
     record.say(f'mixln_jax: goes on from step {about["step"]}')
     return state, about
 

@@ -12,7 +12,7 @@ import numpy as np
 from mixln_jax import measures, record
 from mixln_jax import mesh as meshes
 from mixln_jax import metrics as formulas
-from mixln_jax.exits import DataError, NumericsError, Stopped
+from mixln_jax.exits import NumericsError, Stopped, first_line
 
 LONGEST_WAIT = 0.05  # share of the time; beyond it the input holds the device up
 PATIENCE = 30  # seconds of training before that is said
@@ -22,7 +22,7 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
     """Runs steps `first` to `last`.
 
     The metrics of a step are fetched while the next one runs, except where a hook needs the finished step. A signal
-    ends the loop behind the step at hand, after a checkpoint.
+    ends the loop behind the step at hand, or in the wait for a batch, after a checkpoint.
 
     Args:
         state: State; donated.
@@ -39,8 +39,9 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
         The final State.
 
     Raises:
-        Stopped; NumericsError; DataError, after a checkpoint of the step before.
+        Stopped; NumericsError; whatever reading or a hook raises, after a checkpoint of the last whole step.
     """
+    alone = jax.process_count() == 1  # several save together: one that has an error by itself would wait for ever
 
     def due(number):
         return [hook for every, hook in hooks if number == last or (every and number % every == 0)]
@@ -50,16 +51,25 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
             try:
                 for hook in due(number):
                     hook(number, state)
-            except Stopped:
-                save(number, state, complete=False)
-                raise
             except NumericsError:  # weights that an update has ruined show here first
                 meter.debug(number, state)
+                raise
+            except BaseException as error:
+                if alone or isinstance(error, Stopped):
+                    rescue(number, state, complete=False)
                 raise
             meter.flush()
             if stop.requested:
                 save(number, state)
                 stop.check()
+
+    def rescue(number, state, **options):
+        """Saves what an error would lose. Where that fails too it is said, and the error stands."""
+        try:
+            save(number, state, **options)
+            record.say(f'step {number} is saved')
+        except Exception as error:
+            record.say(f'mixln_jax: step {number} cannot be saved: {first_line(error)}', file=sys.stderr)
 
     if resume_hooks:
         run_hooks(first - 1, state)
@@ -68,11 +78,11 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
         try:
             with meter.waiting(previous):
                 batch = next(batches)
-        except DataError:
+        except BaseException:
             if previous:
                 meter.add(*previous, state)
-            if number > first:
-                save(number - 1, state)  # what is trained is trained
+            if number > first and alone:
+                rescue(number - 1, state)  # what is trained is trained
             raise
         state, values = step(state, batch)
         if previous:
@@ -232,7 +242,7 @@ class Meter:
                     'layers/grad_norm': [repr(float(norm)) for norm in values['layer_grad_norm']],
                 }
             )
-        (folder / 'report.json').write_text(json.dumps(report, indent=1))
+        (folder / 'report.json').write_text(json.dumps(report, indent=1), encoding='utf-8')
         with contextlib.suppress(NumericsError):  # weights that are themselves not finite
             self._save_debug(state)
         self._metrics.flush()

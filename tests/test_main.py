@@ -1,7 +1,10 @@
 """Whole runs in this process: records, exact resume at every point where a run can stop, and bad input."""
 
+import argparse
+import contextlib
 import fcntl
 import gzip
+import itertools
 import json
 import math
 import pathlib
@@ -275,7 +278,7 @@ class TestResume:
             main.run(recipe(corpus, **changes), finished)
         named = str(error.value)
         assert all(key in named for key in ('seed', 'optim.learning_rate', 'model.norm_position'))
-        assert 'log_every' not in named
+        assert 'log_every' not in named and named.endswith('; give another --workdir')
 
     def test_other_data_is_refused(self, corpus, tmp_path):
         with pytest.raises(Stopped):
@@ -287,6 +290,41 @@ class TestResume:
         with pytest.raises(UsageError, match='fingerprint'):
             main.run(recipe(other, **NO_ANALYSES), tmp_path / 'run')
         main.run(recipe(same, **NO_ANALYSES), tmp_path / 'run')  # another path, the same text
+
+
+class TestErrorsInTraining:
+    @pytest.mark.parametrize('count', [0, 4])
+    def test_what_was_trained_is_saved_whatever_reading_raises(self, corpus, finished, tmp_path, monkeypatch, count):
+        read = main.batches.read
+
+        def failing(dataset, start, workers):
+            with contextlib.closing(read(dataset, start, workers)) as of:
+                yield from itertools.islice(of, count)
+            raise RuntimeError('a library of the reader')
+
+        monkeypatch.setattr(main.batches, 'read', failing)
+        workdir = tmp_path / 'run'
+        with pytest.raises(RuntimeError, match='a library'):
+            main.run(recipe(corpus, **{'eval.every': 0, 'analysis.every': 0}), workdir)
+        monkeypatch.undo()
+        assert workdir.exists() == (count > 0)  # a start that failed leaves no folder
+        if count:
+            assert latest_step(workdir) == count
+            main.run(recipe(corpus), workdir)
+            jax.tree.map(np.testing.assert_array_equal, weights_of(workdir, 7), weights_of(finished, 7))
+
+    def test_exit_7(self, corpus, tmp_path, monkeypatch, capsys):
+        """Of a step that finds no memory, as XLA says it."""
+
+        def full(state, batch):
+            raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.')
+
+        options = argparse.Namespace(workdir=tmp_path, traceback=False)
+        monkeypatch.setattr(main.Program, 'compile', lambda self: (full, None))
+        monkeypatch.setattr(main, 'parse', lambda argv: (options, recipe(corpus, **NO_ANALYSES)))
+        assert main.main([]) == 7
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith('mixln_jax: out of memory: lower batch_size') and '17179869184 bytes' in line
 
 
 class TestBadSteps:
@@ -396,7 +434,29 @@ class TestBadInput:
     )
     def test_is_named(self, corpus, tmp_path, changes, kind, words):
         with pytest.raises(kind, match=words):
-            main.run(recipe(corpus, **changes), tmp_path / 'run')
+            main.run(recipe(corpus, **changes), tmp_path / 'runs/of mine')
+        assert not list(tmp_path.iterdir())
+
+    def test_a_start_that_fails_leaves_what_was_there(self, corpus, tmp_path, monkeypatch):
+        """Also where it fails late, and what others put there in the meantime."""
+        (tmp_path / 'empty').mkdir()
+        (tmp_path / 'old/tokenizer').mkdir(parents=True)
+        (tmp_path / 'old/notes').write_text('mine')
+        before = sorted(tmp_path.rglob('*'))
+        for folder in ('empty', 'old', 'new/run'):
+            with pytest.raises(TypeError):  # compile is None
+                main.run(recipe(corpus), tmp_path / folder)
+        left = sorted(tmp_path.rglob('*'))
+        assert [path for path in left if path.parent.name != 'tokenizer'] == before
+
+        def another(*_):
+            (tmp_path / 'shared/notes').write_text("another process's")
+            raise TypeError
+
+        monkeypatch.setattr(main.Program, 'compile', another)
+        with pytest.raises(TypeError):
+            main.run(recipe(corpus), tmp_path / 'shared')
+        assert [path.name for path in (tmp_path / 'shared').iterdir()] == ['notes']
 
     def test_data_errors_name_file_and_line(self, corpus, tmp_path):
         bad = tmp_path / 'bad.jsonl'

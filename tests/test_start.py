@@ -219,7 +219,7 @@ class TestResumeFrom:
             (
                 {'num_steps': 9},
                 UsageError,
-                r'checkpoint 4 holds a run of another configuration: num_steps \(was 4, is 9',
+                r'checkpoint 4 holds a run of another configuration: num_steps \(was 4, is 9\); init_from takes',
             ),
             ({'model.hidden_size': 32}, CheckpointError, r'checkpoints/4: params/.* is .*, this run needs'),
         ],

@@ -5,22 +5,22 @@ s alone, so the place in the data is one integer, whatever reads ahead.
 """
 
 import atexit
-import itertools
 import signal
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
 from absl import flags
 
 from mixln_jax import exits
+from mixln_jax.data import files, workers
 from mixln_jax.data.rows import Rows
+from mixln_jax.exits import DataError
 
 Batch = dict[str, np.ndarray]
 ROUNDS = 8  # of mixing in a permutation
+SETTINGS = 'data.workers', 'data.workers=0'
 
 
 def training(rows: Rows, *, seed: int, batch_size: int, part: np.ndarray | slice = slice(None)) -> grain.MapDataset:
@@ -84,32 +84,50 @@ def read(dataset: grain.MapDataset, start: int, workers: int) -> Iterator[Batch]
     """The batches from step `start` on, read ahead by threads or by `workers` processes; the same ones either way.
 
     Each process holds a copy of the rows. Close the iterator (`.close()`) to end threads and processes; collecting it
-    or leaving Python does so too.
+    or leaving Python does so too. Where a process has ended, or cannot start, iterating raises what `workers.explained`
+    says.
     """
     batches = _read(dataset, start, workers)
     _reading.add(batches)
     return batches
 
 
-def _read(dataset, start, workers):
+def _read(dataset, start, num_workers):
     flags.FLAGS.mark_as_parsed()  # grain reads its absl flags, which outside of app.run nobody has parsed
     ahead = dataset[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-    processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    batches = iter(ahead.mp_prefetch(processes, worker_init_fn=_start_worker))
-    signals = {signal.SIGINT, signal.SIGTERM}
+    processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+    batches, begun = None, False
     try:
-        if workers:
-            resource_tracker.ensure_running()  # its start, if left to multiprocessing, would undo the mask
-        # Threads and processes inherit this mask: a signal that goes to all processes, as Ctrl-C does, is the main
-        # thread's to answer, also while a worker starts.
-        with ThreadPoolExecutor(1, 'data', signal.pthread_sigmask, (signal.SIG_BLOCK, signals)) as starter:
-            first = [starter.submit(next, batches).result()]
-        for batch in itertools.chain(first, batches):
-            first.clear()
+        if num_workers:
+            exits.end_if_imported()
+            workers.start_tracker()
+        batches = iter(ahead.mp_prefetch(processes, worker_init_fn=_start_worker))
+        with workers.starting():
+            batch = files.within(None, lambda: _first(batches))  # a signal ends this wait
+        while True:
+            begun = True
             batch = {name: np.array(values) for name, values in batch.items()}  # frees the worker's shared memory
             yield batch
+            batch = next(batches)
+    except StopIteration:
+        return
+    except DataError:
+        raise
+    except Exception as error:
+        explained = workers.explained(error, SETTINGS, begun) if num_workers else error
+        if explained is error:
+            raise
+        raise explained from error
     finally:
-        batches.close()
+        if batches is not None:
+            batches.close()
+
+
+def _first(batches):
+    """The first batch, for which threads and processes start. They inherit the mask of this thread: a signal that goes
+    to all processes, as Ctrl-C does, is the main thread's to answer, also while a worker starts."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, exits.signals())
+    return next(batches)
 
 
 _reading = weakref.WeakSet()

@@ -18,6 +18,7 @@ import os
 import pathlib
 import queue
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -26,13 +27,15 @@ import tqdm
 
 from mixln_jax import config, exits, record
 from mixln_jax.data import shards, tokenizers
+from mixln_jax.data import workers as worker_processes
 from mixln_jax.data.sources import HELD_OUT, first_for_training, rank
 from mixln_jax.data.units import list_units, read
-from mixln_jax.exits import MemoryExhausted, UsageError
+from mixln_jax.exits import UsageError
 
 SAMPLE = 1_000_000  # bytes of text from which the size of the output is foretold
 MARGIN = 1.1  # of that forecast
 PAUSE = 0.2  # seconds between looks at what the workers report
+SETTINGS = '--workers', '--workers 1'
 
 
 def prepare(
@@ -51,8 +54,9 @@ def prepare(
     Raises:
         UsageError: `out` holds another preparation, is being prepared, or has no room.
         DataError: as sources and tokenizers do.
-        MemoryExhausted: a worker process was killed.
+        MemoryExhausted, UsageError, Exit: a worker process has ended, as `workers.ended` says.
     """
+    exits.end_if_imported()
     folder = shards.folder(out, format, data.name)
     units = list_units(data, validation)
     tokenizer = tokenizers.open_tokenizer(data) if format == 'tokens' else None
@@ -137,25 +141,31 @@ def _write_all(job, pending, workers):
 
 def _write_with_processes(job, pending, workers, report):
     context = multiprocessing.get_context('spawn')
-    reports = context.Queue()
-    others = multiprocessing.active_children()
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (reports,))
+    others, started, begun = multiprocessing.active_children(), [], False
+    try:
+        worker_processes.start_tracker()
+        reports = context.Queue()
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (reports,))
+    except OSError as error:
+        raise worker_processes.explained(error, SETTINGS, begun) from error
     try:
         running = {pool.submit(_write_in_worker, job, unit) for unit in pending}
+        started = [worker for worker in multiprocessing.active_children() if worker not in others]
         while running:
             done, running = concurrent.futures.wait(running, PAUSE, concurrent.futures.FIRST_COMPLETED)
             report(0, 0, 0)
             while True:
                 try:
                     report(*reports.get_nowait())
+                    begun = True
                 except queue.Empty:
                     break
             for future in done:
                 future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise MemoryExhausted(
-            'a worker process was killed, most often for lack of memory: take fewer --workers; finished shards are kept'
-        ) from error
+        # The pool ends the others by SIGTERM.
+        codes = [worker.exitcode for worker in started if worker.exitcode not in (None, -signal.SIGTERM)]
+        raise worker_processes.ended(codes[0] if codes else -signal.SIGTERM, SETTINGS, begun) from error
     finally:
         for worker in multiprocessing.active_children():  # after an error, or a signal, in the middle of a shard
             if worker not in others:

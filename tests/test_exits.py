@@ -1,0 +1,248 @@
+"""How a run ends: signals, what an error of reading or of a worker saves and says, paths that cannot be used."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import pwd
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from mixln_jax import evaluate, exits, export, main, paths, record, replay, train, weights
+from mixln_jax.data import inspect, prepare, train_tokenizer, workers
+from mixln_jax.exits import DataError, MemoryExhausted, Stopped, UsageError
+from mixln_jax.models import llama
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUICKSTART = str(ROOT / 'configs/quickstart.py')
+
+
+class TestSignals:
+    def test_a_hang_up_is_never_the_second_signal(self, monkeypatch):
+        ended = []
+        monkeypatch.setattr(os, '_exit', ended.append)
+        now = 100.0
+        monkeypatch.setattr(time, 'monotonic', lambda: now)
+        stop = exits.Stop()
+        for number, wanted in ((signal.SIGHUP, 0), (signal.SIGHUP, 0), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
+            stop._handle(number, None)
+            now += 10
+            assert stop.requested == signal.Signals(number).name and len(ended) == wanted
+        stop._handle(signal.SIGINT, None)
+        assert ended == [75]
+
+    def test_the_wait_for_a_batch_ends_at_once(self):
+        stop = exits.Stop()
+        with pytest.raises(Stopped), stop.interruptible():
+            stop._handle(signal.SIGHUP, None)
+        stop._handle(signal.SIGTERM, None)  # outside it waits
+        assert stop.requested == 'SIGTERM'
+
+    @pytest.mark.parametrize('before, wanted', [('', 'True'), ("trap '' HUP;", 'False')])
+    def test_an_ignored_hang_up_stays_ignored(self, before, wanted):
+        code = 'from mixln_jax.exits import stop; import signal; stop.install(); print(callable(signal.getsignal(1)))'
+        done = subprocess.run(['bash', '-c', f'{before} {sys.executable} -c "$0"', code], cwd=ROOT, capture_output=True)
+        assert done.stdout.decode().split() == [wanted]
+
+
+class TestReadingFails:
+    """train.fit with a step that counts and a reader that fails."""
+
+    @staticmethod
+    def fit(batches, hooks=(), first=1):
+        saved, added, debug = [], [], []
+        meter = types.SimpleNamespace(
+            waiting=lambda previous: contextlib.nullcontext(),  # any context
+            paused=lambda: contextlib.nullcontext(),
+            add=lambda number, *rest: added.append(number),
+            flush=lambda: None,
+            debug=lambda *args: debug.append(args),
+        )
+
+        def save(number, state, complete=True):
+            assert state == number  # the state of that very step
+            saved.append((number, complete))
+
+        step = lambda state, batch: (state + 1, {})  # noqa: E731
+        options = dict(first=first, last=9, meter=meter, save=save, stop=exits.Stop())
+        try:
+            train.fit(first - 1, step, batches, list(hooks), **options)
+        except BaseException as error:
+            return error, saved, added
+        raise AssertionError('no error')
+
+    ERRORS = [
+        DataError('a record'),
+        RuntimeError('a library'),
+        MemoryError(),
+        OSError(errno.EIO, 'Input/output error'),
+        MemoryExhausted('a worker'),
+        KeyboardInterrupt(),
+        Stopped('stopped by SIGHUP'),
+    ]
+
+    @staticmethod
+    def failing(count, error):
+        yield from range(count)
+        raise error
+
+    @pytest.mark.parametrize('error', ERRORS, ids=lambda error: type(error).__name__)
+    def test_whatever_it_raises(self, error):
+        for count, first, wanted in ((4, 1, [(4, True)]), (2, 5, [(6, True)]), (0, 1, []), (0, 5, [])):
+            raised, saved, added = self.fit(self.failing(count, error), first=first)
+            assert raised is error and saved == wanted
+            assert added == list(range(first, first + count))  # the last step's metrics too
+
+    @pytest.mark.parametrize('error', ERRORS, ids=lambda error: type(error).__name__)
+    def test_in_a_hook(self, error):
+        """The step's hooks are made up for when the run goes on: its line is not complete."""
+
+        def hook(number, state):
+            raise error
+
+        raised, saved, _ = self.fit(iter(range(9)), hooks=[(3, hook)])
+        assert raised is error and saved == [(3, False)]
+
+    def test_a_save_that_fails_hides_nothing(self, capsys):
+        error = DataError('a record')
+        meter = types.SimpleNamespace(
+            waiting=lambda previous: contextlib.nullcontext(), add=lambda *args: None, flush=lambda: None
+        )
+
+        def save(*args, **options):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+        options = dict(first=1, last=9, meter=meter, save=save, stop=exits.Stop())
+        with pytest.raises(DataError, match='a record'):
+            train.fit(0, lambda state, batch: (state, {}), self.failing(3, error), [], **options)
+        assert 'step 3 cannot be saved: [Errno 28] No space left' in capsys.readouterr().err
+
+    def test_one_of_several_processes_does_not_save_by_itself(self, monkeypatch):
+        monkeypatch.setattr(train.jax, 'process_count', lambda: 2)
+        raised, saved, _ = self.fit(self.failing(4, DataError('a record')))
+        assert str(raised) == 'a record' and not saved
+
+
+SETTINGS = 'data.workers', 'data.workers=0'
+
+
+class TestWorkers:
+    @pytest.mark.parametrize(
+        'error, begun, code, words',
+        [
+            ('exit code -9', True, 7, 'killed (SIGKILL), most often for lack of memory: lower data.workers'),
+            ('exit code -9', False, 7, 'lack of memory'),
+            ('exit code -7', True, 2, 'no room in /dev/shm'),
+            ('exit code -11', True, 1, 'ended by signal 11 (Segmentation fault)'),
+            ('exit code 1', False, 2, "`if __name__ == '__main__':`"),
+            ('exit code 3', True, 1, 'has ended with exit code 3'),
+            (OSError(errno.ENOSPC, 'No space left on device'), True, 2, 'give data.workers=0, or make /dev/shm larger'),
+            (OSError(errno.ENOSPC, 'No space left on device', '/psm_1'), True, 2, '--shm-size'),
+            (OSError(errno.ENOSYS, 'Function not implemented'), False, 2, '/dev/shm'),
+        ],
+    )
+    def test_what_an_end_means(self, error, begun, code, words):
+        if isinstance(error, str):
+            error = RuntimeError(f'Worker process was terminated unexpectedly with {error}. Search the logs')
+        found = exits.known(workers.explained(error, SETTINGS, begun))
+        assert found.code == code and words in str(found)
+
+    @pytest.mark.parametrize(
+        'error',
+        [ValueError('mine'), OSError(errno.ENOSPC, 'No space', '/data/x'), OSError(errno.EACCES, 'Permission', '/x')],
+    )
+    def test_other_errors_stay(self, error):
+        assert workers.explained(error, SETTINGS, False) is error
+
+
+class TestPaths:
+    @pytest.mark.parametrize('text', ['gs://b/run', 's3://b', 'file:///tmp/x', 'GS://b', 'hdfs+x://b'])
+    def test_addresses(self, text):
+        with pytest.raises(UsageError, match='^--out .*: a path of this machine is needed'):
+            paths.local(text, '--out')
+
+    @pytest.mark.parametrize('text', ['runs/a', '/a', 'a:b', 'runs/gs://b', './gs://b', '://b'])
+    def test_what_is_local(self, text):
+        assert paths.local(text, '--out') == pathlib.Path(text)
+
+    @pytest.mark.parametrize(
+        'command, words',
+        [
+            (main, ['--config', QUICKSTART, '--workdir', 'gs://b/run']),
+            (prepare, ['--source', 'stdlib', '--format', 'tokens', '--tokenizer', 'bytes', '--out', 's3://b/run']),
+            (train_tokenizer, ['--source', 'stdlib', '--vocab-size', '300', '--out', 'gs://b/run']),
+            (inspect, ['--workdir', 'gs://b/run', '--step', '1']),
+            (export, ['--checkpoint', 'runs/a', '--out', 'gs://b/run']),
+            (export, ['--checkpoint', 'gs://b/run', '--out', 'out']),
+            (evaluate, ['--checkpoint', 'runs/a', '--out', 'gs://b/run']),
+            (replay, ['--workdir', 'gs://b/run']),
+        ],
+    )
+    def test_no_command_makes_a_folder_of_an_address(self, command, words, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        assert command.main(words) == 2
+        shown = capsys.readouterr().err
+        assert 'a path of this machine is needed' in shown and '://b' in shown and shown.count('\n') == 1
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize('where', ['gs://b/run', 'hf:gs://b/run'])
+    def test_weights_to_start_from(self, where):
+        model = llama.from_config(main.configs.Model(num_layers=2, hidden_size=16, num_heads=2))
+        with pytest.raises(UsageError, match=f'^config.init_from={where}: gs://b/run: a path of this machine'):
+            weights.initial(where, model)
+
+
+class TestWithoutHome:
+    @pytest.fixture(autouse=True)
+    def homeless(self, monkeypatch, tmp_path):
+        def unknown(number):
+            raise KeyError(number)
+
+        monkeypatch.setattr(pwd, 'getpwuid', unknown)
+        monkeypatch.setattr(record.tempfile, 'tempdir', str(tmp_path))
+        for name in ('HOME', 'XDG_CACHE_HOME'):
+            monkeypatch.delenv(name)
+
+    def test_the_cache_is_a_folder_of_this_user_alone(self, tmp_path, monkeypatch):
+        cache = record.cache()
+        assert cache == record.cache() and cache.parent == tmp_path and cache.stat().st_mode & 0o777 == 0o700
+        monkeypatch.setattr(os, 'getuid', lambda: 77777)
+        (tmp_path / 'mixln_jax-77777').mkdir()  # by somebody else
+        assert record.cache() != tmp_path / 'mixln_jax-77777'
+
+    def test_a_path_in_no_home(self):
+        with pytest.raises(UsageError, match='^--workdir ~/run: this user has no home directory; give the whole path'):
+            paths.local('~/run', '--workdir')
+
+
+def git(*words, folder):
+    names = '-c', 'user.email=a@b', '-c', 'user.name=n'
+    return subprocess.run(
+        ['git', *names, *words], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_the_commit_is_of_a_repository_that_tracks_the_code(tmp_path, monkeypatch):
+    for name in ('mine', 'other'):
+        (tmp_path / name / '.venv/mixln_jax').mkdir(parents=True)
+        git('init', '-q', folder=tmp_path / name)
+        git('commit', '-q', '--allow-empty', '-m', name, folder=tmp_path / name)
+    file = tmp_path / 'mine/.venv/mixln_jax/record.py'
+    file.write_text('')
+    monkeypatch.setattr(record, '__file__', str(file))
+    assert record._commit() is None  # installed in somebody's project
+    git('add', '-f', '.', folder=tmp_path / 'mine')
+    git('commit', '-q', '-m', 'with it', folder=tmp_path / 'mine')
+    head = git('rev-parse', 'HEAD', folder=tmp_path / 'mine')
+    assert record._commit() == head
+    monkeypatch.setenv('GIT_DIR', str(tmp_path / 'other/.git'))  # in a hook of another repository
+    assert record._commit() == head
+    file.write_text('changed')
+    assert record._commit() == f'{head}-dirty'
+    monkeypatch.setattr(record, '__file__', str(tmp_path / 'nowhere/record.py'))
+    assert record._commit() is None
