@@ -179,7 +179,7 @@ def _is_whole(folder):
 def _has_all(folder):
     """Whether all but COMMITTED is there: the time in orbax's metadata is written just before."""
     try:
-        return json.loads((folder / '_CHECKPOINT_METADATA').read_text())['commit_timestamp_nsecs'] is not None
+        return json.loads((folder / '_CHECKPOINT_METADATA').read_bytes())['commit_timestamp_nsecs'] is not None
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (ValueError, KeyError, TypeError):

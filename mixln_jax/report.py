@@ -15,7 +15,7 @@ import sys
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax import drawing, exits, figures, page, record, sections
+from mixln_jax import drawing, exits, figures, page, paths, record, sections
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import norms
 from mixln_jax.page import Section, Table
@@ -131,7 +131,7 @@ def _is_run(path):
     """Whether a path, which must exist, has the config.json of a run, be it damaged. Others may have one too, such as
     Hugging Face folders."""
     try:
-        content = json.loads((path / 'config.json').read_text())
+        content = json.loads((path / 'config.json').read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         if path.exists():
             return False
@@ -379,6 +379,7 @@ def main(argv):
 
     def job():
         options = exits.parse(parser, argv)
+        out = paths.local(options.out, '--out')
         runs, problems, others = read(options.runs)
         skipped = f'{", ".join(others)} (no config.json of a run)'
         if runs:
@@ -386,7 +387,7 @@ def main(argv):
             [table] = compared.tables
             record.say(*markdown(table.head, table.rows), '', *compared.notes)
             try:
-                record.say(f'wrote {" and ".join(map(str, write(runs, compared, pathlib.Path(options.out))))}')
+                record.say(f'wrote {" and ".join(map(str, write(runs, compared, out)))}')
             except OSError as problem:
                 problems.append(UsageError(f'--out {options.out} is no folder to write into: {problem.strerror}'))
             for warning in compared.warnings:

@@ -13,7 +13,7 @@ import types
 
 import pytest
 
-from mixln_jax import evaluate, exits, export, main, paths, record, replay, train, weights
+from mixln_jax import evaluate, exits, export, main, paths, record, replay, report, train, weights
 from mixln_jax.data import inspect, prepare, train_tokenizer, workers
 from mixln_jax.exits import DataError, MemoryExhausted, Stopped, UsageError
 from mixln_jax.models import llama
@@ -181,6 +181,7 @@ class TestPaths:
             (export, ['--checkpoint', 'gs://b/run', '--out', 'out']),
             (evaluate, ['--checkpoint', 'runs/a', '--out', 'gs://b/run']),
             (replay, ['--workdir', 'gs://b/run']),
+            (report, ['runs/a', '--out', 'gs://b/run']),
         ],
     )
     def test_no_command_makes_a_folder_of_an_address(self, command, words, tmp_path, monkeypatch, capsys):
