@@ -164,7 +164,7 @@ def open_rows_of_run(
     """
     data = moved(run.data, data_path) if data_path else run.data
     try:
-        about = json.loads((pathlib.Path(workdir) / 'environment.json').read_text())
+        about = json.loads((pathlib.Path(workdir) / 'environment.json').read_bytes())
         trained, evaluated = dict(about['data']), dict(about.get('eval_data', {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{workdir}/environment.json does not tell what data the run saw: {error}') from error
