@@ -55,7 +55,8 @@ CHANGES.append(('cosine', 'model.num_heads', 4))
 STATES = {
     'model.vocab_size': 200, 'model.hidden_size': 16, 'model.intermediate_size': 16, 'model.num_layers': 3,
     'model.num_kv_heads': 1, 'model.norm_position': 'pre', 'model.post_ratio': 1.0, 'param_dtype': 'bfloat16',
-    'optim.name': 'sgd', 'optim.mu_dtype': 'bfloat16',
+    'optim.name': 'sgd', 'optim.mu_dtype': 'bfloat16', 'model.head_dim': 8, 'model.attention_bias': True,
+    'model.mlp_bias': True, 'model.tie_word_embeddings': True,
 }  # fmt: skip
 ELSEWHERE = {
     'seed': 'test_keys.py::test_what_a_run_begins_with',
@@ -76,6 +77,11 @@ ELSEWHERE = {
     'accumulate': 'test_official.py::test_means_of_micro_batches',
     'optim.schedule': 'test_config.py::test_warm_up_peak_and_end',
     'model.family': 'test_config.py::test_wrong_values_are_named',
+    'model.rope_type': 'test_models.py::test_forward_and_gradient_equal_the_float64_reference',
+    'model.rope_factor': 'test_models.py::test_forward_and_gradient_equal_the_float64_reference',
+    'model.rope_low_freq_factor': 'test_models.py::test_forward_and_gradient_equal_the_float64_reference',
+    'model.rope_high_freq_factor': 'test_models.py::test_forward_and_gradient_equal_the_float64_reference',
+    'model.rope_original_length': 'test_models.py::test_forward_and_gradient_equal_the_float64_reference',
     'model.init': 'test_models.py::test_scaled',
     'model.init_std': 'test_models.py::test_standard_deviations',
     'model.embed_std': 'test_models.py::test_standard_deviations',
