@@ -380,7 +380,7 @@ class TestBert:
         ('gradients', ['--checkpoint', 'RUN', '--tokens', '20', '--rows', '64'], 'raise --tokens or lower --rows', 2),
         ('drop', ['--checkpoint', 'RUN', '--blocks', '1,4'], '--blocks 1,4: .*/checkpoints/4 has 3 layers', 2),
         ('drop', ['--checkpoint', 'RUN', '--blocks', 'x'], '--blocks x: different numbers', 2),
-        ('drop', ['--checkpoint', 'RUN', '--blocks', ' , '], '--blocks  , : different numbers', 2),
+        ('drop', ['--checkpoint', 'RUN', '--blocks', ' , '], '--blocks , : different numbers', 2),
         ('drop', ['--checkpoint', 'RUN', '--tokens', '1e3.5'], '--tokens: invalid int value', 2),
         ('angular', ['--checkpoint', 'RUN', '--text', 'x', '--data_path', 'x'], 'has no meaning with --text', 2),
         ('angular', ['--checkpoint', 'RUN', '--squad', 'x', '--data_path', 'x'], '--data_path .* with --squad', 2),
