@@ -182,12 +182,12 @@ def test_what_a_text_is_follows_from_its_files(tmp_path):
     subject = types.SimpleNamespace(found=found, model=types.SimpleNamespace(config=configs.Model(vocab_size=259)))
     rows, said = made(f'{folder}/*')
     assert len(rows) == 48  # a document each, where raw JSON would be one of each file
-    assert tokenizer.decode(rows.tokens([13])[0]) == 'b.NDJSON text number 1 of several'
+    assert tokenizer.decode(rows.read([13]).ids[0]) == 'b.NDJSON text number 1 of several'
     names = ','.join(f'{folder}/{name}' for name in ('d', 'c.json.gz', 'b.NDJSON', 'a.jsonl', '../text/a.jsonl'))
     assert made(names)[1] == said
     (folder / 'e.txt').write_text('Plain text.')
     rows, _ = made(folder / 'e.txt')
-    assert tokenizer.decode(rows.tokens([0])[0]) == 'Plain text.'
+    assert tokenizer.decode(rows.read([0]).ids[0]) == 'Plain text.'
     with pytest.raises(DataError, match=f'^{folder}/a.jsonl is JSON lines and {folder}/e.txt plain text'):
         made(f'{folder}/*')
     for wrong, message in (
