@@ -63,8 +63,8 @@ def optimizer(config: configs.Optim):
 
 
 def _relative_decay(rate):
-    """Weight decay for adafactor, at each matrix's own rate, which is relative to its root mean square: as in fairseq's
-    and Hugging Face's Adafactor. The paper (Shazeer and Stern 2018, arXiv 1804.04235) has none."""
+    """Weight decay for adafactor, at each matrix's own rate, which is relative to its root mean square, as in Hugging
+    Face's Adafactor. The paper (Shazeer and Stern 2018, arXiv 1804.04235) has none."""
 
     def add(update, leaf):
         return update + rate * jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(leaf))), 1e-3) * leaf

@@ -384,7 +384,7 @@ def galore(params, grads_list, lrs, rank, gap, scale, b1, b2, eps, weight_decay,
 def adafactor(params, grads_list, lrs, weight_decay):
     """One array: Shazeer and Stern, arXiv 1804.04235, algorithms 4 (matrices from 128 x 128 on), 5 and section 8.
 
-    Decay at the array's own rate, lr times its root mean square, as in fairseq and Hugging Face's Adafactor.
+    Decay at the array's own rate, lr times its root mean square, as in Hugging Face's Adafactor.
     """
     rms = lambda a: np.sqrt(np.mean(a * a))  # noqa: E731
     p = np.array(params, np.float64)
