@@ -327,6 +327,9 @@ def _open_data(config):
         data_rows.open_rows(config.data, split, tokenizer, config.seq_length, config.model.vocab_size)
         for split in (config.data.split, config.eval.split)
     ]
+    if config.data.split == config.eval.split or 'all' in (config.data.split, config.eval.split):
+        keys = f'config.eval.split={config.eval.split} and config.data.split={config.data.split}'
+        record.say(f'mixln_jax: warning: evaluates on text that it trains on ({keys})', file=sys.stderr)
     return tokenizer, *rows
 
 

@@ -17,7 +17,7 @@ import tensorboardX
 from mixln_jax.console import say as say
 from mixln_jax.exits import CheckpointError
 
-GIT_REPOSITORY = 'GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE', 'GIT_PREFIX'
+GIT_REPOSITORY = 'GIT_DIR', 'GIT_COMMON_DIR', 'GIT_OBJECT_DIRECTORY', 'GIT_WORK_TREE', 'GIT_INDEX_FILE', 'GIT_PREFIX'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections', 'numpy')
 
 

@@ -84,12 +84,56 @@ def test_spans_of_sentencepiece_end_where_the_text_does(tmp_path, options, text,
     assert {*ends} <= {*found.tolist()} and found[-1] == len(text.encode())
 
 
+@pytest.mark.parametrize('text, ends', [('日 bade½', [0, 3, 6, 8, 10, 10, 10]), (' 日 x', None), ('x', None)])
+def test_a_blank_before_the_text_is_none_of_it(opened, text, ends):
+    """Also where it is a token of its own, to which the library gives the first letter."""
+    _, found = opened('unigram').spans(text)
+    assert ends is None or found.tolist() == ends
+    assert found[-1] == len(text.encode()) and found[0] <= 1
+
+
+def test_a_blank_after_the_text_is_none_of_it(tmp_path):
+    (tmp_path / 'a.model').write_bytes(sentencepiece_model(**T5, treat_whitespace_as_suffix=True))
+    ids, ends = open_file(tmp_path / 'a.model', 'sentencepiece').spans('bade lo')
+    bare = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / 'a.model'))
+    pieces = [bare.id_to_piece(int(i)).replace('▁', ' ') for i in ids]
+    assert ''.join(pieces) == 'bade lo ' and pieces[-1] != ' '
+    assert ends.tolist() == [*np.cumsum([len(piece) for piece in pieces])[:-1], 7]
+
+
+def test_lengths_that_add_up_by_chance(tmp_path):
+    """A blank that is dropped at the end and one put at the beginning, of which a trial with `a` would not tell."""
+    vocabulary = SPECIALS | {letter: 3 + i for i, letter in enumerate('▁кот')}
+    tokenizer = library.Tokenizer(models.BPE(vocabulary, [], unk_token='<unk>'))
+    tokenizer.normalizer = normalizers.Strip(left=False, right=True)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    _, ends = saved(tmp_path, tokenizer).spans('кот\n')
+    assert ends.tolist() == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize('pad, text', [('!', 'wow!'), ('##s', 'cats')])
+def test_padding_that_only_the_inside_of_words_has(tmp_path, pad, text):
+    pieces = SPECIALS | {
+        piece: 3 + i for i, piece in enumerate(['wow', 'cat', '##s', '!', '##!', '▁wow', '▁cat', '▁!'])
+    }
+    if pad == '##s':
+        tokenizer = library.Tokenizer(models.WordPiece(pieces, unk_token='<unk>'))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        tokenizer = library.Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    opened = saved(tmp_path, tokenizer, pad_token=pad)
+    ids = opened.encode(text)
+    assert opened.pad_id in ids and opened.can_yield(opened.pad_id) and not opened.can_yield(opened.eos_id)
+    assert pad.removeprefix('##') in opened.decode(ids)
+
+
 @pytest.mark.parametrize('name', KINDS)
 def test_both_ways_to_find_spans_agree(name, opened, monkeypatch):
     """By the tokens' own lengths, and by the libraries' offsets into the text."""
     tokenizer, texts = opened(name), prose(20, seed=3) + ['bade', 'bade kilo bade']
     by_lengths = {text: tokenizer.spans(text)[1] for text in texts}
-    monkeypatch.setattr(tokenizer, '_lengths', np.full(tokenizer.vocab_size, 2**20))
+    monkeypatch.setattr(tokenizer, '_surfaces', [b'\xff'] * tokenizer.vocab_size)
     for text in texts:
         ids, ends = tokenizer.spans(text)
         if tokenizer.decode(ids) == text:  # all of it is letters that the vocabulary has

@@ -315,7 +315,19 @@ class TestKinds:
             *((name, LINES, 'jsonl') for name in ('a.txt', 'a', 'a.jsonl.1', 'a.dump')),
             ('a', f'\ufeff \n\n{LINES}', 'jsonl'),
             ('a', '{"content": 7}', 'jsonl'),
+            # What json.dumps writes and nothing reads, and what is no object a line: their reader says so.
+            *(
+                ('a', begin + LINES, 'jsonl')
+                for begin in ('{"text": NaN}\n', '{"text": "\\ud800"}\n', '{"te\n', '# 1\n')
+            ),
+            *(
+                ('a', text, 'jsonl')
+                for text in ('[{"text": "a"}]', '[\n{"text": "a"}]', '{\n "text": "a"\n}', '["a"]\n')
+            ),
             ('a', '[1]\n', 'text'),
+            ('a', '# include <a.h>\nint main()\n{\n', 'text'),
+            ('a', '"Hello," he said.', 'text'),
+            ('a', '[A note] [', 'text'),
             ('a', '{1, 2} is a set\n{"text": "one"}\n', 'text'),
             ('a', '', 'text'),
             ('a', ' \n', 'text'),

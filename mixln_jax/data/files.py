@@ -4,6 +4,7 @@ import glob
 import io
 import os
 import queue
+import re
 import resource
 import sys
 import threading
@@ -20,6 +21,7 @@ LONGEST = 10**7  # characters after which a text document without a blank line e
 AT_ONCE = 32  # calls that wait for answers
 GZIP = b'\x1f\x8b'
 JSON = ('.json', '.jsonl', '.ndjson', '.jsonlines')
+BEGINS = re.compile(r'\{\s*("|\}|$)|\[\s*(\{|\[|"|$)')  # JSON: an object or an array, also over several lines
 FORMS = 'the source jsonl reads an object with a field `text` a line, the source text plain text'
 ARRAY = "is the file a JSON array? jq -c '.[]' FILE makes it an object a line"
 # What begins so is not read: place, bytes, and what it is.
@@ -95,17 +97,16 @@ def kind_of_all(found: list[str]) -> str:
 
 
 def kind(path: str) -> str:
-    """'jsonl' or 'text': what a file is by its name, or where that does not say JSON by its first line.
+    """'jsonl' or 'text': what a file is by its name, or where that does not say JSON by its first line, comments left out.
 
-    Raises DataError for one that cannot be read.
+    JSON that cannot be read, such as an array, is jsonl too, whose reader says what is wrong with it. Raises DataError
+    for a file that cannot be read.
     """
     if path.lower().removesuffix('.gz').endswith(JSON):
         return 'jsonl'
-    first = next((line for _, line in Reader('text', path, sys.maxsize)._lines() if line.strip()), '')
-    try:
-        return 'jsonl' if isinstance(orjson.loads(first), dict) else 'text'
-    except ValueError:
-        return 'text'
+    lines = (line.strip() for _, line in Reader('text', path, sys.maxsize)._lines())
+    first = next((line for line in lines if line and not line.startswith(('#', '//'))), '')
+    return 'jsonl' if BEGINS.match(first) else 'text'
 
 
 class NoAnswer(TimeoutError):

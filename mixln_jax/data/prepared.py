@@ -106,7 +106,10 @@ class Prepared:
         said = [self._read(i, notes_file(self._files[shard]), size, row) for i, shard, row in wanted]
         for i, row, of_row in zip(indices, rows, said, strict=True):
             if _checksum(row, of_row) != int.from_bytes(of_row[-4:], 'little'):
-                raise DataError(f'{self.origin(i)}: damaged: its checksum is another; prepare it again')
+                shard = self.origin(i).partition(', row')[0]
+                raise DataError(
+                    f'{self.origin(i)}: damaged: its checksum is another; remove {shard} and run data.prepare once more'
+                )
         said = np.frombuffer(b''.join(said), self._note)
         ends = np.unpackbits(said['ends'], axis=1, count=self._width).view(bool)
         return Block(ids, ends, said['num_bytes'].astype(np.int64))
@@ -129,9 +132,9 @@ class Prepared:
             raise DataError(f'{self.origin(i)}: cut short')
         return content
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # Python's end takes `os` apart
         for handle in getattr(self, '_handles', {}).values():
-            os.close(handle)
+            close(handle)
 
     def __getstate__(self):
         return self.__dict__ | {'_handles': {}}

@@ -35,13 +35,18 @@ def write(tokenizer, folder):
     return True
 
 
+def _alphabet():
+    shown, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    return {chr(byte if byte in shown else next(others)): byte for byte in range(256)}
+
+
+ALPHABET = _alphabet()  # {character: the byte that it stands for since GPT-2}
+
+
 def _from_bytes(tokenizer):
-    """Every byte is a token, under the character that stands for it since GPT-2."""
-    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    vocabulary = {chr(byte if byte in shown else next(others)): byte for byte in range(256)}
+    """Every byte is a token, under its character."""
     specials = {'<pad>': tokenizer.pad_id, '<s>': tokenizer.bos_id, '</s>': tokenizer.eos_id}
-    made = library.Tokenizer(models.BPE(vocabulary | specials, []))
+    made = library.Tokenizer(models.BPE(ALPHABET | specials, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(list(specials))

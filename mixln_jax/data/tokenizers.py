@@ -21,12 +21,13 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from mixln_jax import config, paths, record
 from mixln_jax.data import files, tokenizer_json
+from mixln_jax.data.tokenizer_json import ALPHABET
 from mixln_jax.exits import DataError, UsageError, first_line
 
 T5 = 'gs://t5-data/vocabs/cc_all.32000/sentencepiece.model'
 TIMEOUT = 25  # seconds until a server must answer, and between two pieces of what it sends
 LONGEST = 10_000  # characters that are encoded at once: memory, and the time up to a limit, stay bounded
-UNKNOWN = 2**20  # the length of a token that may stand for any word: no text's lengths add up with it
+NOTHING = b'\xff'  # what a token spells that stands for no text, or for any word: no UTF-8 has it
 COMMON = {
     'eos': ('</s>', '<|endoftext|>', '<|end_of_text|>', '<eos>', '<|im_end|>', '<|eot_id|>', '[EOS]', '[SEP]'),
     'bos': ('<s>', '<|begin_of_text|>', '<bos>', '<|startoftext|>', '[BOS]', '[CLS]'),
@@ -69,7 +70,7 @@ class Tokenizer(Protocol):
         """The text of ids [n]; specials are dropped, broken characters become U+FFFD."""
 
     def can_yield(self, i: int) -> bool:
-        """Whether some text may have this id; only of a special token is it ever certain that none has."""
+        """Whether some text may have this id, or nobody can be sure; only special tokens can be no text at all."""
 
     def save(self, folder):
         """Writes the tokenizer into `folder`, which is made if need be, for `load`."""
@@ -161,18 +162,14 @@ class _Learned:
 
     def _spans(self, text):
         """`spans` of a text that is encoded at once. Offsets take the libraries several times as long as ids, and are
-        asked for only where the tokens' own lengths do not add up to the text's: after a normaliser that changed it,
-        blanks that no token has, unknown words."""
-        ids = self._ids(text)
-        ends = np.cumsum(self._lengths[ids], dtype=np.int64) - self._prefix
-        if not len(ids) or ends[-1] == len(text.encode()):
-            return ids, ends
+        asked for only where the tokens do not spell the text, perhaps after a blank: after a normaliser that changed
+        it, blanks that no token has, unknown words."""
+        ids, body = self._ids(text), text.encode()
+        parts = [self._surfaces[i] for i in ids.tolist()]
+        spelled = b''.join(parts)
+        if spelled in (body, b' ' + body):
+            return ids, np.cumsum([len(part) for part in parts], dtype=np.int64) - (len(spelled) - len(body))
         return ids, np.maximum.accumulate(self._offsets(text))
-
-    @functools.cached_property
-    def _prefix(self):
-        """Bytes that encoding puts before every text: 1 where it is a blank."""
-        return int(self._lengths[self._ids('a')].sum() - 1 == 1)
 
     def save(self, folder):
         _save(self, folder, self.files)
@@ -220,8 +217,9 @@ class SentencePiece(_Learned):
         self._set_specials(pad, bos, eos, missing='the model has no eos piece')
 
     @functools.cached_property
-    def _lengths(self) -> np.ndarray:
-        return np.array([self._bytes(i) for i in range(self.vocab_size)], np.int32)
+    def _surfaces(self) -> list[bytes]:
+        """The bytes of text that each id spells."""
+        return [self._bytes(i) for i in range(self.vocab_size)]
 
     def decode(self, ids) -> str:
         ids = np.asarray(ids)
@@ -238,13 +236,10 @@ class SentencePiece(_Learned):
         return self._processor.encode(text, return_type='numpy')
 
     def _bytes(self, i):
-        if self._processor.is_control(i) or self._processor.is_unused(i):
-            return 0
-        if self._processor.is_unknown(i):
-            return UNKNOWN
-        if self._processor.is_byte(i):
-            return 1
-        return len(self._processor.id_to_piece(i).replace('▁', ' ').encode())
+        piece = self._processor.id_to_piece(i)
+        if self._processor.is_unknown(i) or not self.can_yield(i):
+            return NOTHING
+        return bytes([int(piece[1:-1], 16)]) if self._processor.is_byte(i) else piece.replace('▁', ' ').encode()
 
 
 class HuggingFace(_Learned):
@@ -281,25 +276,31 @@ class HuggingFace(_Learned):
             raise DataError(f'{self.where}: a text that spells {eos!r} cannot be told from the end of a document')
 
     @functools.cached_property
-    def _lengths(self) -> np.ndarray:
-        model, added = self._spec['model'], self._tokenizer.get_added_tokens_decoder()
-        # In the byte alphabet every character stands for one byte.
-        byte_level = '"ByteLevel"' in json.dumps(
-            [self._spec.get(part) for part in ('normalizer', 'pre_tokenizer', 'decoder')]
-        )
-        prefix, suffix = model.get('continuing_subword_prefix') or '', model.get('end_of_word_suffix') or ''
-        lengths = np.full(self.vocab_size, UNKNOWN, np.int32)
+    def _surfaces(self) -> list[bytes]:
+        """The bytes of text that each id spells."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        parts = [self._spec.get(part) for part in ('normalizer', 'pre_tokenizer', 'decoder')]
+        byte_level = '"ByteLevel"' in json.dumps(parts)
+        surfaces = [NOTHING] * self.vocab_size
         for token, i in self._tokenizer.get_vocab().items():
             if i in added:
-                lengths[i] = 0 if added[i].special else len(token.encode())
+                surfaces[i] = NOTHING if added[i].special else token.encode()
             elif re.fullmatch('<0x[0-9A-F]{2}>', token):
-                lengths[i] = 1
+                surfaces[i] = bytes([int(token[1:-1], 16)])
+            elif byte_level and ALPHABET.keys() >= {*token}:
+                surfaces[i] = bytes(ALPHABET[letter] for letter in token)
             else:
-                token = token.removeprefix(prefix).removesuffix(suffix)
-                lengths[i] = len(token if byte_level else token.replace('▁', ' ').encode())
+                surfaces[i] = self._bare(token).replace('▁', ' ').encode()
         if self._unknown is not None:
-            lengths[self._unknown] = UNKNOWN
-        return lengths
+            surfaces[self._unknown] = NOTHING
+        return surfaces
+
+    def _bare(self, token):
+        """A token without the marks that say where in a word it stands."""
+        prefix, suffix = (
+            self._spec['model'].get(key) or '' for key in ('continuing_subword_prefix', 'end_of_word_suffix')
+        )
+        return token.removeprefix(prefix).removesuffix(suffix)
 
     def decode(self, ids) -> str:
         kept = [i for i in np.asarray(ids).tolist() if i not in self._specials]
@@ -309,9 +310,17 @@ class HuggingFace(_Learned):
         token = self._tokenizer.get_added_tokens_decoder().get(i)
         if token is None or not token.special or i == self._unknown:
             return self._tokenizer.id_to_token(i) is not None
-        decoder = self._tokenizer.decoder  # of what the byte alphabet spells
-        spelled = {token.content, decoder.decode([token.content]) if decoder else token.content}
-        return any(i in self._ids(text) for text in spelled)
+        if (name := token.content) not in self._own:
+            return False
+        if len(name) == 1 or self._bare(name) != name or name[0] in '▁Ġ':  # a piece of words, which `_guard` leaves
+            return True
+        return any(i in self._ids(text) for text in (name, f'a{name}a'))
+
+    @functools.cached_property
+    def _own(self):
+        """The tokens of the model itself: one that was only added is never made of text."""
+        vocabulary = self._spec['model']['vocab']
+        return {*vocabulary} if isinstance(vocabulary, dict) else {token for token, _ in vocabulary}
 
     @functools.cached_property
     def _spec(self):
@@ -335,7 +344,10 @@ class HuggingFace(_Learned):
         [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=False)
         points = np.frombuffer(text.encode('utf-32-le'), '<u4')  # offsets count characters
         sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
-        return np.concatenate([[0], np.cumsum(sizes)])[[end for _, end in encoding.offsets]]
+        ends = np.concatenate([[0], np.cumsum(sizes)])[[end for _, end in encoding.offsets]]
+        if self._surfaces[encoding.ids[0]] == b' ' and not text[0].isspace():
+            ends[0] = 0  # a blank that encoding has put there; the library counts the first letter as its own
+        return ends
 
     def _ids(self, text):
         # The batch of one is a fifth faster than `encode`: it does not look for where in the text each token stands.
