@@ -97,7 +97,7 @@ def kind_of_all(found: list[str]) -> str:
 
 
 def kind(path: str) -> str:
-    """'jsonl' or 'text': what a file is by its name, or where that does not say JSON by its first line, comments left out.
+    """'jsonl' or 'text': what a file is by its name, else by its first line that is no comment.
 
     JSON that cannot be read, such as an array, is jsonl too, whose reader says what is wrong with it. Raises DataError
     for a file that cannot be read.
