@@ -338,6 +338,8 @@ def load(recipe: str, overrides=()) -> ml_collections.ConfigDict:
         with _neighbours(file.parent):
             # Not by a loader: Python takes a file changed within a second, to the same size, for the one before.
             exec(compile(file.read_bytes(), str(file), 'exec', dont_inherit=True), vars(module))
+            if not hasattr(module, 'get_config'):
+                raise UsageError('a recipe needs a function get_config, which returns config.default() with changes')
             config = module.get_config(*([argument] if argument else []))
     except UsageError as error:
         raise UsageError(f'{file}: {error}') from None
@@ -435,7 +437,7 @@ def _override(config, path, text):
     try:
         config[name] = text if number and text == 'auto' else float(text) if number else read(text)
     except (ValueError, KeyError):
-        wanted = 'a number or auto' if number else f'of type {kind.__name__}'
+        wanted = 'a number or auto' if number else 'true or false' if kind is bool else f'of type {kind.__name__}'
         raise UsageError(f'config.{path} must be {wanted}, not {text!r}') from None
 
 
@@ -450,9 +452,11 @@ def _unknown(shown, part, name, group):
     """
     paths = _paths_by_name()
     near = difflib.get_close_matches(str(part), [*group, *(paths if part == name else ())], n=1)
-    if not near or near[0] not in group:
+    if part != name and len(paths.get(name, ())) == 1:
+        near = paths[name]
+    elif not near or near[0] not in group:
         near = [path for one in near or difflib.get_close_matches(str(name), paths, n=1) for path in paths[one]]
-    meant = f', did you mean {" or ".join(near)}?' if near else ''
+    meant = f', did you mean {" or ".join(near)}?' if near else '; --help lists the keys'
     return f'unknown key {shown}{meant}'
 
 
@@ -493,6 +497,8 @@ def read(path) -> Config:
     """
     try:
         return from_resolved(json.loads(pathlib.Path(path).read_bytes()))
+    except FileNotFoundError:
+        raise UsageError(f'{pathlib.Path(path).parent} is not the folder of a run: it has no config.json') from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{path} is not the configuration of a run: {error!r}') from error
 

@@ -40,11 +40,13 @@ def analysis(every, analyse, metrics):
 def saving(every, checkpoints, metrics, extra):
     """Saves a checkpoint once the metrics up to it are on disk; `extra()` gives what goes with the state."""
 
-    def run(step, state, complete=True):
+    def run(step, state, complete=True, wait=False):
         if complete:
             metrics.flush()
         if checkpoints.latest() != step:
             checkpoints.save(step, state, extra() | {'open_line': metrics.open_line})
+        if wait:
+            checkpoints.wait()
 
     return every, run
 

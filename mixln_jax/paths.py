@@ -8,7 +8,10 @@ from mixln_jax.exits import UsageError
 
 
 def local(path: str | os.PathLike, what: str) -> pathlib.Path:
-    """A path of this machine, ~ expanded. UsageError for an address such as gs://..., or where there is no home.
+    """A path of this machine, ~ expanded.
+
+    Raises UsageError for an address such as gs://..., where there is no home, and for letters that this locale spells
+    otherwise than the libraries that write arrays, in UTF-8.
 
     `what`: the option or key, for the error; empty where the caller names it.
     """
@@ -18,6 +21,12 @@ def local(path: str | os.PathLike, what: str) -> pathlib.Path:
         raise UsageError(
             f'{shown}: a path of this machine is needed, not an address; mount the bucket, or copy the files'
         )
+    try:
+        spelled_alike = os.fsencode(text) == text.encode()
+    except UnicodeEncodeError:
+        spelled_alike = False
+    if not spelled_alike:
+        raise UsageError(f'{shown}: this locale cannot spell the path in UTF-8; set LC_ALL=C.UTF-8 or PYTHONUTF8=1')
     try:
         return pathlib.Path(text).expanduser()
     except RuntimeError:

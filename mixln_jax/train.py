@@ -66,7 +66,7 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
     def rescue(number, state, **options):
         """Saves what an error would lose. Where that fails too it is said, and the error stands."""
         try:
-            save(number, state, **options)
+            save(number, state, wait=True, **options)
             record.say(f'step {number} is saved')
         except Exception as error:
             record.say(f'mixln_jax: step {number} cannot be saved: {first_line(error)}', file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -162,12 +163,22 @@ def checkpoint_folder(path):
             raise UsageError(f'{folder} holds no checkpoint')
     if checkpoint.is_other(path):
         return None
-    for at in sorted([path, path.resolve()], key=lambda at: at.is_symlink()):  # as it was given, rather than in full
+    for at in sorted(_hops(path), key=lambda at: at.is_symlink()):  # as it was given, rather than in full
         if at.name.isdecimal() and at.parent.name == 'checkpoints' and '..' not in at.parts:
             return at
     if (path / 'about').is_dir():
         raise UsageError(f'{path} is a checkpoint outside of its run: <run>/checkpoints/<step> is needed')
     return None
+
+
+def _hops(path):
+    """A path, what it links to, what that links to and so on, and last its real one, which has no links at all."""
+    for _ in range(40):  # as many as Linux follows
+        yield path
+        if not path.is_symlink():
+            break
+        path = path.parent / os.readlink(path)
+    yield path.resolve()
 
 
 def open_tokenizer(folder):

@@ -64,8 +64,8 @@ class TestReadingFails:
             debug=lambda *args: debug.append(args),
         )
 
-        def save(number, state, complete=True):
-            assert state == number  # the state of that very step
+        def save(number, state, complete=True, wait=False):
+            assert state == number and wait  # the state of that very step, and on disk before anybody is told
             saved.append((number, complete))
 
         step = lambda state, batch: (state + 1, {})  # noqa: E731
@@ -165,6 +165,16 @@ class TestPaths:
     def test_addresses(self, text):
         with pytest.raises(UsageError, match='^--out .*: a path of this machine is needed'):
             paths.local(text, '--out')
+
+    @pytest.mark.parametrize('encoding, refused', [('utf-8', False), ('latin-1', True), ('ascii', True)])
+    def test_letters_that_the_locale_spells_otherwise(self, monkeypatch, encoding, refused):
+        """tensorstore writes to the path in UTF-8, Python to that of the locale: the arrays would be elsewhere."""
+        monkeypatch.setattr(paths.os, 'fsencode', lambda text: text.encode(encoding, 'replace'))
+        assert paths.local('runs/plain', '--workdir') == pathlib.Path('runs/plain')
+        with pytest.raises(UsageError, match='LC_ALL=C.UTF-8') if refused else contextlib.nullcontext():
+            paths.local('runs/größe', '--workdir')
+        with pytest.raises(UsageError, match='^--workdir .*: this locale cannot spell the path in UTF-8'):
+            paths.local(b'runs/\xff'.decode(errors='surrogateescape'), '--workdir')
 
     @pytest.mark.parametrize('text', ['runs/a', '/a', 'a:b', 'runs/gs://b', './gs://b', '://b'])
     def test_what_is_local(self, text):

@@ -116,7 +116,10 @@ class TestWhereACheckpointIs:
         for link, to in links.items():
             (tmp_path / link).symlink_to(to)
         (tmp_path / 'third').mkdir()
-        (tmp_path / 'third/checkpoints').symlink_to('../away/run/checkpoints')  # on a larger disk, say
+        (tmp_path / 'disk/one').mkdir(parents=True)
+        shutil.copytree(tmp_path / 'away/run/checkpoints', tmp_path / 'disk/one/ck', symlinks=True)
+        (tmp_path / 'third/checkpoints').symlink_to('../disk/one/ck')  # on a larger disk, say
+        (tmp_path / 'of_third').symlink_to('third/checkpoints/20')
         monkeypatch.chdir(tmp_path)
         return tmp_path
 
@@ -141,6 +144,7 @@ class TestWhereACheckpointIs:
             ('run/checkpoints/77', 'run/checkpoints/77/checkpoints/20'),
             ('third', 'third/checkpoints/40'),
             ('third/checkpoints/9', 'third/checkpoints/9'),
+            ('of_third', 'third/checkpoints/20'),
             ('checkpoints/500', None),
             ('both', None),
         ],

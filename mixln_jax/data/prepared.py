@@ -190,7 +190,8 @@ def description(folder: str) -> dict:
 
 def open_tokenizer(folder: str) -> tokenizers.Tokenizer:
     """The tokenizer that made the rows. Raises DataError where it is missing or another one."""
+    about = description(folder)
     tokenizer = tokenizers.load(paths.local(folder, 'config.data.path') / 'tokenizer')
-    if tokenizer.fingerprint != description(folder).get('tokenizer'):
+    if tokenizer.fingerprint != about.get('tokenizer'):
         raise DataError(f'{folder}/tokenizer is not the tokenizer that made the rows')
     return tokenizer

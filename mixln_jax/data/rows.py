@@ -162,7 +162,7 @@ def open_rows_of_run(
     Raises UsageError where the run does not say what it saw; as `moved` and `open_rows` do. DataError: as `open_rows`,
     or naming what differs.
     """
-    data = moved(run.data, data_path) if data_path else run.data
+    data = run.data if data_path is None else moved(run.data, data_path)
     try:
         about = json.loads((pathlib.Path(workdir) / 'environment.json').read_bytes())
         trained, evaluated = dict(about['data']), dict(about.get('eval_data', {}))
@@ -193,6 +193,8 @@ def moved(data: config.Data, path: str) -> config.Data:
 
     Raises UsageError for the text that comes with Python.
     """
+    if not path:
+        raise UsageError('--data_path is empty')
     if data.source == 'stdlib':
         raise UsageError('--data_path has no meaning for data.source=stdlib, the text that comes with Python')
     return dataclasses.replace(data, **{_place(data): path})
