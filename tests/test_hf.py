@@ -494,7 +494,7 @@ class TestWhatAConfigSays:
             ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5 is not modelled here'),
             ({'sliding_window': 4096}, 'sliding_window=4096 is not modelled here'),
             ({'quantization_config': {'bits': 4}}, 'quantization_config=.* is not modelled here'),
-            ({'attention_bias': 1}, 'attention_bias must be of type bool'),
+            ({'attention_bias': 2}, 'attention_bias must be of type bool'),
             ({'attention_bias': True}, r'no tensor model\.layers\.0\.self_attn\.\w_proj\.bias'),
             ({'head_dim': 4}, r'k_proj\.weight has shape \(8, 4\), config.json makes it \(8, 8\)'),
             ({'head_dim': 3}, r'the head size 3 \(config.model.head_dim\) must be even'),

@@ -193,7 +193,7 @@ class TestResume:
         evaluation = main.batches.evaluation
 
         def signal_then(*args, **sampled):  # which the analyses' rows are, at the start
-            stop.requested = stop.requested if sampled else 'SIGINT'
+            stop.requested = stop.requested if 'seed' in sampled else 'SIGINT'
             return evaluation(*args, **sampled)
 
         monkeypatch.setattr(main.batches, 'evaluation', signal_then)
@@ -319,7 +319,7 @@ class TestErrorsInTraining:
         def full(state, batch):
             raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.')
 
-        options = argparse.Namespace(workdir=tmp_path, traceback=False)
+        options = argparse.Namespace(workdir=tmp_path, traceback=False, verbose=False)
         monkeypatch.setattr(main.Program, 'compile', lambda self: (full, None))
         monkeypatch.setattr(main, 'parse', lambda argv: (options, recipe(corpus, **NO_ANALYSES)))
         assert main.main([]) == 7

@@ -149,6 +149,7 @@ class TestLocalDevices:
         for config in (jax.config, distributed.config):
             monkeypatch.setattr(config, 'update', lambda name, value: told.update({name: value}))
         monkeypatch.setattr(distributed, 'global_state', distributed.State())
+        monkeypatch.setattr(distributed.xla_bridge, 'backends_are_initialized', lambda: False)  # by other tests
         monkeypatch.setattr(processes, 'roll_call', lambda *_: {})
 
         def connect(*others, **more):

@@ -57,29 +57,29 @@ def test_every_key(key):
     changed = RESOLVED | {key: another(RESOLVED[key])}
     for before, now in ((RESOLVED, changed), (changed, RESOLVED)):
         if key in MAY_CHANGE:
-            main._check_same_run('there', nested(before), nested(now))
+            main._check_same_run('there', nested(before), nested(now), 'way out')
             continue
         with pytest.raises(UsageError, match='^there holds a run of another configuration') as refused:
-            main._check_same_run('there', nested(before), nested(now))
-        assert named(str(refused.value)) == [key]
+            main._check_same_run('there', nested(before), nested(now), 'way out')
+        assert named(str(refused.value)) == [key] and str(refused.value).endswith('; way out')
     if key in configs.flatten(configs.Config()) and key not in MAY_CHANGE and key != 'model.norm_position':
         older = nested({name: value for name, value in RESOLVED.items() if name != key})
-        main._check_same_run('there', older, nested(RESOLVED))
+        main._check_same_run('there', older, nested(RESOLVED), 'way out')
         with pytest.raises(UsageError, match=re.escape(f': {key} (was {RESOLVED[key]}, is {changed[key]})')):
-            main._check_same_run('there', older, nested(changed))
+            main._check_same_run('there', older, nested(changed), 'way out')
 
 
 def test_a_key_that_is_not_known_here():
     """Of a work directory that a later version has begun."""
     with pytest.raises(UsageError, match=r'optim.new \(was 1, is None\)'):
-        main._check_same_run('there', nested(RESOLVED | {'optim.new': 1}), nested(RESOLVED))
+        main._check_same_run('there', nested(RESOLVED | {'optim.new': 1}), nested(RESOLVED), 'way out')
 
 
 def test_accumulate_under_the_authors_means():
     """Which depend on how many micro-batches there are."""
     official = RESOLVED | {'compat': 'official'}
     with pytest.raises(UsageError, match=r'accumulate \(was 1, is 2\)'):
-        main._check_same_run('there', nested(official), nested(official | {'accumulate': 2}))
+        main._check_same_run('there', nested(official), nested(official | {'accumulate': 2}), 'way out')
 
 
 def test_readme_lists_the_same():

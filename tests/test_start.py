@@ -176,18 +176,6 @@ class TestInitFrom:
             weights.initial(where, model)
 
 
-def test_a_key_that_begins_like_one_that_may_change():
-    """model.attention may change, model.attention_bias may not."""
-    before = dataclasses.asdict(configs.Config())
-    now = json.loads(json.dumps(before))
-    now['model'].update(attention='blocks')
-    now['checkpoint'].update(keep=9)
-    main._check_same_run('here', before, now)
-    now['model'].update(attention_bias=True)
-    with pytest.raises(UsageError, match=r'configuration: model.attention_bias \(was False, is True\)$'):
-        main._check_same_run('here', before, now)
-
-
 class TestResumeFrom:
     @pytest.mark.parametrize('mesh', [{}, {'mesh.fsdp': 2}], ids=['one', 'fsdp'])
     def test_goes_on_in_another_folder(self, corpus, finished, folder, tmp_path, begun, mesh):
