@@ -1,6 +1,5 @@
 """Where a run begins: its own checkpoint, another run's state, given weights, or chance, in this order."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
