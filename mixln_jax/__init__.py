@@ -1,7 +1,7 @@
 """Pre-train LLaMA-family models with a normalisation placement chosen layer by layer."""
 
 
-def load(path, compute_dtype='float32', norm_position=None):
+def load(path: str, compute_dtype: str = 'float32', norm_position: str | None = None):
     """Opens trained weights: a run, one of its `checkpoints/<step>`, or a Hugging Face folder.
 
     Args:
