@@ -74,7 +74,8 @@ def test_a_script_without_a_guard(tmp_path, job):
 
 def test_prepare_without_a_guard(tmp_path):
     for number in range(2):
-        (tmp_path / f'{number}.jsonl').write_text('{"text": "a text"}\n' * 300)
+        lines = (f'{{"text": "text {i} of {number}"}}\n' for i in range(300))
+        (tmp_path / f'{number}.jsonl').write_text(''.join(lines))
     data = "config.Data(source='jsonl', path='*.jsonl', tokenizer='bytes')"
     job = f"prepare.prepare({data}, 'out', format='tokens', seq_length=16, workers=2)"
     process = run(tmp_path, f'sys.exit(exits.call(lambda: {job}))')
