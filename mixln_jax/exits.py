@@ -162,6 +162,7 @@ class Stop:
                 os.write(2, f'{stopped_line(f"stopped by {self.requested}")}\n'.encode())
             os._exit(STOPPED)
         if self._interruptible:
+            self._interruptible = False  # a second raise, while the first one unwinds, would meet locks half released
             self.check()
 
 
