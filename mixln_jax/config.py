@@ -448,7 +448,7 @@ def _unknown(shown, part, name, group):
         shown: the key, as far as it is known and one part more.
         part: that part.
         name: the last part of the whole key; another than `part` where `part` should have been a group.
-        group: the names beside `part`.
+        group: the names in the same group as `part`.
     """
     paths = _paths_by_name()
     near = difflib.get_close_matches(str(part), [*group, *(paths if part == name else ())], n=1)

@@ -22,7 +22,7 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
     """Runs steps `first` to `last`.
 
     The metrics of a step are fetched while the next one runs, except where a hook needs the finished step. A signal
-    ends the loop behind the step at hand, or in the wait for a batch, after a checkpoint.
+    ends the loop after the step at hand, or in the wait for a batch, after a checkpoint.
 
     Args:
         state: State; donated.

@@ -93,7 +93,7 @@ class Dataset:
         return None
 
     def _spans(self):
-        """What it has of each file: (name, first record, the one behind the last)."""
+        """What it has of each file: (name, first record, the one after the last)."""
         return zip(self._files, self._skipped, self._skipped + np.diff(self.ends, prepend=0), strict=True)
 
     def __setstate__(self, state):
