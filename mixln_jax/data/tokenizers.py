@@ -360,7 +360,7 @@ class HuggingFace(_Learned):
             settings = json.loads(self.files['tokenizer_config.json'])
             names = {role: settings.get(f'{role}_token') for role in COMMON}
         except (ValueError, AttributeError) as error:
-            raise DataError(f'{self.where}: the tokenizer_config.json next to it is not a JSON object') from error
+            raise DataError(f'{self.where}: the tokenizer_config.json beside it is not a JSON object') from error
         for role, name in names.items():
             name = name.get('content') if isinstance(name, dict) else name
             if name is None:
