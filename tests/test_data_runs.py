@@ -334,7 +334,7 @@ class TestInspect:
         capsys.readouterr()
         other = write(tmp_path / 'other.jsonl', [f'other {i}' for i in range(120)])
         for words, code, message in (
-            (['--workdir', str(tmp_path / 'none'), '--step', '1'], 2, 'none/config.json is not the configuration'),
+            (['--workdir', str(tmp_path / 'none'), '--step', '1'], 2, 'none is not the folder of a run: it has no'),
             (['--workdir', str(run), '--step', '0'], 2, '--step counts from 1'),
             (['--workdir', str(run), '--step', 'x'], 2, '--step'),
             (['--workdir', str(run)], 2, '--step'),
