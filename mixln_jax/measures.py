@@ -143,20 +143,22 @@ def variance_theory(variances, factors):
     variances, factors = np.asarray(variances, np.float64), np.asarray(factors, np.float64)
     about = np.isfinite(factors)
 
-    def line(c):
-        found = np.full(len(variances), np.nan)
+    def lines(c):
+        """[C] -> [C,L+1]"""
+        found = np.full((len(c), len(variances)), np.nan)
         for l in np.flatnonzero(about):
             if l and not about[l - 1]:
-                found[l] = variances[l]
-            found[l + 1] = found[l] * (1 + c * factors[l] / np.sqrt(found[l])) if l else variances[1]
+                found[:, l] = variances[l]
+            before = found[:, l]
+            found[:, l + 1] = before * (1 + c * factors[l] / np.sqrt(before)) if l else variances[1]
         return found
 
     if not about[1:].any() or not (np.isfinite(variances) & (variances > 0)).all():
         return np.full(len(variances), np.nan), np.nan
     candidates = np.geomspace(1e-4, 1e4, 4001)  # 0.5 % apart
-    apart = [np.nansum(np.square(np.log(line(c)) - np.log(variances))) for c in candidates]
-    c = float(candidates[int(np.argmin(apart))])
-    return line(c), c
+    all_lines = lines(candidates)
+    best = int(np.argmin(np.nansum(np.square(np.log(all_lines) - np.log(variances)), axis=1)))
+    return all_lines[best], float(candidates[best])
 
 
 def branch_variances(branches, weights, width):

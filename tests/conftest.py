@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test; a cache folder of the tests' own; fixtures of several files."""
 
+import dataclasses
 import os
 import resource
 
@@ -24,6 +25,28 @@ def caches(tmp_path_factory, worker_id):
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
     jax.config.update('jax_compilation_cache_dir', str(cache / 'xla'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def programs():
+    """Runs whose configurations compile to the same share what is traced and compiled, which is most of a small run's
+    time. Returns what is shared: whoever clears it traces anew."""
+    from mixln_jax import config as configs
+    from mixln_jax import main, program
+
+    made, default = {}, configs.Config()
+    elsewhere = ('seed', 'log_every', 'init_from', 'resume_from', 'eval', 'checkpoint', 'processes', 'analysis')
+    default_values = {name: getattr(default, name) for name in (*elsewhere, 'profile', 'expected')}
+
+    def shared(config, mesh):
+        data = dataclasses.replace(default.data, mode=config.data.mode)
+        key = repr(dataclasses.replace(config, data=data, **default_values)), mesh
+        if key not in made:
+            made[key] = program.Program(config, mesh)
+        return made[key]
+
+    main.Program = shared
+    return made
 
 
 @pytest.fixture

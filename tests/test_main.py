@@ -22,6 +22,7 @@ from mixln_jax import config as configs
 from mixln_jax import exits, main, record, replay, train
 from mixln_jax.analysis import angular, drop, gradients, variance
 from mixln_jax.exits import DataError, DeviceError, NumericsError, Stopped, UsageError
+from mixln_jax.program import Program
 
 WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
 
@@ -166,7 +167,8 @@ class TestRecords:
         shown = capsys.readouterr().out
         assert 'layers/segment_1/attention/q/kernel' in shown and '14,928 parameters\n' in shown
 
-    def test_nothing_is_compiled_twice(self, corpus, tmp_path, caplog):
+    def test_nothing_is_compiled_twice(self, corpus, tmp_path, caplog, programs):
+        programs.clear()
         with jax.log_compiles():
             main.run(recipe(corpus), tmp_path)
         compiled = re.findall(r'Compiling jit\((\w+)\)', caplog.text)
@@ -250,7 +252,7 @@ class TestResume:
         'changes',
         [
             {'accumulate': 2, 'mesh.fsdp': 2, **NO_ANALYSES},
-            {'mesh.data': 8, 'data.workers': 1, 'log_every': 3, 'eval.every': 2},
+            {'mesh.data': 8, 'data.workers': 1, 'log_every': 3, 'eval.every': 2, **NO_ANALYSES},
         ],
     )
     def test_what_may_change(self, corpus, finished, tmp_path, changes):
@@ -320,7 +322,7 @@ class TestErrorsInTraining:
             raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.')
 
         options = argparse.Namespace(workdir=tmp_path, traceback=False, verbose=False)
-        monkeypatch.setattr(main.Program, 'compile', lambda self: (full, None))
+        monkeypatch.setattr(Program, 'compile', lambda self: (full, None))
         monkeypatch.setattr(main, 'parse', lambda argv: (options, recipe(corpus, **NO_ANALYSES)))
         assert main.main([]) == 7
         [line] = capsys.readouterr().err.splitlines()
@@ -408,7 +410,7 @@ class TestBadInput:
 
     @pytest.fixture(autouse=True)
     def no_compilation(self, monkeypatch):
-        monkeypatch.setattr(main.Program, 'compile', None)
+        monkeypatch.setattr(Program, 'compile', None)
 
     @pytest.mark.parametrize(
         'changes, kind, words',
@@ -453,7 +455,7 @@ class TestBadInput:
             (tmp_path / 'shared/notes').write_text("another process's")
             raise TypeError
 
-        monkeypatch.setattr(main.Program, 'compile', another)
+        monkeypatch.setattr(Program, 'compile', another)
         with pytest.raises(TypeError):
             main.run(recipe(corpus), tmp_path / 'shared')
         assert [path.name for path in (tmp_path / 'shared').iterdir()] == ['notes']
