@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mixln_jax import processes, record, trees
+from mixln_jax import outputs, paths, processes, record, trees
 from mixln_jax.exits import CheckpointError, NumericsError, UsageError, first_line
 
 COMMITTED = 'commit_success.txt'  # what orbax writes last
@@ -26,7 +26,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder, keep=3, read_only=False):
-        self._folder = pathlib.Path(folder).absolute()
+        self._folder = paths.for_arrays(folder, '')
         if not read_only:
             _clear(self._folder)
         # Each has its name from the start, and COMMITTED once it is whole: gcsfuse renames no folders.
@@ -110,6 +110,15 @@ class Checkpoints:
             raise CheckpointError(f'{self._folder / str(step)}: {problem or "another process cannot read it"}')
         return state, about
 
+    def read_back(self, step, like):
+        """Reads what was saved, each process its part, and drops it. Raises CheckpointError where it is not as saved.
+
+        Call it where nothing else of the state's size is held."""
+        try:
+            self.read(step, like)
+        except (CheckpointError, OSError) as error:
+            raise CheckpointError(f'the last save cannot be read back: {error}') from error
+
     def _read(self, step, like):
         """(state, JSON object, None), or what is wrong in place of None. Each process reads by itself."""
         state = about = problem = None
@@ -149,7 +158,7 @@ class Checkpoints:
         aside = _free_name(folder, 'corrupt')
         processes.meet(f'aside {step}')  # all have looked
         if not jax.process_index():
-            rename(folder, aside)
+            outputs.rename(folder, aside)
             problem = problem or 'another process cannot read it'
         processes.meet(f'set aside {step}')
         self._manager.reload()
@@ -202,7 +211,7 @@ def _clear(folder):
             elif path.name.isdecimal() and path.is_dir() and not _is_whole(path):
                 now = 'removed'
                 if _has_all(path):
-                    rename(path, aside := _free_name(path, 'unfinished'))
+                    outputs.rename(path, aside := _free_name(path, 'unfinished'))
                     now = f'now {aside.name}'
                 else:
                     shutil.rmtree(path)
@@ -215,21 +224,12 @@ def _free_name(folder, ending):
     return next(path for name in names if not (path := folder.with_name(name)).exists())
 
 
-def rename(folder: pathlib.Path, to: pathlib.Path):
-    """Renames a folder; on file systems that rename none (gcsfuse) copies and then removes it."""
-    try:
-        folder.rename(to)
-    except OSError:
-        shutil.copytree(folder, to)
-        shutil.rmtree(folder)
-
-
 def read_params(folder):
     """(weights, JSON object) of one checkpoint, `checkpoints/<step>`: on one device here, whatever mesh wrote them.
 
     The optimiser's state is not read. Raises CheckpointError for what is unreadable or damaged.
     """
-    folder = pathlib.Path(folder).absolute()
+    folder = paths.for_arrays(folder, '')
     here, like = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), {}
     try:
         about = _about(folder)

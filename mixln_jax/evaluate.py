@@ -7,6 +7,7 @@ lm-evaluation-harness (`pip install lm_eval`).
 import argparse
 import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 import sys
@@ -14,7 +15,7 @@ import sys
 import jax
 
 from mixln_jax import config as configs
-from mixln_jax import exits, metrics, paths, record, weights
+from mixln_jax import exits, metrics, outputs, record, weights
 from mixln_jax import mesh as meshes
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
@@ -164,6 +165,18 @@ def _text(found, options):
     return line, {'split': split} | values
 
 
+def _place(out):
+    """Where to write results. Raises UsageError for a file that is there and holds none."""
+    path = outputs.place(out)
+    try:
+        ours = not path.exists() or {'checkpoint', 'step'} <= {*json.loads(path.read_bytes())}
+    except (OSError, ValueError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise UsageError(f'--out {out} is there already and holds no results of an evaluation; take another name')
+    return path
+
+
 def main(argv):
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
@@ -190,7 +203,7 @@ def main(argv):
         for name in OF_TEXT:
             if options.tasks and getattr(options, name) is not None:
                 raise UsageError(f'--{name} has no meaning with --tasks')
-        out = options.out and paths.local(options.out, '--out')  # before anything is measured
+        out = None if options.out is None else _place(options.out)  # before anything is measured
         harness = open_harness(options)
         found = weights.load(options.checkpoint, norm_position=options.norm_position)
         shown, values = harness(found)[1]() if harness else _text(found, options)

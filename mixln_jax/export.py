@@ -5,7 +5,9 @@ Pre-LN networks become stock LLaMA. All others carry a small modelling file, whi
 """
 
 import argparse
+import fnmatch
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -14,12 +16,12 @@ import jax
 import numpy as np
 import optax
 
-from mixln_jax import exits, paths, record, weights
-from mixln_jax.checkpoint import rename
+from mixln_jax import exits, outputs, record, weights
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import hf
 
 BESIDE = ('tokenizer*.json', 'tokenizer.model', 'spiece.model', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
+OWN = (*BESIDE, 'config.json', 'model*.safetensors*', 'modeling_*.py', 'tokenizer/*', weights.EXPORT)
 # The largest difference of a logit, as a share of the largest logit, and of the perplexity, as a share of it.
 BOUNDS = {'float32': 0.0, 'bfloat16': 0.05}
 
@@ -27,21 +29,23 @@ BOUNDS = {'float32': 0.0, 'bfloat16': 0.05}
 def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=None, remove_layers=()):
     """Writes the weights at `checkpoint`, which is anything that `weights.load` opens, into the folder `out`.
 
-    It is written beside `out`, read back and compared, and then renamed, so `out` is never half. Layers of
-    `remove_layers`, see `weights.without_layers`, are left out.
+    It is written beside `out`, read back and compared, and then renamed, so `out` is never half. Where `out` is a link
+    its target is written. Layers of `remove_layers`, see `weights.without_layers`, are left out.
 
     Raises:
-        UsageError: `out` holds what is not an export; options, or a network, that cannot be written.
+        UsageError: `out` holds what is not an export, is the checkpoint, in it or around it, or is being written by
+            another process; options, or a network, that cannot be written.
         CheckpointError: weights that cannot be read, or that are others when read back.
     """
-    out = paths.local(out, '--out').absolute()
-    _check_replaceable(out)
-    found = weights.load(checkpoint, norm_position=norm_position)
-    if remove_layers:
-        found = weights.without_layers(found, remove_layers)
-    source, partial, old = pathlib.Path(found.where), *(out.with_name(f'.{out.name}.{end}') for end in ('new', 'old'))
-    shutil.rmtree(partial, ignore_errors=True)  # a kill left it
-    try:
+    out = outputs.place(out)
+    source = pathlib.Path(os.path.realpath(weights.find(checkpoint)[0]))
+    if out in (source, *source.parents) or source in out.parents:
+        raise UsageError(f'--out {out} and the checkpoint {source} are one, or one is inside the other')
+    with outputs.replacing(out, _check_replaceable) as partial:
+        found = weights.load(checkpoint, norm_position=norm_position)
+        source = pathlib.Path(found.where)
+        if remove_layers:
+            found = weights.without_layers(found, remove_layers)
         about = {'max_position_embeddings': found.config.seq_length} if found.config else _about(source)
         hf.save(partial, found.model, found.params, found.tokenizer, dtype, max_shard_gb, about)
         if not found.config:
@@ -52,13 +56,6 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
         origin = {'from': found.where, 'step': found.step, 'removed_layers': sorted({*remove_layers})}
         origin |= {'data_mode': found.data_mode, 'dtype': dtype, 'versions': record.versions()}
         record.write_json(partial / weights.EXPORT, origin | {'files': [*files, weights.EXPORT]})
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            rename(out, old)
-        rename(partial, out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.rglob('*'))
     record.say(f'{out}: {len(files) + 1} files, {size:,} bytes')
     if found.tokenizer and not (out / 'tokenizer.json').exists():
@@ -67,14 +64,25 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
 
 
 def _check_replaceable(out):
+    """Raises UsageError for what is no folder, and for a folder with anything in it that no export has written."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f'--out {out} holds what is not an export of ours: it is a file')
     try:
-        there = [path for path in out.rglob('*') if not path.is_dir()] if out.exists() else []
-        files = set(json.loads((out / weights.EXPORT).read_bytes())['files'] if (out / weights.EXPORT).exists() else ())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = json.loads((out / weights.EXPORT).read_bytes())['files'] if (out / weights.EXPORT).exists() else ()
+        files = {name for name in said if any(_matches(name, own) for own in OWN)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f'--out {out}: {weights.EXPORT} is not readable: {error!r}') from None
-    others = sorted(str(path.relative_to(out)) for path in there if str(path.relative_to(out)) not in files)
-    if others or (out.exists() and not out.is_dir()):
-        raise UsageError(f'--out {out} holds what is not an export of ours: {others[0] if others else "it is a file"}')
+    ours = files | {str(pathlib.PurePath(name).parent) for name in files}
+    for path in sorted(out.rglob('*')):
+        name = str(path.relative_to(out))
+        if name not in ours or path.is_symlink() or path.is_dir() != (name not in files):
+            raise UsageError(f'--out {out} holds what is not an export of ours: {name}')
+
+
+def _matches(name, pattern):
+    return name.count('/') == pattern.count('/') and fnmatch.fnmatchcase(name, pattern)
 
 
 def _about(folder):

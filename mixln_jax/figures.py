@@ -6,6 +6,7 @@ finite, and is left blank or marked with a cross. Beside its own keys a result m
 drawing.COLOURS; else its place counts.
 """
 
+import contextlib
 import io
 import itertools
 import pathlib
@@ -38,8 +39,16 @@ def svg(figure):
 def save(figure, folder, name):
     """Writes <folder>/<name>.png (300 dots an inch) and <name>.svg; without a date, so that equal figures are equal."""
     folder = pathlib.Path(folder)
+    record.write(folder / f'{name}.svg', svg(figure))  # first: it shows whose both are
     record.write(folder / f'{name}.png', _saved(figure, 'png', {'Software': None}))
-    record.write(folder / f'{name}.svg', svg(figure))
+
+
+def is_drawn(path):
+    """Whether a file is an SVG of `save`: matplotlib's, without a date."""
+    with contextlib.suppress(OSError):
+        head = pathlib.Path(path).read_bytes()[:3000]
+        return b'<g id="figure_1">' in head and b'<dc:date>' not in head
+    return False
 
 
 @drawing.styled

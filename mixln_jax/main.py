@@ -9,7 +9,6 @@ if __name__ == '__main__':
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,7 +25,20 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from mixln_jax import checkpoint, console, evaluate, exits, hooks, measures, paths, processes, record, train, weights
+from mixln_jax import (
+    checkpoint,
+    console,
+    evaluate,
+    exits,
+    hooks,
+    measures,
+    outputs,
+    paths,
+    processes,
+    record,
+    train,
+    weights,
+)
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import during
@@ -61,7 +73,7 @@ def run(values, workdir, stop=None, verbose=False):
     exits.end_if_imported()
     console.guard_files()
     config = configs.build(values)
-    paths.local(workdir, '--workdir')  # before anything takes time
+    _check_place(workdir)  # before anything takes time
     with contextlib.ExitStack() as closing:
         closing.enter_context(processes.joined(config.processes.timeout, _digest(config)))
         stop = processes.SharedStop() if jax.distributed.is_initialized() else stop or exits.Stop()
@@ -193,6 +205,9 @@ def run(values, workdir, stop=None, verbose=False):
                 resume_hooks=about['open_line'] is not None,
             )
             checkpoints.wait()
+        processes.watch(0)
+        del state  # what is read back takes its room
+        checkpoints.read_back(config.num_steps, program.state)
         record.say(record.summary_table(lines.lines[-1], model.norm_position))
         record.say(
             f'weights, metrics and configuration are in {given}',
@@ -245,36 +260,41 @@ def _has_results(workdir):
     return any((workdir / 'checkpoints').glob('[0-9]*')) or record.read_metrics(workdir / 'metrics.jsonl')
 
 
+def _check_place(workdir):
+    """The whole path of a work directory. Raises UsageError where checkpoints cannot be kept, or in another run."""
+    outputs.place(workdir, '--workdir')
+    return paths.for_arrays(workdir, '--workdir')
+
+
 @contextlib.contextmanager
 def _open_workdir(workdir, resolved):
     """Makes the folder and keeps other processes out of it; refuses the folder of another run. A run that ends
     before it has results leaves nothing that was not there before.
 
-    Raises UsageError: not writable, in use, or results of another configuration in it, naming the keys that differ.
+    Raises UsageError: not writable, in use, files of something else in it that a run would write over, or results of
+    another configuration, naming the keys that differ.
     """
-    workdir = paths.local(workdir, '--workdir').absolute()
+    workdir = _check_place(workdir)
     path, speaks = workdir / 'config.json', not jax.process_index()
-    try:
-        made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-        if speaks:  # one of several makes it, and removes it
-            workdir.mkdir(parents=True, exist_ok=True)
-        processes.meet('work directory')
-        workdir.mkdir(parents=True, exist_ok=True)
-        there = {*os.listdir(workdir)}
-        before = json.loads(path.read_bytes()) if _has_results(workdir) and path.exists() else resolved
-        if not isinstance(before, dict):
-            raise ValueError(f'{path} is not a JSON object')
-        lock = (workdir / '.lock').open('wb')
-    except (OSError, ValueError) as error:
-        raise UsageError(f'the work directory {workdir} cannot be used: {error}') from None
-    with lock:
+    with contextlib.ExitStack() as closing:
         try:
+            made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+            if speaks:  # one of several makes it, and removes it
+                workdir.mkdir(parents=True, exist_ok=True)
+            processes.meet('work directory')
+            workdir.mkdir(parents=True, exist_ok=True)
+            there = {*os.listdir(workdir)}
+            before = json.loads(path.read_bytes()) if _has_results(workdir) and path.exists() else resolved
+            if not isinstance(before, dict):
+                raise ValueError(f'{path} is not a JSON object')
+            _check_free(workdir)
             if speaks:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f'the work directory {workdir} is in use by another process') from None
-        except OSError as error:  # some network file systems have no locks
-            record.say(f'mixln_jax: warning: {workdir} cannot be locked ({error})', file=sys.stderr)
+                busy = f'the work directory {workdir} is in use by another process'
+                closing.enter_context(outputs.locked(workdir / '.lock', busy, keep=True))
+                for path in workdir.glob('.seen-by-all-*'):  # of a start that was killed
+                    path.unlink(missing_ok=True)
+        except (OSError, ValueError) as error:
+            raise UsageError(f'the work directory {workdir} cannot be used: {error}') from None
         _check_same_run(workdir, before, resolved, ANOTHER)
         try:
             yield workdir
@@ -282,6 +302,22 @@ def _open_workdir(workdir, resolved):
             if speaks and not _has_results(workdir):
                 _remove_traces(workdir, made, there)
             raise
+
+
+def _check_free(workdir):
+    """Raises UsageError where a folder without results holds what is no run's and a run would write over."""
+    if _has_results(workdir):
+        return
+    path = workdir / 'config.json'
+    try:
+        ours = 'model' in json.loads(path.read_bytes())
+    except FileNotFoundError:
+        path = next((workdir / name for name in ('tokenizer', 'environment.json') if (workdir / name).exists()), None)
+        ours = path is None
+    except (OSError, ValueError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise UsageError(f'the work directory {workdir} holds {path.name} of something else; {ANOTHER}')
 
 
 def _remove_traces(workdir, made, there):
@@ -377,12 +413,13 @@ def _unigram_entropy(rows, config):
 
 def _resume_from(config, like):
     """(state, JSON object) of the checkpoint that `resume_from` names, which is not touched."""
-    try:
-        folder = weights.checkpoint_folder(config.resume_from)
-        if not folder:
-            raise UsageError('not a run of ours')
+
+    def read(folder):
         with contextlib.closing(checkpoint.Checkpoints(folder.parent, read_only=True)) as source:
-            state, about = source.read(int(folder.name), like)
+            return source.read(int(folder.name), like)
+
+    try:
+        _, state, about = weights.read_newest(config.resume_from, read)
         if about['step'] == config.num_steps and about['open_line'] is None:
             raise UsageError(f'it is trained to its end, step {config.num_steps}')
     except (UsageError, CheckpointError) as error:
@@ -450,7 +487,8 @@ def parse(argv):
     if not options.config:
         raise UsageError('--config FILE is missing; --help lists the keys')
     file, _, argument = options.config.partition('.py:')
-    options.workdir = options.workdir or f'runs/{pathlib.Path(file).stem}{argument and f"_{argument}"}'
+    if options.workdir is None:
+        options.workdir = f'runs/{pathlib.Path(file).stem}{argument and f"_{argument}"}'
     return options, config
 
 

@@ -10,31 +10,15 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 
 import tensorboardX
 
 from mixln_jax.console import say as say
 from mixln_jax.exits import CheckpointError
+from mixln_jax.outputs import write as write
 
 GIT_REPOSITORY = 'GIT_DIR', 'GIT_COMMON_DIR', 'GIT_OBJECT_DIRECTORY', 'GIT_WORK_TREE', 'GIT_INDEX_FILE', 'GIT_PREFIX'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections', 'numpy')
-
-
-def write(path, body: bytes):
-    """Writes a file so that a crash leaves the old one or the new one, never half, also when several processes or
-    threads do so at once; makes its folder."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}')
-    try:
-        with temporary.open('wb') as file:
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, content):

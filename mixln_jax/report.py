@@ -5,23 +5,26 @@ Prints a table in markdown and writes report.html, one page with all figures in 
 
 import argparse
 import dataclasses
+import html
 import itertools
 import json
 import math
 import os
 import pathlib
+import re
 import sys
 
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax import drawing, exits, figures, page, paths, record, sections
+from mixln_jax import drawing, exits, figures, outputs, page, record, sections
 from mixln_jax.exits import CheckpointError, UsageError
 from mixln_jax.models import norms
 from mixln_jax.page import Section, Table
 
 SEEDS = ('seed', 'data.seed')
 SHOWN = ('model.norm_position', 'num_steps', 'expected.')  # keys in columns of their own: placement, steps, paper
+COMMAND = 'python -m mixln_jax.report'  # stands in every report
 ANALYSES = ('angular', 'drop', 'gradients', 'variance')
 
 
@@ -332,7 +335,7 @@ def _notes(runs):
 
 def markdown(head, rows):
     """Lines of a table in markdown, columns aligned."""
-    head, *rows = [[text.replace('|', '\\|').replace('\n', ' ') for text in line] for line in (head, *rows)]
+    head, *rows = [[escaped(text) for text in line] for line in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ['-' * width for width in widths], *rows]
     return [
@@ -340,33 +343,54 @@ def markdown(head, rows):
     ]
 
 
+def escaped(text):
+    """A text in markdown that shows it as it is: names and values make no links, tags, code or lines of their own."""
+    text = html.escape(re.sub(r'\s+', ' ', text), quote=False)
+    return re.sub(r'[\\`*|~\[\]@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.', r'\\\g<0>', text, flags=re.IGNORECASE)
+
+
+def _paragraph(text):
+    """The same of a text on a line of its own, which begins no heading or list; `code` between backticks stays code."""
+    parts = re.split('`([^`]+)`', text.strip())
+    text = ''.join(f'`{part}`' if number % 2 else escaped(part) for number, part in enumerate(parts))
+    return re.sub(r'^(#*|\d*)([#+.)-])(?= )', r'\1\\\2', re.sub(r'\s+', ' ', text))
+
+
 def document(title, lead, sections):
     """The sections in markdown, without figures, a text."""
 
     def lines(section, level):
-        yield from (f'{"#" * level} {section.heading}', '')
-        for text in (*(f'**Warning.** {text}' for text in section.warnings), *section.texts, *section.notes):
-            yield from (text, '')
+        yield from (f'{"#" * level} {escaped(section.heading)}', '')
+        for text in section.warnings:
+            yield from (f'**Warning.** {_paragraph(text)}', '')
+        for text in (*section.texts, *section.notes):
+            yield from (_paragraph(text), '')
         for table in section.tables:
-            yield from (f'{table.caption}:', '', *markdown(table.head, table.rows), '')
+            yield from (f'{escaped(table.caption)}:', '', *markdown(table.head, table.rows), '')
         for part in section.parts:
             yield from lines(part, level + 1)
 
     every = itertools.chain.from_iterable(lines(section, 2) for section in sections)
-    return '\n'.join([f'# {title}', '', lead, '', *every])
+    return '\n'.join([f'# {escaped(title)}', '', _paragraph(lead), '', *every])
 
 
 def write(runs, compared, out):
-    """Writes report.html and report.md into the folder `out`; their paths."""
-    out.mkdir(parents=True, exist_ok=True)  # or it would be found out after drawing
+    """Writes report.html and report.md into the folder `out`; their paths.
+
+    Raises UsageError where another process does, or where files of these names are no reports.
+    """
     title = 'Runs side by side' if len(runs) > 1 else f'The run {runs[0].name}'
-    what = 'perplexity, settings, training, and what each layer does (python -m mixln_jax.report)'
-    lead = f'{sections.listed(runs)}: {what}.'
-    said = sections.compose(runs, compared)
-    colours = {run.name: drawing.look({'colour': run.colour}, 0)[0] for run in runs}
+    lead = f'{sections.listed(runs)}: perplexity, settings, training, and what each layer does ({COMMAND}).'
     paths = out / 'report.html', out / 'report.md'
-    for path, text in zip(paths, (page.render(title, lead, said, colours), document(title, lead, said)), strict=True):
-        record.write(path, text.encode())
+    with outputs.writing_into(out):  # or it would be found out after drawing
+        for path in paths:
+            if os.path.lexists(path) and not (path.is_file() and COMMAND.encode() in path.read_bytes()):
+                raise UsageError(f'--out {out}: {path.name} is there already and is no report; take another folder')
+        said = sections.compose(runs, compared)
+        colours = {run.name: drawing.look({'colour': run.colour}, 0)[0] for run in runs}
+        texts = page.render(title, lead, said, colours), document(title, lead, said)
+        for path, text in zip(paths, texts, strict=True):
+            record.write(path, text.encode())
     return paths
 
 
@@ -379,7 +403,7 @@ def main(argv):
 
     def job():
         options = exits.parse(parser, argv)
-        out = paths.local(options.out, '--out')
+        out = outputs.place(options.out)
         runs, problems, others = read(options.runs)
         skipped = f'{", ".join(others)} (no config.json of a run)'
         if runs:
@@ -387,9 +411,10 @@ def main(argv):
             [table] = compared.tables
             record.say(*markdown(table.head, table.rows), '', *compared.notes)
             try:
-                record.say(f'wrote {" and ".join(map(str, write(runs, compared, out)))}')
-            except OSError as problem:
-                problems.append(UsageError(f'--out {options.out} is no folder to write into: {problem.strerror}'))
+                written = [pathlib.Path(options.out, path.name) for path in write(runs, compared, out)]
+                record.say(f'wrote {" and ".join(map(str, written))}')
+            except UsageError as problem:
+                problems.append(problem)
             for warning in compared.warnings:
                 record.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
             if others:

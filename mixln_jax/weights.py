@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -22,6 +23,10 @@ SAME = (
     *('family', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads', 'norm_eps', 'scale_embed'),
     *('rope_theta', 'rope_type', *hf_config.SWITCHES),
 )
+
+
+class Removed(UsageError):
+    """A checkpoint that its run has removed for a newer one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +78,11 @@ def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weigh
         bert: whether the folder of a BERT will do too.
 
     Raises:
-        UsageError: nothing there, or a `norm_position` for a run or a BERT, which have their own.
+        UsageError: nothing there, or a `norm_position` for a run or a BERT, which have their own; as `read_newest`.
         CheckpointError: unreadable, damaged or of another structure.
     """
-    path, of_run = find(path)
+    given = path
+    path, of_run = find(given)
     if bert and hf_bert.is_bert(path):
         if norm_position:
             raise UsageError(f'--norm_position: {path} is a BERT, which has Post-LN')
@@ -87,8 +93,7 @@ def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weigh
         return Weights(model, params, str(path), tokenizer=tokenizers.load(path / 'tokenizer') if ours else None)
     if norm_position:
         raise UsageError(f'--norm_position: {path} is a run of ours, which knows its placement')
-    folder = path
-    params, about = checkpoint.read_params(folder)
+    folder, params, about = read_newest(given, checkpoint.read_params)
     config = configs.from_resolved(about['config'])
     model = llama.from_config(config.model, compute_dtype)
     expected, shapes = (
@@ -169,6 +174,34 @@ def checkpoint_folder(path):
     if (path / 'about').is_dir():
         raise UsageError(f'{path} is a checkpoint outside of its run: <run>/checkpoints/<step> is needed')
     return None
+
+
+def read_newest(path, read):
+    """(folder, *`read(folder)`) of the checkpoint that `checkpoint_folder(path)` names.
+
+    A run in training removes old checkpoints: where a newer one has come while the newest was read, it is taken.
+
+    Raises UsageError: not a run of ours; Removed where `path` names a single checkpoint, which is removed meanwhile.
+    """
+    folder = checkpoint_folder(path)
+    while folder:
+        try:
+            return folder, *read(folder)
+        except (CheckpointError, OSError):
+            newer = any(step > int(folder.name) for step in checkpoint.steps(folder.parent))
+            if not newer or jax.process_count() > 1:  # several processes have to agree on what they read
+                raise
+            for _ in range(20):  # it may be half gone
+                if not folder.exists():
+                    break
+                time.sleep(0.05)
+            again = checkpoint_folder(path) if pathlib.Path(path).expanduser().is_dir() else None
+            if not again:
+                raise Removed(f'{folder} was removed while it was read: newer checkpoints took its place') from None
+            if again == folder:
+                raise
+            folder = again
+    raise UsageError(f'{path} is not a run of ours')
 
 
 def _hops(path):

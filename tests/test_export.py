@@ -12,6 +12,7 @@ import vocabularies
 from mixln_jax import config as configs
 from mixln_jax import export, main, weights
 from mixln_jax.data import tokenizer_json
+from mixln_jax.exits import UsageError
 from mixln_jax.models import hf
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -110,7 +111,7 @@ def test_a_folder_of_somebody_else_stays(tmp_path, capsys):
     (out / 'notes/mine.txt').write_text('mine')
     before = names(out)
     assert command(*pre) == 2
-    assert 'holds what is not an export of ours: notes/mine.txt' in capsys.readouterr().err
+    assert 'holds what is not an export of ours: notes' in capsys.readouterr().err
     assert names(out) == before
     (tmp_path / 'file').write_text('mine')
     assert command('--checkpoint', GOLDEN / 'pre', '--out', tmp_path / 'file') == 2
@@ -136,11 +137,28 @@ def test_other_numbers_are_found_and_nothing_is_left(tmp_path, capsys, monkeypat
     assert (out / 'model.safetensors').read_bytes() == before
 
 
-def test_what_a_kill_left_is_removed(tmp_path):
-    (tmp_path / '.out.new').mkdir()
-    (tmp_path / '.out.new/half').write_text('')
-    assert command('--checkpoint', GOLDEN / 'pre', '--out', tmp_path / 'out') == 0
-    assert [path.name for path in tmp_path.iterdir()] == ['out']
+@pytest.mark.parametrize('name', ['empty', 'link', 'config.json', 'mine', 'a/config.json'])
+def test_what_no_export_writes_is_not_replaced(tmp_path, name):
+    """Whatever export.json lists."""
+    (path := tmp_path / name).parent.mkdir(exist_ok=True)
+    if name in ('empty', 'config.json'):
+        path.mkdir()
+    elif name == 'link':
+        path.symlink_to(GOLDEN)
+    else:
+        path.write_text('')
+    listed = ['mine', 'link', 'a/config.json', '../mine', '/etc/passwd', 'export.json']
+    (tmp_path / 'export.json').write_text(json.dumps({'files': listed}))
+    with pytest.raises(UsageError, match=f'holds what is not an export of ours: {name.split("/")[0]}'):
+        export._check_replaceable(tmp_path)
+
+
+@pytest.mark.parametrize('out', ['', '..', 'inside/it'])
+def test_the_checkpoint_is_not_written_over(capsys, out):
+    before = names(GOLDEN)
+    assert command('--checkpoint', GOLDEN / 'pre', '--out', GOLDEN / 'pre' / out) == 2
+    assert 'are one, or one is inside the other' in capsys.readouterr().err
+    assert names(GOLDEN) == before
 
 
 @pytest.mark.parametrize('name', ['bytes', *vocabularies.KINDS])

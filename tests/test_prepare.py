@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 import test_datasets
 from corpora import all_tokens, contents, documents, texts, write
 
-from mixln_jax import config
+from mixln_jax import config, outputs
 from mixln_jax.data import prepare, prepared, rows, shards, sources, tokenizers, train_tokenizer, units
 from mixln_jax.exits import DataError, UsageError
 
@@ -336,7 +336,7 @@ class TestBadInput:
         def flock(*_):
             raise OSError(errno.ENOLCK, 'No locks available')
 
-        monkeypatch.setattr(shards.fcntl, 'flock', flock)
+        monkeypatch.setattr(outputs.fcntl, 'flock', flock)
         prepare.prepare(data(corpus / '*0-of*'), str(tmp_path), format='tokens')
         assert 'cannot be locked ([Errno' in capsys.readouterr().err and list(tmp_path.glob('train-*.bin'))
 

@@ -156,7 +156,7 @@ def test_the_whole_page(made, capsys):
             assert f'python -m mixln_jax.analysis.{job} --checkpoint {two}' in said
         assert f'--checkpoint {one}' not in said
     assert 'What <drop> is.' in seen.text and 'A & B 2025' in seen.text and '<drop>' not in page
-    assert 'a|b<script>' in seen.cells and '<script' not in page and 'a\\|b<script>' in text
+    assert 'a|b<script>' in seen.cells and '<script' not in page and 'a\\|b&lt;script&gt;' in text
     assert 'optim.learning_rate' in seen.cells and 'optim.schedule' not in seen.cells
 
     assert seen.headings[0] == 'Runs side by side'
@@ -293,7 +293,7 @@ def test_where_it_cannot_be_written(made, capsys, tmp_path):
     for out in ('file', 'file/under'):
         assert report.main([str(made(f'run-{out[-5:]}'.replace('/', ''))), '--out', out]) == 2
         error = capsys.readouterr().err
-        assert f'--out {out} is no folder to write into: ' in error and len(error.splitlines()) == 1
+        assert f'{out} is no folder to write into: ' in error and len(error.splitlines()) == 1
 
 
 def test_curves_are_thinned_to_means():

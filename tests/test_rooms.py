@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = [
-    {'console', 'exits', 'paths', 'config', 'trees', 'record', 'hlo'},
+    {'console', 'exits', 'paths', 'outputs', 'config', 'trees', 'record', 'hlo'},
     {'mesh', 'processes', 'data', 'models'},
     {'losses', 'optim', 'metrics', 'measures', 'figures', 'drawing'},
     {'checkpoint', 'step', 'program', 'weights'},
@@ -17,9 +17,13 @@ LEVELS = [
 WITHIN = {
     ('exits', 'console'),
     ('paths', 'exits'),
+    ('outputs', 'console'),
+    ('outputs', 'exits'),
+    ('outputs', 'paths'),
     ('config', 'exits'),
     ('record', 'console'),
     ('record', 'exits'),
+    ('record', 'outputs'),
     ('checkpoint', 'step'),
     ('weights', 'checkpoint'),
     ('program', 'step'),

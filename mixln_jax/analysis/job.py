@@ -5,15 +5,17 @@ must be finite), `draw` (figures of many networks) and `columns` (what its table
 """
 
 import argparse
+import contextlib
 import json
 import os
+import pathlib
 import sys
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from mixln_jax import exits, figures, paths, record
+from mixln_jax import exits, figures, outputs, record, weights
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import subjects
 from mixln_jax.data import rows as data_rows
@@ -93,27 +95,34 @@ def run(job, work, argv, add_options=lambda add: None, check=lambda options: Non
         by_folder = {}
         for place in subjects.places(options.checkpoint, options.steps):
             by_folder.setdefault(_folder(job, options, place), []).append(place)
-        for folder in by_folder:
-            _claim(job, folder)
-        problems = []
-        for folder, places in by_folder.items():
-            results = []
-            for place in places:
-                try:
-                    results.append(_result(job, place, options, work))
-                except NumericsError as problem:
-                    problems.append(problem)
-                    continue
-                _write(job, folder, results, options)
-                record.say(*_table(results[-1], job.columns(results[-1])), '')
-            if results:
-                _draw(job, folder, results)
-        for problem in problems[:-1]:
-            record.say(f'mixln_jax: {problem}', file=sys.stderr)
-        if problems:
-            raise problems[-1]
+        with contextlib.ExitStack() as closing:
+            for folder in by_folder:
+                closing.enter_context(outputs.writing_into(folder))
+                _check_free(job, folder)
+            _measure_all(job, work, options, by_folder)
 
     return exits.call(command, show_traceback='--traceback' in argv)
+
+
+def _measure_all(job, work, options, by_folder):
+    """Measures, writes and draws; one problem with a network hides no other."""
+    problems = []
+    for folder, places in by_folder.items():
+        results = []
+        for place in places:
+            try:
+                results.append(_result(job, place, options, work))
+            except (NumericsError, weights.Removed) as problem:
+                problems.append(problem)
+                continue
+            _write(job, folder, results, options)
+            record.say(*_table(results[-1], job.columns(results[-1])), '')
+        if results:
+            _draw(job, folder, results)
+    for problem in problems[:-1]:
+        record.say(f'mixln_jax: {problem}', file=sys.stderr)
+    if problems:
+        raise problems[-1]
 
 
 def _check(options):
@@ -130,23 +139,19 @@ def _check(options):
 
 def _folder(job, options, place):
     """Where the results of a checkpoint go."""
-    if options.out:
-        return paths.local(options.out, '--out')
+    if options.out is not None:
+        return outputs.place(options.out)
     if not place.run:
         raise UsageError(f'{place.folder} is not a run of ours, which would keep its results; give --out DIR')
     return place.run / 'analysis' / job.NAME
 
 
-def _claim(job, folder):
-    """Makes a folder for results. Raises UsageError where that cannot be, or where another job's are."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f'--out {folder} is no folder to write into: {error.strerror}') from None
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f'--out {folder} is not writable')
+def _check_free(job, folder):
+    """Raises UsageError where another job's results are in a folder, or what is no result."""
     if (other := _written(folder).get('job', job.NAME)) != job.NAME:
         raise UsageError(f'--out {folder} has the results of mixln_jax.analysis.{other}; give another folder')
+    if not _is_ours(folder, job.NAME):
+        raise UsageError(f'--out {folder}: {job.NAME}.png or .svg there is no figure of ours; give another folder')
 
 
 def _written(folder):
@@ -154,11 +159,22 @@ def _written(folder):
     path = folder / 'result.json'
     try:
         found = json.loads(path.read_bytes()) if path.exists() else {}
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or found and not isinstance(found.get('job'), str):
         raise UsageError(f'{path} is not the result of an analysis; give another folder as --out')
     return found
+
+
+def _is_ours(folder, name):
+    """Whether an analysis may write or remove a figure of this name in a folder: nothing is there, or what one drew.
+
+    Names come from a result.json too, which may say anything."""
+    if not isinstance(name, str) or pathlib.PurePath(name).parts != (name,) or name == '..':
+        return False
+    paths = [folder / f'{name}.{suffix}' for suffix in ('png', 'svg')]
+    there = [path for path in paths if os.path.lexists(path)]
+    return not there or all(path.is_file() and not path.is_symlink() for path in there) and figures.is_drawn(paths[1])
 
 
 def _result(job, place, options, work):
@@ -211,13 +227,17 @@ def _write(job, folder, results, options):
 
 def _draw(job, folder, results):
     """Writes the figures, in place of those of an earlier result."""
-    made = job.draw(results)
+    made, content = job.draw(results), _written(folder)
+    for name in made:
+        if not _is_ours(folder, name):
+            raise UsageError(f'--out {folder}: {name}.png or .svg there is no figure of ours; result.json is written')
     for name, figure in made.items():
         figures.save(figure, folder, name)
-    content = _written(folder)
-    for name in {*content['figures']} - {*made}:
-        for suffix in ('png', 'svg'):
-            (folder / f'{name}.{suffix}').unlink(missing_ok=True)
+    before = content['figures'] if isinstance(content['figures'], list) else []
+    for name in before:
+        if _is_ours(folder, name) and name not in made:
+            for suffix in ('png', 'svg'):
+                (folder / f'{name}.{suffix}').unlink(missing_ok=True)
     record.write_json(folder / 'result.json', content | {'figures': sorted(made)})
     record.say(f'{folder}: result.json, {", ".join(f"{name}.png" for name in sorted(made))} (.svg)')
 

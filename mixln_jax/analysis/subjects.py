@@ -27,13 +27,15 @@ INITIAL = 'init'  # the step of weights that no training has changed
 class Place:
     """Where weights lie: a checkpoint's folder or Hugging Face's, and the run it is of, or None.
 
-    `initial`: not they, but those that the run began with. `label` is their name among others.
+    `initial`: not they, but those that the run began with. `label` is their name among others. `newest`: whichever is
+    the run's newest checkpoint when it is opened.
     """
 
     folder: pathlib.Path
     run: pathlib.Path | None
     initial: bool
     label: str
+    newest: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ def places(checkpoints, steps=None) -> list[Place]:
     Raises:
         UsageError: nothing there, a step that is not kept, or steps of what is not a run.
     """
-    found = {}  # (folder, initial) -> (folder, run, what is said behind the run's name)
+    found = {}  # (folder, initial) -> (folder, run, initial, what is said after the run's name, whether the newest)
     for path in checkpoints:
         folder, of_run = weights.find(path)
         run = folder.parents[1] if of_run else None
@@ -68,11 +70,12 @@ def places(checkpoints, steps=None) -> list[Place]:
         else:
             chosen = _steps(folder, steps)
         for at, initial, said in chosen:
-            found.setdefault((at.resolve(), initial), (at, run, initial, said))
+            newest = is_run and of_run and (initial or not steps)
+            found.setdefault((at.resolve(), initial), (at, run, initial, said, newest))
     names = drawing.names([run or folder for folder, run, *_ in found.values()])
     return [
-        Place(folder, run, initial, name + said)
-        for name, (folder, run, initial, said) in zip(names, found.values(), strict=True)
+        Place(folder, run, initial, name + said, newest)
+        for name, (folder, run, initial, said, newest) in zip(names, found.values(), strict=True)
     ]
 
 
@@ -102,7 +105,7 @@ def open_subject(place: Place, norm_position=None, batch_size=8, data_path=None)
     Raises:
         UsageError, CheckpointError: as `weights.load`; DataError where initial weights need the run's data.
     """
-    found = weights.load(place.folder, norm_position=norm_position, bert=True)
+    found = weights.load(place.run if place.newest else place.folder, norm_position=norm_position, bert=True)
     mesh = _mesh(batch_size)
     if place.initial:
         params = _initial(found, data_path)

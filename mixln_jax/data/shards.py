@@ -3,17 +3,15 @@ set."""
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Callable
 
 import xxhash
 
-from mixln_jax import config, paths, record
+from mixln_jax import config, outputs, record
 from mixln_jax.data import layout, prepared, rows, units
 from mixln_jax.data.sources import rank
 from mixln_jax.data.tokenizers import Tokenizer
@@ -39,8 +37,11 @@ class Job:
     skip_bad: int
 
     def check_plan(self, all_units):
-        """Makes the folder. Raises UsageError where it holds another preparation, naming what differs."""
+        """Makes the folder. Raises UsageError where it holds another preparation, naming what differs, or no
+        preparation but something else."""
         notes = pathlib.Path(self.folder, NOTES)
+        if not notes.exists() and os.path.isdir(self.folder) and (there := sorted(os.listdir(self.folder))):
+            raise UsageError(f'{self.folder} holds what no preparation made: {there[0]}; take another --out')
         notes.mkdir(parents=True, exist_ok=True)
         plan = {
             'source': self.data.source,
@@ -144,7 +145,7 @@ def dataset_name(name):
 def folder(out: str, format: str, name: str) -> pathlib.Path:
     """Where the shards lie: tokens in `out`, a data set in TFDS's layout below it, as version 3.1.0 if none is named
     (C4's, under which TFDS knows it)."""
-    out = paths.local(out, '--out')
+    out = outputs.place(out)
     if format == 'tfds' and not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?(:\d+\.\d+\.\d+)?', name):
         raise UsageError(f'--name {name!r} is not NAME, NAME/CONFIG or NAME/CONFIG:1.2.3')
     name, _, version = name.partition(':')
@@ -202,21 +203,10 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
         return result
 
 
-@contextlib.contextmanager
 def _locked(notes, name):
     notes.mkdir(exist_ok=True)
     path = notes / f'{name}.lock'
-    with path.open('wb') as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f'{path}: another process prepares this shard') from None
-        except OSError as error:  # some network file systems have no locks
-            record.say(f'mixln_jax: warning: {path} cannot be locked ({error})', file=sys.stderr)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    return outputs.locked(path, f'{path}: another process prepares this shard')
 
 
 class _Shard:

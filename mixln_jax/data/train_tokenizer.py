@@ -7,17 +7,20 @@ if __name__ == '__main__':
 
 # ruff: noqa: E402
 import argparse
+import json
+import os
 import sys
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mixln_jax import config, exits, paths, record
+from mixln_jax import config, exits, outputs, record
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer
-from mixln_jax.exits import UsageError
+from mixln_jax.exits import UsageError, first_line
 
 SPECIALS = ['<pad>', '</s>', '<s>']  # 0, 1, 2; bytes need no token for the unknown
+FILES = 'tokenizer.json', 'tokenizer_config.json', 'fingerprint.json'
 SMALLEST = len(SPECIALS) + 256 + 1  # specials, bytes and a merge
 MEASURED = 10**7  # bytes of text on which the mean is taken
 
@@ -57,10 +60,33 @@ def bytes_per_token(source: Source, tokenizer: Tokenizer) -> tuple[float, int]:
 def run(options):
     """Trains on what `options`, of `parse`, name, writes the tokenizer and prints what came out."""
     data = config.Data(source=options.source, path=options.path, name=options.name, data_dir=options.data_dir)
-    source = open_source(data, 'train')
-    out = paths.local(options.out, '--out')
+    out = outputs.place(options.out)
     path = out if out.suffix == '.json' else out / 'tokenizer.json'
-    path.parent.mkdir(parents=True, exist_ok=True)  # or fails before the work, not after it
+    with outputs.writing_into(path.parent):  # or fails before the work, not after it
+        _check_replaceable(out)
+        _train(open_source(data, 'train'), out, path, options)
+
+
+def _check_replaceable(out):
+    """Raises UsageError for a file, or a folder with a file, that `run` has not written."""
+    try:
+        path = out
+        if out.is_dir():
+            for name in FILES:
+                outputs.sweep(out / name)
+            there = {item.name for item in out.iterdir()} - {outputs.LOCK}
+            path = out / FILES[0] if there else None
+            if others := sorted(there - {*FILES}):
+                raise UsageError(f'--out {out} holds what is no tokenizer of ours: {others[0]}; take another name')
+        if path and os.path.lexists(path):
+            made = [token['content'] for token in json.loads(path.read_bytes())['added_tokens']]
+            if made != SPECIALS:
+                raise ValueError('other special tokens')
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UsageError(f'--out {out} is no tokenizer of ours ({first_line(error)}); take another name') from None
+
+
+def _train(source, out, path, options):
     record.say(f'training on {len(source):,} documents')
     body = train(source, options.vocab_size)
     if path == out:
