@@ -312,24 +312,30 @@ def _check_free(workdir):
     try:
         ours = 'model' in json.loads(path.read_bytes())
     except FileNotFoundError:
-        path = next((workdir / name for name in ('tokenizer', 'environment.json') if (workdir / name).exists()), None)
+        path = next((path for name in ('tokenizer/*', 'environment.json') for path in workdir.glob(name)), None)
         ours = path is None
     except (OSError, ValueError, TypeError, RecursionError):
         ours = False
     if not ours:
-        raise UsageError(f'the work directory {workdir} holds {path.name} of something else; {ANOTHER}')
+        raise UsageError(f'the work directory {workdir} holds {path.relative_to(workdir)} of something else; {ANOTHER}')
 
 
 def _remove_traces(workdir, made, there):
     """Removes what this process has written into the work directory, and the folders `made`, where nothing else is in
     them; `there` are the names that it found. What is for people, debug/ and profile/, keeps all."""
     new = [path for path in workdir.iterdir() if path.name not in there]
+    if 'config.json' not in there and 'tokenizer' in there:  # it was empty, as _check_free has seen
+        new += (workdir / 'tokenizer').iterdir()
     if {path.name for path in new} & {'debug', 'profile'}:
         return
     for path in new:
         if path.name in ('checkpoints', 'tokenizer'):
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name in ('.lock', 'config.json', 'environment.json', 'metrics.jsonl') or 'tfevents' in path.name:
+        elif (
+            path.parent != workdir
+            or path.name in ('.lock', 'config.json', 'environment.json', 'metrics.jsonl')
+            or 'tfevents' in path.name
+        ):
             path.unlink(missing_ok=True)
     for folder in made:
         with contextlib.suppress(OSError):

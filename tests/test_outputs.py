@@ -115,12 +115,13 @@ class TestPlaces:
         assert outputs.place(run / 'analysis/angular') and outputs.place(run / 'exported')
 
     def test_a_work_directory_of_something_else(self, tmp_path):
-        for name, body in {'config.json': '{"model_type": "llama"}', 'tokenizer': '', 'environment.json': ''}.items():
-            (folder := tmp_path / name[:3]).mkdir()
+        for name, body in {'config.json': '{"model_type": "llama"}', 'tokenizer/a': '', 'environment.json': ''}.items():
+            folder = tmp_path / name[:3]
+            (folder / name).parent.mkdir(parents=True)
             (folder / name).write_text(body)
             with pytest.raises(UsageError, match=f'holds {name} of something else'), main._open_workdir(folder, {}):
                 pass
-            assert [path.name for path in folder.iterdir()] == [name]
+            assert [path.name for path in folder.iterdir()] == [name.partition('/')[0]]
 
     def test_prepare_keeps_out_of_a_run(self, tmp_path):
         run = make_run(tmp_path / 'run')
