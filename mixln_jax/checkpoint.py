@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 import sys
 
@@ -16,6 +17,14 @@ from mixln_jax import outputs, paths, processes, record, trees
 from mixln_jax.exits import CheckpointError, NumericsError, UsageError, first_line
 
 COMMITTED = 'commit_success.txt'  # what orbax writes last
+METADATA, TIMES = '_CHECKPOINT_METADATA', ('commit_timestamp_nsecs', 'init_timestamp_nsecs')
+# What a file system, not a damaged file, answers: in Python's words and in tensorstore's.
+NOT_NOW = re.compile('Input/output error|Permission denied|PERMISSION_DENIED|Stale file handle|Connection timed out')
+OTHERS = 'another process cannot read it'
+
+
+class Damaged(ValueError):
+    """What a checkpoint says is not what was saved."""
 
 
 class Checkpoints:
@@ -73,7 +82,8 @@ class Checkpoints:
         """The newest good checkpoint as (state, JSON object), or None where there is none.
 
         One whose content is damaged is named, its folder renamed `<step>.corrupt`, and the one before it is taken,
-        also where one of several processes alone finds it damaged.
+        also where one of several processes alone finds it damaged. One that the file system does not give becomes
+        `<step>.unreadable`, but only if there is a good one before it.
 
         Args:
             like: the state as ShapeDtypeStructs with the shardings that it is to have.
@@ -81,17 +91,24 @@ class Checkpoints:
         Raises:
             CheckpointError: a checkpoint of another structure (nothing is renamed), or none of several is good.
         """
-        found = steps(self._folder)
+        found, bad = steps(self._folder), []
         for step in reversed(found):
             state, about, problem = self._read(step, like)
             if not processes.any_of(problem):
                 problem = _difference(about['leaves'], describe(state))
                 if not problem:
-                    return state, about
-            self._set_aside(step, problem)
+                    break
+            bad.append((step, problem, processes.any_of(NOT_NOW.search(problem or ''))))
+        good = len(bad) < len(found)
+        for step, problem, not_now in bad:
+            if good or not not_now:
+                self._set_aside(step, problem, 'unreadable' if not_now else 'corrupt')
+        if good:
+            return state, about
         if found:
             raise CheckpointError(
-                f'{self._folder}: no checkpoint is readable ({", ".join(map(str, reversed(found)))} are damaged)'
+                f'{self._folder}: no checkpoint is readable '
+                f'({"; ".join(f"{step}: {problem or OTHERS}" for step, problem, _ in bad)})'
             )
         if aside := sorted(path.name for path in self._folder.glob('*.corrupt')):
             raise CheckpointError(
@@ -107,7 +124,7 @@ class Checkpoints:
         """
         state, about, problem = self._read(step, like)
         if processes.any_of(problem) or (problem := _difference(about['leaves'], describe(state))):
-            raise CheckpointError(f'{self._folder / str(step)}: {problem or "another process cannot read it"}')
+            raise CheckpointError(f'{self._folder / str(step)}: {problem or OTHERS}')
         return state, about
 
     def read_back(self, step, like):
@@ -124,19 +141,13 @@ class Checkpoints:
         state = about = problem = None
         try:
             about = self.about(step)
-            if about.pop('digest') != _digest(about):
-                problem = 'its JSON has changed'
-            elif about['step'] != step:
-                problem = f'it is step {about["step"]}'
-            else:
-                state = self._restore_state(step, like, about['leaves'])
+            state = self._restore_state(step, like, about['leaves'])
         except (CheckpointError, MemoryError):
             raise
         except Exception as error:  # a flipped byte can make orbax, zstd or JSON raise anything
-            unreadable_now = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-            if unreadable_now or 'RESOURCE_EXHAUSTED' in str(error):
+            if 'RESOURCE_EXHAUSTED' in str(error):
                 raise  # says nothing about what is stored
-            problem = f'{type(error).__name__}: {first_line(error)}'
+            problem = _problem(error)
         return state, about, problem
 
     def _restore_state(self, step, like, stored):
@@ -152,18 +163,19 @@ class Checkpoints:
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
             return reader.restore(self._folder / str(step), args=arguments)['state']
 
-    def _set_aside(self, step, problem):
+    def _set_aside(self, step, problem, ending):
         """Renames a checkpoint; process 0 does, and all that have seen a problem say so."""
         folder = self._folder / str(step)
-        aside = _free_name(folder, 'corrupt')
+        aside = _free_name(folder, ending)
         processes.meet(f'aside {step}')  # all have looked
         if not jax.process_index():
             outputs.rename(folder, aside)
-            problem = problem or 'another process cannot read it'
+            problem = problem or OTHERS
         processes.meet(f'set aside {step}')
         self._manager.reload()
         if problem:
-            record.say(f'mixln_jax: checkpoint {folder} is damaged ({problem}); now {aside.name}', file=sys.stderr)
+            what = 'is damaged' if ending == 'corrupt' else 'cannot be read'
+            record.say(f'mixln_jax: checkpoint {folder} {what} ({problem}); now {aside.name}', file=sys.stderr)
 
 
 def steps(folder: pathlib.Path) -> list[int]:
@@ -187,12 +199,17 @@ def _is_whole(folder):
 
 def _has_all(folder):
     """Whether all but COMMITTED is there: the time in orbax's metadata is written just before."""
+    return _time(folder) is not None
+
+
+def _time(folder):
+    """When a checkpoint was written to its end, as orbax noted it; None where it did not, 0 where that is lost."""
     try:
-        return json.loads((folder / '_CHECKPOINT_METADATA').read_bytes())['commit_timestamp_nsecs'] is not None
+        return json.loads((folder / METADATA).read_bytes())[TIMES[0]]
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    except (ValueError, KeyError, TypeError):
-        return True  # it cannot be known
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
 
 
 def _clear(folder):
@@ -216,6 +233,9 @@ def _clear(folder):
                 else:
                     shutil.rmtree(path)
                 record.say(f'mixln_jax: checkpoint {path} was not written to its end; {now}', file=sys.stderr)
+            elif path.name.isdecimal() and not _time(path):
+                # Its time alone matters. Without it orbax asks for the owner of the folder, who may have no name here.
+                record.write_json(path / METADATA, dict.fromkeys(TIMES, path.stat().st_mtime_ns))
     processes.meet('half written ones are gone')
 
 
@@ -233,8 +253,6 @@ def read_params(folder):
     here, like = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), {}
     try:
         about = _about(folder)
-        if about.pop('digest') != _digest(about):
-            raise ValueError('its JSON has changed')
         stored = {name: leaf for name, leaf in about['leaves'].items() if name.startswith('params/')}
         for name, leaf in stored.items():
             *groups, last = name.split('/')
@@ -248,17 +266,30 @@ def read_params(folder):
     except CheckpointError:
         raise
     except Exception as error:  # no such step; a flipped byte can make orbax or zstd raise anything
-        raise CheckpointError(f'{folder}: {first_line(error)}') from error
+        raise CheckpointError(f'{folder}: {_problem(error)}') from error
     if problem := _difference(stored, describe(found)):
         raise CheckpointError(f'{folder}: {problem}')
     return found['params'], about
 
 
 def _about(folder):
+    """The JSON object of a checkpoint. Raises Damaged where it is not what was saved, or of another step."""
     if folder.is_dir() and not _is_whole(folder):
         raise CheckpointError(f'{folder}: it was not written to its end')
     with _reader() as reader:
-        return reader.restore(folder, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
+        about = reader.restore(folder, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
+    if about.pop('digest') != _digest(about):
+        raise Damaged('its JSON has changed')
+    if about['step'] != int(folder.name):
+        raise Damaged(f'it is step {about["step"]}')
+    return about
+
+
+def _problem(error):
+    """What an exception says of a checkpoint, and which file it is about."""
+    file = getattr(error, 'filename', None)
+    said = first_line(error) if isinstance(error, Damaged) else f'{type(error).__name__}: {first_line(error)}'
+    return f'{said} ({file})' if file and str(file) not in said else said
 
 
 def _reader():

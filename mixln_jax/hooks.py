@@ -44,7 +44,8 @@ def saving(every, checkpoints, metrics, extra):
         if complete:
             metrics.flush()
         if checkpoints.latest() != step:
-            checkpoints.save(step, state, extra() | {'open_line': metrics.open_line})
+            about = extra() | {'open_line': metrics.open_line, 'metrics': metrics.seal()}
+            checkpoints.save(step, state, about)
         if wait:
             checkpoints.wait()
 

@@ -100,8 +100,8 @@ def run(values, workdir, stop=None, verbose=False):
             tokenizer, rows, eval_rows = _open_data(config)
             _describe(config, program, rows, mesh, verbose)
             state, about = _first_state(program, resolved, checkpoints, rows.fingerprint, stop)
-            if about['step'] == config.num_steps and about['open_line'] is None:
-                raise CheckpointError(f'{workdir} is trained to the end, but its metrics.jsonl lacks the last step')
+            if checkpoints.latest() is not None:
+                _check_metrics(workdir, about, config.num_steps)
             shared = workdir
             if jax.process_index():  # one of several writes the records
                 workdir = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
@@ -357,9 +357,25 @@ def _check_same_run(where, before, now, way_out):
 
 
 def _finished(workdir, checkpoints, num_steps):
-    """Whether the last step is saved and its metrics line complete."""
-    lines = record.read_metrics(workdir / 'metrics.jsonl')
-    return checkpoints.latest() == num_steps and bool(lines) and lines[-1]['step'] == num_steps
+    """Whether the last step is saved and its metrics line complete. Raises CheckpointError for damaged records."""
+    if checkpoints.latest() != num_steps:
+        return False
+    try:
+        about = checkpoints.about(num_steps)
+    except Exception:  # whoever restores it says what is wrong
+        return False
+    if about['open_line'] is not None:
+        return False
+    _check_metrics(workdir, about, num_steps)
+    return True
+
+
+def _check_metrics(workdir, about, num_steps):
+    """Raises CheckpointError where metrics.jsonl lacks what was there when the checkpoint was saved."""
+    path, complete = workdir / 'metrics.jsonl', about['open_line'] is None
+    record.check_metrics(path, about['step'] + complete, about.get('metrics'))
+    if complete and about['step'] == num_steps not in [line['step'] for line in record.read_metrics(path)[-1:]]:
+        raise CheckpointError(f'{workdir} is trained to the end, but its metrics.jsonl lacks the last step')
 
 
 def _open_data(config):

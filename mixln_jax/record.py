@@ -1,6 +1,7 @@
 """What a run leaves behind beside its weights: its environment, metrics.jsonl, TensorBoard events, lines for people."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -18,6 +19,7 @@ from mixln_jax.exits import CheckpointError
 from mixln_jax.outputs import write as write
 
 GIT_REPOSITORY = 'GIT_DIR', 'GIT_COMMON_DIR', 'GIT_OBJECT_DIRECTORY', 'GIT_WORK_TREE', 'GIT_INDEX_FILE', 'GIT_PREFIX'
+LOST = 'put back the file as it was, or go on in another --workdir with config.resume_from'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections', 'numpy')
 
 
@@ -76,6 +78,7 @@ class Metrics:
         if self._path.exists():
             write(self._path, ''.join(json.dumps(line) + '\n' for line in kept).encode())
         self.lines, self.open_line = kept, open_line
+        self._digest = _digest(kept)
         self._file = self._path.open('a', encoding='utf-8')
         # purge_step makes TensorBoard forget what a cut line had shown.
         self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=first, write_to_disk=True)
@@ -91,11 +94,16 @@ class Metrics:
         if self.open_line:
             self._file.write(json.dumps(self.open_line) + '\n')
             self.lines.append(self.open_line)
+            _digest([self.open_line], self._digest)
             self._show(self.open_line)
             self.open_line = None
             self._file.flush()
             os.fsync(self._file.fileno())
             self._board.flush()
+
+    def seal(self) -> dict:
+        """What tells the lines on disk from all others; a checkpoint keeps it for `check_metrics`."""
+        return {'lines': len(self.lines), 'digest': self._digest.hexdigest()}
 
     def close(self):
         """Closes both files; an open line is lost, as its step was not complete."""
@@ -117,7 +125,8 @@ class Metrics:
 def read_metrics(path):
     """The lines of a metrics.jsonl; a last line that a kill cut short is left out.
 
-    Raises CheckpointError, naming the line, for one that is no JSON object with a step.
+    Raises CheckpointError, naming the line, for one that is no JSON object with a step, or no later step than the line
+    before it.
     """
     try:
         texts = pathlib.Path(path).read_text(encoding='utf-8').splitlines(keepends=True)
@@ -125,17 +134,38 @@ def read_metrics(path):
         return []
     except UnicodeDecodeError:
         raise CheckpointError(f'{path} is not text') from None
-    lines = []
+    lines, last = [], 0
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
-            line['step'] + 0
-            lines.append(line)
-        except (ValueError, KeyError, TypeError):
+            step = line['step'] + 0
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(texts) and not text.endswith('\n'):
                 break
             raise CheckpointError(f'{path}:{number} is not a JSON object with a step') from None
+        if not step > last:
+            raise CheckpointError(f'{path}:{number} is step {step}, after step {last}; {LOST}')
+        lines.append(line)
+        last = step
     return lines
+
+
+def check_metrics(path, first: int, seal: dict | None):
+    """Raises CheckpointError where the lines of a metrics.jsonl before step `first` are not those that were there when
+    a checkpoint was saved, which kept their `seal`; None: it is of a version that kept none."""
+    lines = [line for line in read_metrics(path) if line['step'] < first]
+    if seal and len(lines) != seal['lines']:
+        raise CheckpointError(f'{path} has {len(lines)} lines before step {first}, not {seal["lines"]}; {LOST}')
+    if seal and _digest(lines).hexdigest() != seal['digest']:
+        raise CheckpointError(f'{path}: a line before step {first} is not what the run has written; {LOST}')
+
+
+def _digest(lines, digest=None):
+    """A digest of metrics lines, or `digest` with them added."""
+    digest = digest or hashlib.blake2b(digest_size=16)
+    for line in lines:
+        digest.update(json.dumps(line).encode() + b'\n')
+    return digest
 
 
 def progress_line(line, num_steps):

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import pwd
 import shutil
 
 import jax
@@ -161,15 +162,58 @@ def test_changed_json_is_damage_too(saved):
     assert checkpoint.Checkpoints(saved).restore(like(state_of()))[1]['step'] == 3
 
 
-def test_a_passing_read_error_renames_nothing(saved, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.EIO, 'Input/output error')
+def unreadable(monkeypatch, *steps):
+    """Lets the file system fail where the JSON of these steps is read."""
+    original = checkpoint.Checkpoints.about
 
-    checkpoints = checkpoint.Checkpoints(saved)
-    monkeypatch.setattr(checkpoints, 'about', fail)
-    with pytest.raises(OSError, match='Input/output'):
-        checkpoints.restore(like(state_of()))
+    def fail(self, step):
+        if step in steps:
+            raise OSError(errno.EIO, 'Input/output error', f'{step}/about/metadata')
+        return original(self, step)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, 'about', fail)
+
+
+def test_one_that_the_file_system_does_not_give(saved, monkeypatch, capsys):
+    unreadable(monkeypatch, 5)
+    assert checkpoint.Checkpoints(saved).restore(like(state_of()))[1]['step'] == 3
+    assert 'Input/output error' in (said := capsys.readouterr().err) and '5/about/metadata' in said
+    assert {path.name for path in saved.iterdir()} == {'3', '5.unreadable'}
+
+
+def test_a_file_system_that_gives_nothing_renames_nothing(saved, monkeypatch):
+    unreadable(monkeypatch, 3, 5)
+    with pytest.raises(CheckpointError, match='5: OSError.*Input/output error.*; 3: OSError'):
+        checkpoint.Checkpoints(saved).restore(like(state_of()))
     assert (saved / '5').is_dir() and (saved / '3').is_dir()
+
+
+@pytest.mark.parametrize('left', [None, b'', b'{}', b'{"commit_timestamp_nsecs": nul', b'[' * 100_000])
+def test_its_time_may_be_lost_and_its_owner_have_no_name(saved, monkeypatch, left):
+    """As in a container with a user id of its own: whoever asks for the name has a KeyError."""
+    (saved / '5' / checkpoint.METADATA).unlink()
+    if left is not None:
+        (saved / '5' / checkpoint.METADATA).write_bytes(left)
+
+    def unknown(number):
+        raise KeyError(f'getpwuid(): uid not found: {number}')
+
+    monkeypatch.setattr(pwd, 'getpwuid', unknown)
+    checkpoints = checkpoint.Checkpoints(saved)
+    assert checkpoints.restore(like(state_of()))[1]['step'] == 5
+    checkpoints.save(6, state_of(), {})
+    checkpoints.close()
+    assert checkpoint.Checkpoints(saved).latest() == 6
+
+
+def test_another_step_under_its_name_is_named_by_every_reader(saved):
+    shutil.copytree(saved / '3', saved / '7')
+    assert checkpoint.Checkpoints(saved).restore(like(state_of()))[1]['step'] == 5
+    assert (saved / '7.corrupt').is_dir()
+    shutil.copytree(saved / '3', saved / '7')
+    for read in (checkpoint.read_params, lambda path: checkpoint.Checkpoints(saved).read(7, like(state_of()))):
+        with pytest.raises(CheckpointError, match='7: it is step 3'):
+            read(saved / '7')
 
 
 def test_no_good_step(saved):

@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 from corpora import write
 
+from mixln_jax import checkpoint, exits, main, record, replay, train
 from mixln_jax import config as configs
-from mixln_jax import exits, main, record, replay, train
 from mixln_jax.analysis import angular, drop, gradients, variance
 from mixln_jax.exits import DataError, DeviceError, NumericsError, Stopped, UsageError
 from mixln_jax.program import Program
@@ -493,8 +493,39 @@ class TestBadInput:
         with pytest.raises(UsageError, match='seed'):  # the checkpoint knows its configuration too
             main.run(recipe(corpus, seed=9), workdir)
 
-    def test_lost_metrics_of_a_finished_run(self, finished, corpus, tmp_path):
+    @pytest.mark.parametrize('finished_too', [True, False])
+    @pytest.mark.parametrize('change', ['gap', 'cut', 'deleted', 'other', 'twice', 'reversed'])
+    def test_damaged_metrics_are_named(self, finished, corpus, tmp_path, change, finished_too):
+        """Before anything is trained, and nothing is written."""
         workdir = shutil.copytree(finished, tmp_path / 'run')
+        lines = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
+        if not finished_too:
+            shutil.rmtree(workdir / 'checkpoints/7')
+        other = re.sub(r'"train/loss": [\d.]+', '"train/loss": 9.9', ''.join(lines))
+        changed = {
+            'gap': [lines[0], *lines[2:]],
+            'cut': lines[:1],
+            'other': [other],
+            'twice': [*lines[:2], *lines[1:]],
+            'reversed': lines[::-1],
+        }
+        if change == 'deleted':
+            (workdir / 'metrics.jsonl').unlink()
+        else:
+            (workdir / 'metrics.jsonl').write_text(''.join(changed[change]))
+        before = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob('*') if path.is_file())
+        with pytest.raises(exits.CheckpointError, match=r'metrics\.jsonl.*; put back the file .*resume_from'):
+            main.run(recipe(corpus), workdir)
+        left = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob('*') if path.is_file())
+        assert [kept for kept in left if kept[0].name != '.lock'] == [
+            kept for kept in before if kept[0].name != '.lock'
+        ]
+
+    def test_metrics_of_a_version_that_kept_no_seal(self, finished, corpus, tmp_path, monkeypatch):
+        workdir = shutil.copytree(finished, tmp_path / 'run')
+        about = checkpoint.Checkpoints.about
+        monkeypatch.setattr(checkpoint.Checkpoints, 'about', lambda *at: about(*at) | {'metrics': None})
+        main.run(recipe(corpus), workdir)  # already finished
         (workdir / 'metrics.jsonl').unlink()
         with pytest.raises(exits.CheckpointError, match='lacks the last step'):
             main.run(recipe(corpus), workdir)
