@@ -6,6 +6,7 @@ Imports nothing heavy, so that a command can answer a signal while it still impo
 import argparse
 import contextlib
 import errno
+import logging
 import math
 import multiprocessing
 import os
@@ -255,6 +256,8 @@ def call(job, *args, show_traceback=False):
     With `show_traceback` Python's own report of where it comes from stands before it.
     """
     console.guard()
+    if not show_traceback:
+        _quiet_libraries()
     try:
         job(*args)
     except Stopped as stopped:
@@ -270,6 +273,24 @@ def call(job, *args, show_traceback=False):
         console.say(f'mixln_jax: {_one_line(error)}', file=sys.stderr)
         return error.code
     return 0
+
+
+def _quiet_libraries():
+    """Keeps off the terminal what libraries report of errors that end as one line here, or that are none, such as event
+    loops that are closed while something still waits."""
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+    if 'absl.logging' in sys.modules:
+        sys.modules['absl.logging'].set_verbosity('fatal')
+    sys.unraisablehook = lambda unraisable: None
+    threading.excepthook = _say_of_thread
+
+
+def _say_of_thread(ended):
+    """One line of an exception that ended a thread of a library; the job may still be right without it."""
+    if ended.exc_type is not SystemExit:
+        error = ended.exc_value or ended.exc_type()
+        where = ended.thread.name if ended.thread else 'a thread'
+        console.say(f'mixln_jax: warning: {where}: {type(error).__name__}: {first_line(error)}', file=sys.stderr)
 
 
 def known(error):

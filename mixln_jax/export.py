@@ -55,6 +55,7 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
         files = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file())
         origin = {'from': found.where, 'step': found.step, 'removed_layers': sorted({*remove_layers})}
         origin |= {'data_mode': found.data_mode, 'dtype': dtype, 'versions': record.versions()}
+        origin |= {'tokenizer': found.tokenizer.fingerprint if found.tokenizer else None}
         record.write_json(partial / weights.EXPORT, origin | {'files': [*files, weights.EXPORT]})
     size = sum(path.stat().st_size for path in out.rglob('*'))
     record.say(f'{out}: {len(files) + 1} files, {size:,} bytes')

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import shlex
@@ -20,7 +19,6 @@ import sys
 import tempfile
 import time
 
-import absl.logging
 import jax
 import numpy as np
 from clu import parameter_overview
@@ -519,9 +517,6 @@ def main(argv):
 
     def job():
         options, config = parse(argv)
-        if not options.traceback:  # the libraries' own reports of what ends as one line here
-            logging.getLogger('asyncio').setLevel(logging.CRITICAL)
-            absl.logging.set_verbosity(absl.logging.FATAL)
         run(config, options.workdir, stop, options.verbose)
 
     return exits.call(job, show_traceback='--traceback' in argv)

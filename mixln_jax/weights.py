@@ -63,8 +63,7 @@ class Weights:
         """config.data.mode of the rows that the weights were trained on; None where nothing says it."""
         if self.config:
             return self.config.data.mode
-        path = pathlib.Path(self.where, EXPORT)
-        return json.loads(path.read_bytes()).get('data_mode') if path.is_file() else None
+        return _of_export(pathlib.Path(self.where)).get('data_mode')
 
 
 def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weights:
@@ -89,8 +88,10 @@ def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weigh
         return Weights(*hf_bert.load(path, compute_dtype), str(path))
     if not of_run:
         model, params = hf.load(path, norm_position, compute_dtype)
-        ours = (path / 'tokenizer/fingerprint.json').is_file()  # from an export
-        return Weights(model, params, str(path), tokenizer=tokenizers.load(path / 'tokenizer') if ours else None)
+        tokenizer = None
+        if (path / 'tokenizer/fingerprint.json').is_file():  # from an export
+            tokenizer = tokenizers.load(path / 'tokenizer', _of_export(path).get('tokenizer'))
+        return Weights(model, params, str(path), tokenizer=tokenizer)
     if norm_position:
         raise UsageError(f'--norm_position: {path} is a run of ours, which knows its placement')
     folder, params, about = read_newest(given, checkpoint.read_params)
@@ -105,8 +106,14 @@ def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weigh
                 f'{folder}: {name} is {shapes.get(name, "not there")}, its config makes it {expected.get(name)}'
             )
     workdir = folder.parents[1]
-    tokenizer = tokenizers.load(workdir / 'tokenizer')
+    tokenizer = tokenizers.load(workdir / 'tokenizer', about['data']['fingerprint']['tokenizer'])
     return Weights(model, params, str(folder), about['step'], config, tokenizer, workdir)
+
+
+def _of_export(folder):
+    """What mixln_jax.export has noted in a folder that it wrote; {} where it is not one."""
+    path = folder / EXPORT
+    return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
 def without_layers(found: Weights, removed) -> Weights:

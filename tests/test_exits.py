@@ -2,15 +2,18 @@
 
 import contextlib
 import errno
+import logging
 import os
 import pathlib
 import pwd
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
+import absl.logging
 import pytest
 
 from mixln_jax import evaluate, exits, export, main, paths, record, replay, report, train, weights
@@ -257,3 +260,46 @@ def test_the_commit_is_of_a_repository_that_tracks_the_code(tmp_path, monkeypatc
     assert record._commit() == f'{head}-dirty'
     monkeypatch.setattr(record, '__file__', str(tmp_path / 'nowhere/record.py'))
     assert record._commit() is None
+
+
+class Waiting:
+    """What is closed while something still waits for it."""
+
+    def __del__(self):
+        raise RuntimeError('Event loop is closed')
+
+
+@pytest.fixture
+def hooks_put_back():
+    hooks, level = (sys.unraisablehook, threading.excepthook), absl.logging.get_verbosity()
+    yield
+    sys.unraisablehook, threading.excepthook = hooks
+    absl.logging.set_verbosity(level)
+    logging.getLogger('asyncio').setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize('show_traceback', [False, True])
+def test_what_libraries_report_stays_off_the_terminal(capfd, hooks_put_back, show_traceback):
+    """Of a thread that has ended one line; --traceback shows all."""
+    sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+
+    def job():
+        logging.getLogger('asyncio').error('Task exception was never retrieved\nTraceback ...')
+        absl.logging.error('Failed to write\nTraceback ...')
+        thread = threading.Thread(target=open, args=('/nowhere/events',), name='writer')
+        thread.start()
+        thread.join()
+        Waiting()
+        raise DataError('the cause')
+
+    handler = logging.StreamHandler(sys.stderr)  # pytest has its own
+    logging.getLogger('asyncio').addHandler(handler)
+    try:
+        assert exits.call(job, show_traceback=show_traceback) == 4
+    finally:
+        logging.getLogger('asyncio').removeHandler(handler)
+    said = capfd.readouterr().err
+    assert [words in said for words in ('never retrieved', 'Event loop', 'Traceback')] == 3 * [show_traceback]
+    if not show_traceback:
+        [warning, line] = said.splitlines()
+        assert warning.startswith('mixln_jax: warning: writer: FileNotFoundError') and line == 'mixln_jax: the cause'

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import mixln_jax
-from mixln_jax import checkpoint, evaluate, main, weights
+from mixln_jax import checkpoint, evaluate, export, main, weights
 from mixln_jax import config as configs
-from mixln_jax.analysis import subjects
-from mixln_jax.exits import CheckpointError, UsageError
+from mixln_jax.analysis import angular, subjects
+from mixln_jax.data import inspect
+from mixln_jax.exits import CheckpointError, DataError, UsageError
 from mixln_jax.models import bert, hf
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -252,3 +253,28 @@ class TestOneNameForPeople:
         for path in (run, run / 'checkpoints/4'):
             with pytest.raises(UsageError, match=f'{path} is a run or .* of ours, which mixln_jax.load opens'):
                 hf.load(path)
+
+
+class TestAnotherTokenizer:
+    """Of the same size, in tokenizer/: its text, bytes and words would be wrong without a word."""
+
+    @pytest.fixture
+    def swapped(self, run, tmp_path, opened):
+        """Folders of a run and of its export, whose tokenizer is another one, whole."""
+        export.export(run, tmp_path / 'export')
+        shutil.copytree(run, tmp_path / 'run')
+        for folder in ('run', 'export'):
+            shutil.rmtree(tmp_path / folder / 'tokenizer')
+            opened('llama').save(tmp_path / folder / 'tokenizer')
+        return tmp_path
+
+    @pytest.mark.parametrize('folder', ['run', 'run/checkpoints/4', 'export'])
+    def test_is_named_by_every_reader(self, swapped, folder):
+        with pytest.raises(DataError, match='tokenizer is not the tokenizer that the weights were trained with'):
+            weights.load(swapped / folder)
+
+    def test_commands(self, swapped, capsys):
+        run = str(swapped / 'run')
+        inspects = inspect.main(['--workdir', run, '--step', '1'])
+        assert [inspects, evaluate.main(['--checkpoint', run]), angular.main(['--checkpoint', run])] == [4, 4, 4]
+        assert all('tokenizer' in line for line in capsys.readouterr().err.splitlines())

@@ -36,7 +36,7 @@ def inspect(workdir: str, step: int, num_rows: int | None = None, data_path: str
         raise UsageError('--step counts from 1' if step < 1 else f'--step {step} is beyond any run')
     if num_rows is not None and num_rows < 0:
         raise UsageError('--rows must be at least 0')
-    tokenizer = tokenizers.load(workdir / 'tokenizer')
+    tokenizer = tokenizers.load(workdir / 'tokenizer', rows.seen_by_run(workdir)[0].get('tokenizer'))
     of = rows.open_rows_of_run(workdir, config, config.data.split, tokenizer, data_path)
     places = (step - 1) * config.batch_size + np.arange(config.batch_size)
     numbers = batches.order(of, config.data.seed, places)[:num_rows]

@@ -163,11 +163,7 @@ def open_rows_of_run(
     or naming what differs.
     """
     data = run.data if data_path is None else moved(run.data, data_path)
-    try:
-        about = json.loads((pathlib.Path(workdir) / 'environment.json').read_bytes())
-        trained, evaluated = dict(about['data']), dict(about.get('eval_data', {}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f'{workdir}/environment.json does not tell what data the run saw: {error}') from error
+    trained, evaluated = seen_by_run(workdir)
     seen = {evaluated.get('split'): evaluated, run.data.split: trained}.get(split)
     try:
         rows = open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size)
@@ -186,6 +182,19 @@ def open_rows_of_run(
         known = ' (the text that comes with Python is another in other versions)' if data.source == 'stdlib' else ''
         raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs{known}')
     return rows
+
+
+def seen_by_run(workdir: str | pathlib.Path) -> tuple[dict, dict]:
+    """The fingerprints of the rows that a run has trained on and, with their `split`, evaluated on.
+
+    Raises UsageError where the run does not say.
+    """
+    path = pathlib.Path(workdir) / 'environment.json'
+    try:
+        about = json.loads(path.read_bytes())
+        return dict(about['data']), dict(about.get('eval_data', {}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f'{path} does not tell what data the run saw: {error}') from error
 
 
 def moved(data: config.Data, path: str) -> config.Data:

@@ -423,8 +423,9 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, limit: str):
         )
 
 
-def load(folder) -> Tokenizer:
-    """The tokenizer that `save(folder)` wrote. Raises DataError, naming the folder, where that is not there, whole."""
+def load(folder, fingerprint: str | None = None) -> Tokenizer:
+    """The tokenizer that `save(folder)` wrote. Raises DataError, naming the folder, where that is not there, whole, or
+    has another fingerprint than weights were trained with; None: nothing says which."""
     folder = pathlib.Path(folder)
     try:
         saved = json.loads((folder / 'fingerprint.json').read_bytes())
@@ -435,6 +436,8 @@ def load(folder) -> Tokenizer:
     tokenizer = kind(files, str(folder)) if kind else Bytes()
     if saved != _summary(tokenizer):
         raise DataError(f'{folder}: the saved tokenizer is damaged: its content has another fingerprint')
+    if fingerprint not in (None, tokenizer.fingerprint):
+        raise DataError(f'{folder} is not the tokenizer that the weights were trained with: put that one back')
     return tokenizer
 
 
