@@ -31,6 +31,8 @@ UNUSABLE = {
     errno.EISDIR,
     errno.ENOSPC,
     errno.ENOENT,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
 }
 
 
@@ -291,6 +293,34 @@ def _say_of_thread(ended):
         error = ended.exc_value or ended.exc_type()
         where = ended.thread.name if ended.thread else 'a thread'
         console.say(f'mixln_jax: warning: {where}: {type(error).__name__}: {first_line(error)}', file=sys.stderr)
+
+
+@contextlib.contextmanager
+def reading(path: object, kind: type[Exit], problem: str = 'cannot be read'):
+    """Inside, a file that a user gave is read: whatever a reader raises becomes one line that names the file.
+
+    Raises `kind`, '{path}: {problem}: {why}', from whatever is not an Exit already: also from libraries' own
+    BaseExceptions, such as the panics of those in Rust, but for those that end a process or a generator.
+    """
+    try:
+        yield
+    except (Exit, Stopped, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise kind(f'{path}: {problem}: {why(error)}') from error
+
+
+def why(error: BaseException) -> str:
+    """What a reader's exception says of a file, for people."""
+    if isinstance(error, RecursionError):
+        return 'nested too deeply'
+    if isinstance(error, MemoryError):
+        return f'more than fits into memory ({first_line(error)})'
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, ValueError):
+        return first_line(error)
+    return f'of another form ({type(error).__name__}: {first_line(error)})'
 
 
 def known(error):

@@ -1,11 +1,62 @@
-"""Paths that users give."""
+"""Paths and files that users give."""
 
+import json
 import os
 import pathlib
 import re
 import sys
+import stat
 
-from mixln_jax.exits import UsageError
+from mixln_jax.exits import Exit, UsageError, reading
+
+LARGEST = 2**28  # bytes of a file that is read whole
+
+
+def regular(path: str | os.PathLike, kind: type[Exit]) -> os.stat_result:
+    """What the system says of a file, after a check that it is one: a pipe or a device may have no end.
+
+    Raises FileNotFoundError; `kind` for what else cannot be read.
+    """
+    with reading(path, kind):
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            found = None
+    if not found:
+        raise FileNotFoundError(f'there is no file {path}')
+    if not stat.S_ISREG(found.st_mode):
+        what = next(name for name, is_one in _OTHERS if is_one(found.st_mode))
+        raise kind(f'{path} is {what}, not a file; a file is needed, such as a copy of what comes from there')
+    return found
+
+
+_OTHERS = (
+    ('a folder', stat.S_ISDIR),
+    ('a pipe', stat.S_ISFIFO),
+    ('a socket', stat.S_ISSOCK),
+    ('a device', lambda mode: True),
+)
+
+
+def read(path: str | os.PathLike, kind: type[Exit], largest: int = LARGEST) -> bytes:
+    """The content of a file. Raises FileNotFoundError; `kind`, as `regular`, also for more than `largest` bytes."""
+    regular(path, kind)
+    with reading(path, kind), open(path, 'rb') as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise kind(f'{path}: cannot be read: more than {largest:,} bytes, too much for such a file')
+    return content
+
+
+def read_json(path: str | os.PathLike, kind: type[Exit], problem: str = 'not readable JSON') -> dict:
+    """The object in a JSON file. Raises FileNotFoundError; `kind`, as `read`, also for what is no JSON object."""
+    content = read(path, kind)
+    with reading(path, kind, problem):
+        found = json.loads(content)
+    if not isinstance(found, dict):
+        raise kind(f'{path}: {problem}: not a JSON object')
+    return found
+
 
 # What the libraries that write arrays take for something else: another separator, patterns of names, buckets.
 REWRITTEN = re.compile(r'\\|\*|\?|\[[^/]*\]|(?:gs|s3|az|hf):(?=/)|^/(?:gs|s3|az|hf)/')
@@ -23,6 +74,8 @@ def local(path: str | os.PathLike, what: str) -> pathlib.Path:
     shown = f'{what} {text}'.strip()
     if not text:
         raise UsageError(f'{what or "a path"} is empty')
+    if '\0' in text:
+        raise UsageError(f'{what} {text!r}: no path has a NUL in it'.strip())
     if re.match(r'[A-Za-z][A-Za-z0-9+.-]*://', text):
         raise UsageError(
             f'{shown}: a path of this machine is needed, not an address; mount the bucket, or copy the files'

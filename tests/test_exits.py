@@ -7,6 +7,7 @@ import os
 import pathlib
 import pwd
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -179,6 +180,14 @@ class TestPaths:
         with pytest.raises(UsageError, match='^--workdir .*: this locale cannot spell the path in UTF-8'):
             paths.local(b'runs/\xff'.decode(errors='surrogateescape'), '--workdir')
 
+    def test_a_nul(self):
+        with pytest.raises(UsageError, match=r"^--out 'a.x00b': no path has a NUL in it$"):
+            paths.local('a\0b', '--out')
+
+    @pytest.mark.parametrize('number', [errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT])
+    def test_a_path_that_cannot_be_used_is_a_usage_error(self, number):
+        assert exits.known(OSError(number, os.strerror(number), 'x')).code == 2
+
     @pytest.mark.parametrize('text', ['runs/a', '/a', 'a:b', 'runs/gs://b', './gs://b', '://b'])
     def test_what_is_local(self, text):
         assert paths.local(text, '--out') == pathlib.Path(text)
@@ -209,6 +218,71 @@ class TestPaths:
         model = llama.from_config(main.configs.Model(num_layers=2, hidden_size=16, num_heads=2))
         with pytest.raises(UsageError, match=f'^config.init_from={where}: gs://b/run: a path of this machine'):
             weights.initial(where, model)
+
+
+class Panic(BaseException):
+    """As pyo3's, of libraries in Rust."""
+
+
+class TestReading:
+    @pytest.mark.parametrize(
+        'error, words',
+        [
+            (Panic('index out of bounds\nnote: backtrace'), r'of another form \(Panic: index out of bounds\)'),
+            (RecursionError('maximum recursion depth'), 'nested too deeply'),
+            (MemoryError('800 GiB'), r'more than fits into memory \(800 GiB\)'),
+            (KeyError('rows'), r"of another form \(KeyError: 'rows'\)"),
+            (ValueError('Expecting value: line 1'), 'Expecting value: line 1'),
+            (OSError(errno.EIO, 'Input/output error', 'x'), 'Input/output error'),
+        ],
+    )
+    def test_what_a_reader_raises_is_one_line(self, error, words):
+        with pytest.raises(DataError, match=f'^x.json: cannot be read: {words}$'), exits.reading('x.json', DataError):
+            raise error
+
+    @pytest.mark.parametrize(
+        'error', [Stopped(), KeyboardInterrupt(), SystemExit(3), GeneratorExit(), UsageError('why')]
+    )
+    def test_what_ends_a_process_stays(self, error):
+        with pytest.raises(type(error)) as raised, exits.reading('x.json', DataError):
+            raise error
+        assert raised.value is error
+
+    @pytest.mark.parametrize('read', [paths.read, paths.read_json])
+    def test_regular_files_only(self, read, tmp_path):
+        os.mkfifo(tmp_path / 'pipe')
+        (tmp_path / 'loop').symlink_to('loop')
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(tmp_path / 'socket'))
+        others = {'pipe': 'a pipe', 'socket': 'a socket', '.': 'a folder', '/dev/zero': 'a device'}
+        others |= {'loop': 'Too many levels', 'x' * 300: 'File name too long', 'a\0b': 'embedded null'}
+        for name, words in others.items():
+            with pytest.raises(DataError, match=words):
+                read(tmp_path / name, DataError)
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / 'absent', DataError)
+
+    @pytest.mark.parametrize(
+        'content, words',
+        [
+            (b'[' * 100_000, 'not readable JSON: nested too deeply'),
+            (b'{"a":' * 100_000, 'not readable JSON: nested too deeply'),
+            (b'{"a": %s}' % (b'9' * 5000), 'not readable JSON: Exceeds the limit'),
+            (b'\xff{}', 'not readable JSON'),
+            (b'', 'not readable JSON'),
+            (b'[]', 'not readable JSON: not a JSON object'),
+        ],
+    )
+    def test_json(self, content, words, tmp_path):
+        (tmp_path / 'a.json').write_bytes(content)
+        with pytest.raises(DataError, match=f'a.json: {words}'):
+            paths.read_json(tmp_path / 'a.json', DataError)
+
+    def test_a_file_that_is_too_large(self, tmp_path):
+        (tmp_path / 'a').write_bytes(b'12345')
+        assert paths.read(tmp_path / 'a', DataError, largest=5) == b'12345'
+        with pytest.raises(DataError, match='more than 4 bytes'):
+            paths.read(tmp_path / 'a', DataError, largest=4)
 
 
 class TestWithoutHome:
