@@ -21,6 +21,9 @@ import ml_collections
 
 from mixln_jax.exits import UsageError, integer
 
+LONGEST = 2**20  # tokens of a row; packing holds 64 of them open
+WORKERS = 1024
+LARGEST_VOCABULARY = 2**24
 BOOLEANS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
 
 
@@ -41,7 +44,7 @@ class Model:
     """The network; `hidden_size` and the like are Hugging Face's names for LLaMA."""
 
     family: str = key('llama', 'architecture', choices=('llama',))
-    vocab_size: int = key(32000, 'size of the vocabulary', at_least=2, at_most=2**24)
+    vocab_size: int = key(32000, 'size of the vocabulary', at_least=2, at_most=LARGEST_VOCABULARY)
     hidden_size: int = key(768, 'width D of the residual stream', at_least=1, at_most=2**18)
     intermediate_size: int = key(2048, 'width of the MLP', at_least=1, at_most=2**20)
     num_layers: int = key(12, 'number of layers L', at_least=1, at_most=10_000)
@@ -123,7 +126,7 @@ class Data:
         'concat: documents end to end',
         choices=('pad', 'pack', 'concat'),
     )
-    workers: int = key(0, 'processes that prepare batches; 0: threads of this process', at_least=0)
+    workers: int = key(0, 'processes that prepare batches; 0: threads of this process', at_least=0, at_most=WORKERS)
     seed: int = key(0, 'seed of the order of the rows', at_least=0, below=2**32)
 
 
@@ -247,7 +250,7 @@ class Config:
 
     seed: int = key(0, 'seed of the initial weights', at_least=0, below=2**32)
     batch_size: int = key(512, 'sequences in a batch, over all devices and accumulation', at_least=1, at_most=2**24)
-    seq_length: int = key(256, 'tokens in a sequence T', at_least=2, at_most=2**24)
+    seq_length: int = key(256, 'tokens in a sequence T', at_least=2, at_most=LONGEST)
     num_steps: int = key(20_000, 'updates in the run', at_least=1, below=2**31)
     accumulate: int = key(1, 'micro-batches that make one batch', at_least=1)
     log_every: int = key(10, 'steps between progress lines', at_least=1)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+import threading
 from typing import TextIO
 
 PLAIN = 'mixln_jax.plain'  # how to encode what an encoding lacks: bars as #, all other letters escaped
@@ -84,6 +85,25 @@ def say(*lines: object, file: TextIO | None = None):
     except (OSError, ValueError):  # nobody listens any more, no room, closed
         with contextlib.suppress(OSError, ValueError):
             _drop(file)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Inside, nothing reaches standard error, one thread at a time: libraries in Rust and C++ write there themselves
+    what they raise too."""
+    with _QUIET:
+        sys.stderr.flush()
+        kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nothing, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nothing)
+
+
+_QUIET = threading.RLock()
 
 
 def _drop(file):

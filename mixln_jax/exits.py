@@ -316,10 +316,8 @@ def why(error: BaseException) -> str:
         return 'nested too deeply'
     if isinstance(error, MemoryError):
         return f'more than fits into memory ({first_line(error)})'
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, ValueError):
-        return first_line(error)
+    if isinstance(error, (OSError, ValueError)):
+        return getattr(error, 'strerror', None) or first_line(error)
     return f'of another form ({type(error).__name__}: {first_line(error)})'
 
 

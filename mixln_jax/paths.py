@@ -4,10 +4,10 @@ import json
 import os
 import pathlib
 import re
-import sys
 import stat
+import sys
 
-from mixln_jax.exits import Exit, UsageError, reading
+from mixln_jax.exits import Exit, UsageError, reading, why
 
 LARGEST = 2**28  # bytes of a file that is read whole
 
@@ -17,16 +17,15 @@ def regular(path: str | os.PathLike, kind: type[Exit]) -> os.stat_result:
 
     Raises FileNotFoundError; `kind` for what else cannot be read.
     """
-    with reading(path, kind):
-        try:
-            found = os.stat(path)
-        except FileNotFoundError:
-            found = None
-    if not found:
-        raise FileNotFoundError(f'there is no file {path}')
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        raise kind(f'{path}: cannot be read: {why(error)}') from error
     if not stat.S_ISREG(found.st_mode):
         what = next(name for name, is_one in _OTHERS if is_one(found.st_mode))
-        raise kind(f'{path} is {what}, not a file; a file is needed, such as a copy of what comes from there')
+        raise kind(f'{path}: cannot be read: it is {what}, not a file')
     return found
 
 

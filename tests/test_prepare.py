@@ -283,6 +283,18 @@ class TestBadInput:
         assert '2 documents without text and 3 bad records' in shown
         assert 'a.jsonl:124: not UTF-8' in shown and 'a.jsonl:125: not JSON' in shown
 
+    def test_documents_that_are_too_long(self, tmp_path, capsys):
+        test_datasets.write(tmp_path, [[f'0 {i}' for i in range(30)] + ['long ' * 1000]])
+        sources = {'a data set': dict(data=dataset(tmp_path, split='train[5:]'), validation='train[:5]')}
+        sources['a file'] = dict(data=data(write(tmp_path / 'a.jsonl', [*texts(0), 'long ' * 1000])))
+        for number, (kind, of) in enumerate(sources.items()):
+            of |= dict(format='tokens', max_document=4000)
+            with pytest.raises(DataError, match='more than 4,000 bytes.*--max_document BYTES'):
+                prepare.prepare(out=str(tmp_path / f'{kind}-0'), **of)
+            capsys.readouterr()
+            assert prepare.prepare(out=str(tmp_path / f'{kind}-1'), skip_bad=1, **of)
+            assert '0 documents without text and 1 bad records' in capsys.readouterr().out, number
+
     def test_bad_and_empty_records_of_a_data_set(self, tmp_path, capsys):
         found = [[f'{shard} {i}' for i in range(count)] for shard, count in enumerate((30, 100))]
         found[1][50], found[1][70], found[1][80] = b'caf\xe9', b'\xff', ' \n'  # none is in the sample of a fingerprint
@@ -425,6 +437,12 @@ class TestBadInput:
             ('--source jsonl --path x --out x --format tokens --shards 3:3', '--shards is A:B'),
             ('--source jsonl --path x --out x --format tokens --shards=-1:3', '--shards is A:B'),
             ('--source jsonl --path x --out x --format tokens --workers 0', '--workers must be at least 1'),
+            ('--source jsonl --path x --out x --format tokens --workers 100000', '--workers must be at most 1024'),
+            (
+                '--source jsonl --path x --out x --format tokens --seq-length 1e12',
+                '--seq-length must be at most 1048576',
+            ),
+            ('--source jsonl --path x --out x --format tokens --max_document 0', '--max-document must be at least 1'),
             ('--source jsonl --path x --out x --format tokens --skip-bad -1', '--skip-bad must be at least 0'),
             ('--source jsonl --path x --out x --format tokens --seq-length 1', '--seq-length must be at least 2'),
             ('--source stdlib --validation x --out x --format tfds', '--validation does not go with --source stdlib'),

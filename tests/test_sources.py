@@ -12,6 +12,7 @@ import resource
 import tarfile
 import threading
 import time
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -241,6 +242,60 @@ class TestReader:
     def test_unreadable(self, path):
         with pytest.raises(DataError, match=f'{path}: cannot be read'):
             list(files.Reader('text', path))
+
+
+class TestBounds:
+    """What one line, or what is no file, may take."""
+
+    @pytest.mark.parametrize('kind', ['jsonl', 'text'])
+    @pytest.mark.parametrize('packed', [False, True])
+    def test_a_line_that_is_too_long_is_never_held(self, kind, packed, tmp_path):
+        good = b'{"text": "a"}\n'
+        content = good + bytes(3 * 10**7) + b'\n' + good
+        path = tmp_path / ('a.gz' if packed else 'a')
+        path.write_bytes(gzip.compress(content, 1) if packed else content)
+        with pytest.raises(DataError, match=rf'^{path}:2: more than 100,000 bytes in a line; data.prepare .*--max_doc'):
+            list(files.Reader(kind, str(path), largest=10**5))
+        tracemalloc.start()
+        reader = files.Reader(kind, str(path), skip_bad=1, largest=10**5)
+        found = ''.join(record['text'] for _, record in reader)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert reader.bad == 1 and found == ('aa' if kind == 'jsonl' else (2 * good).decode()) and most < 10**6
+
+    @pytest.mark.parametrize('end', [b'\n', b''])
+    def test_the_longest_line(self, end, tmp_path):
+        (tmp_path / 'a').write_bytes(b'abc' + end)
+        length = 3 + len(end)
+        assert len(list(files.Reader('text', str(tmp_path / 'a'), largest=length))) == 1
+        with pytest.raises(DataError, match=f'a:1: more than {length - 1} bytes'):
+            list(files.Reader('text', str(tmp_path / 'a'), largest=length - 1))
+
+    @pytest.mark.parametrize('source', ['jsonl', 'text'])
+    def test_regular_files_only(self, source, tmp_path):
+        os.mkfifo(tmp_path / 'pipe')
+        for path, what in ((tmp_path / 'pipe', 'a pipe'), ('/dev/zero', 'a device')):
+            with pytest.raises(DataError, match=f'{path}: cannot be read: it is {what}, not a file'):
+                files.of_source(source, str(path))
+            with pytest.raises(DataError, match=f'it is {what}'):
+                list(files.Reader(source, str(path)))
+
+    @pytest.mark.parametrize('line', [b'[' * 10**6, b'{"text":' * 10**5, b'{"text": %s}' % (b'9' * 5000)])
+    def test_odd_json(self, line, tmp_path):
+        (tmp_path / 'a').write_bytes(line)
+        with pytest.raises(DataError, match='a:1: '):
+            list(files.Reader('jsonl', str(tmp_path / 'a')))
+
+
+def test_a_thread_that_panics_is_heard():
+    class Panic(BaseException):
+        pass
+
+    def fail(_):
+        raise Panic
+
+    with pytest.raises(Panic):
+        files.each(5, fail, [1])
 
 
 class TestPaths:

@@ -1,6 +1,8 @@
 """Tokenizers as files: saved and loaded, downloaded, trained."""
 
 import concurrent.futures
+import contextlib
+import functools
 import http.server
 import io
 import json
@@ -20,7 +22,7 @@ import tokenizers as library
 from vocabularies import KINDS, byte_level, content, open_file, prose, specials, with_settings
 
 from mixln_jax import config
-from mixln_jax.data import tokenizers, train_tokenizer
+from mixln_jax.data import download, tokenizers, train_tokenizer
 from mixln_jax.exits import DataError
 
 # save and load
@@ -62,7 +64,7 @@ def test_load_names_a_bad_folder(name, opened, tmp_path):
     good = mark.read_text()
     for bad in ('', '[]', '{"kind": 3}', good[:-9], good.replace('"kind": "', '"kind": "x')):
         mark.write_text(bad)
-        with pytest.raises(DataError, match='saved: .*(not whole|damaged)'):
+        with pytest.raises(DataError, match='saved.*: .*(not whole|not readable|damaged)'):
             tokenizers.load(folder)
     mark.write_text(good)
     for file in folder.iterdir():
@@ -190,7 +192,7 @@ def test_failed_downloads_leave_nothing(served, tmp_path):
 def test_a_server_that_falls_silent(answer, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.setenv('no_proxy', '*')
-    monkeypatch.setattr(tokenizers, 'TIMEOUT', 0.3)
+    monkeypatch.setattr(download, 'TIMEOUT', 0.3)
     with socket.create_server(('127.0.0.1', 0)) as server, concurrent.futures.ThreadPoolExecutor() as pool:
         connection = pool.submit(server.accept)
         sent = pool.submit(lambda: answer and connection.result()[0].sendall(answer))
@@ -202,12 +204,53 @@ def test_a_server_that_falls_silent(answer, tmp_path, monkeypatch):
         connection.result()[0].close()
 
 
+def test_what_never_ends_or_lies(served, tmp_path, monkeypatch):
+    url, answers, _ = served
+    monkeypatch.setattr(download, 'LARGEST', 10**6)
+    answers['/large'] = 200, bytes(10**6 + 1), None
+    answers['/lies'] = 200, bytes(10**6 + 1), 10**12
+    for name in ('large', 'lies'):
+        with pytest.raises(DataError, match=f'/{name} cannot be fetched: more than 1,000,000 bytes'):
+            open_file(f'{url}/{name}', 'sentencepiece')
+    answers['/cut'] = 200, content('t5'), len(content('t5')) - 1
+    with pytest.raises(DataError, match='/cut: not a sentencepiece model'):
+        open_file(f'{url}/cut', 'sentencepiece')
+    assert not cached(tmp_path)
+
+
+def test_a_server_that_drips(tmp_path, monkeypatch):
+    """Every piece comes in time; all of them together do not."""
+    monkeypatch.setattr(download, 'WHOLE', 0.2)
+    answer = contextlib.nullcontext()
+    answer.read1 = lambda _: time.sleep(0.02) or b'x'
+    with pytest.raises(ValueError, match='not there after 0.2 s'):
+        download._received(answer, time.monotonic() + 0.2)
+
+
+@pytest.mark.parametrize('where, followed', [('http://b/x', False), ('HTTPS://b/x', True), ('ftp://b/x', False)])
+def test_redirects_stay_on_https(where, followed):
+    handler = download._Redirects()
+    redirect = functools.partial(handler.redirect_request, file=None, code=302, reason='', headers={}, url=where)
+    expected = contextlib.nullcontext() if followed else pytest.raises(ValueError, match='not https')
+    with expected:
+        assert redirect(urllib.request.Request('https://a/x')).full_url == where
+    assert redirect(urllib.request.Request('http://a/x')).full_url == where  # it was asked for
+
+
+def test_http_is_warned_of(served, capsys):
+    url, answers, _ = served
+    answers['/a.model'] = 200, content('t5'), None
+    for said in (True, False):  # the second comes from the cache
+        open_file(f'{url}/a.model', 'sentencepiece')
+        assert ('is not https' in capsys.readouterr().out) == said
+
+
 def test_names_that_are_never_found(monkeypatch, tmp_path):
     """Neither a resolver that hangs nor a list of dead addresses prolongs the time-out."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(tokenizers, 'TIMEOUT', 0.1)
+    monkeypatch.setattr(download, 'TIMEOUT', 0.1)
     waiting = threading.Event()
-    monkeypatch.setattr(urllib.request, 'urlopen', lambda *_, **__: waiting.wait(20))
+    monkeypatch.setattr(urllib.request.OpenerDirector, 'open', lambda *_, **__: waiting.wait(20))
     start = time.monotonic()
     with pytest.raises(DataError, match=r'sentencepiece\.model cannot be fetched: no answer within 0\.1 s'):
         tokenizers.open_tokenizer(config.Data())
@@ -219,13 +262,15 @@ def test_the_default_and_buckets(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     asked = []
 
-    def urlopen(url, timeout):
+    def opened(opener, url, timeout):
         asked.append((url, timeout))
         if len(asked) == 1:
             raise urllib.error.URLError('no network')
-        return io.BytesIO(content('t5'))
+        answer = io.BytesIO(content('t5'))
+        answer.headers = {}
+        return answer
 
-    monkeypatch.setattr(urllib.request, 'urlopen', urlopen)
+    monkeypatch.setattr(urllib.request.OpenerDirector, 'open', opened)
     url = 'https://storage.googleapis.com/t5-data/vocabs/cc_all.32000/sentencepiece.model'
     with pytest.raises(DataError, match=f'{url} cannot be fetched: .*no network.*tokenizer_path=FILE'):
         tokenizers.open_tokenizer(config.Data())
@@ -303,6 +348,7 @@ def test_train_on_too_little_text(corpus, tmp_path, capsys):
         ('--source web --vocab-size 300 --out x', 2, 'argument --source: invalid choice'),
         ('--source text --path a --vocab-size many --out x', 2, 'argument --vocab-size: invalid int value'),
         ('--source stdlib --vocab-size 259 --out x', 2, '--vocab-size 259 is too small.* 260'),
+        ('--source stdlib --vocab-size 1000000000 --out x', 2, '--vocab-size must be at most 16777216'),
         ('--source stdlib --vocab-size 300 --out x --bogus', 2, '--bogus'),
         ('--source text --vocab-size 300 --out x', 2, '--path FILES is missing'),
         ('--source text --path none.txt --vocab-size 300 --out x', 4, r'there is no file none\.txt'),

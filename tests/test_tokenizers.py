@@ -1,6 +1,7 @@
 """Tokenizers: ids, specials, long texts, wrong files."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -220,8 +221,47 @@ def test_wrong_files(kind, tmp_path):
     with pytest.raises(DataError, match=r'tokenizer_path: there is no file .*b\.file'):
         open_file(tmp_path / 'b.file', kind)
     (tmp_path / 'folder').mkdir()
-    with pytest.raises(DataError, match=r'tokenizer_path: .*folder cannot be read: Is a directory'):
+    with pytest.raises(DataError, match='folder: cannot be read: it is a folder'):
         open_file(tmp_path / 'folder', kind)
+
+
+PANICS = {  # parts of a tokenizer.json over which the library's Rust panics
+    'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': 'AAEC'},
+    'pre_tokenizer': {'type': 'FixedLength', 'length': 0},
+}
+
+
+@pytest.mark.parametrize('part', PANICS)
+def test_panics_are_one_line(part, tmp_path, capfd):
+    (tmp_path / 'a.json').write_text(json.dumps(json.loads(byte_level()) | {part: PANICS[part]}))
+    with pytest.raises(DataError, match=r'a\.json: not a tokenizer\.json, or not whole: .*PanicException'):
+        open_file(tmp_path / 'a.json')
+    assert capfd.readouterr().err == ''
+
+
+def test_a_text_without_any_token(tmp_path):
+    """Of a vocabulary that has no token for what it does not know."""
+    spec = json.loads(byte_level())
+    spec['model'] |= {'vocab': {'</s>': 0, 'a': 1, 'aa': 2}, 'merges': [['a', 'a']]}
+    (tmp_path / 'a.json').write_text(json.dumps(spec))
+    assert [values.tolist() for values in open_file(tmp_path / 'a.json').spans('q')] == [[], []]
+
+
+def test_ids_beyond_any_vocabulary(tmp_path):
+    spec = json.loads(byte_level())
+    spec['model']['vocab']['far'] = 2**32 - 1
+    (tmp_path / 'a.json').write_text(json.dumps(spec))
+    with pytest.raises(DataError, match=r'a\.json: 4294967296 ids, more than 16777216'):
+        open_file(tmp_path / 'a.json')
+
+
+def test_regular_files_only(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    os.mkfifo(tmp_path / 'tokenizer_config.json')
+    (tmp_path / 'tokenizer.json').write_bytes(byte_level())
+    for path, what in ((tmp_path / 'pipe', 'pipe'), ('/dev/zero', 'device'), (tmp_path / 'tokenizer.json', 'pipe')):
+        with pytest.raises(DataError, match=f'cannot be read: it is a {what}, not a file'):
+            open_file(path)
 
 
 def test_huggingface_needs_a_path():

@@ -1,5 +1,6 @@
 """Documents from files: JSON lines and plain text, packed by gzip or not, one after the other."""
 
+import functools
 import glob
 import io
 import os
@@ -14,7 +15,9 @@ import orjson
 from isal import igzip, isal_zlib
 
 from mixln_jax.exits import DataError
+from mixln_jax.paths import regular
 
+LARGEST = 64 * 10**6  # bytes of a line, which is a document or a piece of one, unless `prepare` is told otherwise
 PIECE = 2000  # characters of a text document, at least
 STEP = 2**15  # bytes
 LONGEST = 10**7  # characters after which a text document without a blank line ends with the next line
@@ -23,6 +26,7 @@ GZIP = b'\x1f\x8b'
 JSON = ('.json', '.jsonl', '.ndjson', '.jsonlines')
 BEGINS = re.compile(r'\{\s*("|\}|$)|\[\s*(\{|\[|"|$)')  # JSON: an object or an array, also over several lines
 FORMS = 'the source jsonl reads an object with a field `text` a line, the source text plain text'
+LONG = 'data.prepare takes longer ones with --max_document BYTES, or leaves them out with --skip-bad N'
 ARRAY = "is the file a JSON array? jq -c '.[]' FILE makes it an object a line"
 # What begins so is not read: place, bytes, and what it is.
 FOREIGN = (
@@ -69,8 +73,8 @@ def paths(patterns: str, key: str = 'config.data.path') -> list[str]:
 def _identity(path: str) -> tuple[int, int, int]:
     """The same for all names of a file, spelled otherwise or links. Raises DataError for a link to nothing."""
     try:
-        state = os.stat(path)
-    except OSError as error:
+        state = regular(path, DataError)
+    except FileNotFoundError as error:
         raise DataError(f'{path}: cannot be read: {error.strerror}') from error
     return state.st_dev, state.st_ino, state.st_size  # size: not every network's file system numbers its files
 
@@ -137,7 +141,7 @@ def each(seconds: float | None, function: Callable, items: Iterable) -> list:
                 return
             try:
                 answers.put((number, function(item), None))
-            except Exception as error:
+            except BaseException as error:  # also a library's own, which would else leave who asked waiting
                 stopped.set()
                 answers.put((number, None, error))
 
@@ -187,14 +191,15 @@ class Reader:
     they could not be read, and `position` is how far the file has been read, in bytes as stored.
 
     Iterating raises DataError, naming file and line, for what is unreadable, for the line after the first `skip_bad`
-    that are malformed, and for a file without any text, with the reason. What gzip cannot unpack is never skipped.
+    that are malformed, and for a file without any text, with the reason. What gzip cannot unpack is never skipped. A
+    line of more than `largest` bytes is malformed, and never held whole.
     """
 
-    def __init__(self, kind: str, path: str, skip_bad: int = 0):
+    def __init__(self, kind: str, path: str, skip_bad: int = 0, largest: int = LARGEST):
         self.empty = self.bad = self._number = self._end = 0
         self._raw = None
         self.skipped = []  # why, for the first few
-        self._path, self._skip_bad = path, skip_bad
+        self._path, self._skip_bad, self._largest = path, skip_bad, largest
         self._records = {'jsonl': self._jsonl, 'text': self._text}[kind]
 
     @property
@@ -224,6 +229,7 @@ class Reader:
         """Pairs (line number from 1, line with its end), UTF-8."""
         number = 0
         try:
+            regular(self._path, DataError)
             with _Steps(self._path) as self._raw:
                 packed = self._path.lower().endswith('.gz') or os.pread(self._raw.fileno(), 2, 0) == GZIP
                 # igzip finds its lines in Python, a BufferedReader in C.
@@ -234,19 +240,27 @@ class Reader:
                     for place, begin, what in FOREIGN:
                         if head.startswith(begin, place):
                             raise DataError(f'{self._path} is {what}')
-                    for number, line in enumerate(lines, 1):
+                    for number, line in enumerate(iter(functools.partial(lines.readline, self._largest + 1), b''), 1):
                         self._number = number
-                        try:
-                            text = line.removeprefix(b'\xef\xbb\xbf').decode() if number == 1 else line.decode()
-                        except UnicodeDecodeError as error:
-                            self._skip(number, f'not UTF-8: {error.reason} at byte {error.start} of the line')
-                            continue
-                        yield number, text
+                        if (text := self._decoded(number, line, lines)) is not None:
+                            yield number, text
                 finally:
                     self._end = self._raw.tell()
         except (OSError, EOFError, isal_zlib.error) as error:
             where = f'{self._path}:{number + 1}' if number else self._path
             raise DataError(f'{where}: cannot be read: {error}') from error
+
+    def _decoded(self, number, line, lines):
+        """The text of a line; None where it is left out. `lines` has the rest of one that is too long."""
+        if len(line) > self._largest:
+            self._skip(number, f'more than {self._largest:,} bytes in a line; {LONG}')
+            while line and not line.endswith(b'\n'):
+                line = lines.readline(STEP)
+            return None
+        try:
+            return line.removeprefix(b'\xef\xbb\xbf').decode() if number == 1 else line.decode()
+        except UnicodeDecodeError as error:
+            self._skip(number, f'not UTF-8: {error.reason} at byte {error.start} of the line')
 
     def _skip(self, number, problem):
         if self.bad >= self._skip_bad:
@@ -294,5 +308,6 @@ def _problem(record):
     if not isinstance(record, dict):
         return f'a JSON object with a field `text` is needed, not {type(record).__name__}'
     if not isinstance(record.get('text'), str):
-        return f'no field `text` that is a string (fields: {", ".join(record) or "none"})'
+        fields = [*list(record)[:8], *(['...'] if len(record) > 8 else [])]
+        return f'no field `text` that is a string (fields: {", ".join(fields) or "none"})'
     return None

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 OPEN_ROWS = 64  # rows that packing fills at a time
-BLOCK = 256  # rows that are written at once
+BLOCK = 256  # rows that are written at once, fewer of long ones
+TOKENS = 2**20  # of a block, at most, unless it is one row
 
 # A token on its way into a row: its id, the bytes of text that it stands for, and whether a document ends with it.
 TOKEN = np.dtype([('id', '<i4'), ('size', '<i4'), ('end', '?')])
@@ -107,7 +108,7 @@ class Padded:
 
     def __init__(self, length: int, layout: Layout, write: Callable[[Block], None]):
         self._length, self._layout, self._write = length, layout, write
-        self._block = np.empty((BLOCK, length + 1), TOKEN)
+        self._block = np.empty((max(1, min(BLOCK, TOKENS // length)), length + 1), TOKEN)
         self._count = 0
 
     def add(self, document: np.ndarray):
@@ -126,7 +127,7 @@ class Padded:
 
     def _added(self):
         self._count += 1
-        if self._count == BLOCK:
+        if self._count == len(self._block):
             Padded.close(self)
 
 
@@ -178,7 +179,7 @@ class EndToEnd:
     def add(self, document):
         self._held.append(document)
         self._count += len(document)
-        if self._count > BLOCK * self._length:
+        if self._count > min(BLOCK * self._length, TOKENS):
             self.close()
 
     def close(self):

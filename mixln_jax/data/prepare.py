@@ -26,7 +26,7 @@ import time
 import tqdm
 
 from mixln_jax import config, exits, record
-from mixln_jax.data import shards, tokenizers
+from mixln_jax.data import files, shards, tokenizers
 from mixln_jax.data import workers as worker_processes
 from mixln_jax.data.sources import HELD_OUT, first_for_training, rank
 from mixln_jax.data.units import list_units, read
@@ -36,6 +36,12 @@ SAMPLE = 1_000_000  # bytes of text from which the size of the output is foretol
 MARGIN = 1.1  # of that forecast
 PAUSE = 0.2  # seconds between looks at what the workers report
 SETTINGS = '--workers', '--workers 1'
+RANGES = {
+    'workers': (1, config.WORKERS),
+    'skip_bad': (0, 2**62),
+    'seq_length': (2, config.LONGEST),
+    'max_document': (1, 10**9),
+}
 
 
 def prepare(
@@ -48,6 +54,7 @@ def prepare(
     only: slice = slice(None),
     workers: int = 1,
     skip_bad: int = 0,
+    max_document: int = files.LARGEST,
 ) -> bool:
     """Prepares `data` into `out`; see the command's help for the arguments. Whether the data set is complete now.
 
@@ -60,8 +67,8 @@ def prepare(
     folder = shards.folder(out, format, data.name)
     units = list_units(data, validation)
     tokenizer = tokenizers.open_tokenizer(data) if format == 'tokens' else None
-    first = None if any(unit.split for unit in units) else _first_for_training(units, data, skip_bad)
-    job = shards.Job(data, format, out, str(folder), tokenizer, seq_length, first, skip_bad)
+    first = None if any(unit.split for unit in units) else _first_for_training(units, data, skip_bad, max_document)
+    job = shards.Job(data, format, out, str(folder), tokenizer, seq_length, first, skip_bad, max_document)
     job.check_plan(units)
     # What to validate on is little: the host with the first shard makes all of it.
     mine = [
@@ -92,9 +99,9 @@ def prepare(
     return True
 
 
-def _first_for_training(units, data, skip_bad):
+def _first_for_training(units, data, skip_bad, max_document):
     """Reads as far as is needed to know: for C4 some thousand documents."""
-    documents = (pair for unit in units for pair in read(data, unit, skip_bad))
+    documents = (pair for unit in units for pair in read(data, unit, skip_bad, max_document))
     ranks = (rank(decides.encode()) for decides, _ in documents)
     return first_for_training(ranks, HELD_OUT[data.source])
 
@@ -231,6 +238,13 @@ def parse(argv):
     )
     add('--workers', type=int, default=os.cpu_count(), metavar='N', help='processes, a shard each [one a core]')
     add('--skip-bad', type=int, default=0, metavar='N', help='malformed records to leave out in each file [0]')
+    add(
+        *('--max-document', '--max_document'),
+        type=int,
+        default=files.LARGEST,
+        metavar='BYTES',
+        help='longer lines of a file, or documents of a data set, are malformed records [%(default)s]',
+    )
     add('--traceback', action='store_true', help='show where an error comes from')
     options = exits.parse(parser, argv)
     try:
@@ -240,9 +254,10 @@ def parse(argv):
             raise ValueError
     except ValueError:
         raise UsageError('--shards is A:B, such as 0:8; A is the first, B the one behind the last') from None
-    for name, least in (('workers', 1), ('skip_bad', 0), ('seq_length', 2)):
-        if getattr(options, name) < least:
-            raise UsageError(f'--{name.replace("_", "-")} must be at least {least}')
+    for name, (least, most) in RANGES.items():
+        if not least <= (value := getattr(options, name)) <= most:
+            must = f'at least {least}' if value < least else f'at most {most}'
+            raise UsageError(f'--{name.replace("_", "-")} must be {must}')
     if options.source in ('jsonl', 'text') and not options.path:
         raise UsageError(f'--source {options.source} needs --path FILES')
     if options.source == 'tfds' and options.format == 'tfds':

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import xxhash
 
 from mixln_jax import config, outputs, record
-from mixln_jax.data import layout, prepared, rows, units
+from mixln_jax.data import files, layout, prepared, rows, units
 from mixln_jax.data.sources import rank
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.exits import UsageError
@@ -35,6 +35,7 @@ class Job:
     seq_length: int
     first: int | None
     skip_bad: int
+    max_document: int = files.LARGEST
 
     def check_plan(self, all_units):
         """Makes the folder. Raises UsageError where it holds another preparation, naming what differs, or no
@@ -167,7 +168,7 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
     with _locked(pathlib.Path(job.folder, NOTES), unit.name):
         if result := job.result(unit):
             return result
-        documents = units.read(job.data, unit, job.skip_bad)
+        documents = units.read(job.data, unit, job.skip_bad, job.max_document)
         num_documents = num_bytes = 0
         reported = 0, 0, 0
 

@@ -3,29 +3,24 @@
 import contextlib
 import functools
 import hashlib
-import http.client
 import json
 import pathlib
 import re
-import urllib.error
 import urllib.parse
-import urllib.request
 from typing import Protocol
 
 import numpy as np
 import sentencepiece
 import tokenizers
 from google.protobuf.empty_pb2 import Empty
-from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from mixln_jax import config, paths, record
-from mixln_jax.data import files, tokenizer_json
+from mixln_jax import config, console, paths, record
+from mixln_jax.data import download, tokenizer_json
 from mixln_jax.data.tokenizer_json import ALPHABET
-from mixln_jax.exits import DataError, UsageError, first_line
+from mixln_jax.exits import DataError, UsageError, reading
 
 T5 = 'gs://t5-data/vocabs/cc_all.32000/sentencepiece.model'
-TIMEOUT = 25  # seconds until a server must answer, and between two pieces of what it sends
 LONGEST = 10_000  # characters that are encoded at once: memory, and the time up to a limit, stay bounded
 NOTHING = b'\xff'  # what a token spells that stands for no text, or for any word: no UTF-8 has it
 COMMON = {
@@ -119,7 +114,13 @@ class _Learned:
 
     def __init__(self, files: dict[str, bytes], where: str):
         self.files, self.where = files, where
-        self._open()
+        with reading(where, DataError, f'not {self.FORM}, or not whole'), console.quiet():
+            self._open()
+            self._find_cuts()
+            for text in tokenizer_json.PROBES:  # what fails on any text fails here
+                self._ids(text)
+
+    def _find_cuts(self):
         # Most tokens begin with their space, so a text is cut before one. Where encoding puts a space before every text
         # (LLaMA's sentencepiece model), that fails the trial, and the space at the cut has to go.
         trials = {space: [*self._ids('one'), *self._ids(f'{space}two')] for space in ' \n'}
@@ -138,6 +139,14 @@ class _Learned:
         return digest.hexdigest()
 
     def encode(self, text: str, limit: int | None = None) -> np.ndarray:
+        with reading(self.where, DataError, 'cannot encode a text'):
+            return self._encode(text, limit)
+
+    def spans(self, text: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        with reading(self.where, DataError, 'cannot encode a text'):
+            return self._all_spans(text, limit)
+
+    def _encode(self, text, limit):
         if len(text) <= LONGEST:
             return self._ids(text)[:limit]
         parts, count = [], 0
@@ -148,7 +157,7 @@ class _Learned:
                 break
         return np.concatenate(parts)[:limit]
 
-    def spans(self, text: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def _all_spans(self, text, limit):
         ids, ends, count, before, seen = [], [], 0, 0, 0
         for start, piece in self._pieces(text):
             before, seen = before + len(text[seen:start].encode()), start
@@ -192,6 +201,8 @@ class _Learned:
         if eos < 0:
             raise DataError(f'{self.where}: no token for the end of a document: {missing}')
         self.pad_id, self.bos_id, self.eos_id = (eos if number < 0 else number for number in (pad, bos, eos))
+        if self.vocab_size > config.LARGEST_VOCABULARY:
+            raise DataError(f'{self.where}: {self.vocab_size} ids, more than {config.LARGEST_VOCABULARY}')
         if not max(self.pad_id, self.bos_id, self.eos_id) < self.vocab_size:
             raise DataError(f'{self.where}: a special id is not below the vocabulary size {self.vocab_size}')
 
@@ -200,18 +211,14 @@ class SentencePiece(_Learned):
     """A sentencepiece model, as T5, LLaMA 2 and Gemma have."""
 
     kind = 'sentencepiece'
-    FILES = ('tokenizer.model',)
+    FORM, FILES = 'a sentencepiece model', ('tokenizer.model',)
 
     def _open(self):
         model = self.files['tokenizer.model']
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            # Pieces, trainer, normaliser, in this order: what is cut off between two pieces loads without a word.
-            whole = {field.field_number for field in UnknownFieldSet(Empty.FromString(model))} >= {1, 2, 3}
-        except (DecodeError, RuntimeError):
-            whole = False
-        if not whole:
-            raise DataError(f'{self.where}: not a sentencepiece model, or not whole')
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        # Pieces, trainer, normaliser, in this order: what is cut off between two pieces loads without a word.
+        if not {field.field_number for field in UnknownFieldSet(Empty.FromString(model))} >= {1, 2, 3}:
+            raise ValueError('cut short')
         self.vocab_size = self._processor.vocab_size()
         pad, bos, eos = self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id()
         self._set_specials(pad, bos, eos, missing='the model has no eos piece')
@@ -250,13 +257,10 @@ class HuggingFace(_Learned):
     """
 
     kind = 'huggingface'
-    FILES = ('tokenizer.json', 'tokenizer_config.json')
+    FORM, FILES = 'a tokenizer.json', ('tokenizer.json', 'tokenizer_config.json')
 
     def _open(self):
-        try:
-            tokenizer = self._tokenizer = tokenizers.Tokenizer.from_buffer(self.files['tokenizer.json'])
-        except ValueError as error:
-            raise DataError(f'{self.where}: not a tokenizer.json, or not whole: {first_line(error)}') from error
+        tokenizer = self._tokenizer = tokenizers.Tokenizer.from_buffer(self.files['tokenizer.json'])
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as ordinary text
@@ -345,7 +349,7 @@ class HuggingFace(_Learned):
         points = np.frombuffer(text.encode('utf-32-le'), '<u4')  # offsets count characters
         sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
         ends = np.concatenate([[0], np.cumsum(sizes)])[[end for _, end in encoding.offsets]]
-        if self._surfaces[encoding.ids[0]] == b' ' and not text[0].isspace():
+        if len(ends) and self._surfaces[encoding.ids[0]] == b' ' and not text[0].isspace():
             ends[0] = 0  # a blank that encoding has put there; the library counts the first letter as its own
         return ends
 
@@ -356,11 +360,9 @@ class HuggingFace(_Learned):
 
     def _names(self):
         """The special tokens by role."""
-        try:
+        with reading(self.where, DataError, 'the tokenizer_config.json beside it is not a JSON object'):
             settings = json.loads(self.files['tokenizer_config.json'])
             names = {role: settings.get(f'{role}_token') for role in COMMON}
-        except (ValueError, AttributeError) as error:
-            raise DataError(f'{self.where}: the tokenizer_config.json beside it is not a JSON object') from error
         for role, name in names.items():
             name = name.get('content') if isinstance(name, dict) else name
             if name is None:
@@ -389,7 +391,8 @@ KINDS = {kind.kind: kind for kind in (SentencePiece, HuggingFace)}
 def open_tokenizer(data: config.Data) -> Tokenizer:
     """The tokenizer of `data.tokenizer` and `data.tokenizer_path`.
 
-    What a URL (http, https, gs) names is fetched once into $XDG_CACHE_HOME/mixln_jax/tokenizers (or ~/.cache/...).
+    What a URL (https, gs; http where it says so) names is fetched once into $XDG_CACHE_HOME/mixln_jax/tokenizers (or
+    ~/.cache/...).
 
     Raises UsageError for a huggingface tokenizer without a path; DataError, naming file or URL, for what is missing,
     cannot be fetched or is not a whole tokenizer with a token for the end of a document.
@@ -405,10 +408,15 @@ def open_tokenizer(data: config.Data) -> Tokenizer:
         return _fetch(kind, path)
     path = paths.local(path, 'config.data.tokenizer_path')
     first, *beside = kind.FILES
-    files = {first: _read(path)}
+    try:
+        files = {first: paths.read(path, DataError)}
+    except FileNotFoundError as error:
+        raise DataError(f'config.data.tokenizer_path: there is no file {path}') from error
     for name in beside:
-        file = path.with_name(name)
-        files[name] = _read(file) if file.exists() else b'{}'
+        try:
+            files[name] = paths.read(path.with_name(name), DataError)
+        except FileNotFoundError:
+            files[name] = b'{}'
     return kind(files, str(path))
 
 
@@ -417,7 +425,9 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, limit: str):
     `limit` names. Other ids beyond it, of special tokens that nothing uses, do no harm."""
     used = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
     beyond = (i for i in range(vocab_size, tokenizer.vocab_size) if i in used or tokenizer.can_yield(i))
-    if (i := next(beyond, None)) is not None:
+    with reading(tokenizer.where, DataError):
+        i = next(beyond, None)
+    if i is not None:
         raise UsageError(
             f'the tokenizer {tokenizer.where} has {tokenizer.vocab_size} ids, more than {limit}: rows may have id {i}'
         )
@@ -427,12 +437,10 @@ def load(folder, fingerprint: str | None = None) -> Tokenizer:
     """The tokenizer that `save(folder)` wrote. Raises DataError, naming the folder, where that is not there, whole, or
     has another fingerprint than weights were trained with; None: nothing says which."""
     folder = pathlib.Path(folder)
-    try:
-        saved = json.loads((folder / 'fingerprint.json').read_bytes())
+    with reading(folder, DataError, 'no tokenizer is saved here, or not whole'):
+        saved = paths.read_json(folder / 'fingerprint.json', DataError)
         kind = KINDS.get(saved['kind'])
-        files = {name: (folder / name).read_bytes() for name in kind.FILES} if kind else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{folder}: no tokenizer is saved here, or not whole: {first_line(error)}') from error
+        files = {name: paths.read(folder / name, DataError) for name in kind.FILES} if kind else {}
     tokenizer = kind(files, str(folder)) if kind else Bytes()
     if saved != _summary(tokenizer):
         raise DataError(f'{folder}: the saved tokenizer is damaged: its content has another fingerprint')
@@ -452,39 +460,17 @@ def _summary(tokenizer):
     return {'kind': tokenizer.kind, 'fingerprint': tokenizer.fingerprint}
 
 
-def _read(path):
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f'config.data.tokenizer_path: there is no file {path}') from error
-    except OSError as error:
-        raise DataError(f'config.data.tokenizer_path: {path} cannot be read: {error.strerror}') from error
-
-
 def _fetch(kind, url):
     """The tokenizer at a URL. Only what has been opened goes into the cache, so a login page sent for it never does."""
     cache = record.cache() / 'tokenizers' / hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
     with contextlib.suppress(DataError):  # absent or damaged: fetched anew
         return load(cache)
+    if url.startswith('http:'):
+        record.say(f'mixln_jax: warning: {url} is not https: what comes may have been changed on the way')
     first, *beside = kind.FILES
-    files = {first: _download(url)}
-    files |= {name: _download(urllib.parse.urljoin(url, name), absent=b'{}') for name in beside}
+    files = {first: download.fetch(url)}
+    files |= {name: download.fetch(urllib.parse.urljoin(url, name), absent=b'{}') for name in beside}
     tokenizer = kind(files, url)
     with contextlib.suppress(OSError):  # a home that cannot be written to: it is fetched again
         tokenizer.save(cache)
     return tokenizer
-
-
-def _download(url, absent=None):
-    """What a URL holds; `absent`, if given, where the server says that there is nothing."""
-    try:
-        # Looking up a name and trying its addresses one by one know no time-out of their own.
-        with files.within(TIMEOUT, lambda: urllib.request.urlopen(url, timeout=TIMEOUT)) as answer:
-            return answer.read()
-    except urllib.error.HTTPError as error:
-        if absent is not None and error.code in (403, 404, 410):  # 403: buckets that do not list their objects
-            return absent
-        reason = f'{error.code} {error.reason}'
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = first_line(error)
-    raise DataError(f'{url} cannot be fetched: {reason}; fetch it elsewhere, then --config.data.tokenizer_path=FILE')

@@ -127,6 +127,8 @@ def parse(argv):
     parser.add_argument('--out', required=True, metavar='DIR|FILE.json', help='folder, or the tokenizer.json alone')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
     options = exits.parse(parser, argv)
+    if options.vocab_size > config.LARGEST_VOCABULARY:
+        raise UsageError(f'--vocab-size must be at most {config.LARGEST_VOCABULARY}')
     if options.vocab_size < SMALLEST:
         raise UsageError(f'--vocab-size {options.vocab_size} is too small: specials, bytes and a merge are {SMALLEST}')
     if options.source in ('jsonl', 'text') and not options.path:

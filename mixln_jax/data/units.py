@@ -114,8 +114,9 @@ class _FromDataset:
     empty = bad = position = 0
     skipped = ()
 
-    def __init__(self, data, unit, skip_bad):
+    def __init__(self, data, unit, skip_bad, largest):
         self._dataset, self._unit, self._skip_bad = open_dataset(data, unit.path), unit, skip_bad
+        self._largest = largest
 
     def __iter__(self):
         first, end = self._unit.records
@@ -128,20 +129,27 @@ class _FromDataset:
                     raise
                 texts = [self._one(number) for number in numbers]
             self.position = self._unit.size * (numbers[-1] + 1 - first) // (end - first)
-            for text in texts:
-                if text is not None and not text.strip():
+            for number, text in zip(numbers, texts, strict=True):
+                if text is None:
+                    continue
+                if 4 * len(text) > self._largest and len(text.encode()) > self._largest:
+                    self._skip(f'{self._dataset.origin(number)}: more than {self._largest:,} bytes; {files.LONG}')
+                elif not text.strip():
                     self.empty += 1
-                elif text is not None:
+                else:
                     yield text, {'text': text}
 
     def _one(self, number):
         try:
             return self._dataset[number]
         except DataError as error:
-            if self.bad >= self._skip_bad:
-                raise
-            self.bad += 1
-            self.skipped = [*self.skipped, str(error)][:5]
+            self._skip(str(error), error)
+
+    def _skip(self, problem, error=None):
+        if self.bad >= self._skip_bad:
+            raise DataError(problem) from error
+        self.bad += 1
+        self.skipped = [*self.skipped, problem][:5]
 
 
 @functools.lru_cache(maxsize=2)  # train and validation
@@ -152,10 +160,10 @@ def open_dataset(data: config.Data, split: str):
     return datasets.Dataset(data.name, split, data.data_dir)
 
 
-def read(data: config.Data, unit: Unit, skip_bad: int):
+def read(data: config.Data, unit: Unit, skip_bad: int, largest: int = files.LARGEST):
     """The documents of a unit: pairs (what decides the split, record with `text`), with files.Reader's counters."""
     if data.source == 'stdlib':
         return _FromStdlib()
     if data.source == 'tfds':
-        return _FromDataset(data, unit, skip_bad)
-    return _FromFile(data.source, unit.path, skip_bad)
+        return _FromDataset(data, unit, skip_bad, largest)
+    return _FromFile(data.source, unit.path, skip_bad, largest)
