@@ -8,7 +8,7 @@ import random
 import numpy as np
 
 from mixln_jax import config
-from mixln_jax.data import prepare, rows, shards, sources
+from mixln_jax.data import prepare, prepared, rows, sources
 
 T = 8  # positions in a row
 
@@ -64,7 +64,7 @@ def contents(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob('*'))
-        if path.is_file() and shards.NOTES not in path.parts
+        if path.is_file() and prepared.WORK not in path.parts
     }
 
 

@@ -175,7 +175,7 @@ class TestAgain:
     def test_finished_shards_stay_and_damaged_ones_are_made_anew(self, corpus, tmp_path, format):
         def run():
             prepare.prepare(data(corpus / '*.gz'), str(tmp_path), format=format, seq_length=32)
-            paths = [path for path in tmp_path.rglob('*-of-*') if shards.NOTES not in path.parts]
+            paths = [path for path in tmp_path.rglob('*-of-*') if prepared.WORK not in path.parts]
             return contents(tmp_path), {path: path.stat().st_mtime_ns for path in paths}
 
         before, times = run()
@@ -336,7 +336,7 @@ class TestBadInput:
         job = shards.Job(of, 'tokens', '', str(tmp_path), tokenizers.Bytes(), 32, 2**60, 0)
         partial = tmp_path / 'train-00000-of-00001.bin.partial'
         partial.touch()
-        with shards._locked(tmp_path / shards.NOTES, unit.name):
+        with shards._locked(tmp_path / prepared.WORK, unit.name):
             with pytest.raises(UsageError, match='another process'):
                 shards.write(job, unit, lambda *_: None)
             job.clean(unit)

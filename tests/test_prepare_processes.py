@@ -11,7 +11,7 @@ import time
 import pytest
 from corpora import contents, texts, write
 
-from mixln_jax.data import prepared, shards
+from mixln_jax.data import prepared
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -79,7 +79,7 @@ def test_killed_and_run_again(large, tmp_path, format):
     for finished in range(3):
         begun = time.time()
         process = start(large, out, '--workers', '2', format=format)
-        until(lambda n=finished, t=begun: len([*out.rglob(f'{shards.NOTES}/both*.json')]) >= n and partial(out, t))
+        until(lambda n=finished, t=begun: len([*out.rglob(f'{prepared.WORK}/both*.json')]) >= n and partial(out, t))
         workers = children(process.pid)
         assert len(workers) >= 2
         process.kill()

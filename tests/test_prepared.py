@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -12,8 +14,8 @@ from corpora import T, all_tokens, open_, prepare_to, two_files, write
 from tokenizers import models, pre_tokenizers
 
 from mixln_jax import config
-from mixln_jax.data import layout, prepared
-from mixln_jax.exits import DataError
+from mixln_jax.data import inspect, layout, prepared, tokenizers, verify
+from mixln_jax.exits import DataError, UsageError
 
 
 @pytest.fixture
@@ -117,20 +119,46 @@ def test_bad_description(folder, content):
         prepared.Prepared(str(folder), 'train')
 
 
+NOT, SHARD = '/tokens.json: not what data.prepare writes: ', {'file': 'a.bin', 'rows': 0, 'digest': 'a'}
+
+
 @pytest.mark.parametrize(
     'changes, message',
     [
-        ({'dtype': 'x'}, '/tokens.json: not what data.prepare writes: TypeError'),
-        ({'seq_length': None}, '/tokens.json: not what data.prepare writes: TypeError'),
-        ({'splits': {'train': [{'file': 'a'}]}}, "/tokens.json: not what data.prepare writes: KeyError.*'rows'"),
+        ({'mode': 'heap'}, f"{NOT}mode is 'heap'"),
+        ({'mode': ['pad']}, f'{NOT}mode is '),
+        ({'dtype': '<f4'}, f"{NOT}dtype is '<f4'"),
+        ({'dtype': '<u4'}, f"{NOT}dtype is '<u4'"),
+        ({'seq_length': None}, f'{NOT}seq_length is None'),
+        ({'seq_length': 10**30}, f'{NOT}seq_length is 1000'),
+        ({'seq_length': True}, f'{NOT}seq_length is True'),
+        ({'vocab_size': math.nan}, f'{NOT}vocab_size is nan'),
+        ({'vocab_size': -1}, f'{NOT}vocab_size is -1'),
+        ({'vocab_size': 10**12}, f'{NOT}vocab_size is 1000000000000'),
+        ({'pad_id': 259}, f'{NOT}pad_id is 259'),
+        ({'eos_id': 258.0}, f'{NOT}eos_id is 258.0'),
+        ({'tokenizer': 3}, f'{NOT}tokenizer is 3'),
+        ({'splits': [1]}, rf'{NOT}splits is \[1\]'),
+        ({'splits': {'train': {}}}, rf'{NOT}splits.train is \{{\}}'),
+        ({'splits': {'train': [7]}}, f'{NOT}a shard is 7'),
+        ({'splits': {'train': [{'file': 'a'}]}}, f'{NOT}rows is missing'),
+        ({'splits': {'train': [SHARD | {'rows': 1.5}]}}, f'{NOT}rows is 1.5'),
+        ({'splits': {'train': [SHARD | {'rows': -1}]}}, f'{NOT}rows is -1'),
+        ({'splits': {'train': [SHARD | {'notes': 'x'}]}}, f"{NOT}notes is 'x'"),
+        ({'splits': {'train': [SHARD | {'digest': None}]}}, f'{NOT}digest is None'),
+        ({'splits': {'train': [SHARD | {'file': '../a.bin'}]}}, f"{NOT}file is '../a.bin'"),
+        ({'splits': {'train': [SHARD | {'file': '/etc/passwd'}]}}, f"{NOT}file is '/etc/passwd'"),
+        ({'splits': {'train': [SHARD | {'file': '..'}]}}, f"{NOT}file is '..'"),
+        ({'splits': {'train': [SHARD], 'validation': [SHARD]}}, f'{NOT}it names a file twice'),
         ({'splits': {'train': []}}, ': no rows in split train'),
         ({'splits': {'test': []}}, r': no split train \(there is test\)'),
     ],
 )
-def test_bad_values(folder, changes, message):
-    describe(folder, **changes)
-    with pytest.raises(DataError, match=f'^{folder}{message}'):
-        prepared.Prepared(str(folder), 'train')
+def test_bad_values(tmp_path, changes, message):
+    about = {'mode': 'pad', 'seq_length': 32, 'dtype': '<u2', 'vocab_size': 259, 'pad_id': 256, 'eos_id': 258}
+    (tmp_path / 'tokens.json').write_text(json.dumps(about | {'tokenizer': 'a', 'splits': {'train': []}} | changes))
+    with pytest.raises(DataError, match=f'^{tmp_path}{message}'):
+        prepared.Prepared(str(tmp_path), 'train')
 
 
 def test_no_rows(tmp_path, data):
@@ -191,9 +219,6 @@ def test_an_id_beyond_the_vocabulary(folder):
     made.read([0, 1, 3])
     with pytest.raises(DataError, match=f'^{shard}, row 2: an id is not below the vocabulary size 259$'):
         made.read([0, 2, 1])
-    describe(folder, vocab_size=100)
-    with pytest.raises(DataError, match=f'^{shard}, row 0: an id is not below the vocabulary size 100$'):
-        prepared.Prepared(str(folder), 'train').read([0])
 
 
 def test_many_shards_may_be_open(folder, open_files):
@@ -208,6 +233,112 @@ def test_other_tokenizer(folder):
     describe(folder, tokenizer='another')
     with pytest.raises(DataError, match=f'{folder}/tokenizer is not the tokenizer that made the rows'):
         prepared.open_tokenizer(str(folder))
+    describe(folder, tokenizer=tokenizers.Bytes().fingerprint, eos_id=9)
+    with pytest.raises(DataError, match=f'{folder}/tokens.json: .*: eos_id is 9, of the tokenizer beside it 258'):
+        prepared.open_tokenizer(str(folder))
     (folder / 'tokenizer/fingerprint.json').unlink()
     with pytest.raises(DataError, match=f'{folder}/tokenizer'):
         prepared.open_tokenizer(str(folder))
+
+
+# verified
+
+
+FLIPS = ['train-00000-of-00002.bin', 'train-00001-of-00002.rows', 'validation-00001-of-00002.bin']
+
+
+def flip(path, place=-1):
+    """Changes one bit."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def damages(folder):
+    return {split: found for split, _, found in verify.damages(str(folder))}
+
+
+@pytest.mark.parametrize('name', FLIPS)
+@pytest.mark.parametrize('place', [0, -1])
+def test_a_bit_is_found_wherever_it_is(folder, name, place):
+    assert not any(damages(folder).values())
+    flip(folder / name, place)
+    split = name.partition('-')[0]
+    [said] = damages(folder)[split]
+    assert re.fullmatch(rf'{folder}/{name}, row \d+: damaged: its checksum is another', said)
+    assert sum(map(len, damages(folder).values())) == 1
+
+
+def test_without_notes_the_digest_is_compared(folder):
+    """Version 0.1."""
+    about = json.loads((folder / 'tokens.json').read_text())
+    for file in folder.glob('*.rows'):
+        file.unlink()
+    for shard in [shard for shards in about['splits'].values() for shard in shards]:
+        del shard['notes']
+    describe(folder, splits=about['splits'])
+    for file in (folder / prepared.WORK).iterdir():
+        file.unlink()
+    (folder / prepared.WORK).rmdir()
+    assert not any(damages(folder).values())
+    flip(folder / FLIPS[0])
+    assert damages(folder)['train'] == [f'{folder}/{FLIPS[0]}: damaged: its digest is another']
+
+
+@pytest.mark.parametrize('changes', [{'mode': 'concat'}, {'seq_length': 33}, {'splits': {'train': [SHARD]}}])
+def test_a_description_that_is_not_of_these_rows(folder, changes):
+    describe(folder, **changes)
+    with pytest.raises(DataError, match=f'^{folder}/tokens.json: '):
+        damages(folder)
+
+
+@pytest.mark.parametrize('name', [*FLIPS, 'cut', 'tokens.json'])
+def test_prepare_writes_damaged_shards_again(folder, data, name, capsys):
+    path = folder / (name if name != 'cut' else FLIPS[0])
+    good = {file: file.read_bytes() for file in folder.glob('*.*') if file.is_file()}
+    others = {file: file.stat().st_mtime_ns for file in good if file.suffix == '.bin' and file.stem != path.stem}
+    if name == 'cut':
+        os.truncate(path, 100)
+    else:
+        flip(path, 20)
+    prepare_to(folder, data)
+    said = capsys.readouterr().out
+    assert (f'{path}, row' in said and 'the shard is written again' in said) == (name in FLIPS)
+    assert {file: file.read_bytes() for file in good} == good
+    of_unit = path.stem.partition('-')[2]  # both splits of one file
+    assert all(file.stat().st_mtime_ns == time for file, time in others.items() if of_unit not in file.stem)
+    assert not any(damages(folder).values())
+
+
+def test_a_damaged_shard_whose_text_is_another_stays(folder, data, tmp_path):
+    text, ends = (tmp_path / 'a.jsonl'), 2 * 2**16
+    assert text.stat().st_size < ends  # so that the plan takes it for another input
+    shard = folder / FLIPS[0]
+    flip(shard)
+    job_counts = folder / prepared.WORK / 'both-00000.json'
+    counts = json.loads(job_counts.read_text())
+    counts['train']['digest'] = '0' * 32
+    job_counts.write_text(json.dumps(counts))
+    before = shard.read_bytes()
+    with pytest.raises(UsageError, match=f'{shard} holds other rows than its text gives today'):
+        prepare_to(folder, data)
+    assert shard.read_bytes() == before and (folder / 'tokens.json').exists()
+
+
+def test_inspect_verifies(folder, capsys):
+    words = ['--verify', '--data_path', str(folder)]
+    assert inspect.main(words) == 0
+    said = capsys.readouterr().out
+    assert re.fullmatch(r'train: [\d,]+ rows are whole\nvalidation: [\d,]+ rows are whole\n', said)
+    for name in FLIPS:
+        flip(folder / name)
+    assert inspect.main(words) == 4
+    said = capsys.readouterr()
+    assert all(f'{folder}/{name}, row ' in said.out for name in FLIPS)
+    assert said.err.startswith(f'mixln_jax: {folder}: 3 shards are damaged') and said.err.count('\n') == 1
+    assert 'data.prepare' in said.err
+
+
+@pytest.mark.parametrize('words', [['--verify'], ['--step', '1'], ['--verify', '--step', '1', '--data_path', 'x']])
+def test_what_inspect_needs(words, capsys):
+    assert inspect.main(words) == 2 and capsys.readouterr().err.count('\n') == 1

@@ -1,4 +1,5 @@
-"""`python -m mixln_jax.data.inspect --workdir DIR --step N`: the texts, ids and masks that step N of a run sees."""
+"""`python -m mixln_jax.data.inspect --workdir DIR --step N`: the texts, ids and masks that step N of a run sees;
+`--verify` with a run, or with a folder of prepared rows as --data_path: whether all of these rows are whole."""
 
 from mixln_jax.exits import stop
 
@@ -16,7 +17,8 @@ import numpy as np
 from mixln_jax import config as configs
 from mixln_jax import exits, paths, record
 from mixln_jax.data import batches, rows, tokenizers
-from mixln_jax.exits import UsageError
+from mixln_jax.data import verify as of_folder
+from mixln_jax.exits import DataError, UsageError
 
 
 def inspect(workdir: str, step: int, num_rows: int | None = None, data_path: str | None = None):
@@ -44,6 +46,33 @@ def inspect(workdir: str, step: int, num_rows: int | None = None, data_path: str
     for i, number in enumerate(numbers.tolist()):
         row = {name: values[i].tolist() for name, values in batch.items()}
         yield {'row': i, 'origin': of.origin(number), 'text': _texts(row, tokenizer), **row}
+
+
+def verify(workdir: str | None, data_path: str | None = None):
+    """Reads every row of every split of a folder of prepared rows: the one of the run in `workdir`, which must be what
+    the run saw, or `data_path`. Prints what is damaged, and a line a split that is not.
+
+    Raises UsageError for a run whose data was not prepared, or no run; DataError for rows that are damaged.
+    """
+    folder = data_path
+    if workdir:
+        workdir = paths.local(workdir, '--workdir')
+        config = configs.read(workdir / 'config.json')
+        if config.data.source != 'tokens':
+            raise UsageError(f'--verify reads prepared rows; {workdir} has config.data.source={config.data.source}')
+        folder = data_path or config.data.path
+        tokenizer = tokenizers.load(workdir / 'tokenizer')
+        for split in dict.fromkeys((config.data.split, config.eval.split)):
+            rows.open_rows_of_run(workdir, config, split, tokenizer, data_path)
+    count = 0
+    for split, number, damaged in of_folder.damages(folder):
+        record.say(*(damaged or [f'{split}: {number:,} rows are whole']))
+        count += len(damaged)
+    if count:
+        raise DataError(
+            f'{folder}: {count} shards are damaged; the command that made the folder, python -m mixln_jax.data.prepare '
+            f'... --out {folder}, run once more, writes them again'
+        )
 
 
 def _texts(row, tokenizer):
@@ -78,8 +107,9 @@ def _runs(values):
 def main(argv):
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.inspect', description=__doc__, allow_abbrev=False)
-    parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of a run')
-    parser.add_argument('--step', required=True, type=int, metavar='N', help='step, from 1; it need not have come yet')
+    parser.add_argument('--workdir', metavar='DIR', help='folder of a run')
+    parser.add_argument('--step', type=int, metavar='N', help='step, from 1; it need not have come yet')
+    parser.add_argument('--verify', action='store_true', help='read all prepared rows instead, and name damaged ones')
     parser.add_argument('--rows', default=4, type=int, metavar='K', help='rows to show; 0: the whole batch [4]')
     parser.add_argument('--data_path', metavar='PATH', help=rows.MOVED)
     parser.add_argument('--json', action='store_true', help='a JSON object a row')
@@ -87,6 +117,13 @@ def main(argv):
 
     def job():
         options = exits.parse(parser, argv)
+        if options.verify == (options.step is not None):
+            raise UsageError('--step N or --verify is needed, one of them')
+        if not (options.workdir or (options.verify and options.data_path)):
+            raise UsageError(f'--workdir DIR{" or --data_path FOLDER" * options.verify} is missing')
+        if options.verify:  # a signal ends it at once
+            verify(options.workdir, options.data_path)
+            return
         stop.started()
         for row in inspect(options.workdir, options.step, options.rows or None, options.data_path):
             record.say(*([json.dumps(row)] if options.json else show(row)))

@@ -78,13 +78,14 @@ def prepare(
     ]
     if not mine:
         raise UsageError(f'--shards {only.start or 0}:{only.stop or ""}: there are only {units[0].count} shards')
+    _verify(job, [unit for unit in mine if job.result(unit, notes=False)])
     pending = [unit for unit in mine if not job.result(unit)]
     if pending:
         workers = min(workers, len(pending))
         _check_room(job, pending)
         if job.lack_notes_alone(pending):
             record.say(f'adds to the rows in {folder} where documents end, bytes of text and checksums')
-        else:
+        elif not job.repeats(pending):
             job.begin()
         record.say(f'{len(pending)} of {len(units)} shards to prepare into {folder}, {workers} processes')
         _write_all(job, pending, workers)
@@ -104,6 +105,15 @@ def _first_for_training(units, data, skip_bad, max_document):
     documents = (pair for unit in units for pair in read(data, unit, skip_bad, max_document))
     ranks = (rank(decides.encode()) for decides, _ in documents)
     return first_for_training(ranks, HELD_OUT[data.source])
+
+
+def _verify(job, finished):
+    """Reads the rows of units that are finished; those that are damaged are none any more."""
+    if job.format == 'tokens' and finished:
+        record.say(f'reads the rows of {len(finished)} finished shards')
+        for unit in finished:
+            if damage := job.verify(unit):
+                record.say(f'mixln_jax: {damage}; the shard is written again')
 
 
 def _check_room(job, pending):

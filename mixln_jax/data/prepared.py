@@ -13,16 +13,20 @@ read where the ids alone say which of them are real, without bytes of text, and 
 import hashlib
 import json
 import os
+import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 from isal import isal_zlib
 
-from mixln_jax import paths, record
-from mixln_jax.data import files, tokenizers
+from mixln_jax import config, paths, record
+from mixln_jax.data import files, layout, tokenizers
 from mixln_jax.data.layout import Block, Layout
-from mixln_jax.exits import DataError
+from mixln_jax.exits import DataError, reading
 
 DESCRIPTION = 'tokens.json'
+WORK = '.prepare'  # folder with the plan of data.prepare and one file a finished shard
+NOT_OURS = 'not what data.prepare writes'
 
 
 def note(seq_length: int) -> np.dtype:
@@ -45,6 +49,14 @@ def _checksum(ids, of_row):
     return isal_zlib.crc32(ids + of_row[:-4])
 
 
+def wrong(rows: bytes, size: int, said: bytes, size_of_note: int) -> Iterator[int]:
+    """Which of these rows of `size` bytes are damaged, or their notes are."""
+    notes = [said[start : start + size_of_note] for start in range(0, len(said), size_of_note)]
+    for i, of_row in enumerate(notes):
+        if _checksum(rows[i * size : (i + 1) * size], of_row) != int.from_bytes(of_row[-4:], 'little'):
+            yield i
+
+
 def notes_file(shard: str) -> str:
     """The name of the .rows file that goes with a shard."""
     return f'{shard.removesuffix(".bin")}.rows'
@@ -56,29 +68,24 @@ class Prepared:
     def __init__(self, folder: str, split: str):
         about = description(folder)
         folder = paths.local(folder, 'config.data.path')
-        try:
-            self.layout = Layout(about['mode'], about['pad_id'], about['eos_id'])
-            self._vocab_size = about['vocab_size']
-            self._dtype, self._width = np.dtype(about['dtype']), about['seq_length'] + 1
-            shards = about['splits'].get(split)
-            if shards is None:
-                raise DataError(f'{folder}: no split {split} (there is {", ".join(about["splits"])})')
-            self._files = [str(folder / shard['file']) for shard in shards]
-            self._ends = np.cumsum([0, *(shard['rows'] for shard in shards)])[1:]
-            digest = hashlib.blake2b(json.dumps([shard['digest'] for shard in shards]).encode(), digest_size=16)
-            self.fingerprint = {
-                'source': digest.hexdigest(),
-                'tokenizer': about['tokenizer'],
-                'mode': about['mode'],
-                'seq_length': about['seq_length'],
-            }
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f'{folder / DESCRIPTION}: not what data.prepare writes: {error!r}') from error
+        self.layout = Layout(about['mode'], about['pad_id'], about['eos_id'])
+        self._vocab_size = about['vocab_size']
+        self._dtype, self._width = np.dtype(about['dtype']), about['seq_length'] + 1
+        shards = about['splits'].get(split)
+        if shards is None:
+            raise DataError(f'{folder}: no split {split} (there is {", ".join(about["splits"])})')
+        self._files = [str(folder / shard['file']) for shard in shards]
+        self._ends = np.cumsum([0, *(shard['rows'] for shard in shards)])[1:]
+        digest = hashlib.blake2b(json.dumps([shard['digest'] for shard in shards]).encode(), digest_size=16)
+        self.fingerprint = {
+            'source': digest.hexdigest(),
+            'tokenizer': about['tokenizer'],
+            'mode': about['mode'],
+            'seq_length': about['seq_length'],
+        }
         self._note = note(self._width - 1) if all('notes' in shard for shard in shards) else None
         for file, shard in zip(self._files, shards, strict=True):
-            _check_size(file, shard['rows'] * self._width * self._dtype.itemsize)
-            if self._note:
-                _check_size(notes_file(file), shard['rows'] * self._note.itemsize)
+            check_sizes(file, shard['rows'], self._width * self._dtype.itemsize, self._note)
         if not len(self):
             raise DataError(f'{folder}: no rows in split {split}')
         if not self._note:
@@ -106,9 +113,9 @@ class Prepared:
         said = [self._read(i, notes_file(self._files[shard]), size, row) for i, shard, row in wanted]
         for i, row, of_row in zip(indices, rows, said, strict=True):
             if _checksum(row, of_row) != int.from_bytes(of_row[-4:], 'little'):
-                shard = self.origin(i).partition(', row')[0]
                 raise DataError(
-                    f'{self.origin(i)}: damaged: its checksum is another; remove {shard} and run data.prepare once more'
+                    f'{self.origin(i)}: damaged: its checksum is another; the command that made the folder, run once '
+                    'more, writes damaged shards again'
                 )
         said = np.frombuffer(b''.join(said), self._note)
         ends = np.unpackbits(said['ends'], axis=1, count=self._width).view(bool)
@@ -144,8 +151,18 @@ class Prepared:
         files.allow_open(4 * len(self._files))
 
 
+def check_sizes(file: str, rows: int, size: int, noted: np.dtype | None):
+    """Raises DataError where a shard of so many rows of `size` bytes, or its notes, are missing or cut short."""
+    _check_size(file, rows * size)
+    if noted:
+        _check_size(notes_file(file), rows * noted.itemsize)
+
+
 def _check_size(file, wanted):
-    found = os.path.getsize(file) if os.path.exists(file) else None
+    try:
+        found = paths.regular(file, DataError).st_size
+    except FileNotFoundError:
+        found = None
     if found != wanted:
         raise DataError(f'{file}: {"missing" if found is None else f"{found} bytes, not {wanted}"}')
 
@@ -173,19 +190,62 @@ def _ends_by_ids(ids, layout):
 
 
 def description(folder: str) -> dict:
-    """tokens.json of a folder. Raises DataError where there is none: not prepared, or not to the end."""
+    """tokens.json of a folder. Raises DataError where there is none: not prepared, or not to the end; naming the key,
+    where it says what no folder of rows has."""
     path = paths.local(folder, 'config.data.path') / DESCRIPTION
     try:
-        about = json.loads(path.read_bytes())
-        about['splits'].items()
-        return about
+        about = paths.read_json(path, DataError, NOT_OURS)
     except FileNotFoundError:
         raise DataError(
             f'config.data.path={folder}: no {DESCRIPTION}; python -m mixln_jax.data.prepare --format tokens makes such '
             'a folder, and writes that file last'
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f'{path}: not what data.prepare writes: {error!r}') from error
+    with reading(path, DataError, NOT_OURS):
+        _check(about)
+    return about
+
+
+def _check(about):
+    """Raises ValueError, naming the key, for a value in tokens.json that cannot be."""
+    _need(about, 'mode', lambda value: value in [*layout.FILL])
+    _need(about, 'seq_length', _whole(2, config.LONGEST + 1))
+    _need(about, 'vocab_size', _whole(1, config.LARGEST_VOCABULARY + 1))
+    _need(about, 'dtype', lambda value: value == layout.dtype_for(about['vocab_size']).str)
+    for name in ('pad_id', 'eos_id'):
+        _need(about, name, _whole(0, about['vocab_size']))
+    _need(about, 'tokenizer', lambda value: isinstance(value, str))
+    _need(about, 'splits', lambda value: isinstance(value, dict))
+    for split in about['splits']:
+        _need(about['splits'], split, lambda value: isinstance(value, list), 'splits.')
+    shards = [shard for shards in about['splits'].values() for shard in shards]
+    for shard in shards:
+        if not isinstance(shard, dict):
+            raise ValueError(f'a shard is {shard!r:.80}')
+        check_counts(shard)
+    if len({shard['file'] for shard in shards}) != len(shards):
+        raise ValueError('it names a file twice')
+
+
+def check_counts(shard: dict):
+    """Raises ValueError, naming the key, where a shard's counts cannot be."""
+    # Also no absolute path: a description from elsewhere must not open files beside its folder.
+    _need(shard, 'file', lambda name: isinstance(name, str) and name == pathlib.PurePath(name).name not in ('', '..'))
+    _need(shard, 'rows', _whole(0, 2**40))
+    _need(shard, 'digest', lambda value: isinstance(value, str))
+    if 'notes' in shard:
+        _need(shard, 'notes', _whole(0, 2**60))
+
+
+def _need(group, key, good, above=''):
+    if key not in group:
+        raise ValueError(f'{above}{key} is missing')
+    if not good(group[key]):
+        raise ValueError(f'{above}{key} is {group[key]!r:.80}')
+
+
+def _whole(least, below):
+    """Whether a value is an integer in this range; True is none."""
+    return lambda value: type(value) is int and least <= value < below
 
 
 def open_tokenizer(folder: str) -> tokenizers.Tokenizer:
@@ -194,4 +254,7 @@ def open_tokenizer(folder: str) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.load(paths.local(folder, 'config.data.path') / 'tokenizer')
     if tokenizer.fingerprint != about.get('tokenizer'):
         raise DataError(f'{folder}/tokenizer is not the tokenizer that made the rows')
+    for name in ('vocab_size', 'pad_id', 'eos_id'):
+        if (said := about[name]) != (value := getattr(tokenizer, name)):
+            raise DataError(f'{folder}/{DESCRIPTION}: {NOT_OURS}: {name} is {said}, of the tokenizer beside it {value}')
     return tokenizer

@@ -3,7 +3,6 @@ set."""
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -11,13 +10,12 @@ from collections.abc import Callable
 
 import xxhash
 
-from mixln_jax import config, outputs, record
-from mixln_jax.data import files, layout, prepared, rows, units
+from mixln_jax import config, outputs, paths, record
+from mixln_jax.data import files, layout, prepared, rows, units, verify
 from mixln_jax.data.sources import rank
 from mixln_jax.data.tokenizers import Tokenizer
-from mixln_jax.exits import UsageError
+from mixln_jax.exits import DataError, UsageError, reading
 
-NOTES = '.prepare'  # folder with the plan and one file a finished shard
 FIELDS = ('text', 'url', 'timestamp', 'content-type', 'content-length')  # C4's in TFDS
 REPORT = 2**18  # characters between reports
 AT_ONCE = 2**17  # characters that are tokenised in one go
@@ -40,7 +38,7 @@ class Job:
     def check_plan(self, all_units):
         """Makes the folder. Raises UsageError where it holds another preparation, naming what differs, or no
         preparation but something else."""
-        notes = pathlib.Path(self.folder, NOTES)
+        notes = pathlib.Path(self.folder, prepared.WORK)
         if not notes.exists() and os.path.isdir(self.folder) and (there := sorted(os.listdir(self.folder))):
             raise UsageError(f'{self.folder} holds what no preparation made: {there[0]}; take another --out')
         notes.mkdir(parents=True, exist_ok=True)
@@ -56,7 +54,7 @@ class Job:
             plan |= {'tokenizer': self.tokenizer.fingerprint, 'mode': self.data.mode, 'seq-length': self.seq_length}
         path = notes / 'plan.json'
         if path.exists():
-            before = json.loads(path.read_bytes())
+            before = paths.read_json(path, DataError)
             differ = [name for name in plan | before if plan.get(name) != before.get(name)]
             if differ:
                 raise UsageError(
@@ -68,6 +66,10 @@ class Job:
         """Whether the rows of all these units are there, without their notes: made by version 0.1."""
         return all(self.result(unit, notes=False) for unit in pending)
 
+    def repeats(self, pending):
+        """Whether all these units were finished before: what is written has to be the same rows."""
+        return all(self.counted(unit) for unit in pending)
+
     def begin(self):
         """Some shards are to be written: until `finish`, no reader takes the folder for a data set."""
         description = 'dataset_info.json' if self.format == 'tfds' else prepared.DESCRIPTION
@@ -75,7 +77,7 @@ class Job:
 
     def clean(self, unit):
         """Removes what a killed process left of a unit, unless another one is writing it."""
-        with contextlib.suppress(UsageError), _locked(pathlib.Path(self.folder, NOTES), unit.name):
+        with contextlib.suppress(UsageError), _locked(pathlib.Path(self.folder, prepared.WORK), unit.name):
             for split in unit.splits:
                 for file in (self.file(unit, split), prepared.notes_file(self.file(unit, split))):
                     pathlib.Path(self.folder, f'{file}.partial').unlink(missing_ok=True)
@@ -90,18 +92,55 @@ class Job:
     def result(self, unit, notes=True):
         """What a finished unit counted; None where its input is another since, or a shard is not whole; without `notes`
         no matter whether it has any (prepared.py)."""
-        try:
-            result = json.loads(pathlib.Path(self.folder, NOTES, f'{unit.name}.json').read_bytes())
-            sizes = {}
-            for split in unit.splits:
-                sizes[result[split]['file']] = result[split]['size']
-                if notes and self.format == 'tokens':
-                    sizes[prepared.notes_file(result[split]['file'])] = result[split]['notes']
-            whole = [pathlib.Path(self.folder, file).stat().st_size == size for file, size in sizes.items()]
-        except (OSError, ValueError, KeyError):
+        result = self.counted(unit)
+        if not result or result.get('damaged'):
             return None
-        fits = result['input'] == unit.digest and result['bad'] <= self.skip_bad
-        return result if fits and all(whole) else None
+        sizes = {}
+        for split in unit.splits:
+            sizes[result[split]['file']] = result[split]['size']
+            if notes and self.format == 'tokens':
+                sizes[prepared.notes_file(result[split]['file'])] = result[split].get('notes')
+        try:
+            whole = all(pathlib.Path(self.folder, file).stat().st_size == size for file, size in sizes.items())
+        except OSError:
+            return None
+        return result if whole else None
+
+    def counted(self, unit):
+        """What a unit counted when it was finished, whatever has become of its shards; None where its input is another
+        since, or nothing readable says."""
+        path = self.counts(unit)
+        try:
+            result = paths.read_json(path, DataError)
+            with reading(path, DataError):
+                for split in unit.splits:
+                    if result[split]['file'] != self.file(unit, split):
+                        raise ValueError('another file')
+                    if self.format == 'tokens':
+                        prepared.check_counts(result[split])
+                    int(result[split]['size'] + result[split]['documents'])  # or they are no numbers
+                int(result['empty'] + result['position'] + len(result['skipped']))
+                return result if result['input'] == unit.digest and result['bad'] <= self.skip_bad else None
+        except (FileNotFoundError, DataError):
+            return None
+
+    def verify(self, unit):
+        """Reads the rows of a finished unit. Where they are damaged, notes that it is to be written again, and returns
+        what is damaged."""
+        dtype = layout.dtype_for(self.tokenizer.vocab_size)
+        whole, result = self.result(unit), self.result(unit, notes=False)
+        for split in unit.splits:
+            shard = result[split] if whole else {name: result[split][name] for name in ('rows', 'digest')}
+            try:
+                verify.check_shard(str(pathlib.Path(self.folder, result[split]['file'])), shard, self.seq_length, dtype)
+            except DataError as error:
+                record.write_json(self.counts(unit), result | {'damaged': True})
+                return str(error)
+        return None
+
+    def counts(self, unit):
+        """The file that makes a unit finished."""
+        return pathlib.Path(self.folder, prepared.WORK, f'{unit.name}.json')
 
     def finish(self, results):
         """Writes what makes the shards a data set."""
@@ -165,7 +204,7 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
     Raises:
         DataError as the source does; UsageError where another process writes the same unit.
     """
-    with _locked(pathlib.Path(job.folder, NOTES), unit.name):
+    with _locked(pathlib.Path(job.folder, prepared.WORK), unit.name):
         if result := job.result(unit):
             return result
         documents = units.read(job.data, unit, job.skip_bad, job.max_document)
@@ -179,13 +218,12 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
             reported = now
 
         with contextlib.ExitStack() as closing:
-            there = job.result(unit, notes=False) or {}
-            writers = {
-                split: closing.enter_context(
-                    _WRITERS[job.format](job, pathlib.Path(job.folder, job.file(unit, split)), there.get(split))
-                )
-                for split in unit.splits
-            }
+            there, before = job.result(unit, notes=False) or {}, job.counted(unit) or {}
+            writers = {}
+            for split in unit.splits:
+                path = pathlib.Path(job.folder, job.file(unit, split))
+                writer = _WRITERS[job.format](job, path, there.get(split), before.get(split))
+                writers[split] = closing.enter_context(writer)
             for decides, document in documents:
                 split = unit.split or ('validation' if rank(decides.encode()) < job.first else 'train')
                 writers[split].add(document)
@@ -200,7 +238,7 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
             name: getattr(documents, name) for name in ('empty', 'bad', 'skipped', 'position')
         }
         tell()
-        record.write_json(pathlib.Path(job.folder, NOTES, f'{unit.name}.json'), result)
+        record.write_json(job.counts(unit), result)
         return result
 
 
@@ -211,10 +249,11 @@ def _locked(notes, name):
 
 
 class _Shard:
-    """A file that has its name only when it is whole. `there`: what the shard of this name counted, if it is whole."""
+    """A file that has its name only when it is whole. Of the shard of this name: `there`, what it counted if it is
+    whole, and `before`, what it counted whatever has become of it."""
 
-    def __init__(self, job, path, there):
-        del there
+    def __init__(self, job, path, there, before):
+        del there, before
         self._job, self._path, self._partial = job, path, path.with_name(f'{path.name}.partial')
         self._documents = 0
 
@@ -241,11 +280,11 @@ def _finish(partial):
 class _Records(_Shard):
     """An ArrayRecord shard of TFDS examples, one record a chunk as random access wants it."""
 
-    def __init__(self, job, path, there):
+    def __init__(self, job, path, there, before):
         from array_record.python.array_record_module import ArrayRecordWriter
         from tensorflow_datasets.proto import tf_example_pb2
 
-        super().__init__(job, path, there)
+        super().__init__(job, path, there, before)
         self._example = tf_example_pb2.Example
         self._writer = ArrayRecordWriter(str(self._partial), 'group_size:1')
         self._bytes = 0
@@ -276,14 +315,14 @@ class _Tokens(_Shard):
     Documents wait until there are some: tokenising them in one go keeps its tables in the caches.
     """
 
-    def __init__(self, job, path, there):
-        super().__init__(job, path, there)
+    def __init__(self, job, path, there, before):
+        super().__init__(job, path, there, before)
         tokenizer = job.tokenizer
         self._layout = layout.Layout(job.data.mode, tokenizer.pad_id, tokenizer.eos_id)
         self._fill = layout.FILL[job.data.mode](job.seq_length, self._layout, self._write)
         self._dtype = layout.dtype_for(tokenizer.vocab_size)
         self._limit = job.seq_length if job.data.mode == 'pad' else None  # one id more than a row takes: is it cut?
-        self._there = there
+        self._there, self._before = there, before
         self._notes_partial = path.with_name(f'{prepared.notes_file(path.name)}.partial')
         self._files = contextlib.ExitStack()
         self._notes = self._files.enter_context(self._notes_partial.open('wb'))
@@ -304,7 +343,7 @@ class _Tokens(_Shard):
         self._fill.close()
         self._files.close()
         digest = self._digest.hexdigest()
-        if self._there and self._there['digest'] != digest:
+        if self._before and self._before['digest'] != digest:
             raise UsageError(f'{self._path} holds other rows than its text gives today; take another --out')
         size = _finish(self._notes_partial)
         return self._there | {'notes': size} if self._there else self._close(rows=self._rows, digest=digest, notes=size)
