@@ -13,6 +13,7 @@ count=$1
 shift
 
 export JAX_COORDINATOR_ADDRESS="127.0.0.1:${PORT:-$((20000 + RANDOM % 20000))}" JAX_NUM_PROCESSES=$count
+export MIXLN_JAX_SECRET=${MIXLN_JAX_SECRET:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
 IFS=, read -r -a gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
 if ((${#gpus[@]} % count)); then
   echo "$0: ${#gpus[@]} GPUs (CUDA_VISIBLE_DEVICES) do not divide by $count processes" >&2

@@ -27,11 +27,13 @@ LARGEST_VOCABULARY = 2**24
 BOOLEANS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
 
 
-def key(default, help, *, choices=None, at_least=None, above=None, at_most=None, below=None):
-    """A configuration key: its default (which gives its type), its help, and the values it may take."""
+def key(default, help, *, choices=None, at_least=None, above=None, at_most=None, below=None, secret=False):
+    """A configuration key: its default (which gives its type), its help, the values it may take, and whether its value
+    is never shown."""
     ranges = {'at least': at_least, 'above': above, 'at most': at_most, 'below': below}
     ranges = {name: bound for name, bound in ranges.items() if bound is not None}
-    return dataclasses.field(default=default, metadata={'help': help, 'choices': choices, 'ranges': ranges})
+    metadata = {'help': help, 'choices': choices, 'ranges': ranges, 'secret': secret}
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
 def group(cls):
@@ -216,6 +218,12 @@ class Processes:
     """Several processes that train together; the environment says which (see processes.py)."""
 
     timeout: float = key(300.0, 'seconds to wait for all of them at the start', above=0, at_most=1e6)
+    secret: str = key(
+        '',
+        'what only they know, so that no stranger takes part; it is never written or shown; empty: MIXLN_JAX_SECRET of '
+        "the environment, else the scheduler's name of the job",
+        secret=True,
+    )
     stall: float = key(900.0, 'seconds without a batch before all stacks are shown; 0: never', at_least=0, at_most=1e6)
 
 
@@ -300,7 +308,12 @@ class Keys(ml_collections.ConfigDict):
     def __setitem__(self, key, value):
         if self.is_locked and key not in self:
             raise UnknownKey(_unknown(key, key, key, self))
-        super().__setitem__(key, _as(type(self.get(key)), value))
+        try:
+            super().__setitem__(key, _as(type(self.get(key)), value))
+        except TypeError:
+            if key == 'secret':
+                raise TypeError(f'{key} must be a text') from None  # the value is not shown
+            raise
 
 
 def default() -> ml_collections.ConfigDict:
@@ -554,10 +567,10 @@ def _as(kind, value):
 
 
 def _check(path, field, value):
-    value = _as(field.type, value)
+    value, secret = _as(field.type, value), field.metadata['secret']
     if type(value) is not field.type:
         wanted = 'a number or auto' if _takes_auto(field) else f'of type {field.type.__name__}'
-        raise UsageError(f'{path} must be {wanted}, not {value!r}')
+        raise UsageError(f'{path} must be {wanted}, not {type(value).__name__ if secret else repr(value)}')
     if field.type is float and not math.isfinite(value):
         raise UsageError(f'{path} must be a finite number, not {value}')
     choices = field.metadata['choices']
@@ -621,6 +634,7 @@ def help_text(values: ml_collections.ConfigDict | None = None, names=None) -> st
     lines, values = [], flatten(values.to_dict()) if values else {}
     for path, field in _fields(Config, ''):
         value, choices = values.get(path, field.default), field.metadata['choices'] or (names or {}).get(path)
+        value = '...' if value and field.metadata['secret'] else value
         shown = f'{field.type.__name__}{" or auto" if _takes_auto(field) else ""}, {value!r}'
         mark = ' '
         if value != field.default:
@@ -628,6 +642,13 @@ def help_text(values: ml_collections.ConfigDict | None = None, names=None) -> st
         listed = f' ({" | ".join(choices)})' if choices else ''
         lines.append(f'{mark} --config.{path:<24} {field.metadata["help"]}{listed} [{shown}]')
     return '\n'.join(lines)
+
+
+def public(config: Config) -> dict:
+    """A Config as a dict to be written or shown, without the secret."""
+    values = dataclasses.asdict(config)
+    values['processes']['secret'] = ''
+    return values
 
 
 def flatten(config, prefix=''):

@@ -73,7 +73,8 @@ def run(values, workdir, stop=None, verbose=False):
     config = configs.build(values)
     _check_place(workdir)  # before anything takes time
     with contextlib.ExitStack() as closing:
-        closing.enter_context(processes.joined(config.processes.timeout, _digest(config)))
+        joined = processes.joined(config.processes.timeout, _digest(config), config.processes.secret)
+        closing.enter_context(joined)
         stop = processes.SharedStop() if jax.distributed.is_initialized() else stop or exits.Stop()
         with stop.may_interrupt():
             mesh = _start_jax(config)
@@ -214,7 +215,7 @@ def run(values, workdir, stop=None, verbose=False):
 
 
 def _digest(config):
-    return hashlib.blake2b(json.dumps([dataclasses.asdict(config), record.versions()]).encode()).hexdigest()
+    return hashlib.blake2b(json.dumps([configs.public(config), record.versions()]).encode()).hexdigest()
 
 
 def _start_jax(config):
@@ -233,7 +234,7 @@ def _start_jax(config):
 
 def _resolved(config, model):
     """The config as a dict, the placement spelled out layer by layer, as it is saved with the weights."""
-    resolved = dataclasses.asdict(config)
+    resolved = configs.public(config)
     resolved['model'] |= {
         'norm_position': list(model.norm_position),
         'layer_index': list(model.layer_index),

@@ -8,7 +8,6 @@ import pathlib
 import re
 import selectors
 import signal
-import socket
 import sys
 import threading
 import time
@@ -20,13 +19,16 @@ from jax.experimental import multihost_utils
 
 from mixln_jax import record
 from mixln_jax.exits import ProcessLost, Stop, UsageError, call, first_line, known, signals
+from mixln_jax.rollcall import roll_call, where
 
 ASKED = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+SECRET = 'MIXLN_JAX_SECRET'
+LEAST = 10.0  # seconds that JAX has, whatever the roll call took
 LAST = 2.5  # seconds by which process 0 outlives the others
 KNOWN = ('slurm', 'ompi', 'gcetpu', 'gketpu')
 # Where SLURM says how many processes there are on each node, `2(x3),1`; the last, of all, is for a single node.
 TASKS = ('SLURM_STEP_TASKS_PER_NODE', 'SLURM_TASKS_PER_NODE', 'SLURM_NTASKS_PER_NODE', 'SLURM_NTASKS')
-DIFFERENT, FAREWELL, ENDS = 'not alike:', b'farewell', b'ends '
+FAREWELL, ENDS = b'farewell', b'ends '
 
 
 def find():
@@ -59,6 +61,14 @@ def find():
         count, number = environment.get_process_count(), environment.get_process_id()
         address = environment.get_coordinator_address(60, None)
     return (address, count, number) if count > 1 else None
+
+
+def _known_to_all():
+    """What the processes of this run know and strangers do not: SECRET, else the scheduler's name of the job, where it
+    says who they are; '' for nothing."""
+    by_hand = any(os.environ.get(name) for name in ASKED)
+    names = [SECRET] if by_hand else [SECRET, 'OMPI_MCA_orte_hnp_uri', 'SLURM_JOB_ID']
+    return next(filter(None, map(os.environ.get, names)), '')
 
 
 def _on_node():
@@ -99,7 +109,7 @@ def local_device_ids() -> list[int] | None:
 
 
 @contextlib.contextmanager
-def joined(timeout: float, digest: str):
+def joined(timeout: float, digest: str, secret: str = ''):
     """Joins the other processes, if there are any, before JAX does anything else. Inside, this process ends with exit 8
     as soon as another one is gone, even while it waits for that one; where another one ends with an error, with its
     exit code.
@@ -107,6 +117,7 @@ def joined(timeout: float, digest: str):
     Args:
         timeout: seconds to wait for all.
         digest: of what has to be the same in every process.
+        secret: what only they know; empty: what SECRET or the scheduler says.
 
     Raises ProcessLost where some do not come within `timeout`, naming them; UsageError where one is different.
     """
@@ -114,15 +125,22 @@ def joined(timeout: float, digest: str):
     if not found:
         yield
         return
-    address, count, number = found
+    (address, count, number), begun = found, time.monotonic()
     mine = local_device_ids()
-    peers, ending = roll_call(address, count, number, timeout, digest), threading.Event()
+    peers, ending = roll_call(address, count, number, timeout, digest, secret or _known_to_all()), threading.Event()
     watch_thread = threading.Thread(target=_watch, args=(peers, f'process {number} of {count}', ending), daemon=True)
     watch_thread.start()
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    left = max(LEAST, timeout - (time.monotonic() - begun))
     try:
         jax.distributed.initialize(
-            address, count, number, mine, cluster_detection_method='deactivate', initialization_timeout=round(timeout)
+            address,
+            count,
+            number,
+            mine,
+            cluster_detection_method='deactivate',
+            initialization_timeout=round(left),
+            coordinator_bind_address=None if number else where(address),
         )
     except Exception as error:
         raise ProcessLost(f'process {number} of {count}: JAX cannot join the others: {first_line(error)}') from error
@@ -151,78 +169,6 @@ def _interrupted(signum, _):
     ends this process at once."""
     signal.signal(signum, signal.SIG_DFL if signum == signal.SIGINT else signal.SIG_IGN)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def roll_call(address: str, count: int, number: int, timeout: float, digest: str) -> dict[int, socket.socket]:
-    """Returns in every process when all have come to process 0, at `address`; otherwise raises, as `joined` says.
-
-    jax.distributed by itself aborts the interpreter and names nobody. What is returned are the connections that stay:
-    those of process 0 to all others, theirs to it.
-    """
-    host, _, port = address.rpartition(':')
-    here, deadline = f'process {number} of {count}', time.monotonic() + timeout
-    if number:
-        problem, peers = _answer(host, int(port), number, count, deadline, digest)
-    else:
-        problem, peers = _call(int(port), count, deadline, digest)
-    if problem:
-        if problem.startswith(DIFFERENT):
-            raise UsageError(f'{here}, process 0 at {address}: {problem}')
-        raise ProcessLost(f'{here}, process 0 at {address}: {problem} (waited {timeout:g} s)')
-    for connection in peers.values():
-        connection.settimeout(None)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    return peers
-
-
-def _call(port, count, deadline, digest):
-    """Process 0: what is wrong, or '', and the connections to the others."""
-    problem, came = '', {}
-    try:
-        server = socket.create_server(('', port), backlog=count)
-    except OSError as error:
-        raise UsageError(f'port {port} of the coordinator cannot be used: {error.strerror}') from error
-    with server:
-        while len(came) < count - 1 and not problem:
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                connection, _ = server.accept()
-                connection.settimeout(5)
-                said = _hear(connection)
-                other, *same = said['number'], said['count'] == count, said['digest'] == digest
-            except TimeoutError:
-                if time.monotonic() >= deadline:
-                    missing = [str(other) for other in range(1, count) if other not in came]
-                    problem = f'missing: {", ".join(missing)} of 0 to {count - 1}'
-                continue
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # somebody else's
-            if other in came:
-                problem = f'{DIFFERENT} two are number {other}'
-            elif not all(same):
-                problem = f'{DIFFERENT} process {other} has another count, configuration or versions than process 0'
-            came[other] = connection
-    _tell(came, json.dumps(problem).encode() + b'\n')
-    return problem, came
-
-
-def _answer(host, port, number, count, deadline, digest):
-    """Any other process: what process 0 says is wrong, or '', and the connection to it."""
-    said = json.dumps({'number': number, 'count': count, 'digest': digest}).encode() + b'\n'
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            connection = socket.create_connection((host, port), timeout=min(left, 5))
-            connection.sendall(said)
-            connection.settimeout(left + 5)  # process 0 waits as long, and then says who is missing
-            return _hear(connection), {0: connection}
-        except (OSError, ValueError):
-            time.sleep(min(0.2, max(left, 0)))
-    return 'it did not answer', {}
-
-
-def _hear(connection):
-    with connection.makefile('rb', buffering=0) as lines:
-        return json.loads(lines.readline())
 
 
 def _tell(peers, words):

@@ -103,6 +103,7 @@ ELSEWHERE = {
     'mesh.fsdp': 'test_mesh.py::test_of_a_run',
     'mesh.tensor': 'test_mesh.py::test_of_a_run',
     'processes.timeout': 'test_processes.py::test_one_that_never_comes_is_named',
+    'processes.secret': 'test_roll_call.py::test_of_the_key',
     'processes.stall': 'test_keys.py::test_when_a_run_does_what',
     'expected.perplexity': 'test_papers.py::test_got_paper_and_difference',
     'expected.tokens': 'test_papers.py::test_every_cell_builds',

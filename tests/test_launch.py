@@ -266,7 +266,8 @@ class TestLocal:
     def test_each_process_knows_its_number_and_devices(self, tmp_path):
         fake = tmp_path / 'python'
         fake.write_text(
-            '#!/bin/bash\necho "$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $CUDA_VISIBLE_DEVICES $JAX_COORDINATOR_ADDRESS $*"\n'
+            '#!/bin/bash\nsaid="$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $CUDA_VISIBLE_DEVICES"\n'
+            'echo "$said $JAX_COORDINATOR_ADDRESS ${#MIXLN_JAX_SECRET} $*"\n'
             'exit $((JAX_PROCESS_ID == 1 ? 8 : 137))\n'
         )
         fake.chmod(0o755)
@@ -274,7 +275,7 @@ class TestLocal:
             'local_processes.sh', 2, '--config', 'a b', PYTHON=str(fake), CUDA_VISIBLE_DEVICES='4,5,6,7', PORT='99'
         )
         assert ended.returncode == 8
-        said = ' 127.0.0.1:99 -m mixln_jax.main --config a b'
+        said = ' 127.0.0.1:99 32 -m mixln_jax.main --config a b'
         assert sorted(ended.stdout.splitlines()) == [f'0/2 4,5{said}', f'1/2 6,7{said}']
 
     @pytest.mark.parametrize('words, gpus', [('', ''), ('x --config a', ''), ('0', ''), ('2 --config a', '0,1,2')])

@@ -1,11 +1,9 @@
-"""Several processes: who they are, the roll call; and, slowly, real ones that are killed, stopped and missing."""
+"""Several processes: who they are, what they say at their end; and, slowly, real ones killed, stopped and missing."""
 
-import concurrent.futures
 import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,16 +12,12 @@ import jax
 import numpy as np
 import pytest
 from jax._src import distributed
+from strangers import free_port
 
 from mixln_jax import checkpoint, processes
 from mixln_jax.exits import ProcessLost, UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-def free_port():
-    with socket.create_server(('127.0.0.1', 0)) as server:
-        return server.getsockname()[1]
 
 
 class TestFind:
@@ -159,70 +153,6 @@ class TestLocalDevices:
         with pytest.raises(ProcessLost, match='as far as this goes'), processes.joined(1.0, 'digest'):
             pass
         assert told['jax_cuda_visible_devices'] == expected
-
-
-def call_roll(count, numbers, timeout=20.0, digests=None):
-    """What the roll call of `numbers` gives in each: connections, or what it raises."""
-    address = f'127.0.0.1:{free_port()}'
-
-    def one(at):
-        number, digest = numbers[at], (digests or ['same'] * len(numbers))[at]
-        try:
-            return processes.roll_call(address, count, number, timeout, digest)
-        except Exception as error:
-            return error
-
-    with concurrent.futures.ThreadPoolExecutor(len(numbers)) as pool:
-        return list(pool.map(one, range(len(numbers))))
-
-
-class TestRollCall:
-    def test_all_are_there(self):
-        peers = call_roll(4, [2, 0, 3, 1])
-        assert [set(of) for of in peers] == [{0}, {1, 2, 3}, {0}, {0}]
-        for connection in [c for of in peers for c in of.values()]:
-            connection.close()
-
-    def test_missing_ones_are_named_to_all(self):
-        errors = call_roll(4, [0, 2], timeout=0.5)
-        for error in errors:
-            assert isinstance(error, ProcessLost)
-            assert 'process 0 at 127.0.0.1:' in str(error) and 'missing: 1, 3 of 0 to 3' in str(error)
-
-    def test_process_0_is_missing(self):
-        [error] = call_roll(2, [1], timeout=0.5)
-        assert isinstance(error, ProcessLost) and 'process 0 at 127.0.0.1:' in str(error)
-        assert 'did not answer' in str(error)
-
-    def test_another_configuration(self):
-        errors = call_roll(3, [0, 1, 2], digests=['same', 'same', 'other'], timeout=5)
-        assert any(
-            isinstance(error, UsageError) and 'process 2 has another count, conf' in str(error) for error in errors
-        )
-        assert not any(isinstance(error, dict) for error in errors[:1] + errors[2:])
-
-    def test_two_with_one_number(self):
-        errors = call_roll(3, [0, 1, 1], timeout=5)
-        assert isinstance(errors[0], UsageError) and 'two are number 1' in str(errors[0])
-
-    def test_strangers_are_ignored(self):
-        port = free_port()
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            lead = pool.submit(processes.roll_call, f'127.0.0.1:{port}', 2, 0, 20.0, 'd')
-            for words in (b'GET / HTTP/1.1\r\n\r\n', b'', b'[]\n', b'{"number": 1}\n'):
-                while True:
-                    try:
-                        with socket.create_connection(('127.0.0.1', port)) as stranger:
-                            stranger.sendall(words)
-                        break
-                    except ConnectionRefusedError:
-                        time.sleep(0.01)
-            other = pool.submit(processes.roll_call, f'127.0.0.1:{port}', 2, 1, 20.0, 'd')
-            assert set(lead.result()) == {1} and set(other.result()) == {0}
-
-    def test_a_port_in_use(self):
-        with socket.create_server(('', 0)) as server, pytest.raises(UsageError, match='port .* cannot be used'):
-            processes.roll_call(f'127.0.0.1:{server.getsockname()[1]}', 2, 0, 1.0, 'd')
 
 
 def start(workdir, count, missing=(), num_steps=30, program=('-m', 'mixln_jax.main'), **changes):

@@ -18,7 +18,7 @@ MAY_CHANGE = {
     *('eval.every', 'eval.tokens', 'eval.split'),
     *('checkpoint.every', 'checkpoint.keep'),
     *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
-    *('processes.timeout', 'processes.stall'),
+    *('processes.timeout', 'processes.secret', 'processes.stall'),
     *('analysis.every', 'analysis.tokens'),
     *('profile.start', 'profile.steps'),
     *('expected.perplexity', 'expected.tokens', 'expected.source'),

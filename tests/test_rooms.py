@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = [
     {'console', 'exits', 'paths', 'outputs', 'config', 'trees', 'record', 'hlo'},
-    {'mesh', 'processes', 'data', 'models'},
+    {'mesh', 'processes', 'rollcall', 'data', 'models'},
     {'losses', 'optim', 'metrics', 'measures', 'figures', 'drawing'},
     {'checkpoint', 'step', 'program', 'weights'},
     {'train', 'hooks', 'evaluate', 'harness', 'squad'},
@@ -24,6 +24,7 @@ WITHIN = {
     ('record', 'console'),
     ('record', 'exits'),
     ('record', 'outputs'),
+    ('processes', 'rollcall'),
     ('checkpoint', 'step'),
     ('weights', 'checkpoint'),
     ('program', 'step'),
