@@ -272,7 +272,7 @@ def call(job, *args, show_traceback=False):
         if show_traceback:
             console.say(''.join(traceback.format_exception(error)).rstrip(), file=sys.stderr)
         error = known(error)
-        console.say(f'mixln_jax: {_one_line(error)}', file=sys.stderr)
+        console.say(f'mixln_jax: {one_line(error)}', file=sys.stderr)
         return error.code
     return 0
 
@@ -343,6 +343,7 @@ def first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _one_line(error):
+def one_line(error):
+    """An error's text as one line, cut after 600 letters."""
     words = ' '.join(str(error).split())
     return words if len(words) <= 600 else f'{words[:600]} ...'

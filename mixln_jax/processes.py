@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import json
 import os
 import pathlib
 import re
@@ -18,7 +17,7 @@ from jax._src import clusters  # how JAX itself finds out; it has no public name
 from jax.experimental import multihost_utils
 
 from mixln_jax import record
-from mixln_jax.exits import ProcessLost, Stop, UsageError, call, first_line, known, signals
+from mixln_jax.exits import ProcessLost, Stop, UsageError, call, first_line, known, one_line, signals
 from mixln_jax.rollcall import roll_call, where
 
 ASKED = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
@@ -28,7 +27,9 @@ LAST = 2.5  # seconds by which process 0 outlives the others
 KNOWN = ('slurm', 'ompi', 'gcetpu', 'gketpu')
 # Where SLURM says how many processes there are on each node, `2(x3),1`; the last, of all, is for a single node.
 TASKS = ('SLURM_STEP_TASKS_PER_NODE', 'SLURM_TASKS_PER_NODE', 'SLURM_NTASKS_PER_NODE', 'SLURM_NTASKS')
-FAREWELL, ENDS = b'farewell', b'ends '
+ENDS = re.compile(rb'([0-9]{1,2}) (.*)')  # the exit code and the text of a process that ends
+FAREWELL = 0  # the code of an end that all share
+LIMIT = 16_000  # bytes of a line between processes
 
 
 def find():
@@ -154,7 +155,7 @@ def joined(timeout: float, digest: str, secret: str = ''):
         if error.code in (1, ProcessLost.code):
             time.sleep(3)  # where another's end is the cause, `_watch` says so and ends this process
         ending.set()
-        _tell(peers, ENDS + json.dumps([error.code, f'process {number}: {first_line(error)}']).encode())
+        _tell(peers, error.code, f'process {number}: {one_line(error)}')
         if not number:
             time.sleep(LAST)  # without process 0 JAX aborts the others
         raise
@@ -171,42 +172,61 @@ def _interrupted(signum, _):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _tell(peers, words):
+def _tell(peers, code, text=''):
+    """Tells others, in a line, how this process ends."""
     for connection in peers.values():
         with contextlib.suppress(OSError):
-            connection.sendall(words)
+            connection.sendall(b'%d %b\n' % (code, text.encode('unicode_escape')))
+
+
+def _heard(connection, begun):
+    """What another process has said, [(code, text)], and what of it is not a whole line yet, as `begun` was before.
+
+    Raises ConnectionError where it has hung up, or says what is none of ours.
+    """
+    piece = connection.recv(LIMIT)
+    *lines, rest = (begun + piece).split(b'\n')
+    matches = [ENDS.fullmatch(line) for line in lines]
+    if not all(matches):
+        raise ConnectionError('not a line of ours')
+    said = [(int(match[1]), match[2].decode('unicode_escape', 'replace')) for match in matches]
+    if not said and (not piece or len(rest) > LIMIT):
+        raise ConnectionError('hung up')
+    return said, rest
 
 
 def _watch(peers, here, ending):
     """Ends this process when another one ends without a farewell; process 0 hears of it and tells the others. `ending`
     is set when this process has an error of its own to end with."""
+    begun = dict.fromkeys(peers, b'')
     with selectors.DefaultSelector() as selector:
         for number, connection in peers.items():
-            selector.register(connection, selectors.EVENT_READ, f'process {number} is gone')
+            selector.register(connection, selectors.EVENT_READ, number)
         while selector.get_map():
             for key, _ in selector.select():
                 try:
-                    said = key.fileobj.recv(1000)
+                    said, begun[key.data] = _heard(key.fileobj, begun[key.data])
                 except OSError:
-                    said = b''
-                if said == FAREWELL:
+                    said = [(ProcessLost.code, f'process {key.data} is gone')]
+                if not said:
+                    continue
+                code, text = said[0]
+                if code == FAREWELL:
                     selector.unregister(key.fileobj)
                     continue
                 if 0 not in peers:
-                    _tell(peers, said or key.data.encode())
-                if said.startswith(ENDS):
+                    _tell(peers, code, text)
+                if code != ProcessLost.code:
                     ending.wait(1)  # most errors come to all processes, and each tells its own
                 if ending.is_set():
                     return
-                if said.startswith(ENDS):
-                    code, text = json.loads(said.removeprefix(ENDS))
-                    record.say(f'mixln_jax: {here}: another one has ended: {text}', file=sys.stderr)
+                if code == ProcessLost.code:
+                    code = call(_raise, ProcessLost(f'{here}: {text}; run the same command again to continue'))
                 else:
-                    gone = f'{here}: {said.decode() or key.data}; run the same command again to continue'
-                    code = call(_raise, ProcessLost(gone))
+                    record.say(f'mixln_jax: {here}: another one has ended: {text}', file=sys.stderr)
                 if 0 not in peers:  # process 0 ends last: without it JAX aborts the others
                     _wait_for_end(peers)
-                end(code)
+                return end(code)
 
 
 def _wait_for_end(peers):

@@ -4,8 +4,10 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -153,6 +155,68 @@ class TestLocalDevices:
         with pytest.raises(ProcessLost, match='as far as this goes'), processes.joined(1.0, 'digest'):
             pass
         assert told['jax_cuda_visible_devices'] == expected
+
+
+class TestBetweenProcesses:
+    """What another process says when it ends, and in which pieces."""
+
+    TEXT = 'process 1: config.data.path: there is no file ' + './' * 700
+
+    def ended(self, monkeypatch, *pieces, number=0):
+        """(exit code, what the third process, connected to this one, hears) after `pieces` from another."""
+        codes = []
+        monkeypatch.setattr(processes, 'end', codes.append)
+        monkeypatch.setattr(processes, 'LAST', 0.05)
+        (mine, theirs), (other, third) = socket.socketpair(), socket.socketpair()
+        with mine, theirs, other, third:
+            third.settimeout(1)
+            peers, ending = {1 - number: mine} | ({2: other} if not number else {}), threading.Event()
+            ending.wait = lambda seconds: None  # for an error of its own
+            watching = threading.Thread(target=processes._watch, args=(peers, 'process here', ending), daemon=True)
+            watching.start()
+            for piece in pieces:
+                theirs.sendall(piece)
+                time.sleep(0.02)
+            theirs.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + 5
+            while not codes and time.monotonic() < deadline:
+                time.sleep(0.005)
+            ending.set()
+            heard = None if number else processes._heard(third, b'')[0]
+            third.close()
+            theirs.close()
+            watching.join()
+            return codes[0], heard
+
+    @pytest.mark.parametrize('size', [10_000, 700, 1])
+    def test_a_long_error(self, monkeypatch, capsys, size):
+        line = f'4 {self.TEXT}\n'.encode()
+        pieces = [line[at : at + size] for at in range(0, len(line), size)] if size > 1 else [line[:1], line[1:]]
+        assert self.ended(monkeypatch, *pieces) == (4, [(4, self.TEXT)])
+        assert f'another one has ended: {self.TEXT}' in capsys.readouterr().err
+
+    def test_the_first_of_several_at_once(self, monkeypatch):
+        assert self.ended(monkeypatch, b'4 bad data\n8 process 1 is gone\n') == (4, [(4, 'bad data')])
+
+    def test_what_is_sent_is_what_is_read(self, monkeypatch):
+        one, other = socket.socketpair()
+        with one, other:
+            processes._tell({1: one}, 4, 'é\ud800 \n' * 100)
+            assert processes._heard(other, b'') == ([(4, 'é\ud800 \n' * 100)], b'')
+
+    @pytest.mark.parametrize(
+        'said',
+        [b'', b'4 half', b'farewell', b'[' * 3000 + b'\n', b'4\n', b'-1 x\n', b'True x\n', b'999 x\n', b'\xff\n', b'\n',
+         b'9' * 5000 + b' x\n', b'9' * 20_000],
+    )  # fmt: skip
+    def test_no_farewell(self, monkeypatch, capsys, said):
+        """A process that breaks off, or does not speak as ours do, is gone."""
+        assert self.ended(monkeypatch, *([said] if said else [])) == (8, [(8, 'process 1 is gone')])
+        assert 'process here: process 1 is gone; run the same command again' in capsys.readouterr().err
+
+    def test_process_0_tells_who_is_gone(self, monkeypatch, capsys):
+        assert self.ended(monkeypatch, b'8 process 2 is gone\n', number=1)[0] == 8
+        assert 'process here: process 2 is gone; run the same command again' in capsys.readouterr().err
 
 
 def start(workdir, count, missing=(), num_steps=30, program=('-m', 'mixln_jax.main'), **changes):
