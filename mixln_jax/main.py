@@ -73,9 +73,11 @@ def run(values, workdir, stop=None, verbose=False):
     config = configs.build(values)
     _check_place(workdir)  # before anything takes time
     with contextlib.ExitStack() as closing:
-        joined = processes.joined(config.processes.timeout, _digest(config), config.processes.secret)
-        closing.enter_context(joined)
-        stop = processes.SharedStop() if jax.distributed.is_initialized() else stop or exits.Stop()
+        stop = stop or exits.Stop()
+        with stop.may_interrupt():
+            joined = processes.joined(config.processes.timeout, _digest(config), config.processes.secret)
+            closing.enter_context(joined)
+        stop = processes.SharedStop() if jax.distributed.is_initialized() else stop
         with stop.may_interrupt():
             mesh = _start_jax(config)
             config = configs.build(values, _earlier(config, workdir))

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from mixln_jax import record
 from mixln_jax.exits import ProcessLost, Stop, UsageError, call, first_line, known, one_line, signals
-from mixln_jax.rollcall import roll_call, where
+from mixln_jax.rollcall import aside, roll_call, where
 
 ASKED = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 SECRET = 'MIXLN_JAX_SECRET'
@@ -134,14 +134,16 @@ def joined(timeout: float, digest: str, secret: str = ''):
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     left = max(LEAST, timeout - (time.monotonic() - begun))
     try:
-        jax.distributed.initialize(
-            address,
-            count,
-            number,
-            mine,
-            cluster_detection_method='deactivate',
-            initialization_timeout=round(left),
-            coordinator_bind_address=None if number else where(address),
+        aside(
+            lambda: jax.distributed.initialize(
+                address,
+                count,
+                number,
+                mine,
+                cluster_detection_method='deactivate',
+                initialization_timeout=round(left),
+                coordinator_bind_address=None if number else where(address),
+            )
         )
     except Exception as error:
         raise ProcessLost(f'process {number} of {count}: JAX cannot join the others: {first_line(error)}') from error

@@ -3,17 +3,20 @@
 import concurrent.futures
 import contextlib
 import json
+import os
+import signal
 import socket
 import threading
 import time
 
+import jax
 import pytest
 import strangers
 from strangers import free_port
 
 from mixln_jax import config as configs
-from mixln_jax import main, processes, rollcall
-from mixln_jax.exits import ProcessLost, UsageError
+from mixln_jax import exits, main, processes, rollcall
+from mixln_jax.exits import ProcessLost, Stopped, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -238,3 +241,37 @@ class TestSecret:
                 job()
             shown.append(str(refused.value))
         assert not any('8642' in text for text in [*shown, configs.help_text(values)])
+
+
+class TestSignals:
+    @pytest.mark.parametrize(
+        'number, by, within',
+        [
+            (0, signal.SIGTERM, 'roll call'),
+            (1, signal.SIGTERM, 'roll call'),
+            (0, signal.SIGINT, 'roll call'),
+            (1, signal.SIGHUP, 'roll call'),
+            (0, signal.SIGTERM, 'initialize'),
+            (1, signal.SIGTERM, 'initialize'),
+            (1, signal.SIGTERM, 'a name that nobody resolves'),
+        ],
+    )
+    def test_end_the_start(self, monkeypatch, tmp_path, number, by, within):
+        """At once, with code 75: there is nothing to save yet."""
+        monkeypatch.setattr(processes, 'find', lambda: (f'127.0.0.1:{free_port()}', 2, number))
+        if within == 'initialize':
+            monkeypatch.setattr(processes, 'roll_call', lambda *_: {})
+            monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+            monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **__: time.sleep(3))
+        elif within != 'roll call':
+            monkeypatch.setattr(socket, 'getaddrinfo', lambda *_, **__: time.sleep(3))
+        stop = exits.Stop()
+        before = signal.signal(by, stop._handle)
+        begun = time.monotonic()
+        threading.Timer(0.1, os.kill, (os.getpid(), by)).start()
+        try:
+            with pytest.raises(Stopped, match=f'stopped by {by.name}'):
+                main.run(built(**{'processes.timeout': 3.0}), tmp_path / 'run', stop)
+        finally:
+            signal.signal(by, before)
+        assert time.monotonic() - begun < 1 and not (tmp_path / 'run').exists()
