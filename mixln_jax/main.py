@@ -8,7 +8,6 @@ if __name__ == '__main__':
 # ruff: noqa: E402
 import argparse
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
