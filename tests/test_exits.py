@@ -174,10 +174,12 @@ class TestPaths:
     def test_letters_that_the_locale_spells_otherwise(self, monkeypatch, encoding, refused):
         """tensorstore writes to the path in UTF-8, Python to that of the locale: the arrays would be elsewhere."""
         monkeypatch.setattr(paths.os, 'fsencode', lambda text: text.encode(encoding, 'replace'))
+        monkeypatch.setattr(paths.sys, 'getfilesystemencoding', lambda: encoding)
         assert paths.local('runs/plain', '--workdir') == pathlib.Path('runs/plain')
         with pytest.raises(UsageError, match='LC_ALL=C.UTF-8') if refused else contextlib.nullcontext():
             paths.local('runs/größe', '--workdir')
-        with pytest.raises(UsageError, match='^--workdir .*: this locale cannot spell the path in UTF-8'):
+        why = 'this locale cannot spell the path in UTF-8' if refused else 'bytes of the path that are not UTF-8'
+        with pytest.raises(UsageError, match=f'--workdir .*: {why}'):
             paths.local(b'runs/\xff'.decode(errors='surrogateescape'), '--workdir')
 
     def test_a_nul(self):
