@@ -92,7 +92,11 @@ def compare_first_weights():
 class TestNumbers:
     @pytest.mark.parametrize(
         'placement, shapes, kind',
-        [('mix', SHAPES, {}), ('sandwich', [(2, 2, 2)], {}), ('mix', [(2, 2, 2)], dict(BIASED, head_dim=6))],
+        [
+            ('mix', SHAPES, {}),
+            pytest.param('sandwich', [(2, 2, 2)], {}, marks=pytest.mark.slow),
+            pytest.param('mix', [(2, 2, 2)], dict(BIASED, head_dim=6), marks=pytest.mark.slow),
+        ],
     )
     def test_of_every_mesh_are_those_of_one_device(self, placement, shapes, kind):
         expected, evaluated = run(program((1, 1, 1), norm_position=placement, **kind))
@@ -103,6 +107,7 @@ class TestNumbers:
             np.testing.assert_allclose(seen[:, 1:], expected[:, 1:], rtol=1e-4, err_msg=str(shape))
             np.testing.assert_allclose(last, evaluated, rtol=1e-5)
 
+    @pytest.mark.slow  # with all of the compiler's optimisations
     def test_of_the_first_weights_do_not_depend_on_the_mesh(self):
         """As users' compiler makes them; the flag of conftest.py that saves time costs here and there the last bit."""
         folder = pathlib.Path(__file__).parent

@@ -50,7 +50,12 @@ def forward_and_gradient(model):
 
 @pytest.mark.parametrize(
     'norm_position, remat',
-    [('mix', 'none'), ('mix', 'full'), ('post,deepnorm,lns', 'none'), ('sandwich*2,res_post', 'none')],
+    [
+        ('mix', 'none'),
+        ('sandwich*2,res_post', 'none'),
+        pytest.param('mix', 'full', marks=pytest.mark.slow),
+        pytest.param('post,deepnorm,lns', 'none', marks=pytest.mark.slow),
+    ],
 )
 def test_packed_documents_are_as_alone(norm_position, remat):
     rng = np.random.default_rng(0)

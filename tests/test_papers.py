@@ -1,5 +1,6 @@
 """Recipes of the papers' tables, the table of sizes in docs/, and the report."""
 
+import functools
 import json
 import pathlib
 import re
@@ -50,14 +51,18 @@ def test_every_cell_builds(table):
     assert len(names) == count
     for name in names:
         config = load(table, name)
-        model = llama.from_config(config.model)
-        jax.eval_shape(model.init, jax.random.key(0))
+        builds(config.model)
         [size] = [size for size, (_, number) in SIZES.items() if number == by_hand(config.model)]
         assert round(config.num_steps * config.batch_size * config.seq_length / 1e6) == SIZES[size][0]
         assert config.expected.perplexity > 15 and name in config.expected.source
         # What they report are real tokens, no more than the positions.
         assert 0 < config.expected.tokens < config.num_steps * config.batch_size * config.seq_length
     assert {name: load(table, name).expected.perplexity for name in some} == some
+
+
+@functools.cache  # most cells have the network of another
+def builds(sizes):
+    jax.eval_shape(llama.from_config(sizes).init, jax.random.key(0))
 
 
 def by_hand(model):
@@ -87,6 +92,7 @@ def test_cells_have_work_directories_of_their_own():
     assert options.workdir == 'runs/mixln_table5_0.25'
 
 
+@pytest.mark.slow  # 13 sizes under every scheme
 def test_the_sizes_in_the_docs_are_those_of_the_networks():
     lines = [line for line in (ROOT / 'docs/sizes.md').read_text().splitlines() if re.match(r'\| \d', line)]
     assert len(lines) == 13
