@@ -8,17 +8,18 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.machinery
-import json
 import math
 import numbers
 import pathlib
 import re
+import signal
 import sys
 import traceback
 import types
 
 import ml_collections
 
+from mixln_jax import exits, paths
 from mixln_jax.exits import UsageError, integer
 
 LONGEST = 2**20  # tokens of a row; packing holds 64 of them open
@@ -341,8 +342,10 @@ def load(recipe: str, overrides=()) -> ml_collections.ConfigDict:
     """
     file, colon, argument = recipe.partition('.py:')
     file = pathlib.Path(f'{file}.py' if colon else recipe)
-    if not file.is_file():
-        raise UsageError(f'--config: there is no file {file}')
+    try:
+        code = paths.read(file, UsageError)
+    except FileNotFoundError:
+        raise UsageError(f'--config: there is no file {file}') from None
     if file.suffix != '.py':
         raise UsageError(f'--config: {file} is not a Python file')
     # Dataclasses and pickle look up a class's module by name, which no other recipe or module may have.
@@ -353,15 +356,19 @@ def load(recipe: str, overrides=()) -> ml_collections.ConfigDict:
     try:
         with _neighbours(file.parent):
             # Not by a loader: Python takes a file changed within a second, to the same size, for the one before.
-            exec(compile(file.read_bytes(), str(file), 'exec', dont_inherit=True), vars(module))
+            exec(compile(code, str(file), 'exec', dont_inherit=True), vars(module))
             if not hasattr(module, 'get_config'):
                 raise UsageError('a recipe needs a function get_config, which returns config.default() with changes')
             config = module.get_config(*([argument] if argument else []))
     except UsageError as error:
         raise UsageError(f'{file}: {error}') from None
-    except (Exception, SystemExit) as error:  # a recipe is Python and may raise anything
+    except BaseException as error:  # a recipe is Python and may raise anything
+        # Where SIGINT is answered otherwise than by Python itself, a KeyboardInterrupt is the recipe's own, too.
+        pythons_own = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if isinstance(error, exits.Stopped) or (isinstance(error, KeyboardInterrupt) and pythons_own):
+            raise
         unknown = next((cause for cause in (error, *error.args) if isinstance(cause, UnknownKey)), None)
-        what = unknown.args[0] if unknown else f'{type(error).__name__}: {error}'
+        what = unknown.args[0] if unknown else f'{type(error).__name__}: {exits.first_line(error)}'
         raise UsageError(f'{_line(error, file)}: {what}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UsageError(f'{file}: get_config returned {type(config).__name__}, not the ConfigDict of config.default()')
@@ -512,11 +519,11 @@ def read(path) -> Config:
     Raises UsageError where there is none or it is not one.
     """
     try:
-        return from_resolved(json.loads(pathlib.Path(path).read_bytes()))
+        found = paths.read_json(path, UsageError, 'not the configuration of a run')
     except FileNotFoundError:
         raise UsageError(f'{pathlib.Path(path).parent} is not the folder of a run: it has no config.json') from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f'{path} is not the configuration of a run: {error!r}') from error
+    with exits.reading(path, UsageError, 'not the configuration of a run'):
+        return from_resolved(found)
 
 
 def from_resolved(values) -> Config:

@@ -339,8 +339,11 @@ def known(error):
 
 
 def first_line(error):
-    """The first line of an error's text, its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of an error's text, its type where it has none, or cannot say it."""
+    try:
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except Exception:
+        return type(error).__name__
 
 
 def one_line(error):

@@ -6,6 +6,7 @@ what the stream and the gradient were, and where the first number was not finite
 
 import argparse
 import functools
+import pathlib
 import re
 import sys
 import zipfile
@@ -16,7 +17,7 @@ import numpy as np
 
 from mixln_jax import checkpoint, exits, losses, measures, paths, record, step
 from mixln_jax import config as configs
-from mixln_jax.exits import CheckpointError, UsageError, first_line
+from mixln_jax.exits import CheckpointError, UsageError, reading
 from mixln_jax.models import llama
 
 
@@ -33,17 +34,37 @@ def replay(folder, compute_dtype):
     record.say(f'weights of step {about["step"]}, {model.compute_dtype}, {len(model.norm_position)} layers')
     of_batch = jax.jit(functools.partial(_look, model))
     for path in batches:
-        try:
-            with np.load(path) as stored:
-                micro = step.micro_batches(dict(stored), config.accumulate)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f'{path} is not a batch: {first_line(error)}') from error
+        micro = step.micro_batches(read_batch(path, config), config.accumulate)
         if _number(path) <= about['step']:
             record.say(f'\nbatch {_number(path)} came before these weights, which it has helped to make:')
         found = [
             jax.device_get(of_batch(params, jax.tree.map(lambda a, i=i: a[i], micro))) for i in range(config.accumulate)
         ]
         _say(_number(path), model.norm_position, jax.tree.map(lambda *a: np.stack(a), *found))
+
+
+def read_batch(path: pathlib.Path, config: configs.Config) -> dict[str, np.ndarray]:
+    """The arrays [B,T] of a stored batch. Raises CheckpointError, naming file and array, for what is no batch of this
+    configuration."""
+    names = 'inputs', 'targets', 'weights', *(('segments', 'positions') if config.data.mode == 'pack' else ())
+    shape = config.batch_size, config.seq_length
+    try:
+        paths.regular(path, CheckpointError)
+    except FileNotFoundError as error:
+        raise CheckpointError(f'{path}: not a batch: {error.strerror}') from error
+    with reading(path, CheckpointError, 'not a batch'), zipfile.ZipFile(path), np.load(path) as stored:
+        if {*stored.files} != {*names}:
+            raise ValueError(f'it holds {", ".join(stored.files)}, not {", ".join(names)}')
+        for member in stored.zip.infolist():  # before it is unpacked
+            if member.file_size > np.prod(shape) * 8 + 2**16:
+                raise ValueError(f'{member.filename} has {member.file_size:,} bytes, more than {shape} numbers')
+        batch = {name: stored[name] for name in names}
+        for name, values in batch.items():
+            if values.shape != shape or values.dtype.kind != ('f' if name == 'weights' else 'i'):
+                raise ValueError(f'{name} is {values.dtype} {list(values.shape)}, not numbers {list(shape)}')
+        if not all(0 <= batch[name].min() <= batch[name].max() < config.model.vocab_size for name in names[:2]):
+            raise ValueError(f'an id is not in 0..{config.model.vocab_size - 1}')
+        return batch
 
 
 def _look(model, params, batch):

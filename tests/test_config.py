@@ -212,6 +212,11 @@ def test_wrong_values_are_named(path, text, words):
         ('x = 3\n', 'a recipe needs a function get_config'),
         ('def get_config():\n    return 3\n', 'get_config returned int'),
         ('raise SystemExit(3)\n', r'recipe\.py:1: SystemExit'),
+        ('class Own(BaseException): pass\nraise Own("why")\n', r'recipe\.py:2: Own: why'),
+        ('class Own(Exception):\n  def __str__(self): return 1 / 0\nraise Own\n', r'recipe\.py:3: Own: Own'),
+        ('def f(): f()\nf()\n', r'recipe\.py:1: RecursionError: '),
+        ('(' * 5000, r'recipe\.py'),
+        ('x = "\0"\n', r'recipe\.py'),
         (
             'from mixln_jax import config\ndef get_config():\n    c = config.default()\n    c.num_stes = 3\n',
             r'recipe\.py:4: unknown key num_stes, did you mean num_steps\?',

@@ -300,7 +300,7 @@ class TestErrors:
 
     def test_no_features(self, tmp_path):
         (write(tmp_path) / 'features.json').unlink()
-        with pytest.raises(DataError, match=f'c4/en in {tmp_path} cannot be read'):
+        with pytest.raises(DataError, match=f'c4/en in {tmp_path}: cannot be read'):
             open_(tmp_path)
 
 

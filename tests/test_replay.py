@@ -117,7 +117,7 @@ def test_bad_folders(weights, batch, replayed, tmp_path, capsys):
     replayed(weights, batch)
     (tmp_path / 'debug/batch_5.npz').write_bytes(b'nothing')
     assert replay.main(['--workdir', str(tmp_path)]) == 5
-    assert 'batch_5.npz is not a batch' in capsys.readouterr().err
+    assert 'batch_5.npz: not a batch: ' in capsys.readouterr().err
     (tmp_path / 'debug/batch_5.npz').unlink()
     assert replay.main(['--workdir', str(tmp_path)]) == 2
     error = capsys.readouterr().err

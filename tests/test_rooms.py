@@ -21,6 +21,7 @@ WITHIN = {
     ('outputs', 'exits'),
     ('outputs', 'paths'),
     ('config', 'exits'),
+    ('config', 'paths'),
     ('record', 'console'),
     ('record', 'exits'),
     ('record', 'outputs'),

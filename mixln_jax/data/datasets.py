@@ -8,8 +8,9 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
+from mixln_jax import paths
 from mixln_jax.data import files
-from mixln_jax.exits import DataError, first_line
+from mixln_jax.exits import DataError, first_line, reading
 
 TIME_OUT = 20  # seconds in which a bucket must answer while a data set is opened
 PATIENCE = 60  # the same while records are read: they are worth a wait to a run that has trained
@@ -34,7 +35,7 @@ class Dataset:
     def __init__(self, name: str, split: str, data_dir: str = ''):
         root = data_dir or str(tfds.core.constants.DATA_DIR)
         limit = TIME_OUT if '://' in root else None
-        try:
+        with reading(f'data set {name} in {root}', DataError):  # whatever TFDS, ArrayRecord or Arrow may say
             if limit:
                 _check_answers(root, limit)
             above = epath.Path(root).expanduser()
@@ -64,10 +65,6 @@ class Dataset:
             if len(self) != self.ends[-1]:
                 raise DataError(f'{self.folder}: split {split} has {len(self)} records, not {self.ends[-1]}')
             self.fingerprint = self._digest()
-        except DataError:
-            raise
-        except Exception as error:  # whatever TFDS, ArrayRecord, Arrow or a file system may say
-            raise DataError(f'data set {name} in {root} cannot be read: {first_line(error)}') from error
 
     def __len__(self):
         return len(self._records)
@@ -154,7 +151,11 @@ def _folder(root, name):
             f'there is no data set {folder / (version or "<version>")}/dataset_info.json (there is {there}); '
             'config.data.data_dir is the folder above it, python -m mixln_jax.data.prepare makes it (docs/c4.md)'
         )
-    return versions[max(versions)]
+    found = versions[max(versions)]
+    for file in ('dataset_info.json', 'features.json'):
+        if '://' not in str(found) and (found / file).exists():
+            paths.read(found / file, DataError)  # a pipe would be waited for, a large one fill the memory
+    return found
 
 
 def _parts(info, split):
@@ -197,6 +198,10 @@ def _check_shards(info, parts, limit):
     def check(part):
         if not epath.Path(part.filename).exists():
             raise DataError(f'{part.filename}: missing')
+        if epath.Path(part.filename).parent != epath.Path(info.data_dir):
+            raise DataError(f'{info.data_dir}/dataset_info.json: names {part.filename}, which is in another folder')
+        if '://' not in str(part.filename):
+            paths.regular(part.filename, DataError)
         if info.file_format.value == 'parquet':
             return
         try:

@@ -1,19 +1,18 @@
 """Rows of tokens by number: a document each, made when asked for, or made at the start, or made beforehand."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
-from mixln_jax import config, record
+from mixln_jax import config, paths, record
 from mixln_jax.data import layout, prepared, tokenizers
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import Tokenizer
-from mixln_jax.exits import DataError, UsageError
+from mixln_jax.exits import DataError, UsageError, reading
 
 # What the option --data_path means.
 MOVED = "where the run's data is now: data.data_dir of a tfds data set, data.path of another source [where it was]"
@@ -190,11 +189,11 @@ def seen_by_run(workdir: str | pathlib.Path) -> tuple[dict, dict]:
     Raises UsageError where the run does not say.
     """
     path = pathlib.Path(workdir) / 'environment.json'
-    try:
-        about = json.loads(path.read_bytes())
-        return dict(about['data']), dict(about.get('eval_data', {}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f'{path} does not tell what data the run saw: {error}') from error
+    with reading(path, UsageError, 'does not tell what data the run saw'):
+        about = paths.read_json(path, UsageError)
+        trained, evaluated = dict(about['data']), dict(about.get('eval_data', {}))
+        hash((evaluated.get('split'), trained.get('tokenizer')))
+    return trained, evaluated
 
 
 def moved(data: config.Data, path: str) -> config.Data:

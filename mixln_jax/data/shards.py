@@ -53,13 +53,14 @@ class Job:
         if self.tokenizer:
             plan |= {'tokenizer': self.tokenizer.fingerprint, 'mode': self.data.mode, 'seq-length': self.seq_length}
         path = notes / 'plan.json'
-        if path.exists():
+        try:
             before = paths.read_json(path, DataError)
-            differ = [name for name in plan | before if plan.get(name) != before.get(name)]
-            if differ:
-                raise UsageError(
-                    f'{self.folder} holds another preparation: {", ".join(differ)} differs; take another --out'
-                )
+        except FileNotFoundError:
+            before = plan
+        if differ := [name for name in plan | before if plan.get(name) != before.get(name)]:
+            raise UsageError(
+                f'{self.folder} holds another preparation: {", ".join(differ)} differs; take another --out'
+            )
         record.write_json(path, plan)
 
     def lack_notes_alone(self, pending):

@@ -1,13 +1,13 @@
 """config.json of a Hugging Face folder: its keys, and how it says a placement."""
 
 import dataclasses
-import json
 import pathlib
 
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax.exits import CheckpointError, UsageError
+from mixln_jax import paths
+from mixln_jax.exits import CheckpointError, UsageError, reading
 from mixln_jax.models import llama, norms
 
 CONFIG_KEYS = {
@@ -60,6 +60,11 @@ def read(path, norm_position=None, compute_dtype='float32'):
     Arguments and errors are those of `hf.load`.
     """
     found = read_json(path)
+    with reading(path, CheckpointError, 'not the config.json of a network'):
+        return _read(path, found, norm_position, compute_dtype)
+
+
+def _read(path, found, norm_position, compute_dtype):
     if found.get('model_type') not in (None, 'llama', OTHER_TYPE):
         raise CheckpointError(f'{path}: model_type={found["model_type"]!r} is not llama or {OTHER_TYPE}')
     config, given = _model_config(path, found), norm_position
@@ -109,14 +114,9 @@ def spell(names):
 def read_json(path):
     """The object in a JSON file. Raises UsageError: it does not exist. CheckpointError: unreadable, or no object."""
     try:
-        found = json.loads(path.read_bytes())
+        return paths.read_json(path, CheckpointError)
     except FileNotFoundError:
         raise UsageError(f'{path} does not exist') from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f'{path} is not readable JSON: {error}') from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f'{path} is not a JSON object')
-    return found
 
 
 def _model_config(path, found):

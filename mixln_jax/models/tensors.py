@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from mixln_jax import trees
-from mixln_jax.exits import CheckpointError, UsageError
+from mixln_jax import paths, trees
+from mixln_jax.exits import CheckpointError, UsageError, reading
 from mixln_jax.models import transformer
 
 FILE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -164,19 +164,17 @@ def write(folder, tensors, dtype, max_bytes):
 
 def _read_file(path):
     try:
-        return safetensors.numpy.load_file(path)
+        paths.regular(path, CheckpointError)
     except FileNotFoundError:
         raise UsageError(f'{path} does not exist') from None
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f'{path} is not a readable safetensors file: {error}') from None
+    with reading(path, CheckpointError, 'not a readable safetensors file'):
+        return safetensors.numpy.load_file(path)
 
 
 def _read_index(path):
     """{file: names of its tensors}."""
-    try:
-        where = json.loads(path.read_bytes())['weight_map'].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f'{path} is not a readable index: {error!r}') from None
+    with reading(path, CheckpointError, 'not a readable index'):
+        where = paths.read_json(path, CheckpointError, 'not a readable index')['weight_map'].items()
     files = {}
     for name, file in where:
         # Also no absolute path: an index from elsewhere must not open files beside its folder.
