@@ -190,6 +190,8 @@ def test_numbers_of_options(capsys):
         ('model.tie_word_embeddings', 'perhaps', 'config.model.tie_word_embeddings must be true or false'),
         ('num_steps', str(10**20), 'config.num_steps must be below'),
         ('batch_size', str(10**14), 'config.batch_size must be at most'),
+        ('seq_length', str(10**12), 'config.seq_length must be at most'),
+        ('data.workers', '100000', 'config.data.workers must be at most 1024'),
         ('optim.learning_rate', '1e39', 'config.optim.learning_rate must be at most'),
         ('num_steps', '0', 'config.num_steps must be at least 1'),
         ('num_steps', '-5', 'config.num_steps must be at least 1'),
