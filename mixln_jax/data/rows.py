@@ -163,7 +163,7 @@ def open_rows_of_run(
     """
     data = run.data if data_path is None else moved(run.data, data_path)
     trained, evaluated = seen_by_run(workdir)
-    seen = {evaluated.get('split'): evaluated, run.data.split: trained}.get(split)
+    seen = trained if split == run.data.split else evaluated if split == evaluated.get('split') else None
     try:
         rows = open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size)
         found = rows.fingerprint
@@ -191,9 +191,7 @@ def seen_by_run(workdir: str | pathlib.Path) -> tuple[dict, dict]:
     path = pathlib.Path(workdir) / 'environment.json'
     with reading(path, UsageError, 'does not tell what data the run saw'):
         about = paths.read_json(path, UsageError)
-        trained, evaluated = dict(about['data']), dict(about.get('eval_data', {}))
-        hash((evaluated.get('split'), trained.get('tokenizer')))
-    return trained, evaluated
+        return dict(about['data']), dict(about.get('eval_data', {}))
 
 
 def moved(data: config.Data, path: str) -> config.Data:
