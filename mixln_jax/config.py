@@ -437,7 +437,7 @@ def overrides(words):
         if not key.startswith('--config.'):
             meant = _paths_by_name().get(key.lstrip('-').rpartition('.')[2])
             known = f', did you mean --{" or --".join(meant)}?' if meant else '; --help lists them'
-            raise UsageError(f'unexpected argument {word!r}{known}')
+            raise UsageError(f'unexpected argument {key if "secret" in key else word!r}{known}')
         text = text if equals else next(words, '--')
         if text.startswith('--') and not equals:
             raise UsageError(f'{key} needs a value')

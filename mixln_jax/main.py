@@ -76,8 +76,7 @@ def run(values, workdir, stop=None, verbose=False):
         with stop.may_interrupt():
             joined = processes.joined(config.processes.timeout, _digest(config), config.processes.secret)
             closing.enter_context(joined)
-        stop = processes.SharedStop() if jax.distributed.is_initialized() else stop
-        with stop.may_interrupt():
+            stop = processes.SharedStop() if jax.distributed.is_initialized() else stop
             mesh = _start_jax(config)
             config = configs.build(values, _earlier(config, workdir))
             if jax.process_count() > 1:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -47,10 +48,16 @@ def versions():
     return {'python': platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
+def _without_secret(before, word):
+    """A word of the command, after another one, to be written: processes.secret has its value in one or the other."""
+    key = '--config.processes.secret'
+    return '...' if before == key else f'{key}=...' if word.startswith(f'{key}=') else word
+
+
 def environment(devices):
     """Where and with what a run runs: command, commit, versions, devices."""
     return {
-        'command': sys.argv,
+        'command': [_without_secret(*words) for words in itertools.pairwise(['', *sys.argv])],
         'commit': _commit(),
         'versions': versions(),
         'devices': {'kind': devices[0].device_kind, 'platform': devices[0].platform, 'count': len(devices)},

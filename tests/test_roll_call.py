@@ -15,7 +15,7 @@ import strangers
 from strangers import free_port
 
 from mixln_jax import config as configs
-from mixln_jax import exits, main, processes, rollcall
+from mixln_jax import exits, main, processes, record, rollcall
 from mixln_jax.exits import ProcessLost, Stopped, UsageError
 
 
@@ -240,7 +240,15 @@ class TestSecret:
             with pytest.raises(UsageError, match='secret must be') as refused:
                 job()
             shown.append(str(refused.value))
+        with pytest.raises(UsageError, match="unexpected argument '--processes.secret', did you mean"):
+            configs.overrides(['--processes.secret=8642'])
         assert not any('8642' in text for text in [*shown, configs.help_text(values)])
+
+    @pytest.mark.parametrize('words', [['--config.processes.secret=86 42'], ['--config.processes.secret', '8642']])
+    def test_is_no_part_of_the_command_that_is_kept(self, monkeypatch, words):
+        monkeypatch.setattr('sys.argv', ['main', *words, '--config.seed=1'])
+        command = record.environment(jax.devices())['command']
+        assert '42' not in str(command) and 'processes.secret' in str(command) and command[-1] == '--config.seed=1'
 
 
 class TestSignals:
