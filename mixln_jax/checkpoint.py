@@ -205,11 +205,13 @@ def _has_all(folder):
 def _time(folder):
     """When a checkpoint was written to its end, as orbax noted it; None where it did not, 0 where that is lost."""
     try:
-        return json.loads((folder / METADATA).read_bytes())[TIMES[0]]
-    except (FileNotFoundError, NotADirectoryError):
+        found = paths.read_json(folder / METADATA, CheckpointError)
+    except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return 0
+    except CheckpointError:
+        return None if not folder.is_dir() else 0
+    times = [found.get(name) for name in TIMES]
+    return times[0] if all(type(time) is int and 0 < time < 2**62 for time in times) else 0
 
 
 def _clear(folder):

@@ -518,6 +518,7 @@ def read(path) -> Config:
 
     Raises UsageError where there is none or it is not one.
     """
+    problem = 'not the configuration of a run'
     try:
         found = paths.read_json(path, UsageError, 'not the configuration of a run')
     except FileNotFoundError:

@@ -7,7 +7,6 @@ lm-evaluation-harness (`pip install lm_eval`).
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 import sys
@@ -15,7 +14,7 @@ import sys
 import jax
 
 from mixln_jax import config as configs
-from mixln_jax import exits, metrics, outputs, record, weights
+from mixln_jax import exits, metrics, outputs, paths, record, weights
 from mixln_jax import mesh as meshes
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
@@ -169,8 +168,8 @@ def _place(out):
     """Where to write results. Raises UsageError for a file that is there and holds none."""
     path = outputs.place(out)
     try:
-        ours = not path.exists() or {'checkpoint', 'step'} <= {*json.loads(path.read_bytes())}
-    except (OSError, ValueError, TypeError, RecursionError):
+        ours = not path.exists() or {'checkpoint', 'step'} <= {*paths.read_json(path, UsageError)}
+    except UsageError:
         ours = False
     if not ours:
         raise UsageError(f'--out {out} is there already and holds no results of an evaluation; take another name')

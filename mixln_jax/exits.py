@@ -33,6 +33,19 @@ UNUSABLE = {
     errno.ENOENT,
     errno.ELOOP,
     errno.ENAMETOOLONG,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EBUSY,
+    errno.ENOTEMPTY,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ETXTBSY,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOTCONN,  # a FUSE file system whose server has gone
+    errno.EREMOTEIO,
+    errno.ETIMEDOUT,
+    errno.EOPNOTSUPP,
 }
 
 
@@ -333,7 +346,7 @@ def known(error):
     ):
         advice = 'lower batch_size, raise accumulate or set model.remat=full'
         return MemoryExhausted(f'out of memory: {advice} ({text})')
-    if isinstance(error, OSError) and error.errno in UNUSABLE:
+    if isinstance(error, OSError) and (error.errno in UNUSABLE or error.filename is not None):
         return UsageError(text)
     return Exit(f'internal error: {type(error).__name__}: {error} (--traceback shows where)')
 

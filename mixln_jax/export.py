@@ -6,7 +6,6 @@ Pre-LN networks become stock LLaMA. All others carry a small modelling file, whi
 
 import argparse
 import fnmatch
-import json
 import os
 import pathlib
 import shutil
@@ -16,9 +15,9 @@ import jax
 import numpy as np
 import optax
 
-from mixln_jax import exits, outputs, record, weights
-from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import hf
+from mixln_jax import exits, outputs, paths, record, weights
+from mixln_jax.exits import CheckpointError, UsageError, reading
+from mixln_jax.models import hf, hf_config
 
 BESIDE = ('tokenizer*.json', 'tokenizer.model', 'spiece.model', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
 OWN = (*BESIDE, 'config.json', 'model*.safetensors*', 'modeling_*.py', 'tokenizer/*', weights.EXPORT)
@@ -50,6 +49,7 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
         hf.save(partial, found.model, found.params, found.tokenizer, dtype, max_shard_gb, about)
         if not found.config:
             for path in (path for pattern in BESIDE for path in source.glob(pattern)):
+                paths.regular(path, CheckpointError)
                 shutil.copy(path, partial)
         compared = _check(partial, found, dtype)
         files = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file())
@@ -70,11 +70,11 @@ def _check_replaceable(out):
         return
     if not out.is_dir():
         raise UsageError(f'--out {out} holds what is not an export of ours: it is a file')
-    try:
-        said = json.loads((out / weights.EXPORT).read_bytes())['files'] if (out / weights.EXPORT).exists() else ()
-        files = {name for name in said if any(_matches(name, own) for own in OWN)}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f'--out {out}: {weights.EXPORT} is not readable: {error!r}') from None
+    path, files = out / weights.EXPORT, set()
+    if path.exists():
+        with reading(path, UsageError, 'not readable'):
+            said = paths.read_json(path, UsageError)['files']
+            files = {name for name in said if any(_matches(name, own) for own in OWN)}
     ours = files | {str(pathlib.PurePath(name).parent) for name in files}
     for path in sorted(out.rglob('*')):
         name = str(path.relative_to(out))
@@ -88,7 +88,7 @@ def _matches(name, pattern):
 
 def _about(folder):
     """What a Hugging Face folder says for other tools."""
-    found = json.loads((folder / 'config.json').read_bytes())
+    found = hf_config.read_json(folder / 'config.json')
     return {name: found[name] for name in hf.ABOUT if name in found}
 
 

@@ -46,7 +46,8 @@ def save(figure, folder, name):
 def is_drawn(path):
     """Whether a file is an SVG of `save`: matplotlib's, without a date."""
     with contextlib.suppress(OSError):
-        head = pathlib.Path(path).read_bytes()[:3000]
+        with open(path, 'rb') as file:
+            head = file.read(3000)
         return b'<g id="figure_1">' in head and b'<dc:date>' not in head
     return False
 

@@ -283,9 +283,9 @@ def _open_workdir(workdir, resolved):
             processes.meet('work directory')
             workdir.mkdir(parents=True, exist_ok=True)
             there = {*os.listdir(workdir)}
-            before = json.loads(path.read_bytes()) if _has_results(workdir) and path.exists() else resolved
-            if not isinstance(before, dict):
-                raise ValueError(f'{path} is not a JSON object')
+            before = resolved
+            if _has_results(workdir) and path.exists():
+                before = paths.read_json(path, UsageError)
             _check_free(workdir)
             if speaks:
                 busy = f'the work directory {workdir} is in use by another process'
@@ -297,7 +297,12 @@ def _open_workdir(workdir, resolved):
         _check_same_run(workdir, before, resolved, ANOTHER)
         try:
             yield workdir
-        except BaseException:
+        except BaseException as error:
+            if not workdir.is_dir():
+                if isinstance(error, exits.Stopped | exits.Exit) and not isinstance(error, CheckpointError):
+                    raise
+                gone = f'the work directory {workdir} has gone: it was moved or removed while the run used it'
+                raise UsageError(gone) from error
             if speaks and not _has_results(workdir):
                 _remove_traces(workdir, made, there)
             raise
@@ -309,11 +314,11 @@ def _check_free(workdir):
         return
     path = workdir / 'config.json'
     try:
-        ours = 'model' in json.loads(path.read_bytes())
+        ours = 'model' in paths.read_json(path, UsageError)
     except FileNotFoundError:
         path = next((path for name in ('tokenizer/*', 'environment.json') for path in workdir.glob(name)), None)
         ours = path is None
-    except (OSError, ValueError, TypeError, RecursionError):
+    except UsageError:
         ours = False
     if not ours:
         raise UsageError(f'the work directory {workdir} holds {path.relative_to(workdir)} of something else; {ANOTHER}')

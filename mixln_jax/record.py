@@ -15,12 +15,14 @@ import tempfile
 
 import tensorboardX
 
+from mixln_jax import paths
 from mixln_jax.console import say as say
-from mixln_jax.exits import CheckpointError
+from mixln_jax.exits import CheckpointError, UsageError, reading
 from mixln_jax.outputs import write as write
 
 GIT_REPOSITORY = 'GIT_DIR', 'GIT_COMMON_DIR', 'GIT_OBJECT_DIRECTORY', 'GIT_WORK_TREE', 'GIT_INDEX_FILE', 'GIT_PREFIX'
 LOST = 'put back the file as it was, or go on in another --workdir with config.resume_from'
+LARGEST = 2**33  # bytes of a metrics.jsonl, which has a line for every step
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections', 'numpy')
 
 
@@ -99,6 +101,7 @@ class Metrics:
     def flush(self):
         """Completes the open line; everything is on disk when this returns."""
         if self.open_line:
+            self.check()
             self._file.write(json.dumps(self.open_line) + '\n')
             self.lines.append(self.open_line)
             _digest([self.open_line], self._digest)
@@ -108,8 +111,14 @@ class Metrics:
             os.fsync(self._file.fileno())
             self._board.flush()
 
+    def check(self):
+        """Raises UsageError where the file has gone: what is written now would be lost with it."""
+        if not self._path.exists():
+            raise UsageError(f'{self._path} has gone: the work directory was moved or removed while the run used it')
+
     def seal(self) -> dict:
         """What tells the lines on disk from all others; a checkpoint keeps it for `check_metrics`."""
+        self.check()
         return {'lines': len(self.lines), 'digest': self._digest.hexdigest()}
 
     def close(self):
@@ -136,16 +145,17 @@ def read_metrics(path):
     before it.
     """
     try:
-        texts = pathlib.Path(path).read_text(encoding='utf-8').splitlines(keepends=True)
+        content = paths.read(path, CheckpointError, LARGEST)
     except FileNotFoundError:
         return []
-    except UnicodeDecodeError:
-        raise CheckpointError(f'{path} is not text') from None
+    with reading(path, CheckpointError, 'not text'):
+        texts = content.decode().splitlines(keepends=True)
     lines, last = [], 0
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
-            step = line['step'] + 0
+            if type(step := line['step']) is not int:
+                raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(texts) and not text.endswith('\n'):
                 break

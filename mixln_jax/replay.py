@@ -9,7 +9,6 @@ import functools
 import pathlib
 import re
 import sys
-import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,9 @@ from mixln_jax import checkpoint, exits, losses, measures, paths, record, step
 from mixln_jax import config as configs
 from mixln_jax.exits import CheckpointError, UsageError, reading
 from mixln_jax.models import llama
+
+ARRAYS = {'weights': 'float32'} | dict.fromkeys(('inputs', 'targets', 'segments', 'positions'), 'int32')  # of a batch
+NEEDED = {'inputs', 'targets', 'weights'}
 
 
 def replay(folder, compute_dtype):

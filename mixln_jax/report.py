@@ -17,14 +17,15 @@ import sys
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax import drawing, exits, figures, outputs, page, record, sections
-from mixln_jax.exits import CheckpointError, UsageError
+from mixln_jax import drawing, exits, figures, outputs, page, paths, record, sections
+from mixln_jax.exits import CheckpointError, UsageError, reading
 from mixln_jax.models import norms
 from mixln_jax.page import Section, Table
 
 SEEDS = ('seed', 'data.seed')
 SHOWN = ('model.norm_position', 'num_steps', 'expected.')  # keys in columns of their own: placement, steps, paper
 COMMAND = 'python -m mixln_jax.report'  # stands in every report
+LARGEST = 2**63  # of a whole number in a file
 ANALYSES = ('angular', 'drop', 'gradients', 'variance')
 
 
@@ -69,7 +70,7 @@ class Run:
     def bad_step(self):
         """The step at which it ended because a loss or gradient was not finite, None where it did not."""
         step = sections.number(self.debug.get('step'))
-        return int(step) if step > self.step else None
+        return int(step) if self.step < step < LARGEST else None
 
     @property
     def text(self):
@@ -97,18 +98,21 @@ class Run:
 def read(folders):
     """(runs, problems, others) of folders; one with a problem hides no other, and `others` are no runs at all."""
     runs, problems, others = [], [], []
-    for path, folder in {pathlib.Path(os.path.realpath(folder)): folder for folder in folders}.items():
+    for path, folder in {pathlib.Path(os.path.realpath(paths.local(folder, ''))): folder for folder in folders}.items():
         try:
             if not _is_run(path):
                 others.append(folder)
                 continue
-            config = configs.read(path / 'config.json')
-            lines = record.read_metrics(path / 'metrics.jsonl')
-            _check_lines(path / 'metrics.jsonl', lines)
+            config, metrics = configs.read(path / 'config.json'), path / 'metrics.jsonl'
+            lines = record.read_metrics(metrics)
+            with reading(metrics, CheckpointError):
+                _check_lines(metrics, lines)
+            run = Run(folder, config, lines, {}, {}, '', len(runs))
+            with reading(path / 'config.json', UsageError):
+                _ = run.placement
         except (UsageError, CheckpointError) as problem:
             problems.append(problem)
             continue
-        run = Run(folder, config, lines, {}, {}, '', len(runs))
         runs.append(run)
         for name, job in (
             ('environment', ''),
@@ -134,14 +138,13 @@ def _is_run(path):
     """Whether a path, which must exist, has the config.json of a run, be it damaged. Others may have one too, such as
     Hugging Face folders."""
     try:
-        content = json.loads((path / 'config.json').read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+        return 'model' in paths.read_json(path / 'config.json', UsageError)
+    except FileNotFoundError:
         if path.exists():
             return False
         raise UsageError(f'there is no {path / "config.json"}') from None
-    except (OSError, ValueError):
-        return True
-    return not isinstance(content, dict) or 'model' in content
+    except UsageError:
+        return not path.is_file()
 
 
 def _check_lines(path, lines):
@@ -154,24 +157,26 @@ def _check_lines(path, lines):
 
 def _numeric(value):
     """Whether a value, or all in a list of lists, are numbers or None, which stands for one that is not finite."""
-    return all(map(_numeric, value)) if isinstance(value, list) else isinstance(value, int | float | None)
+    if isinstance(value, list):
+        return all(map(_numeric, value))
+    return value is None or isinstance(value, float) or isinstance(value, int) and abs(value) < LARGEST
 
 
 def _content(path, job):
     """A JSON file, None where there is none; CheckpointError where it is malformed or not the result of `job`."""
+    problem = f'not {f"the result of mixln_jax.analysis.{job}" if job else "what a run writes"}'
     try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise TypeError('it is not an object')
+        content = paths.read_json(path, CheckpointError, problem)
+    except FileNotFoundError:
+        return None
+    with reading(path, CheckpointError, problem):
+        for name in ('definition', 'unit', 'source') if job else ():
+            if not isinstance(content.get(name), str | None):
+                raise ValueError(f'{name} that is no text')
         for result in content['results'] if job else ():
             _check(job, result)
         if job and not content['results']:
             raise ValueError('it has no results')
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f'the result of mixln_jax.analysis.{job}' if job else 'what a run writes'
-        raise CheckpointError(f'{path} is not {what}: {type(error).__name__}: {error}') from None
     return content
 
 
@@ -181,15 +186,23 @@ def _check(job, result):
     for name, kind in (('norm_position', str), ('layer_index', int)):
         if not (isinstance(result[name], list) and {*map(type, result[name])} == {kind} and len(result[name]) == L):
             raise ValueError(f'{name} that is not a list with something of every layer')
+    if not _numeric(result['layer_index']) or result['layer_index'] != sorted({*result['layer_index']}):
+        raise ValueError('layer_index that does not rise')
     for name in ('step', 'tokens', 'rows', 'gradients', 'rows_per_gradient', 'theory_constant'):
-        if not isinstance(result.get(name), int | float | None):
+        if isinstance(result.get(name), list) or not _numeric(result.get(name)):
             raise ValueError(f'{name} that is no number')
     for name, kind in (('label', str | None), ('text', dict | None)):
         if not isinstance(result.get(name), kind):
             raise ValueError(f'{name} that is none')
-    for metric in result['metrics'].values() if job == 'drop' else ():
-        if not _numeric([metric.get('value'), metric.get('standard_error')]):
+    if any(isinstance(value, list | dict) for value in [*(result.get('text') or {}).values(), result.get('positions')]):
+        raise ValueError('a list where one value belongs')
+    single = [{'mean': of.get('value'), **of} for of in result['metrics'].values()] if job == 'drop' else []
+    single += (result.get('outside') or {}).values() if job == 'gradients' else []
+    for one in ([of['mean'], of.get('standard_error')] for of in single):
+        if any(isinstance(value, list) for value in one) or not _numeric(one):
             raise ValueError('a value that is no number')
+    if job == 'drop' and any(f'{int(block)}' != block for of in single for block in of['drop']):
+        raise ValueError('a block that is no number of layers')
     shapes = {
         'angular': lambda: [(result['distance'], (L + 1, L + 1))],
         'gradients': lambda: [
@@ -381,17 +394,17 @@ def write(runs, compared, out):
     """
     title = 'Runs side by side' if len(runs) > 1 else f'The run {runs[0].name}'
     lead = f'{sections.listed(runs)}: perplexity, settings, training, and what each layer does ({COMMAND}).'
-    paths = out / 'report.html', out / 'report.md'
+    pages = out / 'report.html', out / 'report.md'
     with outputs.writing_into(out):  # or it would be found out after drawing
-        for path in paths:
-            if os.path.lexists(path) and not (path.is_file() and COMMAND.encode() in path.read_bytes()):
+        for path in pages:
+            if os.path.lexists(path) and not (path.is_file() and COMMAND.encode() in paths.read(path, UsageError)):
                 raise UsageError(f'--out {out}: {path.name} is there already and is no report; take another folder')
         said = sections.compose(runs, compared)
         colours = {run.name: drawing.look({'colour': run.colour}, 0)[0] for run in runs}
         texts = page.render(title, lead, said, colours), document(title, lead, said)
-        for path, text in zip(paths, texts, strict=True):
-            record.write(path, text.encode())
-    return paths
+        for path, text in zip(pages, texts, strict=True):
+            record.write(path, text.encode(errors='backslashreplace'))
+    return pages
 
 
 def main(argv):

@@ -237,7 +237,11 @@ def _gradients(every, results):
     parts = []
     if first:
         steps = {result.get('step') for result in first}
-        when = 'At initialisation' if steps == {0} else f'At step {", ".join(f"{step}" for step in sorted(steps))}'
+        when = (
+            'At initialisation'
+            if steps == {0}
+            else f'At step {", ".join(f"{step}" for step in sorted(steps, key=str))}'
+        )
         parts.append(Section(when, pictures=charts(first), tables=(table(first),)))
     return charts(results), tables, parts
 
@@ -320,7 +324,7 @@ def _by_layer(caption, results, quantities, numbers=None, what='layer'):
 
 def _numbers(lines, key):
     """(tokens, values) of the metrics lines that have `key`; nan where it is no number."""
-    found = [(line['tokens'], number(line[key])) for line in lines if key in line and 'tokens' in line]
+    found = [(number(line['tokens']), number(line[key])) for line in lines if key in line and 'tokens' in line]
     return tuple(map(list, zip(*found, strict=True))) if found else ([], [])
 
 
@@ -338,7 +342,10 @@ def _sentence(text):
 
 
 def number(value):
-    return float(value) if isinstance(value, int | float) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _text(value, error=None):

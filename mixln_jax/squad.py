@@ -8,7 +8,6 @@ Q questions, N rows (windows of texts, in the order of the questions), T tokens.
 import collections
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 import string
@@ -18,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from mixln_jax.exits import CheckpointError, DataError, NumericsError, UsageError, first_line
+from mixln_jax import paths
+from mixln_jax.exits import CheckpointError, DataError, NumericsError, UsageError, reading
 
 ARTICLES = re.compile(r'\b(a|an|the)\b')
 PUNCTUATION = str.maketrans('', '', string.punctuation)
@@ -74,17 +74,20 @@ def read(path):
     Raises DataError: missing, not JSON, or not of this form, naming the place.
     """
     path = pathlib.Path(path)
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        lines = '; a file of SQuAD is one object, not one a line' if str(error).startswith('Extra data') else ''
-        raise DataError(f'{path} is not readable JSON: {first_line(error)}{lines}') from None
+    with reading(path, DataError, 'not readable JSON'):
+        try:
+            found = paths.read_json(path, DataError)
+        except DataError as error:
+            lines = '; a file of SQuAD is one object, not one a line' if 'Extra data' in str(error) else ''
+            raise DataError(f'{error}{lines}') from None
     examples, seen = [], set()
 
     def take(owner, name, kind, where):
         value = owner.get(name) if isinstance(owner, dict) else None
         if not isinstance(value, kind):
             raise DataError(f'{path}: {where}{name} is not {_KINDS[kind]}')
+        if kind is str and re.search('[\ud800-\udfff]', value):
+            raise DataError(f'{path}: {where}{name} has half a character, a lone surrogate')
         return value
 
     for a, article in enumerate(take(found, 'data', list, '')):
@@ -115,15 +118,11 @@ def open_tokenizer(folder):
     Raises UsageError: no such files. CheckpointError: unreadable, or without BERT's special tokens.
     """
     folder = pathlib.Path(folder)
-    try:
+    with reading(folder, CheckpointError, 'its tokenizer is not readable'):
         if (folder / 'tokenizer.json').is_file():
             made = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
         else:
             made = _from_vocabulary(folder)
-    except (UsageError, CheckpointError):
-        raise
-    except Exception as error:  # what the library raises for a file that is none
-        raise CheckpointError(f'{folder}: its tokenizer is not readable: {first_line(error)}') from None
     made.no_truncation()
     made.no_padding()
     for token in SPECIALS:
@@ -136,8 +135,8 @@ def _from_vocabulary(folder):
     for name in ('vocab.txt', 'tokenizer_config.json'):
         if not (folder / name).is_file():
             raise UsageError(f'{folder} has neither tokenizer.json nor both of vocab.txt and tokenizer_config.json')
-    settings = json.loads((folder / 'tokenizer_config.json').read_bytes())
-    if not isinstance(settings, dict) or not isinstance(settings.get('do_lower_case'), bool):
+    settings = paths.read_json(folder / 'tokenizer_config.json', CheckpointError)
+    if not isinstance(settings.get('do_lower_case'), bool):
         raise CheckpointError(f'{folder / "tokenizer_config.json"} does not say do_lower_case, true or false')
     return tokenizers.BertWordPieceTokenizer(
         tokenizers.models.WordPiece.read_file(str(folder / 'vocab.txt')),

@@ -1,7 +1,6 @@
 """Trained weights, wherever they lie: a run's folder, one of its checkpoints, a Hugging Face folder."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import time
@@ -56,7 +55,11 @@ class Weights:
         """Tokens of the longest row that the weights were trained for."""
         if self.config:
             return self.config.seq_length
-        return json.loads(pathlib.Path(self.where, 'config.json').read_bytes()).get('max_position_embeddings', 2048)
+        path = pathlib.Path(self.where, 'config.json')
+        length = hf_config.read_json(path).get('max_position_embeddings', 2048)
+        if type(length) is not int or not 0 < length < 2**31:
+            raise CheckpointError(f'{path}: max_position_embeddings={length!r} is not a number of positions')
+        return length
 
     @property
     def data_mode(self):
@@ -113,7 +116,13 @@ def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weigh
 def _of_export(folder):
     """What mixln_jax.export has noted in a folder that it wrote; {} where it is not one."""
     path = folder / EXPORT
-    return json.loads(path.read_bytes()) if path.is_file() else {}
+    if not path.exists():
+        return {}
+    found = paths.read_json(path, CheckpointError)
+    for name in ('data_mode', 'tokenizer'):
+        if not isinstance(found.get(name), str | None):
+            raise CheckpointError(f'{path}: {name} is not a text')
+    return found
 
 
 def without_layers(found: Weights, removed) -> Weights:

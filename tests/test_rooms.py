@@ -25,6 +25,7 @@ WITHIN = {
     ('record', 'console'),
     ('record', 'exits'),
     ('record', 'outputs'),
+    ('record', 'paths'),
     ('processes', 'rollcall'),
     ('checkpoint', 'step'),
     ('weights', 'checkpoint'),

@@ -6,7 +6,6 @@ must be finite), `draw` (figures of many networks) and `columns` (what its table
 
 import argparse
 import contextlib
-import json
 import os
 import pathlib
 import sys
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mixln_jax import exits, figures, outputs, record, weights
+from mixln_jax import exits, figures, outputs, paths, record, weights
 from mixln_jax import mesh as meshes
 from mixln_jax.analysis import subjects
 from mixln_jax.data import rows as data_rows
@@ -157,12 +156,10 @@ def _check_free(job, folder):
 def _written(folder):
     """What result.json in a folder says, {} where there is none."""
     path = folder / 'result.json'
-    try:
-        found = json.loads(path.read_bytes()) if path.exists() else {}
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or found and not isinstance(found.get('job'), str):
-        raise UsageError(f'{path} is not the result of an analysis; give another folder as --out')
+    problem = 'not the result of an analysis; give another folder as --out'
+    found = paths.read_json(path, UsageError, problem) if path.exists() else {}
+    if found and not isinstance(found.get('job'), str):
+        raise UsageError(f'{path}: {problem}')
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixln_jax import checkpoint, drawing, exits, record, squad, weights
+from mixln_jax import checkpoint, drawing, exits, paths, record, squad, weights
 from mixln_jax import config as configs
 from mixln_jax import mesh as meshes
 from mixln_jax.data import batches, files
@@ -228,7 +228,7 @@ def questions(subject, path, seq_length=None):
     examples = squad.read(path)
     tokenizer = squad.open_tokenizer(found.where)
     features = squad.make_features(examples, tokenizer, max_length=length, max_query=min(64, length // 4))
-    digest = hashlib.blake2b(pathlib.Path(path).read_bytes(), digest_size=16)
+    digest = hashlib.blake2b(paths.read(path, DataError), digest_size=16)
     return features, examples, {'source': digest.hexdigest(), 'seq_length': length}
 
 
