@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -184,7 +185,9 @@ def steps(folder: pathlib.Path) -> list[int]:
     A link to a checkpoint of another number is none.
     """
     folders = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
-    return sorted(int(path.name) for path in folders if path.resolve().name == path.name and _is_whole(path))
+    return sorted(
+        int(path.name) for path in folders if os.path.basename(os.path.realpath(path)) == path.name and _is_whole(path)
+    )
 
 
 def is_other(folder: pathlib.Path) -> bool:

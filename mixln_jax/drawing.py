@@ -5,6 +5,7 @@ matplotlib's settings are changed only inside `styled`; nothing touches pyplot.
 
 import itertools
 import math
+import os
 import pathlib
 import textwrap
 
@@ -210,7 +211,7 @@ def title(ax, label, figure, columns, pad=None):
 
 def names(folders):
     """Short names that tell folders apart, of each its last part; where those are equal, with parts before it."""
-    parts = [pathlib.Path(folder).resolve().parts for folder in folders]
+    parts = [pathlib.Path(os.path.realpath(folder)).parts for folder in folders]
 
     def name(of):
         others = [other for other in parts if other != of]

@@ -237,11 +237,8 @@ def _gradients(every, results):
     parts = []
     if first:
         steps = {result.get('step') for result in first}
-        when = (
-            'At initialisation'
-            if steps == {0}
-            else f'At step {", ".join(f"{step}" for step in sorted(steps, key=str))}'
-        )
+        ordered = sorted(steps, key=lambda step: -1 if step is None else step)
+        when = 'At initialisation' if steps == {0} else f'At step {", ".join(map(str, ordered))}'
         parts.append(Section(when, pictures=charts(first), tables=(table(first),)))
     return charts(results), tables, parts
 

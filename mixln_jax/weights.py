@@ -227,7 +227,7 @@ def _hops(path):
         if not path.is_symlink():
             break
         path = path.parent / os.readlink(path)
-    yield path.resolve()
+    yield pathlib.Path(os.path.realpath(path))
 
 
 def open_tokenizer(folder):

@@ -169,9 +169,9 @@ def _is_ours(folder, name):
     Names come from a result.json too, which may say anything."""
     if not isinstance(name, str) or pathlib.PurePath(name).parts != (name,) or name == '..':
         return False
-    paths = [folder / f'{name}.{suffix}' for suffix in ('png', 'svg')]
-    there = [path for path in paths if os.path.lexists(path)]
-    return not there or all(path.is_file() and not path.is_symlink() for path in there) and figures.is_drawn(paths[1])
+    figure = [folder / f'{name}.{suffix}' for suffix in ('png', 'svg')]
+    there = [path for path in figure if os.path.lexists(path)]
+    return not there or all(path.is_file() and not path.is_symlink() for path in there) and figures.is_drawn(figure[1])
 
 
 def _result(job, place, options, work):

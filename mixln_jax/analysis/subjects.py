@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import os
 import pathlib
 import sys
 from typing import Any
@@ -71,7 +72,7 @@ def places(checkpoints, steps=None) -> list[Place]:
             chosen = _steps(folder, steps)
         for at, initial, said in chosen:
             newest = is_run and of_run and (initial or not steps)
-            found.setdefault((at.resolve(), initial), (at, run, initial, said, newest))
+            found.setdefault((os.path.realpath(at), initial), (at, run, initial, said, newest))
     names = drawing.names([run or folder for folder, run, *_ in found.values()])
     return [
         Place(folder, run, initial, name + said, newest)
