@@ -265,7 +265,7 @@ def test_all_is_checked_before_anything_is_measured(run, tmp_path, capsys, monke
         ([run, 'nowhere'], 'nowhere is not a folder'),
         ([run, tmp_path], 'is neither a run of ours'),
         ([run, '--out', tmp_path / 'file'], 'file is no folder to write into: File exists'),
-        ([run, '--out', tmp_path / 'strange'], 'strange/result.json is not the result of an analysis'),
+        ([run, '--out', tmp_path / 'strange'], 'strange/result.json: not the result of an analysis'),
         ([run, '--blocks', '0'], '--blocks 0: different numbers from 1'),
         ([run, '--tasks', 'a', '--task_path', tmp_path / 'no'], 'no is not a folder'),
     ):
@@ -337,7 +337,7 @@ class TestBert:
         [
             ('angular', [], 'is a BERT; give --squad FILE', 2),
             ('gradients', ['--squad', 'SQUAD'], 'next tokens, which a BERT does not predict', 2),
-            ('drop', ['--squad', 'none.json'], 'none.json is not readable JSON', 4),
+            ('drop', ['--squad', 'none.json'], 'none.json: not readable JSON', 4),
             ('drop', ['--squad', 'SQUAD', '--tasks', 'arc_easy'], '--tasks has no meaning with --squad', 2),
             ('drop', ['--squad', 'SQUAD', '--seq_length', '1000'], '--seq_length 1000: .* positions', 2),
             ('drop', ['--squad', 'SQUAD', '--seq_length', '5'], '--seq_length 5: too short for a question', 2),

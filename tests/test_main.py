@@ -486,7 +486,7 @@ class TestBadInput:
     def test_a_damaged_config_json(self, finished, corpus, tmp_path):
         workdir = shutil.copytree(finished, tmp_path / 'run')
         (workdir / 'config.json').write_text('[1]')
-        with pytest.raises(UsageError, match=r'config\.json is not a JSON object'):
+        with pytest.raises(UsageError, match=r'config\.json: not readable JSON: not a JSON object'):
             main.run(recipe(corpus), workdir)
         (workdir / 'config.json').unlink()
         shutil.rmtree(workdir / 'checkpoints' / '7')

@@ -174,7 +174,7 @@ class TestReport:
         (tmp_path / 'two/config.json').write_text('{"seed": 0, "mod')
         assert report.main([one, two]) == 2
         shown = capsys.readouterr()
-        assert '33.00' in shown.out and 'two/config.json is not the configuration of a run' in shown.err
+        assert '33.00' in shown.out and 'two/config.json: not the configuration of a run' in shown.err
 
     def test_the_last_perplexity_counts(self, tmp_path, capsys):
         """Also where it was not finite, which is null in metrics.jsonl."""

@@ -218,7 +218,7 @@ def test_a_malformed_result(made, capsys, content):
     write_analysis(one, 'angular')
     (one / 'analysis/angular/result.json').write_text(content)
     runs, [problem], _ = report.read([str(one)])
-    assert 'analysis/angular/result.json is not the result of mixln_jax.analysis.angular: ' in str(problem)
+    assert 'analysis/angular/result.json: not the result of mixln_jax.analysis.angular: ' in str(problem)
     assert problem.code == 5 and len(str(problem).splitlines()) == 1
     assert runs[0].name == 'one' and not runs[0].analyses
 
