@@ -154,7 +154,8 @@ def read_metrics(path):
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
-            if type(step := line['step']) is not int:
+            step = line['step'] + 0
+            if not abs(step) < 2**63:
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(texts) and not text.endswith('\n'):

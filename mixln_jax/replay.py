@@ -19,7 +19,7 @@ from mixln_jax import config as configs
 from mixln_jax.exits import CheckpointError, UsageError, reading
 from mixln_jax.models import llama
 
-ARRAYS = {'weights': 'float32'} | dict.fromkeys(('inputs', 'targets', 'segments', 'positions'), 'int32')  # of a batch
+KINDS = {'inputs': 'i', 'targets': 'i', 'weights': 'f', 'segments': 'i', 'positions': 'i'}  # numpy's, of a batch
 NEEDED = {'inputs', 'targets', 'weights'}
 
 

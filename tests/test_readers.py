@@ -254,7 +254,7 @@ def test_damaged_batches(tmp_path):
         'larger': np.zeros((200, 300), 'i4'),
         'objects': np.array([[None] * 3] * 2),
         'texts': np.array([['a'] * 3] * 2),
-        'doubles': np.zeros((2, 3)),
+        'floats': np.zeros((2, 3)),
         'ids': np.full((2, 3), 2**30, 'i4'),
     }.items():
         bodies[f'{name} in place of inputs'] = stored(**BATCH | {'inputs': array})

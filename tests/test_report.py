@@ -235,7 +235,7 @@ def test_words_for_numbers(made, capsys):
     assert report.main([str(one), str(two), str(three)]) == 5
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and 'one/metrics.jsonl: layers/grad_norm of step 11 is no number' in said[0]
-    assert 'two/analysis/drop/result.json is not' in said[1] and '7,000' in read()[0]
+    assert 'two/analysis/drop/result.json: not' in said[1] and '7,000' in read()[0]
 
 
 @pytest.mark.parametrize('job', ['drop', 'gradients', 'variance'])
@@ -243,7 +243,7 @@ def test_a_result_of_another_depth(made, job):
     one = made('one')
     write_analysis(one, job, result(job, norm_position=['pre'] * 5))
     _, [problem], _ = report.read([str(one)])
-    assert f'analysis/{job}/result.json is not' in str(problem)
+    assert f'analysis/{job}/result.json: not' in str(problem)
 
 
 def test_layers_of_a_pruned_network_and_other_texts(made):

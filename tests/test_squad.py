@@ -99,7 +99,7 @@ class TestRead:
 
     def test_json_lines(self, tmp_path):
         (tmp_path / 'a.jsonl').write_text(f'{json.dumps(THREE)}\n' * 2)
-        with pytest.raises(DataError, match=r'a\.jsonl is not .*; a file of SQuAD is one object, not one a line$'):
+        with pytest.raises(DataError, match=r'a\.jsonl: not .*; a file of SQuAD is one object, not one a line$'):
             squad.read(tmp_path / 'a.jsonl')
 
     @pytest.mark.parametrize('content', [None, b'{', b'\xff', b'[]'])
