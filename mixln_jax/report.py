@@ -159,7 +159,9 @@ def _numeric(value):
     """Whether a value, or all in a list of lists, are numbers or None, which stands for one that is not finite."""
     if isinstance(value, list):
         return all(map(_numeric, value))
-    return value is None or isinstance(value, float) or isinstance(value, int) and abs(value) < LARGEST
+    if isinstance(value, float):
+        return not 1e100 <= abs(value) < math.inf  # no axis can be drawn for what is near the largest float
+    return value is None or isinstance(value, int) and abs(value) < LARGEST
 
 
 def _content(path, job):
