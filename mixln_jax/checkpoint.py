@@ -213,7 +213,9 @@ def _time(folder):
         return None
     except CheckpointError:
         return None if not folder.is_dir() else 0
-    times = [found.get(name) for name in TIMES]
+    times = [found.get(name, 0) for name in TIMES]
+    if times[0] is None:
+        return None
     return times[0] if all(type(time) is int and 0 < time < 2**62 for time in times) else 0
 
 

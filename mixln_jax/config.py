@@ -520,11 +520,14 @@ def read(path) -> Config:
     """
     problem = 'not the configuration of a run'
     try:
-        found = paths.read_json(path, UsageError, 'not the configuration of a run')
+        values = paths.read_json(path, UsageError, problem)
     except FileNotFoundError:
         raise UsageError(f'{pathlib.Path(path).parent} is not the folder of a run: it has no config.json') from None
-    with exits.reading(path, UsageError, 'not the configuration of a run'):
-        return from_resolved(found)
+    with exits.reading(path, UsageError, problem):
+        try:
+            return from_resolved(values)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
 
 
 def from_resolved(values) -> Config:

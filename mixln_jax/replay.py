@@ -9,6 +9,7 @@ import functools
 import pathlib
 import re
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,6 @@ from mixln_jax import checkpoint, exits, losses, measures, paths, record, step
 from mixln_jax import config as configs
 from mixln_jax.exits import CheckpointError, UsageError, reading
 from mixln_jax.models import llama
-
-KINDS = {'inputs': 'i', 'targets': 'i', 'weights': 'f', 'segments': 'i', 'positions': 'i'}  # numpy's, of a batch
-NEEDED = {'inputs', 'targets', 'weights'}
 
 
 def replay(folder, compute_dtype):
