@@ -1,10 +1,12 @@
-"""The benchmark of the train step: its table and record, and bad input."""
+"""The benchmark of the train step: its table and record, and bad input; what the campaign of damage counts."""
 
 import json
 
 import pytest
 
 from benchmarks import train_step
+from benchmarks.campaign import __main__ as campaign
+from benchmarks.campaign import judging
 
 SMALL = ['--device', 'cpu', '--dtype', 'float32', '--placements', 'pre', '--rounds', '2', '--steps', '1']
 
@@ -45,3 +47,19 @@ def test_bad_input_is_one_line(tmp_path, capsys, words, message):
     assert train_step.main([*words, '--out', str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_campaign_counts_what_is_broken(monkeypatch, capsys):
+    """An outcome is counted, a broken contract and an end that is none of ours are printed with what made them."""
+
+    def part(base, count=3):
+        yield from (judging.judged('row', 'good', str, 'as saved') for _ in range(count - 1))
+        yield judging.judged('row', 'flip 7', judging.refused, ZeroDivisionError('x'))
+
+    monkeypatch.setattr(campaign, 'Base', lambda folder: None)
+    monkeypatch.setattr(campaign, 'PARTS', {'part': part})
+    assert campaign.campaign([]) == 1
+    broken, *table = capsys.readouterr().out.splitlines()
+    assert (
+        broken.startswith('BROKEN: row: flip 7: ZeroDivisionError: x') and table[-1] == '| row | 3 | 2 as saved | 1 |'
+    )
