@@ -215,6 +215,8 @@ def parse(parser, argv, known=False):
         raise UsageError(f'{message} (--help lists the options)')
 
     parser.error = error
+    if empty := next((word for word in argv if re.fullmatch(r'--[\w-]+=--', word)), None):
+        error(f'{empty}: -- is no value')  # some Pythons' argparse makes an empty list of it
     try:
         return parser.parse_known_args(argv) if known else parser.parse_args(argv)
     except argparse.ArgumentError as problem:

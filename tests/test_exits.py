@@ -379,3 +379,11 @@ def test_what_libraries_report_stays_off_the_terminal(capfd, hooks_put_back, sho
     if not show_traceback:
         [warning, line] = said.splitlines()
         assert warning.startswith('mixln_jax: warning: writer: FileNotFoundError') and line == 'mixln_jax: the cause'
+
+
+@pytest.mark.parametrize('words', [['--checkpoint=--'], ['--checkpoint', 'x', '--tokens=--'], ['--checkpoint', '--']])
+def test_two_dashes_are_no_value(words, capsys):
+    """Of `--x=--` argparse makes an empty list, which no job expects."""
+    assert evaluate.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and '(--help lists the options)' in said
