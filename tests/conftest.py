@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test; a cache folder of the tests' own; fixtures of several files."""
 
+import copy
 import dataclasses
 import os
 import resource
@@ -43,7 +44,9 @@ def programs():
         key = repr(dataclasses.replace(config, data=data, **default_values)), mesh
         if key not in made:
             made[key] = program.Program(config, mesh)
-        return made[key]
+        found = copy.copy(made[key])
+        found.config = config
+        return found
 
     main.Program = shared
     return made
