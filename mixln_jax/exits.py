@@ -247,6 +247,11 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(',') if part.strip()]
 
 
+def digits(text: str) -> int | None:
+    """The number of a text of up to 18 decimal digits, more than anything here has; None for any other text."""
+    return int(text) if re.fullmatch(r'[0-9]{1,18}', text) else None
+
+
 def end_with_parent():
     """Lets a worker process end when the process that started it does; one that was killed tells nobody."""
 

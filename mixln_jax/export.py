@@ -137,8 +137,8 @@ def main(argv):
     def job():
         options = exits.parse(parser, argv)
         jax.config.update('jax_platforms', 'cpu')  # nothing here is worth waiting for a device
-        removed = exits.listed(options.remove_layers or '')
-        if (options.remove_layers is not None and not removed) or not all(part.isdecimal() for part in removed):
+        removed = [exits.digits(part) for part in exits.listed(options.remove_layers or '')]
+        if (options.remove_layers is not None and not removed) or None in removed:
             raise UsageError(f'--remove_layers {options.remove_layers!r}: numbers from 1 are needed, such as 3 or 3,4')
         export(
             options.checkpoint,
@@ -146,7 +146,7 @@ def main(argv):
             options.dtype,
             options.max_shard_gb,
             options.norm_position,
-            {int(part) for part in removed},
+            {*removed},
         )
 
     return exits.call(job, show_traceback='--traceback' in argv)

@@ -18,6 +18,7 @@ import absl.logging
 import pytest
 
 from mixln_jax import evaluate, exits, export, main, paths, record, replay, report, train, weights
+from mixln_jax.analysis import drop, subjects
 from mixln_jax.data import inspect, prepare, train_tokenizer, workers
 from mixln_jax.exits import DataError, MemoryExhausted, Stopped, UsageError
 from mixln_jax.models import llama
@@ -388,3 +389,15 @@ def test_two_dashes_are_no_value(words, capsys):
     assert evaluate.main(words) == 2
     said = capsys.readouterr().err
     assert said.count('\n') == 1 and '(--help lists the options)' in said
+
+
+def test_numbers_of_any_length(tmp_path, capsys):
+    """Python reads no number of over 4,300 digits."""
+    words = ['--checkpoint', str(tmp_path), '--out', str(tmp_path / 'out')]
+    for job, option in ((export, '--remove_layers'), (drop, '--blocks')):
+        assert job.main([*words, f'{option}={"9" * 5000}']) == 2
+        said = capsys.readouterr().err
+        assert said.count('\n') == 1 and f'{option} ' in said
+    (newest := tmp_path / 'checkpoints/3').mkdir(parents=True)
+    with pytest.raises(UsageError, match='has no checkpoint'):
+        list(subjects._steps(newest, '9' * 5000))

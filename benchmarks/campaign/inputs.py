@@ -66,6 +66,7 @@ NEEDED = {
     inspect.main: ['--workdir', 'nowhere', '--step', '1'],
     train_tokenizer.main: ['--source', 'jsonl', '--path', 'nowhere', '--vocab-size', '300', '--out', 'out.json'],
 }
+NOT_TRIED = {'--help', '--traceback', '--config', '--compile', '--tasks'}  # lm_eval looks through all it has for 10 s
 TOKENS = ['--tokenizer', 'bytes', '--format', 'tokens', '--seq-length', '16', '--workers', '1', '--out', 'made']
 JSONL = ['--source', 'jsonl', '--path']
 WHOLE = {
@@ -102,7 +103,7 @@ def values(row, every):
     cases = []
     for job, needed in NEEDED.items():
         shown = command(job, ['--help'])[1]
-        options = {*re.findall(r'(?<=[\s\[])--[a-z][\w-]*', shown)} - {'--help', '--traceback', '--config', '--compile'}
+        options = {*re.findall(r'(?<=[\s\[])--[a-z][\w-]*', shown)} - NOT_TRIED
         cases += [(job, [*needed, f'{option}={word}']) for option in sorted(options) for word in WORDS]
     for job, words in cases[::every]:
         yield judged(

@@ -149,7 +149,7 @@ def add_options(add):
 
 def _blocks(text):
     """The numbers of --blocks."""
-    blocks = [int(part) if part.isdecimal() else 0 for part in exits.listed(text)]
+    blocks = [exits.digits(part) or 0 for part in exits.listed(text)]
     if min(blocks, default=0) < 1 or len(set(blocks)) < len(blocks):
         raise UsageError(f'--blocks {text}: different numbers from 1 are needed')
     return blocks

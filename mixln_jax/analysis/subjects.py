@@ -86,7 +86,7 @@ def _steps(newest, steps):
     for step in exits.listed(steps) or ['']:
         if step == INITIAL:
             yield newest, True, ' at init'
-        elif step == 'all' or (step.isdecimal() and int(step) in kept):
+        elif step == 'all' or exits.digits(step) in kept:
             for number in kept if step == 'all' else [int(step)]:
                 yield newest.with_name(str(number)), False, f' step {number}'
         else:
