@@ -39,7 +39,7 @@ def bits(tree):
 
 
 def lines_of(run):
-    read = map(json.loads, (run / 'metrics.jsonl').read_text().splitlines())
+    read = map(json.loads, (run / 'metrics.jsonl').read_text(encoding='utf-8').splitlines())
     return [{name: value for name, value in line.items() if not name.startswith('perf/')} for line in read]
 
 

@@ -81,7 +81,7 @@ def signalled(run, phase, number):
     test_signals.wait_for(process, log, words, offset)
     time.sleep(0.3 if phase in ('imports', 'compilation') else 0.01)
     process.send_signal(number)
-    code, said = process.wait(), log.read_text()[offset:]
+    code, said = process.wait(), log.read_text(encoding='utf-8')[offset:]
     expect(code == exits.STOPPED and 'Traceback' not in said, f'exit {code}: {said[-300:]}')
     expect(f'stopped by {number.name}; run the same' in said.splitlines()[-1], said[-300:])
     return 'stopped (75)'
