@@ -180,7 +180,8 @@ def _write_with_processes(job, pending, workers, report):
             for future in done:
                 future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
-        # The pool ends the others by SIGTERM.
+        # The pool ends the others by SIGTERM, and waits for all: how one ended is not known before.
+        pool.shutdown(cancel_futures=True)
         codes = [worker.exitcode for worker in started if worker.exitcode not in (None, -signal.SIGTERM)]
         raise worker_processes.ended(codes[0] if codes else -signal.SIGTERM, SETTINGS, begun) from error
     finally:
