@@ -328,7 +328,7 @@ def test_when_a_run_does_what(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('deterministic', [False, True])
 def test_flags_of_the_compiler(corpus, tmp_path, monkeypatch, deterministic):
-    flags = os.environ['XLA_FLAGS']
+    flags = os.environ.get('XLA_FLAGS', '')
     monkeypatch.setenv('XLA_FLAGS', flags)  # puts them back
     monkeypatch.setattr(main, 'Program', None)
     with pytest.raises(TypeError):
