@@ -19,13 +19,19 @@ from mixln_jax.exits import CheckpointError, NumericsError, UsageError, first_li
 
 COMMITTED = 'commit_success.txt'  # what orbax writes last
 METADATA, TIMES = '_CHECKPOINT_METADATA', ('commit_timestamp_nsecs', 'init_timestamp_nsecs')
-# What a file system, not a damaged file, answers: in Python's words and in tensorstore's.
-NOT_NOW = re.compile('Input/output error|Permission denied|PERMISSION_DENIED|Stale file handle|Connection timed out')
+# What a file system, not a damaged file, answers, in the words of tensorstore, which raises ValueError for all.
+NOT_NOW = re.compile(
+    'Input/output error|Permission denied|PERMISSION_DENIED|Stale file handle|Connection timed out|Too many open files'
+)
 OTHERS = 'another process cannot read it'
 
 
 class Damaged(ValueError):
     """What a checkpoint says is not what was saved."""
+
+
+class _NotNow(str):
+    """A problem with the file system, which says nothing about what is stored."""
 
 
 class Checkpoints:
@@ -99,7 +105,7 @@ class Checkpoints:
                 problem = _difference(about['leaves'], describe(state))
                 if not problem:
                     break
-            bad.append((step, problem, processes.any_of(NOT_NOW.search(problem or ''))))
+            bad.append((step, problem, processes.any_of(isinstance(problem, _NotNow))))
         good = len(bad) < len(found)
         for step, problem, not_now in bad:
             if good or not not_now:
@@ -128,7 +134,7 @@ class Checkpoints:
             raise CheckpointError(f'{self._folder / str(step)}: {problem or OTHERS}')
         return state, about
 
-    def read_back(self, step, like):
+    def read_back(self, step: int, like):
         """Reads what was saved, each process its part, and drops it. Raises CheckpointError where it is not as saved.
 
         Call it where nothing else of the state's size is held."""
@@ -296,7 +302,10 @@ def _problem(error):
     """What an exception says of a checkpoint, and which file it is about."""
     file = getattr(error, 'filename', None)
     said = first_line(error) if isinstance(error, Damaged) else f'{type(error).__name__}: {first_line(error)}'
-    return f'{said} ({file})' if file and str(file) not in said else said
+    said = f'{said} ({file})' if file and str(file) not in said else said
+    missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+    not_now = (isinstance(error, OSError) and not missing) or NOT_NOW.search(str(error))
+    return _NotNow(said) if not_now else said
 
 
 def _reader():

@@ -366,7 +366,7 @@ def first_line(error):
         return type(error).__name__
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """An error's text as one line, cut after 600 letters."""
     words = ' '.join(str(error).split())
     return words if len(words) <= 600 else f'{words[:600]} ...'

@@ -28,7 +28,7 @@ BOUNDS = {'float32': 0.0, 'bfloat16': 0.05}
 def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=None, remove_layers=()):
     """Writes the weights at `checkpoint`, which is anything that `weights.load` opens, into the folder `out`.
 
-    It is written beside `out`, read back and compared, and then renamed, so `out` is never half. Where `out` is a link
+    It is written next to `out`, read back and compared, and then renamed, so `out` is never half. Where `out` is a link
     its target is written. Layers of `remove_layers`, see `weights.without_layers`, are left out.
 
     Raises:

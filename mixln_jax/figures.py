@@ -43,7 +43,7 @@ def save(figure, folder, name):
     record.write(folder / f'{name}.png', _saved(figure, 'png', {'Software': None}))
 
 
-def is_drawn(path):
+def is_drawn(path: pathlib.Path) -> bool:
     """Whether a file is an SVG of `save`: matplotlib's, without a date."""
     with contextlib.suppress(OSError):
         with open(path, 'rb') as file:

@@ -290,8 +290,8 @@ def _open_workdir(workdir, resolved):
             if speaks:
                 busy = f'the work directory {workdir} is in use by another process'
                 closing.enter_context(outputs.locked(workdir / '.lock', busy, keep=True))
-                for path in workdir.glob('.seen-by-all-*'):  # of a start that was killed
-                    path.unlink(missing_ok=True)
+                for mark in workdir.glob('.seen-by-all-*'):  # of a start that was killed
+                    mark.unlink(missing_ok=True)
         except (OSError, ValueError) as error:
             raise UsageError(f'the work directory {workdir} cannot be used: {error}') from None
         _check_same_run(workdir, before, resolved, ANOTHER)
@@ -376,9 +376,10 @@ def _finished(workdir, checkpoints, num_steps):
 
 def _check_metrics(workdir, about, num_steps):
     """Raises CheckpointError where metrics.jsonl lacks what was there when the checkpoint was saved."""
-    path, complete = workdir / 'metrics.jsonl', about['open_line'] is None
-    record.check_metrics(path, about['step'] + complete, about.get('metrics'))
-    if complete and about['step'] == num_steps not in [line['step'] for line in record.read_metrics(path)[-1:]]:
+    complete = about['open_line'] is None
+    lines = record.check_metrics(workdir / 'metrics.jsonl', about['step'] + complete, about.get('metrics'))
+    at_end = complete and about['step'] == num_steps  # the last step always has a line
+    if at_end and (not lines or lines[-1]['step'] != num_steps):
         raise CheckpointError(f'{workdir} is trained to the end, but its metrics.jsonl lacks the last step')
 
 

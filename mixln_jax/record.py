@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 
+import orjson
 import tensorboardX
 
 from mixln_jax import paths
@@ -81,13 +82,12 @@ class Metrics:
         `pictures`: {name: function} of values that TensorBoard shows as images, each giving [H,W,3] uint8."""
         self._pictures = pictures or {}
         self._path = pathlib.Path(workdir) / 'metrics.jsonl'
-        self.lines = read_metrics(self._path)
         first = resume_from + (open_line is None)  # the first step whose line is still to come
-        kept = [line for line in self.lines if line['step'] < first]
+        kept = _lines_before(self._path, first)
         if self._path.exists():
-            write(self._path, ''.join(json.dumps(line) + '\n' for line in kept).encode())
-        self.lines, self.open_line = kept, open_line
-        self._digest = _digest(kept)
+            write(self._path, ''.join(f'{text}\n' for _, text in kept).encode())
+        self.lines, self.open_line = [line for line, _ in kept], open_line
+        self._digest = _digest(text for _, text in kept)
         self._file = self._path.open('a', encoding='utf-8')
         # purge_step makes TensorBoard forget what a cut line had shown.
         self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=first, write_to_disk=True)
@@ -102,9 +102,10 @@ class Metrics:
         """Completes the open line; everything is on disk when this returns."""
         if self.open_line:
             self.check()
-            self._file.write(json.dumps(self.open_line) + '\n')
+            text = json.dumps(self.open_line)
+            self._file.write(f'{text}\n')
             self.lines.append(self.open_line)
-            _digest([self.open_line], self._digest)
+            _digest([text], self._digest)
             self._show(self.open_line)
             self.open_line = None
             self._file.flush()
@@ -138,12 +139,17 @@ class Metrics:
                 self._board.add_scalar(name, value, line['step'])
 
 
-def read_metrics(path):
+def read_metrics(path: str | pathlib.Path) -> list[dict]:
     """The lines of a metrics.jsonl; a last line that a kill cut short is left out.
 
     Raises CheckpointError, naming the line, for one that is no JSON object with a step, or no later step than the line
     before it.
     """
+    return [line for line, _ in _lines_before(path, math.inf)]
+
+
+def _lines_before(path, first):
+    """Of every line before step `first` the object and its text."""
     try:
         content = paths.read(path, CheckpointError, LARGEST)
     except FileNotFoundError:
@@ -153,7 +159,7 @@ def read_metrics(path):
     lines, last = [], 0
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
+            line = orjson.loads(text)  # a start reads all of them
             step = line['step'] + 0
             if not abs(step) < 2**63:
                 raise ValueError
@@ -163,26 +169,30 @@ def read_metrics(path):
             raise CheckpointError(f'{path}:{number} is not a JSON object with a step') from None
         if not step > last:
             raise CheckpointError(f'{path}:{number} is step {step}, after step {last}; {LOST}')
-        lines.append(line)
+        lines.append((line, text.strip()))
         last = step
-    return lines
+    return [(line, text) for line, text in lines if line['step'] < first]
 
 
-def check_metrics(path, first: int, seal: dict | None):
-    """Raises CheckpointError where the lines of a metrics.jsonl before step `first` are not those that were there when
-    a checkpoint was saved, which kept their `seal`; None: it is of a version that kept none."""
-    lines = [line for line in read_metrics(path) if line['step'] < first]
+def check_metrics(path, first: int, seal: dict | None) -> list[dict]:
+    """The lines of a metrics.jsonl before step `first`.
+
+    Raises CheckpointError where they are not those that were there when a checkpoint was saved, which kept their
+    `seal`; None: it is of a version that kept none.
+    """
+    lines = _lines_before(path, first)
     if seal and len(lines) != seal['lines']:
         raise CheckpointError(f'{path} has {len(lines)} lines before step {first}, not {seal["lines"]}; {LOST}')
-    if seal and _digest(lines).hexdigest() != seal['digest']:
+    if seal and _digest(text for _, text in lines).hexdigest() != seal['digest']:
         raise CheckpointError(f'{path}: a line before step {first} is not what the run has written; {LOST}')
+    return [line for line, _ in lines]
 
 
-def _digest(lines, digest=None):
+def _digest(texts, digest=None):
     """A digest of metrics lines, or `digest` with them added."""
     digest = digest or hashlib.blake2b(digest_size=16)
-    for line in lines:
-        digest.update(json.dumps(line).encode() + b'\n')
+    for text in texts:
+        digest.update(f'{text}\n'.encode())
     return digest
 
 

@@ -128,7 +128,7 @@ VISITORS = {
     'a number of 4,000 digits': hello('9' * 3700),
     'a negative number': hello('-1'),
     'a number of Arabic digits': says('١ ٢ '.encode() + b'0' * 98 + b'\n'),
-    'a number with a sign and a line behind it': hello('+1\n1'),
+    'a number with a sign and a line after it': hello('+1\n1'),
     'another secret': hello(keys=rollcall._Keys.of('secret', DIGEST)),
     'a nonce of its own': hello(keys=rollcall._Keys.of('', DIGEST), nonce='1' * 32),
     'proofs cut short': hello(keys=rollcall._Keys.of('', DIGEST), change=lambda line: line[:-2] + b'\n'),

@@ -162,27 +162,35 @@ def test_changed_json_is_damage_too(saved):
     assert checkpoint.Checkpoints(saved).restore(like(state_of()))[1]['step'] == 3
 
 
-def unreadable(monkeypatch, *steps):
+def unreadable(monkeypatch, error, *steps):
     """Lets the file system fail where the JSON of these steps is read."""
     original = checkpoint.Checkpoints.about
 
     def fail(self, step):
         if step in steps:
-            raise OSError(errno.EIO, 'Input/output error', f'{step}/about/metadata')
+            error.filename = f'{step}/about/metadata'
+            raise error
         return original(self, step)
 
     monkeypatch.setattr(checkpoint.Checkpoints, 'about', fail)
 
 
-def test_one_that_the_file_system_does_not_give(saved, monkeypatch, capsys):
-    unreadable(monkeypatch, 5)
+@pytest.mark.parametrize('number', [errno.EIO, errno.EMFILE, errno.EACCES, errno.ENOMEM, errno.ESTALE])
+def test_one_that_the_file_system_does_not_give(saved, monkeypatch, capsys, number):
+    unreadable(monkeypatch, OSError(number, os.strerror(number)), 5)
     assert checkpoint.Checkpoints(saved).restore(like(state_of()))[1]['step'] == 3
-    assert 'Input/output error' in (said := capsys.readouterr().err) and '5/about/metadata' in said
+    assert os.strerror(number) in (said := capsys.readouterr().err) and '5/about/metadata' in said
+    assert {path.name for path in saved.iterdir()} == {'3', '5.unreadable'}
+
+
+def test_one_that_tensorstore_is_not_given(saved, monkeypatch):
+    unreadable(monkeypatch, ValueError('PERMISSION_DENIED: Error opening "x" [OS error 13]'), 5)
+    assert checkpoint.Checkpoints(saved).restore(like(state_of()))[1]['step'] == 3
     assert {path.name for path in saved.iterdir()} == {'3', '5.unreadable'}
 
 
 def test_a_file_system_that_gives_nothing_renames_nothing(saved, monkeypatch):
-    unreadable(monkeypatch, 3, 5)
+    unreadable(monkeypatch, OSError(errno.EIO, 'Input/output error'), 3, 5)
     with pytest.raises(CheckpointError, match='5: OSError.*Input/output error.*; 3: OSError'):
         checkpoint.Checkpoints(saved).restore(like(state_of()))
     assert (saved / '5').is_dir() and (saved / '3').is_dir()

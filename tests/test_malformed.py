@@ -1,7 +1,9 @@
 """Malformed files end in one line with the right code, or are accepted: see malformed.py."""
 
 import os
-import resource
+import pathlib
+import subprocess
+import sys
 import time
 
 import malformed
@@ -10,16 +12,16 @@ import pytest
 from mixln_jax import exits
 
 
-@pytest.mark.parametrize('every', [31, pytest.param(1, marks=pytest.mark.slow)])
-def test_every_reader(every, tmp_path, capfd):
-    found, count, peak = [], 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for reader_name, reader in malformed.readers(tmp_path).items():
-        reader.run(tmp_path / f'good {reader_name}', reader.good)
+def check_all(folder, every):
+    """Calls every reader with every `every`th of its inputs. Raises AssertionError for what it should not do."""
+    found, count = [], 0
+    for reader_name, reader in malformed.readers(folder).items():
+        reader.run(folder / f'good {reader_name}', reader.good)
         for name, content in [*reader.inputs()][::every]:
             count += 1
-            start, folder = time.process_time(), tmp_path / f'{count}'
+            start, here = time.process_time(), folder / f'{count}'
             try:
-                reader.run(folder, content)
+                reader.run(here, content)
             except exits.Exit as error:
                 if error.code not in (2, 4, 5) or not str(error).strip():
                     found.append((reader_name, name, repr(error)))
@@ -28,8 +30,23 @@ def test_every_reader(every, tmp_path, capfd):
             if time.process_time() > start + 10:
                 found.append((reader_name, name, 'slow'))
     assert not found and count > 1900 / every
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 10**6  # kB
+
+
+def test_every_reader(tmp_path, capfd):
+    check_all(tmp_path, 31)
     assert 'panicked' not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_input_and_its_memory(tmp_path):
+    """In a process of its own, whose memory is that of the readers."""
+    code = f'import pathlib, resource, test_malformed; test_malformed.check_all(pathlib.Path({str(tmp_path)!r}), 1)'
+    code += '; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
+    here = pathlib.Path(__file__).parent
+    paths = os.environ | {'PYTHONPATH': f'{here}:{here.parent}'}
+    done = subprocess.run([sys.executable, '-c', code], env=paths, capture_output=True, text=True)
+    assert done.returncode == 0 and 'panicked' not in done.stderr, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) < 10**6  # kB
 
 
 @pytest.mark.parametrize('kind', ['a pipe', 'a loop'])

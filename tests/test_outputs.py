@@ -134,7 +134,7 @@ class TestPlaces:
     def test_a_tokenizer_of_somebody_else(self, tmp_path, name):
         (tmp_path / name).write_text('{"added_tokens": [{"content": "<s>"}]}')
         for out in (tmp_path, tmp_path / name):
-            with pytest.raises(UsageError, match=f'--out {out} '):
+            with pytest.raises(UsageError, match=f'--out {out}(:| holds) .*no tokenizer of ours'):
                 train_tokenizer._check_replaceable(out)
 
     def test_files_of_somebody_else(self, tmp_path, capsys):

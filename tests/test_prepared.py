@@ -234,7 +234,7 @@ def test_other_tokenizer(folder):
     with pytest.raises(DataError, match=f'{folder}/tokenizer is not the tokenizer that made the rows'):
         prepared.open_tokenizer(str(folder))
     describe(folder, tokenizer=tokenizers.Bytes().fingerprint, eos_id=9)
-    with pytest.raises(DataError, match=f'{folder}/tokens.json: .*: eos_id is 9, of the tokenizer beside it 258'):
+    with pytest.raises(DataError, match=f'{folder}/tokens.json: .*: eos_id is 9, its tokenizer has 258'):
         prepared.open_tokenizer(str(folder))
     (folder / 'tokenizer/fingerprint.json').unlink()
     with pytest.raises(DataError, match=f'{folder}/tokenizer'):

@@ -281,7 +281,7 @@ def test_huggingface_specials(tmp_path, opened):
 
 
 def test_huggingface_other_settings(tmp_path):
-    named = r'tokenizer\.json: the tokenizer_config\.json beside it'
+    named = r'tokenizer\.json: the tokenizer_config\.json next to it'
     for eos in ('<end>', {'content': '<end>'}, {'other': 1}, 7):
         if eos == {'other': 1}:  # as if it were not there
             assert specials(with_settings(tmp_path, byte_level(), {'eos_token': eos}))[2] == 1

@@ -47,6 +47,8 @@ def campaign(argv):
     parser.add_argument('--only', default=','.join(PARTS), help='parts, separated by commas [%(default)s]')
     parser.add_argument('--fast', action='store_true', help='a few cases of each part')
     options = parser.parse_args(argv)
+    if unknown := {*options.only.split(',')} - {*PARTS}:
+        parser.error(f'--only {", ".join(sorted(unknown))}: the parts are {", ".join(PARTS)}')
     results = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         base = Base(pathlib.Path(folder))

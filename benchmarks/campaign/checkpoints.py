@@ -95,7 +95,7 @@ WAYS = {
     'changed for that of the step before': swap,
     'named 7': lambda path: path.rename(path.with_name('7')),
     'with a zero before its name': lambda path: path.rename(path.with_name(f'0{path.name}')),
-    'a copy of it beside it, named 7': lambda path: copied(path, path.with_name('7')),
+    'a copy of it next to it, named 7': lambda path: copied(path, path.with_name('7')),
 }
 
 

@@ -58,7 +58,7 @@ class Base:
         words += [f'model.{key}={value}' for key, value in small.items()]
         words += ['seq_length=32', f'num_steps={LAST}', 'log_every=1', 'checkpoint.every=1', 'eval.tokens=400']
         self.words = [f'--config.{word}' for word in (*words, 'eval.every=0', 'analysis.tokens=0', 'device=cpu')]
-        main.Program = functools.lru_cache(None)(Shared.of)
+        main.Program = functools.cache(Shared)
         self.run, self.other = folder / 'run', folder / 'other'
         self.train(self.run)
         self.train(self.other, 'other.json', 1)
@@ -88,7 +88,3 @@ class Shared(Program):
     """Runs of one configuration share what is compiled."""
 
     compile = functools.cache(Program.compile)
-
-    @classmethod
-    def of(cls, config, mesh):
-        return cls(config, mesh)

@@ -49,11 +49,15 @@ def _checksum(ids, of_row):
     return isal_zlib.crc32(ids + of_row[:-4])
 
 
+def _is_whole(ids, of_row):
+    return _checksum(ids, of_row) == int.from_bytes(of_row[-4:], 'little')
+
+
 def wrong(rows: bytes, size: int, said: bytes, size_of_note: int) -> Iterator[int]:
     """Which of these rows of `size` bytes are damaged, or their notes are."""
     notes = [said[start : start + size_of_note] for start in range(0, len(said), size_of_note)]
     for i, of_row in enumerate(notes):
-        if _checksum(rows[i * size : (i + 1) * size], of_row) != int.from_bytes(of_row[-4:], 'little'):
+        if not _is_whole(rows[i * size : (i + 1) * size], of_row):
             yield i
 
 
@@ -112,7 +116,7 @@ class Prepared:
         size = self._note.itemsize
         said = [self._read(i, notes_file(self._files[shard]), size, row) for i, shard, row in wanted]
         for i, row, of_row in zip(indices, rows, said, strict=True):
-            if _checksum(row, of_row) != int.from_bytes(of_row[-4:], 'little'):
+            if not _is_whole(row, of_row):
                 raise DataError(
                     f'{self.origin(i)}: damaged: its checksum is another; the command that made the folder, run once '
                     'more, writes damaged shards again'
@@ -228,7 +232,7 @@ def _check(about):
 
 def check_counts(shard: dict):
     """Raises ValueError, naming the key, where a shard's counts cannot be."""
-    # Also no absolute path: a description from elsewhere must not open files beside its folder.
+    # Also no absolute path: a description from elsewhere must not open files outside its folder.
     _need(shard, 'file', lambda name: isinstance(name, str) and name == pathlib.PurePath(name).name not in ('', '..'))
     _need(shard, 'rows', _whole(0, 2**40))
     _need(shard, 'digest', lambda value: isinstance(value, str))
@@ -256,5 +260,5 @@ def open_tokenizer(folder: str) -> tokenizers.Tokenizer:
         raise DataError(f'{folder}/tokenizer is not the tokenizer that made the rows')
     for name in ('vocab_size', 'pad_id', 'eos_id'):
         if (said := about[name]) != (value := getattr(tokenizer, name)):
-            raise DataError(f'{folder}/{DESCRIPTION}: {NOT_OURS}: {name} is {said}, of the tokenizer beside it {value}')
+            raise DataError(f'{folder}/{DESCRIPTION}: {NOT_OURS}: {name} is {said}, its tokenizer has {value}')
     return tokenizer

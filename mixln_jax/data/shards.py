@@ -67,7 +67,7 @@ class Job:
         """Whether the rows of all these units are there, without their notes: made by version 0.1."""
         return all(self.result(unit, notes=False) for unit in pending)
 
-    def repeats(self, pending):
+    def repeats(self, pending: list[units.Unit]) -> bool:
         """Whether all these units were finished before: what is written has to be the same rows."""
         return all(self.counted(unit) for unit in pending)
 
@@ -107,7 +107,7 @@ class Job:
             return None
         return result if whole else None
 
-    def counted(self, unit):
+    def counted(self, unit: units.Unit) -> dict | None:
         """What a unit counted when it was finished, whatever has become of its shards; None where its input is another
         since, or nothing readable says."""
         path = self.counts(unit)
@@ -125,7 +125,7 @@ class Job:
         except (FileNotFoundError, DataError):
             return None
 
-    def verify(self, unit):
+    def verify(self, unit: units.Unit) -> str | None:
         """Reads the rows of a finished unit. Where they are damaged, notes that it is to be written again, and returns
         what is damaged."""
         dtype = layout.dtype_for(self.tokenizer.vocab_size)
@@ -139,7 +139,7 @@ class Job:
                 return str(error)
         return None
 
-    def counts(self, unit):
+    def counts(self, unit: units.Unit) -> pathlib.Path:
         """The file that makes a unit finished."""
         return pathlib.Path(self.folder, prepared.WORK, f'{unit.name}.json')
 

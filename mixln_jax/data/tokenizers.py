@@ -252,7 +252,7 @@ class SentencePiece(_Learned):
 class HuggingFace(_Learned):
     """A tokenizer.json of the package `tokenizers`.
 
-    The special tokens are those of a tokenizer_config.json beside it, else those with a common name. A file that cuts
+    The special tokens are those of a tokenizer_config.json next to it, else those with a common name. A file that cuts
     or pads what it encodes does neither here.
     """
 
@@ -270,7 +270,7 @@ class HuggingFace(_Learned):
         names = self._names()
         ids = (tokenizer.token_to_id(names[role]) if role in names else -1 for role in ('pad', 'bos', 'eos'))
         common = ' '.join(COMMON['eos'])
-        self._set_specials(*ids, f'none in a tokenizer_config.json beside it, none of {common} in the vocabulary')
+        self._set_specials(*ids, f'none in a tokenizer_config.json next to it, none of {common} in the vocabulary')
         names = {'pad': names['eos'], 'bos': names['eos']} | names
         settings = {f'{role}_token': name for role, name in sorted(names.items())}
         self.files = self.files | {'tokenizer_config.json': json.dumps(settings, indent=2).encode() + b'\n'}
@@ -360,7 +360,7 @@ class HuggingFace(_Learned):
 
     def _names(self):
         """The special tokens by role."""
-        with reading(self.where, DataError, 'the tokenizer_config.json beside it is not a JSON object'):
+        with reading(self.where, DataError, 'the tokenizer_config.json next to it is not a JSON object'):
             settings = json.loads(self.files['tokenizer_config.json'])
             names = {role: settings.get(f'{role}_token') for role in COMMON}
         for role, name in names.items():
@@ -368,7 +368,7 @@ class HuggingFace(_Learned):
             if name is None:
                 name = next((name for name in COMMON[role] if self._tokenizer.token_to_id(name) is not None), None)
             elif not isinstance(name, str) or self._tokenizer.token_to_id(name) is None:
-                named = f'the tokenizer_config.json beside it names {role}_token {name!r}'
+                named = f'the tokenizer_config.json next to it names {role}_token {name!r}'
                 raise DataError(f'{self.where}: {named}, which the vocabulary lacks')
             names[role] = name
         return {role: name for role, name in names.items() if name is not None}
@@ -433,7 +433,7 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, limit: str):
         )
 
 
-def load(folder, fingerprint: str | None = None) -> Tokenizer:
+def load(folder: str | pathlib.Path, fingerprint: str | None = None) -> Tokenizer:
     """The tokenizer that `save(folder)` wrote. Raises DataError, naming the folder, where that is not there, whole, or
     has another fingerprint than weights were trained with; None: nothing says which."""
     folder = pathlib.Path(folder)

@@ -7,17 +7,16 @@ if __name__ == '__main__':
 
 # ruff: noqa: E402
 import argparse
-import json
 import os
 import sys
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mixln_jax import config, exits, outputs, record
+from mixln_jax import config, exits, outputs, paths, record
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer
-from mixln_jax.exits import UsageError, first_line
+from mixln_jax.exits import UsageError, reading
 
 SPECIALS = ['<pad>', '</s>', '<s>']  # 0, 1, 2; bytes need no token for the unknown
 FILES = 'tokenizer.json', 'tokenizer_config.json', 'fingerprint.json'
@@ -69,7 +68,7 @@ def run(options):
 
 def _check_replaceable(out):
     """Raises UsageError for a file, or a folder with a file, that `run` has not written."""
-    try:
+    with reading(f'--out {out}', UsageError, 'no tokenizer of ours, take another name'):
         path = out
         if out.is_dir():
             for name in FILES:
@@ -79,11 +78,9 @@ def _check_replaceable(out):
             if others := sorted(there - {*FILES}):
                 raise UsageError(f'--out {out} holds what is no tokenizer of ours: {others[0]}; take another name')
         if path and os.path.lexists(path):
-            made = [token['content'] for token in json.loads(path.read_bytes())['added_tokens']]
+            made = [token['content'] for token in paths.read_json(path, UsageError)['added_tokens']]
             if made != SPECIALS:
                 raise ValueError('other special tokens')
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UsageError(f'--out {out} is no tokenizer of ours ({first_line(error)}); take another name') from None
 
 
 def _train(source, out, path, options):

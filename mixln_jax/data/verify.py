@@ -46,7 +46,7 @@ def check_shard(file: str, shard: dict, seq_length: int, dtype: np.dtype):
 def damages(folder: str) -> Iterator[tuple[str, int, list[str]]]:
     """Reads all rows of a folder of prepared rows: of every split its name, the number of its rows, what is damaged.
 
-    Raises DataError where tokens.json, or the tokenizer beside it, is not what `data.prepare` wrote.
+    Raises DataError where tokens.json, or the tokenizer in the folder, is not what `data.prepare` wrote.
     """
     about, path = prepared.description(folder), paths.local(folder, 'config.data.path')
     prepared.open_tokenizer(folder)

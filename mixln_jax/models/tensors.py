@@ -177,7 +177,7 @@ def _read_index(path):
         where = paths.read_json(path, CheckpointError, 'not a readable index')['weight_map'].items()
     files = {}
     for name, file in where:
-        # Also no absolute path: an index from elsewhere must not open files beside its folder.
+        # Also no absolute path: an index from elsewhere must not open files outside its folder.
         if not isinstance(file, str) or file != pathlib.PurePath(file).name or file == '..':
             raise CheckpointError(f'{path}: {name} is in {file!r}, which is not a file of this folder')
         files.setdefault(file, set()).add(name)
