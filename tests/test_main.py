@@ -295,6 +295,18 @@ class TestResume:
 
 
 class TestErrorsInTraining:
+    def test_a_last_save_that_is_not_what_was_saved(self, corpus, tmp_path, monkeypatch):
+        wait = checkpoint.Checkpoints.wait
+
+        def wait_and_damage(self):
+            wait(self)
+            for path in (tmp_path / 'run/checkpoints/7/state/d').iterdir():
+                path.write_bytes(path.read_bytes()[::-1])
+
+        monkeypatch.setattr(checkpoint.Checkpoints, 'wait', wait_and_damage)
+        with pytest.raises(exits.CheckpointError, match='the last save cannot be read back: .*checkpoints/7'):
+            main.run(recipe(corpus), tmp_path / 'run')
+
     @pytest.mark.parametrize('count', [0, 4])
     def test_what_was_trained_is_saved_whatever_reading_raises(self, corpus, finished, tmp_path, monkeypatch, count):
         read = main.batches.read
@@ -514,7 +526,9 @@ class TestBadInput:
         else:
             (workdir / 'metrics.jsonl').write_text(''.join(changed[change]))
         before = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob('*') if path.is_file())
-        with pytest.raises(exits.CheckpointError, match=r'metrics\.jsonl.*; put back the file .*resume_from'):
+        words = {'other': 'is not what the run has written', 'twice': r':3 is step', 'reversed': r':2 is step'}
+        words = words.get(change, r' has \d lines before step')
+        with pytest.raises(exits.CheckpointError, match=rf'metrics\.jsonl.*{words}.*; put back the file .*resume_from'):
             main.run(recipe(corpus), workdir)
         left = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob('*') if path.is_file())
         assert [kept for kept in left if kept[0].name != '.lock'] == [

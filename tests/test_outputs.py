@@ -1,5 +1,6 @@
 """What commands write: nobody else's files go, two at once do no harm, and no library looks elsewhere."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -142,6 +143,23 @@ class TestPlaces:
         assert evaluate.main(['--checkpoint', str(tmp_path), '--out', str(mine)]) == 2
         assert 'holds no results of an evaluation' in capsys.readouterr().err
         assert evaluate._place(tmp_path / 'new.json') == tmp_path / 'new.json'
+
+
+def test_a_lock_file_that_its_owner_has_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """Else two processes could have the lock of one name: one of the old file, one of the new."""
+    path, original, calls = tmp_path / 'lock', fcntl.flock, []
+
+    def slow(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            path.unlink()  # between opening and locking it
+        original(file, how)
+
+    monkeypatch.setattr(fcntl, 'flock', slow)
+    with outputs.locked(path, 'busy'):
+        assert len(calls) == 2 and path.exists()
+        with pytest.raises(UsageError, match='busy'), outputs.locked(path, 'busy'):
+            pass
 
 
 class TestReplacing:

@@ -53,7 +53,8 @@ GUARD = "under `if __name__ == '__main__':`"
 def run(tmp_path, text, *words, **options):
     (tmp_path / 'script.py').write_text(READ + text)
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, str(tmp_path / 'script.py'), *words]
+    # A shell's background jobs ignore SIGINT, and so would what they start.
+    command = ['env', '--default-signal=INT', sys.executable, str(tmp_path / 'script.py'), *words]
     return subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **options)
 
 
