@@ -55,7 +55,9 @@ class Layout:
         tokens = np.zeros(len(ids) + 1, TOKEN)
         tokens['id'][:-1], tokens[-1] = ids, (self.eos_id, 0, True)
         if spans is not None:
-            tokens['size'] = np.diff(spans, prepend=0, append=num_bytes)
+            ends = np.append(spans, num_bytes)
+            ends[1:] -= spans
+            tokens['size'] = ends
         return tokens
 
     def block(self, tokens: np.ndarray) -> Block:
@@ -76,19 +78,22 @@ class Layout:
         without an end is a piece of a longer document."""
         if self.mode == 'concat':
             return np.ones((len(ends), ends.shape[1] - 1), bool)
-        to_come = ends[:, ::-1].cumsum(1)[:, ::-1]
-        return ((to_come > 0) | (to_come[:, :1] == 0))[:, :-1] & ~ends[:, :-1]
+        at = np.arange(ends.shape[1] - 1, dtype=np.int32)
+        last = np.where(ends.any(1), ends.shape[1] - 1 - ends[:, ::-1].argmax(1), len(at)).astype(np.int32)
+        return (at < last[:, None]) & ~ends[:, :-1]
 
 
 def _segments(ends, real):
     """`segments` and `positions` [n,T] of inputs, of which `ends` end documents and `real` ones have a target."""
-    starts = np.zeros_like(ends)
+    starts = np.ones_like(ends)
     starts[:, 1:] = ends[:, :-1]
-    at = np.arange(ends.shape[1], dtype=np.int32)
+    first, counts = np.flatnonzero(starts), starts.sum(1)
+    lengths = np.diff(first, append=ends.size)
+    number = 1 + np.arange(len(first)) - np.repeat(counts.cumsum() - counts, counts)  # in its row
+    everywhere = lambda values: np.repeat(values.astype(np.int32), lengths).reshape(ends.shape)  # noqa: E731
+    positions = np.arange(ends.shape[1], dtype=np.int32) - everywhere(first % ends.shape[1])
     inside = real | ends
-    positions = at - np.maximum.accumulate(np.where(starts, at, 0), axis=1)
-    segments = 1 + np.cumsum(starts, axis=1, dtype=np.int32)
-    return {'segments': np.where(inside, segments, 0), 'positions': np.where(inside, positions, 0)}
+    return {'segments': everywhere(number) * inside, 'positions': positions * inside}
 
 
 def pad(row: np.ndarray, document: np.ndarray, layout: Layout):

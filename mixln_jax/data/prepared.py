@@ -49,8 +49,8 @@ def _checksum(ids, of_row):
     return isal_zlib.crc32(ids + of_row[:-4])
 
 
-def _is_whole(ids, of_row):
-    return _checksum(ids, of_row) == int.from_bytes(of_row[-4:], 'little')
+def _is_whole(ids, of_row, crc32=isal_zlib.crc32, number=int.from_bytes):  # as locals: it is called for every row
+    return crc32(ids + of_row[:-4]) == number(of_row[-4:], 'little')
 
 
 def wrong(rows: bytes, size: int, said: bytes, size_of_note: int) -> Iterator[int]:
@@ -79,6 +79,7 @@ class Prepared:
         if shards is None:
             raise DataError(f'{folder}: no split {split} (there is {", ".join(about["splits"])})')
         self._files = [str(folder / shard['file']) for shard in shards]
+        self._notes = [notes_file(file) for file in self._files]
         self._ends = np.cumsum([0, *(shard['rows'] for shard in shards)])[1:]
         digest = hashlib.blake2b(json.dumps([shard['digest'] for shard in shards]).encode(), digest_size=16)
         self.fingerprint = {
@@ -101,20 +102,17 @@ class Prepared:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, indices, sized=False):
-        shards = np.searchsorted(self._ends, indices, side='right').tolist()
-        at = np.asarray(indices) - np.concatenate([[0], self._ends])[shards]
-        wanted = list(zip(indices, shards, at.tolist(), strict=True))
-        # Read, not mapped: a file that someone cuts short is an error with a name, not a dead process.
-        size = self._width * self._dtype.itemsize
-        rows = [self._read(i, self._files[shard], size, row) for i, shard, row in wanted]
+        shards = np.searchsorted(self._ends, indices, side='right')
+        at = (np.asarray(indices) - np.concatenate([[0], self._ends])[shards]).tolist()
+        wanted = list(zip(indices, shards.tolist(), at, strict=True))
+        rows = self._read(wanted, self._files, self._width * self._dtype.itemsize)
         ids = np.frombuffer(b''.join(rows), self._dtype).reshape(len(rows), self._width)
         if ids.max(initial=0) >= self._vocab_size:
             bad = next(i for i, row in zip(indices, ids, strict=True) if row.max() >= self._vocab_size)
             raise DataError(f'{self.origin(bad)}: an id is not below the vocabulary size {self._vocab_size}')
         if not self._note:
             return Block(ids, _ends_by_ids(ids, self.layout), None)
-        size = self._note.itemsize
-        said = [self._read(i, notes_file(self._files[shard]), size, row) for i, shard, row in wanted]
+        said = self._read(wanted, self._notes, self._note.itemsize)
         for i, row, of_row in zip(indices, rows, said, strict=True):
             if not _is_whole(row, of_row):
                 raise DataError(
@@ -125,23 +123,30 @@ class Prepared:
         ends = np.unpackbits(said['ends'], axis=1, count=self._width).view(bool)
         return Block(ids, ends, said['num_bytes'].astype(np.int64))
 
+    def _read(self, wanted, names, size):
+        """What `size` bytes each the rows (number, shard, row in it) have in files of these names."""
+        # Read, not mapped: a file that someone cuts short is an error with a name, not a dead process.
+        found = []
+        for i, shard, row in wanted:
+            try:
+                content = os.pread(self._handles.get(names[shard]) or self._open(names[shard]), size, row * size)
+            except OSError as error:
+                raise DataError(f'{self.origin(i)}: cannot be read: {error.strerror}') from error
+            if len(content) != size:
+                raise DataError(f'{self.origin(i)}: cut short')
+            found.append(content)
+        return found
+
+    def _open(self, file):
+        handle = os.open(file, os.O_RDONLY)
+        if self._handles.setdefault(file, handle) != handle:  # another thread was faster
+            os.close(handle)
+        return self._handles[file]
+
     def origin(self, i):
         i = range(len(self))[i]
         shard = int(np.searchsorted(self._ends, i, side='right'))
         return f'{self._files[shard]}, row {i - (self._ends[shard - 1] if shard else 0)}'
-
-    def _read(self, i, file, size, row):
-        try:
-            if file not in self._handles:
-                handle = os.open(file, os.O_RDONLY)
-                if self._handles.setdefault(file, handle) != handle:  # another thread was faster
-                    os.close(handle)
-            content = os.pread(self._handles[file], size, row * size)
-        except OSError as error:
-            raise DataError(f'{self.origin(i)}: cannot be read: {error.strerror}') from error
-        if len(content) != size:
-            raise DataError(f'{self.origin(i)}: cut short')
-        return content
 
     def __del__(self, close=os.close):  # Python's end takes `os` apart
         for handle in getattr(self, '_handles', {}).values():

@@ -23,6 +23,7 @@ from mixln_jax.exits import DataError, UsageError, reading
 T5 = 'gs://t5-data/vocabs/cc_all.32000/sentencepiece.model'
 LONGEST = 10_000  # characters that are encoded at once: memory, and the time up to a limit, stay bounded
 NOTHING = b'\xff'  # what a token spells that stands for no text, or for any word: no UTF-8 has it
+BLANKS = bytes.maketrans(b'\t\n\r\x0b\x0c', b'     ')
 COMMON = {
     'eos': ('</s>', '<|endoftext|>', '<|end_of_text|>', '<eos>', '<|im_end|>', '<|eot_id|>', '[EOS]', '[SEP]'),
     'bos': ('<s>', '<|begin_of_text|>', '<bos>', '<|startoftext|>', '[BOS]', '[CLS]'),
@@ -171,14 +172,34 @@ class _Learned:
 
     def _spans(self, text):
         """`spans` of a text that is encoded at once. Offsets take the libraries several times as long as ids, and are
-        asked for only where the tokens do not spell the text, perhaps after a blank: after a normaliser that changed
-        it, blanks that no token has, unknown words."""
+        asked for only where the tokens spell neither the text nor what is left of it when every run of blanks is one,
+        perhaps after a blank: after a normaliser that changed letters, or unknown words."""
         ids, body = self._ids(text), text.encode()
-        parts = [self._surfaces[i] for i in ids.tolist()]
-        spelled = b''.join(parts)
-        if spelled in (body, b' ' + body):
-            return ids, np.cumsum([len(part) for part in parts], dtype=np.int64) - (len(spelled) - len(body))
+        spelled, ends = self._spell(ids)
+        for same in (body, blanks := body.translate(BLANKS)):
+            if (before := _blanks_before(spelled, same)) is not None:
+                return ids, ends - before
+        single = b' '.join(body.split())
+        if single and (before := _blanks_before(spelled, single)) is not None:
+            kept = np.frombuffer(blanks, np.uint8) != 32
+            kept[1:] |= kept[:-1]  # the first blank of a run too
+            return ids, np.append(np.flatnonzero(kept), len(body.rstrip()))[ends - before]
         return ids, np.maximum.accumulate(self._offsets(text))
+
+    def _spell(self, ids):
+        """The bytes that ids [n] spell, and where in them each of them ends [n]."""
+        flat, starts, sizes = self._table
+        ends = sizes[ids].cumsum(dtype=np.int32)
+        at = np.repeat(starts[ids] - np.append(np.int32(0), ends[:-1]), sizes[ids])
+        at += np.arange(len(at), dtype=np.int32)
+        return flat[at].tobytes(), ends.astype(np.int64)
+
+    @functools.cached_property
+    def _table(self):
+        """All surfaces end to end, where each begins, and their sizes: small, for it shares the caches with encoding,
+        which a list of them would slow down by a fifth."""
+        sizes = np.array([len(surface) for surface in self._surfaces], np.int32)
+        return np.frombuffer(b''.join(self._surfaces), np.uint8), sizes.cumsum(dtype=np.int32) - sizes, sizes
 
     def save(self, folder):
         _save(self, folder, self.files)
@@ -386,6 +407,12 @@ class HuggingFace(_Learned):
 
 
 KINDS = {kind.kind: kind for kind in (SentencePiece, HuggingFace)}
+
+
+def _blanks_before(spelled, text):
+    """1 where `spelled` is a text after a blank, 0 where it is the text, else None."""
+    before = len(spelled) - len(text)
+    return before if before in (0, 1) and spelled.endswith(text) and not spelled[:before].strip(b' ') else None
 
 
 def open_tokenizer(data: config.Data) -> Tokenizer:
