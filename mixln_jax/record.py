@@ -1,6 +1,7 @@
 """What a run leaves behind beside its weights: its environment, metrics.jsonl, TensorBoard events, lines for people."""
 
 import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import itertools
@@ -156,6 +157,12 @@ def _lines_before(path, first):
         return []
     with reading(path, CheckpointError, 'not text'):
         texts = content.decode().splitlines(keepends=True)
+    with _no_collection():
+        return [(line, text) for line, text in _checked_lines(path, texts) if line['step'] < first]
+
+
+def _checked_lines(path, texts):
+    """Of every line the object and its text; a last line that a kill cut short is left out."""
     lines, last = [], 0
     for number, text in enumerate(texts, 1):
         try:
@@ -171,7 +178,19 @@ def _lines_before(path, first):
             raise CheckpointError(f'{path}:{number} is step {step}, after step {last}; {LOST}')
         lines.append((line, text.strip()))
         last = step
-    return [(line, text) for line, text in lines if line['step'] < first]
+    return lines
+
+
+@contextlib.contextmanager
+def _no_collection():
+    """Inside, Python looks for no garbage: with JAX's objects in memory that takes most of the time of reading JSON."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def check_metrics(path, first: int, seal: dict | None) -> list[dict]:
