@@ -13,10 +13,11 @@ import time
 import jax
 
 from mixln_jax import config as configs
-from mixln_jax import mesh as meshes
+from mixln_jax import recipes
 from mixln_jax.analysis import during
 from mixln_jax.data import batches, rows
-from mixln_jax.program import Program
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.program.program import Program
 
 
 def main(argv):
@@ -24,7 +25,7 @@ def main(argv):
     parser.add_argument('--config', default='configs/quickstart.py')
     parser.add_argument('--repeats', type=int, default=7)
     options, rest = parser.parse_known_args(argv)
-    config = configs.build(configs.load(options.config, configs.overrides(rest)))
+    config = configs.build(recipes.load(options.config, recipes.overrides(rest)))
     sizes = config.model
     mesh = meshes.make_mesh(config.mesh, meshes.devices(config.device))
     program = Program(config, mesh)

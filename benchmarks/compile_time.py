@@ -13,8 +13,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from mixln_jax import config, optim, step
+from mixln_jax import config
 from mixln_jax.models import llama
+from mixln_jax.program import optim, step
 
 
 def compile_seconds(num_layers, scan_unroll, norm_position='mix'):

@@ -24,10 +24,11 @@ class Case:
     def config(self, settings):
         """The recipe's config with `settings` {key: value}."""
         from mixln_jax import config as configs
+        from mixln_jax import recipes
 
         given = {'batch_size': self.batch_size, 'seq_length': self.length, 'num_steps': 1000, 'device': self.device}
         given |= {'compute_dtype': self.dtype, 'mesh.data': 1} | settings
-        values = configs.load(f'{ROOT}/configs/{self.recipe}.py', [(key, str(value)) for key, value in given.items()])
+        values = recipes.load(f'{ROOT}/configs/{self.recipe}.py', [(key, str(value)) for key, value in given.items()])
         return configs.build(values)
 
     def tokens(self, vocab_size):
@@ -63,9 +64,9 @@ def ours(case, settings):
     heap = settings.pop('heap', 'kept')
     import jax
 
-    from mixln_jax import mesh as meshes
-    from mixln_jax import metrics
-    from mixln_jax.program import Program
+    from mixln_jax.distributed import mesh as meshes
+    from mixln_jax.program.program import Program
+    from mixln_jax.system import hardware
 
     config = case.config(settings)
     if heap == 'kept':
@@ -93,7 +94,7 @@ def ours(case, settings):
     kind = device.device_kind if device.platform != 'cpu' else f'CPU, {len(os.sched_getaffinity(0))} cores'
     return steps, memory, {
         'tokens': tokens, 'flops': tokens * program.flops_per_position(), 'device': kind,
-        'peak': metrics.PEAK_FLOPS.get(device.device_kind), 'matmul_peak': matmul,
+        'peak': hardware.PEAK_FLOPS.get(device.device_kind), 'matmul_peak': matmul,
     }  # fmt: skip
 
 
@@ -161,12 +162,12 @@ def hugging_face(case, how):
     def memory():
         return torch.cuda.max_memory_allocated() if device == 'cuda' else _resident()
 
-    from mixln_jax import metrics
+    from mixln_jax.models import llama
 
     named = {name: parameter.numel() for name, parameter in model.named_parameters()}
     embedding = named['model.embed_tokens.weight']
     tokens = case.batch_size * case.length
-    of_position = metrics.flops_per_position(
+    of_position = llama.flops_per_position(
         sum(named.values()), embedding, sizes.num_layers, sizes.hidden_size, case.length
     )
     return steps, memory, {

@@ -17,8 +17,8 @@ import numpy as np
 import sentencepiece
 
 from mixln_jax import config
-from mixln_jax.data import batches, files, rows, tokenizers
-from mixln_jax.data.prepare import prepare
+from mixln_jax.data import batches, rows, text_files, tokenizers
+from mixln_jax.data.prepare.command import prepare
 
 LENGTH, BATCH = 256, 512
 
@@ -43,7 +43,7 @@ def main():
 
 def measure(options, folder):
     sample = folder / 'sample.jsonl.gz'
-    records = (record for path in files.paths(options.path) for _, record in files.Reader('jsonl', path))
+    records = (record for path in text_files.paths(options.path) for _, record in text_files.Reader('jsonl', path))
     texts = [record['text'] for record in itertools.islice(records, options.documents)]
     with gzip.open(sample, 'wt', encoding='utf-8') as file:
         file.writelines(json.dumps({'text': text}) + '\n' for text in texts)

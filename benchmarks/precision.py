@@ -14,10 +14,11 @@ import sys
 import jax
 
 from mixln_jax import config as configs
-from mixln_jax import exits, record
-from mixln_jax import mesh as meshes
+from mixln_jax import recipes
 from mixln_jax.data import batches, rows
-from mixln_jax.program import Program
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.program.program import Program
+from mixln_jax.system import cli, console
 
 TYPES = 'float32', 'bfloat16'
 
@@ -34,18 +35,18 @@ def main(argv):
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
     def command():
-        options, rest = exits.parse(parser, argv, known=True)
+        options, rest = cli.parse(parser, argv, known=True)
         means = {of: [] for of in TYPES}
         for of in TYPES:
-            settings = [*configs.overrides(rest), ('compute_dtype', of), ('num_steps', str(options.steps))]
-            losses = runs(configs.build(configs.load(options.config, settings)))
+            settings = [*recipes.overrides(rest), ('compute_dtype', of), ('num_steps', str(options.steps))]
+            losses = runs(configs.build(recipes.load(options.config, settings)))
             for seed in options.seeds:
                 means[of].append(statistics.fmean(losses(seed)[-options.last :]))
-                record.say(f'{of}, seed {seed}: {means[of][-1]:.4f}')
+                console.say(f'{of}, seed {seed}: {means[of][-1]:.4f}')
         for line in table(options, means):
             print(line)
 
-    return exits.call(command, show_traceback='--traceback' in argv)
+    return cli.call(command, show_traceback='--traceback' in argv)
 
 
 def runs(config):

@@ -18,19 +18,21 @@ os.environ |= {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8'}
 import jax
 
 from mixln_jax import config as configs
-from mixln_jax import hlo, losses
-from mixln_jax import mesh as meshes
-from mixln_jax.program import Program
+from mixln_jax import recipes
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.kernels import cross_entropy
+from mixln_jax.plan import hlo
+from mixln_jax.program.program import Program
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def count(recipe, rows, axis, devices):
     """(FLOPs of a device, {collective: (times, bytes)}, the fewest bytes) of a compiled step."""
-    length = losses.CHUNK_ON_CPU // rows  # one chunk of the loss: XLA counts the body of a loop once
+    length = cross_entropy.CHUNK_ON_CPU // rows  # one chunk of the loss: XLA counts the body of a loop once
     given = {'batch_size': rows * devices, 'seq_length': length, 'model.scan_unroll': 'all', 'device': 'cpu'}
     given |= {'compute_dtype': 'float32', 'mesh.data': 1, f'mesh.{axis}': devices}
-    config = configs.build(configs.load(f'{ROOT}/configs/{recipe}.py', [(k, str(v)) for k, v in given.items()]))
+    config = configs.build(recipes.load(f'{ROOT}/configs/{recipe}.py', [(k, str(v)) for k, v in given.items()]))
     program = Program(config, meshes.make_mesh(config.mesh, jax.devices('cpu')))
     executable = program.train_step.lower(program.state, program.batch(config.batch_size)).compile()
     numbers = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))

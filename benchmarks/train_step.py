@@ -20,8 +20,9 @@ import sys
 import time
 
 from benchmarks import contenders
-from mixln_jax import exits, record
-from mixln_jax.exits import UsageError
+from mixln_jax.runs import environment
+from mixln_jax.system import cli, outputs
+from mixln_jax.system.errors import UsageError
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 CASES = ['llama_130m:32x256', 'llama_130m:8x1024', 'llama_1b:8x256', 'llama_1b:4x1024']
@@ -47,7 +48,7 @@ def main(argv):
     add('--traceback', action='store_true', help='show where an error comes from')
 
     def command():
-        options = exits.parse(parser, argv)
+        options = cli.parse(parser, argv)
         rows, begun = [], time.monotonic()
         for case in options.cases:
             if rows and time.monotonic() - begun > options.total:
@@ -62,7 +63,7 @@ def main(argv):
             raise UsageError(f'nothing could be measured: {rows[0]["error"]}')
         _write(rows, done[0]['device'], options)
 
-    return exits.call(command, show_traceback='--traceback' in argv)
+    return cli.call(command, show_traceback='--traceback' in argv)
 
 
 def _contenders(case, options):
@@ -130,7 +131,7 @@ def _write(rows, device, options):
         'device': device,
         'python': platform.python_version(),
     }
-    record.write_json(folder / f'{name}.json', about | {'versions': record.versions(), 'rows': rows})
+    outputs.write_json(folder / f'{name}.json', about | {'versions': environment.versions(), 'rows': rows})
     table = '\n'.join(_table(rows))
     text = f'`{command}`\n\n{device}, {about["date"]}, {options.dtype}\n\n{table}\n'
     (folder / f'{name}.md').write_text(text, encoding='utf-8')

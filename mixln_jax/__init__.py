@@ -17,6 +17,6 @@ def load(path: str, compute_dtype: str = 'float32', norm_position: str | None = 
         exits.UsageError: nothing there, or a `norm_position` for what has its own.
         exits.CheckpointError: unreadable, damaged or of another structure.
     """
-    from mixln_jax import weights  # here, since it imports JAX, which takes seconds
+    from mixln_jax.runs import weights  # here, since it imports JAX, which takes seconds
 
     return weights.load(path, compute_dtype, norm_position, bert=True)

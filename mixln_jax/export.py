@@ -4,6 +4,12 @@ Pre-LN networks become stock LLaMA. All others carry a small modelling file, whi
 `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`.
 """
 
+from mixln_jax.system.signals import stop
+
+if __name__ == '__main__':
+    stop.install()  # before the imports, and for good: what is written is whole or not there
+
+# ruff: noqa: E402
 import argparse
 import fnmatch
 import os
@@ -15,9 +21,11 @@ import jax
 import numpy as np
 import optax
 
-from mixln_jax import exits, outputs, paths, record, weights
-from mixln_jax.exits import CheckpointError, UsageError, reading
-from mixln_jax.models import hf, hf_config
+from mixln_jax.models.hf import config as hf_config
+from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.runs import environment, weights
+from mixln_jax.system import cli, console, files, outputs
+from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
 BESIDE = ('tokenizer*.json', 'tokenizer.model', 'spiece.model', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
 OWN = (*BESIDE, 'config.json', 'model*.safetensors*', 'modeling_*.py', 'tokenizer/*', weights.EXPORT)
@@ -46,22 +54,22 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
         if remove_layers:
             found = weights.without_layers(found, remove_layers)
         about = {'max_position_embeddings': found.config.seq_length} if found.config else _about(source)
-        hf.save(partial, found.model, found.params, found.tokenizer, dtype, max_shard_gb, about)
+        hf_llama.save(partial, found.model, found.params, found.tokenizer, dtype, max_shard_gb, about)
         if not found.config:
             for path in (path for pattern in BESIDE for path in source.glob(pattern)):
-                paths.regular(path, CheckpointError)
+                files.regular(path, CheckpointError)
                 shutil.copy(path, partial)
         compared = _check(partial, found, dtype)
-        files = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file())
+        names = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file())
         origin = {'from': found.where, 'step': found.step, 'removed_layers': sorted({*remove_layers})}
-        origin |= {'data_mode': found.data_mode, 'dtype': dtype, 'versions': record.versions()}
+        origin |= {'data_mode': found.data_mode, 'dtype': dtype, 'versions': environment.versions()}
         origin |= {'tokenizer': found.tokenizer.fingerprint if found.tokenizer else None}
-        record.write_json(partial / weights.EXPORT, origin | {'files': [*files, weights.EXPORT]})
+        outputs.write_json(partial / weights.EXPORT, origin | {'files': [*names, weights.EXPORT]})
     size = sum(path.stat().st_size for path in out.rglob('*'))
-    record.say(f'{out}: {len(files) + 1} files, {size:,} bytes')
+    console.say(f'{out}: {len(names) + 1} files, {size:,} bytes')
     if found.tokenizer and not (out / 'tokenizer.json').exists():
-        record.say('its tokenizer cannot be said as a tokenizer.json; tokenizer/ holds it as it is')
-    record.say(compared)
+        console.say('its tokenizer cannot be said as a tokenizer.json; tokenizer/ holds it as it is')
+    console.say(compared)
 
 
 def _check_replaceable(out):
@@ -70,15 +78,15 @@ def _check_replaceable(out):
         return
     if not out.is_dir():
         raise UsageError(f'--out {out} holds what is not an export of ours: it is a file')
-    path, files = out / weights.EXPORT, set()
+    path, names = out / weights.EXPORT, set()
     if path.exists():
         with reading(path, UsageError, 'not readable'):
-            said = paths.read_json(path, UsageError)['files']
-            files = {name for name in said if any(_matches(name, own) for own in OWN)}
-    ours = files | {str(pathlib.PurePath(name).parent) for name in files}
+            said = files.read_json(path, UsageError)['files']
+            names = {name for name in said if any(_matches(name, own) for own in OWN)}
+    ours = names | {str(pathlib.PurePath(name).parent) for name in names}
     for path in sorted(out.rglob('*')):
         name = str(path.relative_to(out))
-        if name not in ours or path.is_symlink() or path.is_dir() != (name not in files):
+        if name not in ours or path.is_symlink() or path.is_dir() != (name not in names):
             raise UsageError(f'--out {out} holds what is not an export of ours: {name}')
 
 
@@ -89,7 +97,7 @@ def _matches(name, pattern):
 def _about(folder):
     """What a Hugging Face folder says for other tools."""
     found = hf_config.read_json(folder / 'config.json')
-    return {name: found[name] for name in hf.ABOUT if name in found}
+    return {name: found[name] for name in hf_llama.ABOUT if name in found}
 
 
 def _check(folder, found, dtype):
@@ -101,7 +109,7 @@ def _check(folder, found, dtype):
         loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
         return np.asarray(logits), float(np.exp(loss))
 
-    (logits, perplexity), (written, again) = numbers(found.model, found.params), numbers(*hf.load(folder))
+    (logits, perplexity), (written, again) = numbers(found.model, found.params), numbers(*hf_llama.load(folder))
     largest, apart, bound = np.abs(logits).max(), np.abs(written - logits).max(), BOUNDS[dtype]
     if not (apart <= bound * largest and abs(again - perplexity) <= bound * perplexity):  # also where one is NaN
         problem = (
@@ -122,7 +130,7 @@ def main(argv):
         '--checkpoint', required=True, metavar='DIR', help='a run, one of its checkpoints/<step>, a Hugging Face folder'
     )
     parser.add_argument('--out', required=True, metavar='DIR', help='folder to write; one of ours is replaced')
-    parser.add_argument('--dtype', choices=hf.DTYPES, default='float32', help='type of the weights [float32]')
+    parser.add_argument('--dtype', choices=hf_llama.DTYPES, default='float32', help='type of the weights [float32]')
     parser.add_argument(
         '--max_shard_gb', type=float, default=5.0, metavar='X', help='largest file, in 10^9 bytes [5.0]'
     )
@@ -135,9 +143,9 @@ def main(argv):
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
     def job():
-        options = exits.parse(parser, argv)
+        options = cli.parse(parser, argv)
         jax.config.update('jax_platforms', 'cpu')  # nothing here is worth waiting for a device
-        removed = [exits.digits(part) for part in exits.listed(options.remove_layers or '')]
+        removed = [cli.digits(part) for part in cli.listed(options.remove_layers or '')]
         if (options.remove_layers is not None and not removed) or None in removed:
             raise UsageError(f'--remove_layers {options.remove_layers!r}: numbers from 1 are needed, such as 3 or 3,4')
         export(
@@ -149,7 +157,7 @@ def main(argv):
             {*removed},
         )
 
-    return exits.call(job, show_traceback='--traceback' in argv)
+    return cli.call(job, show_traceback='--traceback' in argv)
 
 
 if __name__ == '__main__':

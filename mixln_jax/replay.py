@@ -4,6 +4,12 @@ On one device, in float32 unless told otherwise, with the weights from before th
 what the stream and the gradient were, and where the first number was not finite.
 """
 
+from mixln_jax.system.signals import stop
+
+if __name__ == '__main__':
+    stop.install()  # before the imports, and for good: what is written is whole or not there
+
+# ruff: noqa: E402
 import argparse
 import functools
 import pathlib
@@ -15,15 +21,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixln_jax import checkpoint, exits, losses, measures, paths, record, step
 from mixln_jax import config as configs
-from mixln_jax.exits import CheckpointError, UsageError, reading
+from mixln_jax import trees
+from mixln_jax.kernels import cross_entropy
 from mixln_jax.models import llama
+from mixln_jax.program import step
+from mixln_jax.runs import checkpoint
+from mixln_jax.system import cli, console, files
+from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
 
 def replay(folder, compute_dtype):
     """Prints what the batches of a debug/ folder do. Raises UsageError where there is nothing to replay."""
-    folder = paths.local(folder, '--workdir') / 'debug'
+    folder = files.local(folder, '--workdir') / 'debug'
     batches = sorted(folder.glob('batch_[0-9]*.npz'), key=_number)
     steps = checkpoint.steps(folder / 'checkpoints')
     if not batches or not steps:
@@ -31,12 +41,12 @@ def replay(folder, compute_dtype):
     params, about = checkpoint.read_params(folder / f'checkpoints/{steps[-1]}')
     config = configs.from_resolved(about['config'])
     model = llama.from_config(config.model, compute_dtype or 'float32')
-    record.say(f'weights of step {about["step"]}, {model.compute_dtype}, {len(model.norm_position)} layers')
+    console.say(f'weights of step {about["step"]}, {model.compute_dtype}, {len(model.norm_position)} layers')
     of_batch = jax.jit(functools.partial(_look, model))
     for path in batches:
         micro = step.micro_batches(read_batch(path, config), config.accumulate)
         if _number(path) <= about['step']:
-            record.say(f'\nbatch {_number(path)} came before these weights, which it has helped to make:')
+            console.say(f'\nbatch {_number(path)} came before these weights, which it has helped to make:')
         found = [
             jax.device_get(of_batch(params, jax.tree.map(lambda a, i=i: a[i], micro))) for i in range(config.accumulate)
         ]
@@ -49,7 +59,7 @@ def read_batch(path: pathlib.Path, config: configs.Config) -> dict[str, np.ndarr
     names = 'inputs', 'targets', 'weights', *(('segments', 'positions') if config.data.mode == 'pack' else ())
     shape = config.batch_size, config.seq_length
     try:
-        paths.regular(path, CheckpointError)
+        files.regular(path, CheckpointError)
     except FileNotFoundError as error:
         raise CheckpointError(f'{path}: not a batch: {error.strerror}') from error
     with reading(path, CheckpointError, 'not a batch'), zipfile.ZipFile(path), np.load(path) as stored:
@@ -73,7 +83,7 @@ def _look(model, params, batch):
     def loss(params):
         x, out = model.apply({'params': params}, **step.trunk_inputs(batch), capture=True, method='trunk')
         kernel, size = model.head_kernel(params), model.config.vocab_size
-        total, count, aux = losses.token_losses(x, kernel, batch['targets'], batch['weights'], size)
+        total, count, aux = cross_entropy.token_losses(x, kernel, batch['targets'], batch['weights'], size)
         rows = aux['token_loss'].sum(-1) / jnp.maximum(batch['weights'].sum(-1), 1)
         return total / jnp.maximum(count, 1), (rows, out['branches'], jnp.linalg.norm(out['hidden'][1:], axis=-1))
 
@@ -83,7 +93,7 @@ def _look(model, params, batch):
         'rows': rows,
         'stream': largest(stream),
         'branch': largest(branches['norm']),
-        'gradient': measures.layer_norms(grads)[0],
+        'gradient': trees.layer_norms(grads)[0],
     }
 
 
@@ -92,7 +102,7 @@ def _say(number, norm_position, found):
     rows = found['rows'].T.reshape(-1)  # micro-batch i has rows i, i + A, ...
     bad = np.flatnonzero(~np.isfinite(rows))
     highest = int(np.argmax(np.where(np.isfinite(rows), rows, -np.inf)))
-    record.say(
+    console.say(
         f'\nbatch {number}: '
         + (f'loss not finite in rows {", ".join(map(str, bad[:20]))}' if len(bad) else 'all finite'),
         f'highest loss of a row {rows[highest]:.4f} (row {highest}), mean {np.mean(rows):.4f}',
@@ -102,11 +112,11 @@ def _say(number, norm_position, found):
     stream, gradient = found['stream'].max(axis=0), found['gradient'].max(axis=0)
     for l, name in enumerate(norm_position):
         numbers = ' '.join(f'{value:14.6g}' for value in (attention[l], mlp[l], stream[l], gradient[l]))
-        record.say(f'{l + 1:>5}  {name:<16} {numbers}')
+        console.say(f'{l + 1:>5}  {name:<16} {numbers}')
     for l in range(len(norm_position)):
         for what, value in (('attention', attention[l]), ('MLP', mlp[l]), ('stream behind', stream[l])):
             if not np.isfinite(value):
-                record.say(f'the first number that is not finite: {what} of layer {l + 1}')
+                console.say(f'the first number that is not finite: {what} of layer {l + 1}')
                 return
 
 
@@ -122,10 +132,10 @@ def main(argv):
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
     def job():
-        options = exits.parse(parser, argv)
+        options = cli.parse(parser, argv)
         replay(options.workdir, options.compute_dtype)
 
-    return exits.call(job, show_traceback='--traceback' in argv)
+    return cli.call(job, show_traceback='--traceback' in argv)
 
 
 if __name__ == '__main__':

@@ -33,7 +33,8 @@ def programs():
     """Runs whose configurations compile to the same share what is traced and compiled, which is most of a small run's
     time. Returns what is shared: whoever clears it traces anew."""
     from mixln_jax import config as configs
-    from mixln_jax import main, program
+    from mixln_jax.program import program
+    from mixln_jax.training import run
 
     made, default = {}, configs.Config()
     elsewhere = ('seed', 'log_every', 'init_from', 'resume_from', 'eval', 'checkpoint', 'processes', 'analysis')
@@ -48,7 +49,7 @@ def programs():
         found.config = config
         return found
 
-    main.Program = shared
+    run.Program = shared
     return made
 
 

@@ -8,7 +8,8 @@ import random
 import numpy as np
 
 from mixln_jax import config
-from mixln_jax.data import prepare, prepared, rows, sources
+from mixln_jax.data import prepared, rows, sources
+from mixln_jax.data.prepare import command as prepare
 
 T = 8  # positions in a row
 

@@ -21,9 +21,11 @@ import safetensors.numpy
 import test_datasets
 import vocabularies
 
-from mixln_jax import config, replay
-from mixln_jax.data import datasets, files, prepared, shards, tokenizers, units, verify
-from mixln_jax.models import hf_config, tensors
+from mixln_jax import config, recipes, replay
+from mixln_jax.data import datasets, prepared, text_files, tokenizers, verify
+from mixln_jax.data.prepare import shards, units
+from mixln_jax.models.hf import config as hf_config
+from mixln_jax.models.hf import tensors
 
 ODD = (None, True, -1, 0, 1.5, float('nan'), float('inf'), 1e308, 10**30, 2**63, '', 'x', '\0', '../x', [], {}, [[]])
 DEEP = (b'[' * 100_000, b'{"a":' * 100_000, b'[' * 900 + b']' * 900, b'{"text":' * 900 + b'1' + b'}' * 900)
@@ -227,7 +229,7 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
                 here.verify(unit)
 
     def read(kind, name):
-        return lambda path: list(files.Reader(kind, str(path / name)))
+        return lambda path: list(text_files.Reader(kind, str(path / name)))
 
     def opened(kind, name):
         def call(path):
@@ -241,7 +243,7 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
         'a run': Reader('config.json', run, lambda path: config.read(path / 'config.json'), {}, json_values(60)),
         'jsonl': Reader('a.jsonl', lines, read('jsonl', 'a.jsonl'), {}, _lines),
         'text': Reader('a.txt', b'one\n\ntwo\n', read('text', 'a.txt')),
-        'kind': Reader('a', lines, lambda path: files.kind(str(path / 'a'))),
+        'kind': Reader('a', lines, lambda path: text_files.kind(str(path / 'a'))),
         'gzip': Reader('a.gz', gzip.compress(lines * 999), read('jsonl', 'a.gz'), {}, _packed),
         'huggingface': Reader('tokenizer.json', tokenizer, opened('huggingface', 'tokenizer.json'), {}, _tokenizers),
         'settings': Reader(
@@ -292,7 +294,7 @@ def _contents(root, folder):
 def _recipe(path):
     before = signal.signal(signal.SIGINT, lambda *_: None)  # as in a command: a KeyboardInterrupt is the recipe's own
     try:
-        config.build(config.load(str(path / 'a.py')))
+        config.build(recipes.load(str(path / 'a.py')))
     finally:
         signal.signal(signal.SIGINT, before)
 

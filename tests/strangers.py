@@ -16,7 +16,7 @@ import time
 if __name__ == '__main__':
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from mixln_jax import rollcall  # noqa: E402
+from mixln_jax.distributed import rollcall  # noqa: E402
 
 DIGEST = 'digest'
 OTHERS = rollcall._Keys.of('', 'another digest')  # what anybody can compute where there is no secret

@@ -11,10 +11,11 @@ import reference
 from test_models import SIZES, make, text, to_jax
 
 from mixln_jax import config as configs
-from mixln_jax import mesh as meshes
-from mixln_jax import metrics
-from mixln_jax.analysis import angular, drop, during, gradients, subjects, variance
-from mixln_jax.models import hf, llama
+from mixln_jax import recipes
+from mixln_jax.analysis import angular, drop, during, gradients, samples, variance
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.models import llama
+from mixln_jax.models.hf import llama as hf_llama
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / 'tests/golden'
@@ -138,7 +139,7 @@ def test_the_authors_hidden_states(name):
     states /= np.linalg.norm(states, axis=-1, keepdims=True)
     cosines = np.einsum('abtd,cbtd->acbt', states, states)
     matrix = (np.arccos(np.clip(cosines, -1, 1)) / np.pi)[:, :, real].mean(-1)
-    model, params = hf.load(GOLDEN / name, name)
+    model, params = hf_llama.load(GOLDEN / name, name)
     batch = {'inputs': expected['input_ids'], 'targets': expected['input_ids'], 'weights': real.astype(np.float32)}
     found = angular.measure(on(model), params, [batch])['distance']['mean'][:-1, :-1]
     np.testing.assert_allclose(found, matrix, rtol=0, atol=1e-5)
@@ -225,7 +226,7 @@ def test_meshes(name):
 
 def test_a_sample_of_rows(corpus_rows):
     """Rows at random, the same whatever the batch size, real tokens counted, weight 0 behind the last."""
-    one, three = (subjects.sample(subjects.rows_of_text(corpus_rows), 100, size) for size in (1, 3))
+    one, three = (samples.sample(samples.rows_of_text(corpus_rows), 100, size) for size in (1, 3))
     rows = np.concatenate([batch['inputs'] for batch in one])
     np.testing.assert_array_equal(np.concatenate([batch['inputs'] for batch in three])[: len(rows)], rows)
     counts = np.concatenate([batch['weights'].sum(-1) for batch in three])
@@ -233,12 +234,12 @@ def test_a_sample_of_rows(corpus_rows):
     in_order = corpus_rows.read(range(len(rows))).ids[:, :-1]
     assert not np.array_equal(in_order, rows)
     last = np.concatenate(
-        [batch['weights'] for batch in subjects.sample(subjects.rows_of_text(corpus_rows), 100, 1, last=True)]
+        [batch['weights'] for batch in samples.sample(samples.rows_of_text(corpus_rows), 100, 1, last=True)]
     )
     real = np.concatenate([batch['weights'] for batch in one])
     assert (last.sum(-1) == 1).all()
     assert [np.flatnonzero(row)[-1] for row in real] == last.argmax(-1).tolist()
-    everything = subjects.sample(subjects.rows_of_text(corpus_rows), 10**9, 4)
+    everything = samples.sample(samples.rows_of_text(corpus_rows), 10**9, 4)
     assert sum((batch['weights'].sum(-1) > 0).sum() for batch in everything) == len(corpus_rows)
 
 
@@ -275,7 +276,7 @@ class TestDuringTraining:
         found = during.Analyses(config, model, corpus_rows, watched)(params)
         assert len(looks) == 4
         precise = model.clone(compute_dtype='float32')
-        batches = subjects.sample(subjects.rows_of_text(corpus_rows), 100, 8)
+        batches = samples.sample(samples.rows_of_text(corpus_rows), 100, 8)
         expected = {name: measure(precise, params, batches) for name, measure in EACH.items()}
         matrix = expected['angular']['distance']['mean']
         np.testing.assert_allclose(found['analysis/angular_matrix'], matrix, rtol=0, atol=1e-6)
@@ -291,10 +292,10 @@ class TestDuringTraining:
 
     @pytest.mark.parametrize('recipe', sorted(ROOT.glob('configs/llama_*.py')), ids=lambda path: path.stem)
     def test_they_cost_little_by_default(self, recipe):
-        config = configs.build(configs.load(str(recipe)))
+        config = configs.build(recipes.load(str(recipe)))
         shapes = llama.from_config(config.model).shapes()['params']
         sizes = config.model
-        flops = metrics.flops_per_position(
+        flops = llama.flops_per_position(
             llama.num_params(sizes, shapes), sizes.vocab_size * sizes.hidden_size, sizes.num_layers, sizes.hidden_size,
             config.seq_length,
         )  # fmt: skip

@@ -15,11 +15,16 @@ import pytest
 from test_hf import PLACEMENTS, network
 
 from mixln_jax import config as configs
-from mixln_jax import evaluate, export, figures, main, record, squad, weights
-from mixln_jax.analysis import drop, subjects
-from mixln_jax.data import tokenizers
-from mixln_jax.exits import DataError, UsageError
-from mixln_jax.models import hf, hf_bert
+from mixln_jax import evaluate, export, main, recipes
+from mixln_jax.analysis import drop, samples, subjects
+from mixln_jax.data import squad, tokenizers
+from mixln_jax.evaluation import loop as evaluation
+from mixln_jax.models.hf import bert as hf_bert
+from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.report import figures
+from mixln_jax.runs import log, weights
+from mixln_jax.system.errors import DataError, UsageError
+from mixln_jax.tasks import question_answering
 
 ROOT = pathlib.Path(__file__).parents[1]
 JOBS = {
@@ -42,7 +47,7 @@ def run(tmp_path_factory):
         'model.norm_position': 'post,pre*2', 'analysis.every': 2, 'analysis.tokens': 100,
         'accumulate': 2, 'mesh.data': 2, 'seed': 7,
     }  # fmt: skip
-    main.run(configs.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()]), folder)
+    main.run(recipes.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()]), folder)
     return folder
 
 
@@ -55,7 +60,7 @@ def content(folder):
 
 
 def test_a_run_has_them_in_its_records(run):
-    lines = record.read_metrics(run / 'metrics.jsonl')
+    lines = log.read_metrics(run / 'metrics.jsonl')
     assert [line['step'] for line in lines if 'analysis/grad_norm' in line] == [2, 4]
     scalars, images = events.read(run)
     assert scalars == events.of_lines(lines, pictures=['analysis/angular_matrix'])
@@ -99,7 +104,7 @@ def test_what_is_written_of_each(run):
     assert np.shape(angles['distance']['mean']) == np.shape(angles['distance']['standard_error']) == (4, 4)
     assert len(stream['variance']['mean']) == 4 and len(stream['contribution']['mlp']['standard_error']) == 3
     assert stream['theory'][:1] == [None] and len(stream['theory']) == 4 and stream['theory_constant'] > 0
-    whole = evaluate.evaluate_run(weights.load(run), num_tokens=10**9)
+    whole = evaluation.evaluate_run(weights.load(run), num_tokens=10**9)
     for name in ('loss', 'perplexity'):
         assert drops['metrics'][name]['value'] == pytest.approx(whole[f'eval/{name}'], rel=1e-5)
         assert 0 < drops['metrics'][name]['standard_error'] < drops['metrics'][name]['value']
@@ -128,7 +133,7 @@ def test_admin_begins_with_what_it_measures(run, tmp_path):
     """The factors that a run measures before its first step are measured again for `--steps init`."""
     keys = {'model.norm_position': 'admin', 'num_steps': 1, 'optim.learning_rate': 1e-30, 'analysis.tokens': 0}
     keys |= {'batch_size': 8, 'seq_length': 16, 'eval.tokens': 100, 'model.num_layers': 2, 'model.hidden_size': 18}
-    recipe = configs.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()])
+    recipe = recipes.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()])
     main.run(recipe, tmp_path / 'run')
     begun = subjects.open_subject(subjects.places([tmp_path / 'run'], subjects.INITIAL)[0]).params
     trained = weights.load(tmp_path / 'run').params
@@ -139,7 +144,7 @@ def test_admin_begins_with_what_it_measures(run, tmp_path):
 def test_a_folder_and_a_text_of_its_own(tmp_path, capsys):
     tokenizer = tokenizers.Bytes()
     model, params = network('mix', vocab_size=tokenizer.vocab_size)
-    hf.save(tmp_path / 'folder', model, params, tokenizer)
+    hf_llama.save(tmp_path / 'folder', model, params, tokenizer)
     settings = tmp_path / 'folder/config.json'
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {'max_position_embeddings': 32}))
     path = corpora.write(tmp_path / 'text.jsonl.gz', [f'text number {n}' * (n % 3 + 1) for n in range(9)])
@@ -175,7 +180,7 @@ def test_what_a_text_is_follows_from_its_files(tmp_path):
     texts = [f'text number {n} of several' for n in range(12)]
     for name in ('a.jsonl', 'b.NDJSON', 'c.json.gz', 'd'):
         corpora.write(folder / name, [f'{name} {text}' for text in texts])
-    made = lambda path: subjects.text(subject, f'{path}', seq_length=48)  # noqa: E731
+    made = lambda path: samples.text(subject, f'{path}', seq_length=48)  # noqa: E731
     found = types.SimpleNamespace(
         config=None, data_mode='pad', max_length=64, tokenizer=tokenizer, where='nowhere', params=None
     )
@@ -225,9 +230,9 @@ def test_drops_of_tasks(run, monkeypatch):
 
 
 def test_a_bos_where_the_tokenizer_puts_one():
-    begun = subjects._Begun(tokenizers.Bytes(), [257])
+    begun = samples._Begun(tokenizers.Bytes(), [257])
     assert begun.encode('ab').tolist() == [257, 97, 98] and begun.encode('abc', 2).tolist() == [257, 97]
-    assert subjects._Begun(tokenizers.Bytes(), []).encode('ab').tolist() == [97, 98] and begun.eos_id == 258
+    assert samples._Begun(tokenizers.Bytes(), []).encode('ab').tolist() == [97, 98] and begun.eos_id == 258
 
 
 def test_what_is_measured_and_how_it_is_called(run, tmp_path, monkeypatch):
@@ -248,7 +253,7 @@ def test_a_network_that_is_not_finite_hides_no_other(run, tmp_path, capsys):
     model, params = network('mix', vocab_size=259)
     for name, value in (('good', 1), ('bad', 1e36)):
         head = {'kernel': np.asarray(params['head']['kernel']) * np.float32(value)}
-        hf.save(tmp_path / name, model, params | {'head': head}, tokenizers.Bytes())
+        hf_llama.save(tmp_path / name, model, params | {'head': head}, tokenizers.Bytes())
     path = corpora.write(tmp_path / 'text.jsonl', ['a text', 'and one more'])
     words = ['--text', path, '--seq_length', 8, '--out', tmp_path / 'out']
     assert command('drop', '--checkpoint', tmp_path / 'bad', tmp_path / 'good', *words) == 6
@@ -296,9 +301,11 @@ class TestBert:
         examples = squad.read(self.FOLDER / 'v1.json')
         features = squad.make_features(examples, squad.open_tokenizer(self.FOLDER), max_length=32, max_query=8)
         L = len(model.norm_position)
-        compiled = squad._logits._cache_size()
-        scores = [squad.evaluate(model, params, features, examples, 4, keep) for keep in (None, *drop.masks(L))]
-        assert squad._logits._cache_size() == compiled + 1
+        compiled = question_answering._logits._cache_size()
+        scores = [
+            question_answering.evaluate(model, params, features, examples, 4, keep) for keep in (None, *drop.masks(L))
+        ]
+        assert question_answering._logits._cache_size() == compiled + 1
         for name in ('exact_match', 'f1'):
             whole, *without = (100 * of[name].mean() for of in scores)
             metric = result['metrics'][name]
@@ -429,7 +436,7 @@ class TestRemovedLayers:
         """Its folder, opened as any other, has the loss that the drop job gives for the layer."""
         assert export.main(['--checkpoint', str(run), '--out', str(tmp_path / 'out'), '--remove_layers', '2']) == 0
         assert json.loads((tmp_path / 'out/export.json').read_text())['removed_layers'] == [2]
-        model, _ = hf.load(tmp_path / 'out')
+        model, _ = hf_llama.load(tmp_path / 'out')
         assert (model.layer_index, model.depth, model.norm_position) == ((1, 3), 3, ('post', 'pre'))
         # Length and mode of rows go with an export.
         path = corpora.write(tmp_path / 'text.jsonl', [f'text {n:010}' for n in range(12)])
@@ -445,7 +452,7 @@ class TestRemovedLayers:
         # One layer more: layers keep their numbers.
         words = ['--checkpoint', str(tmp_path / 'out'), '--out', str(tmp_path / 'again'), '--remove_layers']
         assert export.main([*words, '2']) == 2 and 'has the layers 1, 3' in capsys.readouterr().err
-        assert export.main([*words, '3']) == 0 and hf.load(tmp_path / 'again')[0].layer_index == (1,)
+        assert export.main([*words, '3']) == 0 and hf_llama.load(tmp_path / 'again')[0].layer_index == (1,)
         assert json.loads((tmp_path / 'again/export.json').read_text())['data_mode'] == 'concat'
 
     def test_what_is_refused(self, run, tmp_path, capsys):

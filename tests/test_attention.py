@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mixln_jax import config as configs
-from mixln_jax import program
-from mixln_jax.models import attention, llama
+from mixln_jax.kernels import attention
+from mixln_jax.models import llama, rope
+from mixln_jax.program import program
 
 
 def reference(q, k, v, mask, dy):
@@ -131,11 +132,11 @@ def test_analyses_in_float32_do_without(monkeypatch):
 def test_turning_on_tpus_is_the_same(dtype, monkeypatch):
     """Bit for bit, its gradient included; the turn is that of complex numbers."""
     x, dy = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 5, 3, 8)), dtype)
-    frequency = attention.rotary_frequencies(configs.Model(hidden_size=8, num_heads=1, rope_theta=100.0))
-    angles = attention.rotary_angles(jnp.arange(5), frequency)
+    frequency = rope.rotary_frequencies(configs.Model(hidden_size=8, num_heads=1, rope_theta=100.0))
+    angles = rope.rotary_angles(jnp.arange(5), frequency)
 
     def turned(x, dy):
-        y, pull = jax.vjp(lambda x: attention.rotate(x, angles), x)
+        y, pull = jax.vjp(lambda x: rope.rotate(x, angles), x)
         return y, pull(dy)[0]
 
     elsewhere = turned(x, dy)

@@ -16,7 +16,7 @@ import pytest
 from corpora import T, Texts, assert_same, prepare_to, two_files
 
 from mixln_jax.data import batches, layout, rows, tokenizers
-from mixln_jax.exits import DataError
+from mixln_jax.system.errors import DataError
 
 
 class Numbered:

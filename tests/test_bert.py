@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 from test_hf import change, edit
 
-from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import bert, hf_bert, norms
+from mixln_jax.models import bert, layers, placements
+from mixln_jax.models.hf import bert as hf_bert
+from mixln_jax.system.errors import CheckpointError, UsageError
 
 L, D, H, F, V, POSITIONS = 3, 8, 2, 12, 11, 9
 SIZES = dict(
@@ -162,7 +163,7 @@ def test_one_program_for_every_layer_that_is_removed(network):
     assert spans._cache_size() <= before + 1
 
 
-@pytest.mark.parametrize('name', norms.PLACEMENTS)
+@pytest.mark.parametrize('name', placements.PLACEMENTS)
 def test_placements(name):
     """All of them make a network: after three layers the stream is one of numbers."""
     model, params = random_network(*[name] * L, norm_groups=2, scan_unroll='1')
@@ -186,7 +187,7 @@ def test_layer_norm_over_groups_and_times_a_constant():
     for groups in (1, 2):
         parts = x.reshape(2, 5, groups, -1).astype(np.float64)
         parts = (parts - parts.mean(-1, keepdims=True)) / parts.std(-1, keepdims=True)
-        norm = bert.LayerNorm(1e-12, jnp.float32, groups)
+        norm = layers.LayerNorm(1e-12, jnp.float32, groups)
         found = norm.apply({'params': {'scale': gain, 'bias': bias}}, x, 0.5)
         np.testing.assert_allclose(found, (parts.reshape(x.shape) * gain + bias) / 2, rtol=0, atol=1e-5)
 

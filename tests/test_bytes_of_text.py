@@ -12,9 +12,9 @@ from corpora import T, Texts, open_, prepare_to, two_files, write
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from vocabularies import KINDS, LLAMA, T5, open_file, prose, sentencepiece_model, with_settings
 
-from mixln_jax import evaluate
 from mixln_jax.data import batches, layout, prepared, rows, tokenizers
-from mixln_jax.exits import DataError, UsageError
+from mixln_jax.evaluation import loop as evaluation
+from mixln_jax.system.errors import DataError, UsageError
 
 SPECIALS = {'<unk>': 0, '</s>': 1, '<pad>': 2}
 
@@ -154,7 +154,7 @@ def test_spans_of_long_texts_go_on_from_piece_to_piece(name, opened, monkeypatch
 
 def bits_per_byte(made, batch_size=3):
     """Of a network that is wrong by one bit a token."""
-    seen = evaluate.evaluate(
+    seen = evaluation.evaluate(
         lambda params, batch: (np.log(2) * np.asarray(batch['weights']).sum(), None),
         None,
         batches.evaluation(made, batch_size, sized=True),

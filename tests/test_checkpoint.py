@@ -15,9 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mixln_jax import checkpoint, mesh, trees, weights
 from mixln_jax import config as configs
-from mixln_jax.exits import CheckpointError, NumericsError
+from mixln_jax import trees
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.runs import checkpoint, weights
+from mixln_jax.system.errors import CheckpointError, NumericsError
 
 
 def state_of(seed=0):
@@ -407,13 +409,13 @@ class TestChecksum:
         array = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
         sums = set()
         for count in (1, 2, 8):
-            on = mesh.make_mesh(configs.Mesh(count), mesh.devices('cpu'))
-            sums.add(int(jax.jit(checkpoint.checksum)(jax.device_put(array, mesh.batch_sharding(on)))))
+            on = meshes.make_mesh(configs.Mesh(count), meshes.devices('cpu'))
+            sums.add(int(jax.jit(checkpoint.checksum)(jax.device_put(array, meshes.batch_sharding(on)))))
         assert len(sums) == 1
 
     def test_restores_onto_another_mesh(self, saved):
         state = functools.partial(state_of, 5)
-        on = mesh.replicated(mesh.make_mesh(configs.Mesh(), mesh.devices('cpu')))
+        on = meshes.replicated(meshes.make_mesh(configs.Mesh(), meshes.devices('cpu')))
         restored, _ = checkpoint.Checkpoints(saved).restore(like(state(), on))
         assert len(restored['params']['kernel'].sharding.device_set) == 8
         assert_equal(jax.device_get(restored), jax.device_get(state()))

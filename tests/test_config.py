@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from mixln_jax import config as configs
-from mixln_jax import exits, main, optim
-from mixln_jax.exits import UsageError
-from mixln_jax.models import llama, norms
+from mixln_jax import main, recipes
+from mixln_jax.models import llama
+from mixln_jax.program import optim
+from mixln_jax.system import cli
+from mixln_jax.system.errors import UsageError
 
 RECIPES = pathlib.Path(__file__).parents[1] / 'configs'
 # The authors' JSON files: hidden, MLP, heads, layers, parameters (untied head, final norm included).
@@ -37,7 +39,7 @@ SIZES = {
 
 @pytest.mark.parametrize('size', SIZES)
 def test_recipes_have_the_official_sizes(size):
-    config = configs.build(configs.load(str(RECIPES / f'llama_{size}.py')))
+    config = configs.build(recipes.load(str(RECIPES / f'llama_{size}.py')))
     model, (width, mlp, heads, layers) = config.model, SIZES[size]
     assert (model.hidden_size, model.intermediate_size, model.num_heads, model.num_layers) == (
         width,
@@ -58,14 +60,14 @@ def test_every_size_has_a_recipe():
 
 @pytest.mark.parametrize('norm_position', ['pre', 'post', 'deepnorm', 'lns', 'sandwich', 'res_post', 'mix'])
 def test_any_placement_on_a_recipe(norm_position):
-    values = configs.load(str(RECIPES / 'llama_130m.py'), [('model.norm_position', norm_position)])
+    values = recipes.load(str(RECIPES / 'llama_130m.py'), [('model.norm_position', norm_position)])
     model = llama.from_config(configs.build(values).model)
     jax.eval_shape(model.init, jax.random.key(0))
     assert len(model.norm_position) == 12
 
 
 def test_overrides_take_the_type_of_the_key():
-    values = configs.load(
+    values = recipes.load(
         str(RECIPES / 'quickstart.py'), [('num_steps', '7'), ('optim.learning_rate', '1'), ('deterministic', 'True')]
     )
     config = configs.build(values)
@@ -93,7 +95,7 @@ def test_numbers_and_booleans_as_people_write_them(key, text, value):
 
 
 def with_overrides(*pairs):
-    return configs.load(str(RECIPES / 'quickstart.py'), pairs)
+    return recipes.load(str(RECIPES / 'quickstart.py'), pairs)
 
 
 @pytest.mark.parametrize(
@@ -134,12 +136,12 @@ def test_numbers_of_options(capsys):
     parser = argparse.ArgumentParser()
     parser.add_argument('--tokens', type=int)
     parser.add_argument('--mfu', type=float)
-    options = exits.parse(parser, ['--tokens', '1e6', '--mfu', '1_0e-1'])
+    options = cli.parse(parser, ['--tokens', '1e6', '--mfu', '1_0e-1'])
     assert repr((options.tokens, options.mfu)) == '(1000000, 1.0)'
     for option, text in (('tokens', '1e3.5'), ('tokens', '1.5'), ('tokens', 'inf'), ('mfu', 'nan'), ('mfu', 'inf')):
         with pytest.raises(UsageError, match=f'--{option}: invalid .* value: .{text}'):
-            exits.parse(parser, [f'--{option}', text])
-    assert exits.listed(' a, b ,,c') == ['a', 'b', 'c'] and not exits.listed(' , ')
+            cli.parse(parser, [f'--{option}', text])
+    assert cli.listed(' a, b ,,c') == ['a', 'b', 'c'] and not cli.listed(' , ')
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_numbers_of_options(capsys):
 )
 def test_wrong_values_are_named(path, text, words):
     with pytest.raises(UsageError, match=words):
-        configs.build(configs.load(str(RECIPES / 'quickstart.py'), [(path, text)]))
+        configs.build(recipes.load(str(RECIPES / 'quickstart.py'), [(path, text)]))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_wrong_values_are_named(path, text, words):
 def test_errors_in_a_recipe_name_the_line(tmp_path, recipe, words):
     (tmp_path / 'recipe.py').write_text(recipe)
     with pytest.raises(UsageError) as error:
-        configs.load(str(tmp_path / 'recipe.py'))
+        recipes.load(str(tmp_path / 'recipe.py'))
     assert re.search(words, str(error.value).replace('\n', ' '))
 
 
@@ -257,7 +259,7 @@ DEFAULT = 'from mixln_jax import config\nc = config.default()\ndef get_config():
 def test_errors_of_keys_in_a_recipe_say_where_the_key_is(tmp_path, line, words):
     (tmp_path / 'recipe.py').write_text(f'{DEFAULT}    {line}\n    return c\n')
     with pytest.raises(UsageError, match=rf'recipe\.py:4: {words}'):
-        configs.load(str(tmp_path / 'recipe.py'))
+        recipes.load(str(tmp_path / 'recipe.py'))
     assert not hasattr(configs.default(), 'learning_rate') and configs.default().get('learning_rate', 3) == 3
 
 
@@ -285,7 +287,7 @@ class TestRecipesArePython:
         for folder, name, steps in (('a', 'recipe', 10), ('b', 'recipe', 20), ('b', 'json', 30), ('b', 'my v1.2', 40)):
             path = self.write(tmp_path / folder, name, *lines).format()
             pathlib.Path(path).write_text(pathlib.Path(path).read_text().replace('{}', str(steps)))
-            assert configs.load(path).num_steps == steps
+            assert recipes.load(path).num_steps == steps
         assert sys.modules['json'] is json
         mine = {
             module.Mine for name, module in sys.modules.items() if name.startswith('recipe_') and 'Mine' in vars(module)
@@ -312,13 +314,13 @@ class TestRecipesArePython:
         monkeypatch.delitem(sys.modules, 'statistics', raising=False)
         before = len(sys.meta_path)
         for folder, seed in (('a', 11), ('b', 22), ('a', 11)):
-            assert configs.load(self.write(tmp_path / folder, 'recipe', *recipe)).seed == seed
+            assert recipes.load(self.write(tmp_path / folder, 'recipe', *recipe)).seed == seed
         assert not {'base', 'later'} & {*sys.modules} and len(sys.meta_path) == before
 
     def test_a_recipe_that_is_written_again_at_once(self, tmp_path):
         for seed in range(5):
             path = self.write(tmp_path, 'recipe', DEFAULT, f'    c.seed = {seed}', '    return c')
-            assert configs.load(path).seed == seed
+            assert recipes.load(path).seed == seed
         assert [path.name for path in tmp_path.iterdir()] == ['recipe.py']
 
     def test_errors_in_a_neighbour(self, tmp_path):
@@ -326,12 +328,12 @@ class TestRecipesArePython:
         for lines, message in ((['', 'x = 1 +'], 'base.py:2: SyntaxError'), (['', '', '1 / 0'], 'base.py:3: ZeroDiv')):
             self.write(tmp_path, 'base', *lines)
             with pytest.raises(UsageError, match=f'^{tmp_path}/{message}'):
-                configs.load(path)
+                recipes.load(path)
 
     def test_what_is_not_python(self, tmp_path):
         (tmp_path / 'config.json').write_text('{}')
         with pytest.raises(UsageError, match='config.json is not a Python file'):
-            configs.load(str(tmp_path / 'config.json'))
+            recipes.load(str(tmp_path / 'config.json'))
 
 
 def test_recipe_with_an_argument(tmp_path):
@@ -339,7 +341,7 @@ def test_recipe_with_an_argument(tmp_path):
         'from mixln_jax import config\n\ndef get_config(n):\n'
         '    c = config.default()\n    c.seed = int(n)\n    return c\n'
     )
-    assert configs.load(f'{tmp_path}/recipe.py:5').seed == 5
+    assert recipes.load(f'{tmp_path}/recipe.py:5').seed == 5
 
 
 def test_nested_dicts_are_checked_too():
@@ -362,7 +364,7 @@ class TestNumbersOrAuto:
 
     @pytest.mark.parametrize('name', published)
     def test_auto_is_what_is_published(self, name):
-        values = configs.load(str(RECIPES / 'llama_9m.py'), [('optim.name', name)])
+        values = recipes.load(str(RECIPES / 'llama_9m.py'), [('optim.name', name)])
         assert (values.optim.b1, values.optim.b2, values.optim.eps) == ('auto',) * 3
         for made in (configs.build(values).optim, configs.Optim(name=name)):
             for key, number in zip(('b1', 'b2', 'eps'), self.published[name], strict=True):
@@ -371,7 +373,7 @@ class TestNumbersOrAuto:
     @pytest.mark.parametrize('text, number', [('auto', 0.99), ('0.95', 0.95), ('1e-3', 1e-3), ('0', 0.0)])
     def test_on_the_command_line(self, text, number):
         overrides = [('optim.name', 'lion'), ('optim.b2', text)]
-        built = configs.build(configs.load(str(RECIPES / 'quickstart.py'), overrides)).optim.b2
+        built = configs.build(recipes.load(str(RECIPES / 'quickstart.py'), overrides)).optim.b2
         assert built == number and type(built) is float
 
     @pytest.mark.parametrize('given, number', [('0.95', 0.95), ('"auto"', 0.999), ('0', 0.0)])
@@ -380,7 +382,7 @@ class TestNumbersOrAuto:
             'from mixln_jax import config\n\ndef get_config():\n'
             f'    c = config.default()\n    c.optim.b2 = {given}\n    c.optim.update(eps=1)\n    return c\n'
         )
-        made = configs.build(configs.load(str(tmp_path / 'recipe.py'))).optim
+        made = configs.build(recipes.load(str(tmp_path / 'recipe.py'))).optim
         assert (made.b2, made.eps) == (number, 1.0)
         assert configs.build({'optim': {'b2': json.loads(given)}}).optim.b2 == number
 
@@ -396,7 +398,7 @@ class TestNumbersOrAuto:
         assert configs.build({'optim': {'name': 'lion', 'b2': 0.9}}, earlier).optim.b2 == 0.9
 
     def test_help_says_what_it_comes_to(self):
-        [line] = [line for line in configs.help_text().splitlines() if '--config.optim.b2 ' in line]
+        [line] = [line for line in recipes.help_text().splitlines() if '--config.optim.b2 ' in line]
         assert "0.999 (lion 0.99, muon 0.95); a run that goes on keeps its own [float or auto, 'auto']" in line
 
 
@@ -441,7 +443,7 @@ class TestCommandLine:
         lines = {line.split()[0]: line for line in shown.splitlines() if line.strip().startswith('--config.')}
         assert [*lines] == [f'--config.{name}' for name in configs.flatten(configs.Config())]
         placements = re.search(r'\((pre \| .*?)\)', lines['--config.model.norm_position'])[1].split(' | ')
-        assert {*placements} == {*norms.PLACEMENTS, *norms.SCHEMES}
+        assert {*placements} == {*placements.PLACEMENTS, *placements.SCHEMES}
         assert 'post*3,pre*9' in lines['--config.model.norm_position']
 
     def test_help_with_a_recipe_has_its_values(self, capsys):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from mixln_jax import console
+from mixln_jax.system import console
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -66,7 +66,7 @@ def test_letters_that_an_encoding_lacks(encoding, wanted):
 # Prints by all that Python has: 200 kB, more than a pipe and all buffers hold; then opens a file.
 PROGRAM = """
 import logging, sys, warnings
-from mixln_jax import console, exits
+from mixln_jax.system import console, errors
 {start}
 for stream in (sys.stdout, sys.stderr):
     console.say('line', file=stream)
@@ -77,7 +77,7 @@ assert file.fileno() > 2
 """
 MORE = """print('line ' * 40_000, file=stream, flush=True)
     import tqdm; list(tqdm.tqdm(range(3), file=stream))
-    logging.getLogger().error('a line'); warnings.warn('a line'); exits.known(OSError())"""
+    logging.getLogger().error('a line'); warnings.warn('a line'); errors.known(OSError())"""
 
 
 @pytest.mark.parametrize('start, more', [('console.guard()', MORE), ('console.guard_files()', 'pass')])

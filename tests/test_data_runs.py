@@ -11,10 +11,15 @@ import pytest
 from corpora import write
 
 from mixln_jax import config as configs
-from mixln_jax import evaluate, exits, main, record
+from mixln_jax import evaluate, main, recipes
 from mixln_jax.analysis import angular
-from mixln_jax.data import batches, datasets, inspect, prepare, sources, train_tokenizer
-from mixln_jax.exits import DataError, Stopped, UsageError
+from mixln_jax.data import batches, datasets, inspect, sources, train_tokenizer
+from mixln_jax.data.prepare import command as prepare
+from mixln_jax.runs import log
+from mixln_jax.system import signals
+from mixln_jax.system.errors import DataError, Stopped, UsageError
+from mixln_jax.training import hooks
+from mixln_jax.training import meter as meter_module
 
 WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
 
@@ -44,7 +49,7 @@ def tokens(corpus, out, mode, tokenizer_path=''):
 
 def recipe(**changes):
     """A tiny network that reads c4/en, as the paper recipes do."""
-    config = configs.load(str(pathlib.Path(__file__).parents[1] / 'configs' / 'llama_9m.py'))
+    config = recipes.load(str(pathlib.Path(__file__).parents[1] / 'configs' / 'llama_9m.py'))
     config.batch_size, config.seq_length, config.num_steps, config.log_every = 8, 16, 6, 1
     config.compute_dtype, config.device = 'float32', 'cpu'
     config.model.update(vocab_size=300, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
@@ -61,26 +66,26 @@ def lines_of(workdir):
 
 def stop_at(step, config, workdir):
     """Runs until a signal comes behind `step`."""
-    stop, evaluation = exits.Stop(), main.hooks.evaluation
-    main.hooks.evaluation = lambda *args: (step, lambda number, state: setattr(stop, 'requested', 'SIGTERM'))
+    stop, evaluation = signals.Stop(), hooks.evaluation
+    hooks.evaluation = lambda *args: (step, lambda number, state: setattr(stop, 'requested', 'SIGTERM'))
     try:
         with pytest.raises(Stopped):
             main.run(config, workdir, stop)
     finally:
-        main.hooks.evaluation = evaluation
+        hooks.evaluation = evaluation
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """Every training batch that a run takes, in order."""
-    taken, read = [], main.batches.read
+    taken, read = [], batches.read
 
     def watched(dataset, start, workers):
         for batch in read(dataset, start, workers):
             taken.append(batch)
             yield batch
 
-    monkeypatch.setattr(main.batches, 'read', watched)
+    monkeypatch.setattr(batches, 'read', watched)
     return taken
 
 
@@ -104,22 +109,22 @@ class TestSources:
         assert lines_of(tmp_path / 'stopped') == lines_of(tmp_path / 'whole')
 
     def test_a_wait_for_data_is_told_once(self, dataset, tmp_path, monkeypatch, capsys):
-        read = main.batches.read
+        read = batches.read
 
         def slow(dataset, start, workers):
             for batch in read(dataset, start, workers):
                 time.sleep(0.3)
                 yield batch
 
-        monkeypatch.setattr(main.batches, 'read', slow)
-        monkeypatch.setattr(main.train, 'PATIENCE', 0.5)
+        monkeypatch.setattr(batches, 'read', slow)
+        monkeypatch.setattr(meter_module, 'PATIENCE', 0.5)
         main.run(recipe(**{'data.data_dir': str(dataset)}), tmp_path)
         [warning] = [line for line in capsys.readouterr().err.splitlines() if 'waiting for data' in line]
         assert 'data.workers' in warning and 'data.prepare' in warning
 
     @pytest.mark.parametrize('ready', [True, False])
     def test_a_wait_beside_a_running_step_is_none(self, ready):
-        meter = object.__new__(main.train.Meter)
+        meter = object.__new__(meter_module.Meter)
         meter._window_wait = 0.0
         with meter.waiting((1, {'loss': types.SimpleNamespace(is_ready=lambda: ready)}, None)):
             time.sleep(0.01)
@@ -264,7 +269,7 @@ class TestMovedData:
             error = capsys.readouterr().err
             assert str(tmp_path / 'none') in error and '--data_path' in error and 'config.data' not in error
             assert command([*words, '--data_path', now]) == 0
-        last, found = record.read_metrics(run / 'metrics.jsonl')[-1], json.loads((tmp_path / 'out.json').read_text())
+        last, found = log.read_metrics(run / 'metrics.jsonl')[-1], json.loads((tmp_path / 'out.json').read_text())
         assert found['eval/loss'] == pytest.approx(last['eval/loss'], rel=1e-5)
 
     @pytest.mark.parametrize('changed', ['validation', 'train', 'train, as older runs know it'])

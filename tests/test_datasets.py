@@ -20,8 +20,9 @@ from etils import epath
 from tensorflow_datasets.core.file_adapters import ParquetFileAdapter
 
 from mixln_jax import config
-from mixln_jax.data import datasets, sources, units
-from mixln_jax.exits import DataError
+from mixln_jax.data import datasets, sources
+from mixln_jax.data.prepare import units
+from mixln_jax.system.errors import DataError
 
 SHARDS = [[f'größer {shard}.{i}' for i in range(count)] for shard, count in enumerate((5, 0, 7, 1))]
 TEXTS = list(itertools.chain(*SHARDS))
@@ -444,7 +445,7 @@ class TestSilentBuckets:
         code = (
             'import sys, threading\n'
             'from array_record.python import array_record_data_source as module\n'
-            'from mixln_jax import exits\n'
+            'from mixln_jax.system import cli\n'
             'from mixln_jax.data import datasets\n'
             'path = datasets.epath.Path\n'
             'datasets.epath = type("", (), {"Path": lambda name: path(name.removeprefix("bucket://"))})\n'
@@ -453,7 +454,7 @@ class TestSilentBuckets:
             '    read = lambda self, positions: threading.Event().wait()\n'
             'module._create_reader = lambda *_: Reader()\n'
             'datasets.PATIENCE = 0.3\n'
-            'sys.exit(exits.call(datasets.Dataset, "c4/en", "train", sys.argv[1]))\n'
+            'sys.exit(cli.call(datasets.Dataset, "c4/en", "train", sys.argv[1]))\n'
         )
         ended = subprocess.run([sys.executable, '-c', code, remote], capture_output=True, text=True, timeout=120)
         assert ended.returncode == 4 and ended.stderr.endswith('no answer within 0.3 s; is there a network?\n')

@@ -10,8 +10,10 @@ import sys
 
 import pytest
 
-from mixln_jax import config as configs
-from mixln_jax import evaluate, exits, main, record, weights
+from mixln_jax import evaluate, main, recipes
+from mixln_jax.evaluation import loop as evaluation
+from mixln_jax.runs import log, weights
+from mixln_jax.system import errors
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / 'tests/golden'
@@ -27,7 +29,7 @@ def run(tmp_path_factory):
         'mesh.data': 1, 'model.norm_position': 'post,pre', 'compute_dtype': 'bfloat16',
         'analysis.tokens': 0,
     }  # fmt: skip
-    main.run(configs.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()]), folder)
+    main.run(recipes.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()]), folder)
     return folder
 
 
@@ -42,7 +44,7 @@ def test_the_numbers_are_those_of_the_run(run, tmp_path, capsys, batch_size):
     words = ['--batch_size', batch_size] if batch_size else []
     code, shown, _ = command(capsys, '--checkpoint', run, '--out', tmp_path / 'a/out.json', *words)
     assert code == 0
-    last, found = record.read_metrics(run / 'metrics.jsonl')[-1], json.loads((tmp_path / 'a/out.json').read_text())
+    last, found = log.read_metrics(run / 'metrics.jsonl')[-1], json.loads((tmp_path / 'a/out.json').read_text())
     assert found['checkpoint'] == f'{run}/checkpoints/3' and found['step'] == last['step'] == 3
     assert found['eval/tokens'] == last['eval/tokens'] == 384 and found['split'] == 'validation'
     for name in ('eval/loss', 'eval/perplexity', 'eval/bits_per_byte'):
@@ -53,7 +55,7 @@ def test_the_numbers_are_those_of_the_run(run, tmp_path, capsys, batch_size):
 def test_another_stretch_of_text(run):
     found = weights.load(run)
     whole, more, other = (
-        evaluate.evaluate_run(found, *of) for of in ((None, 300), (None, 1000), ('train', 300))
+        evaluation.evaluate_run(found, *of) for of in ((None, 300), (None, 1000), ('train', 300))
     )  # fmt: skip
     assert (whole['eval/tokens'], more['eval/tokens'], other['eval/tokens']) == (384, 1024, 384)
     assert len({values['eval/loss'] for values in (whole, more, other)}) == 3
@@ -62,8 +64,8 @@ def test_another_stretch_of_text(run):
 def test_weights_that_are_not_finite(run):
     found = weights.load(run)
     found.params['norm']['scale'] = found.params['norm']['scale'] * math.nan
-    with pytest.raises(exits.NumericsError, match='checkpoints/3: the evaluation loss is not finite'):
-        evaluate.evaluate_run(found)
+    with pytest.raises(errors.NumericsError, match='checkpoints/3: the evaluation loss is not finite'):
+        evaluation.evaluate_run(found)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_text_of_another_python_is_refused(run, tmp_path, capsys):
 
 
 def test_without_the_harness(run, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, 'mixln_jax.harness', raising=False)
+    monkeypatch.delitem(sys.modules, 'mixln_jax.evaluation.harness', raising=False)
     monkeypatch.setitem(sys.modules, 'lm_eval', None)  # as where it is not installed
     code, _, said = command(capsys, '--checkpoint', run, '--tasks', 'arc_easy')
     assert (code, said) == (2, 'mixln_jax: --tasks needs the lm-evaluation-harness: pip install lm_eval\n')
@@ -117,6 +119,7 @@ def test_without_the_harness(run, capsys, monkeypatch):
 
 def test_nothing_else_imports_the_harness():
     lines = (
-        'import sys, mixln_jax.main, mixln_jax.evaluate; assert not {"lm_eval", "mixln_jax.harness"} & {*sys.modules}'
+        'import sys, mixln_jax.main, mixln_jax.evaluate\n'
+        'assert not {"lm_eval", "mixln_jax.evaluation.harness"} & {*sys.modules}'
     )
     subprocess.run([sys.executable, '-c', lines], cwd=ROOT, check=True)

@@ -17,11 +17,17 @@ import types
 import absl.logging
 import pytest
 
-from mixln_jax import evaluate, exits, export, main, paths, record, replay, report, train, weights
+from mixln_jax import config as configs
+from mixln_jax import evaluate, export, main, replay
 from mixln_jax.analysis import drop, subjects
-from mixln_jax.data import inspect, prepare, train_tokenizer, workers
-from mixln_jax.exits import DataError, MemoryExhausted, Stopped, UsageError
+from mixln_jax.data import inspect, train_tokenizer, workers
+from mixln_jax.data.prepare import command as prepare
 from mixln_jax.models import llama
+from mixln_jax.report import command as report
+from mixln_jax.runs import environment, log, weights
+from mixln_jax.system import cli, errors, files, signals
+from mixln_jax.system.errors import DataError, MemoryExhausted, Stopped, UsageError
+from mixln_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = str(ROOT / 'configs/quickstart.py')
@@ -33,7 +39,7 @@ class TestSignals:
         monkeypatch.setattr(os, '_exit', ended.append)
         now = 100.0
         monkeypatch.setattr(time, 'monotonic', lambda: now)
-        stop = exits.Stop()
+        stop = signals.Stop()
         for number, wanted in ((signal.SIGHUP, 0), (signal.SIGHUP, 0), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
             stop._handle(number, None)
             now += 10
@@ -42,7 +48,7 @@ class TestSignals:
         assert ended == [75]
 
     def test_the_wait_for_a_batch_ends_at_once(self):
-        stop = exits.Stop()
+        stop = signals.Stop()
         with pytest.raises(Stopped), stop.interruptible():
             stop._handle(signal.SIGHUP, None)
         stop._handle(signal.SIGTERM, None)  # outside it waits
@@ -50,7 +56,8 @@ class TestSignals:
 
     @pytest.mark.parametrize('before, wanted', [('', 'True'), ("trap '' HUP;", 'False')])
     def test_an_ignored_hang_up_stays_ignored(self, before, wanted):
-        code = 'from mixln_jax.exits import stop; import signal; stop.install(); print(callable(signal.getsignal(1)))'
+        code = 'import signal; from mixln_jax.system.signals import stop; stop.install(); '
+        code += 'print(callable(signal.getsignal(1)))'
         words = ['env', '--default-signal=HUP', 'bash', '-c', f'{before} {sys.executable} -c "$0"', code]
         done = subprocess.run(words, cwd=ROOT, capture_output=True)  # these tests may run under nohup
         assert done.stdout.decode().split() == [wanted]
@@ -75,9 +82,9 @@ class TestReadingFails:
             saved.append((number, complete))
 
         step = lambda state, batch: (state + 1, {})  # noqa: E731
-        options = dict(first=first, last=9, meter=meter, save=save, stop=exits.Stop())
+        options = dict(first=first, last=9, meter=meter, save=save, stop=signals.Stop())
         try:
-            train.fit(first - 1, step, batches, list(hooks), **options)
+            loop.fit(first - 1, step, batches, list(hooks), **options)
         except BaseException as error:
             return error, saved, added
         raise AssertionError('no error')
@@ -123,13 +130,13 @@ class TestReadingFails:
         def save(*args, **options):
             raise OSError(errno.ENOSPC, 'No space left on device')
 
-        options = dict(first=1, last=9, meter=meter, save=save, stop=exits.Stop())
+        options = dict(first=1, last=9, meter=meter, save=save, stop=signals.Stop())
         with pytest.raises(DataError, match='a record'):
-            train.fit(0, lambda state, batch: (state, {}), self.failing(3, error), [], **options)
+            loop.fit(0, lambda state, batch: (state, {}), self.failing(3, error), [], **options)
         assert 'step 3 cannot be saved: [Errno 28] No space left' in capsys.readouterr().err
 
     def test_one_of_several_processes_does_not_save_by_itself(self, monkeypatch):
-        monkeypatch.setattr(train.jax, 'process_count', lambda: 2)
+        monkeypatch.setattr(loop.jax, 'process_count', lambda: 2)
         raised, saved, _ = self.fit(self.failing(4, DataError('a record')))
         assert str(raised) == 'a record' and not saved
 
@@ -155,7 +162,7 @@ class TestWorkers:
     def test_what_an_end_means(self, error, begun, code, words):
         if isinstance(error, str):
             error = RuntimeError(f'Worker process was terminated unexpectedly with {error}. Search the logs')
-        found = exits.known(workers.explained(error, SETTINGS, begun))
+        found = errors.known(workers.explained(error, SETTINGS, begun))
         assert found.code == code and words in str(found)
 
     @pytest.mark.parametrize(
@@ -170,31 +177,31 @@ class TestPaths:
     @pytest.mark.parametrize('text', ['gs://b/run', 's3://b', 'file:///tmp/x', 'GS://b', 'hdfs+x://b'])
     def test_addresses(self, text):
         with pytest.raises(UsageError, match='^--out .*: a path of this machine is needed'):
-            paths.local(text, '--out')
+            files.local(text, '--out')
 
     @pytest.mark.parametrize('encoding, refused', [('utf-8', False), ('latin-1', True), ('ascii', True)])
     def test_letters_that_the_locale_spells_otherwise(self, monkeypatch, encoding, refused):
         """tensorstore writes to the path in UTF-8, Python to that of the locale: the arrays would be elsewhere."""
-        monkeypatch.setattr(paths.os, 'fsencode', lambda text: text.encode(encoding, 'replace'))
-        monkeypatch.setattr(paths.sys, 'getfilesystemencoding', lambda: encoding)
-        assert paths.local('runs/plain', '--workdir') == pathlib.Path('runs/plain')
+        monkeypatch.setattr(files.os, 'fsencode', lambda text: text.encode(encoding, 'replace'))
+        monkeypatch.setattr(files.sys, 'getfilesystemencoding', lambda: encoding)
+        assert files.local('runs/plain', '--workdir') == pathlib.Path('runs/plain')
         with pytest.raises(UsageError, match='LC_ALL=C.UTF-8') if refused else contextlib.nullcontext():
-            paths.local('runs/größe', '--workdir')
+            files.local('runs/größe', '--workdir')
         why = 'this locale cannot spell the path in UTF-8' if refused else 'bytes of the path that are not UTF-8'
         with pytest.raises(UsageError, match=f'--workdir .*: {why}'):
-            paths.local(b'runs/\xff'.decode(errors='surrogateescape'), '--workdir')
+            files.local(b'runs/\xff'.decode(errors='surrogateescape'), '--workdir')
 
     def test_a_nul(self):
         with pytest.raises(UsageError, match=r"^--out 'a.x00b': no path has a NUL in it$"):
-            paths.local('a\0b', '--out')
+            files.local('a\0b', '--out')
 
     @pytest.mark.parametrize('number', [errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT])
     def test_a_path_that_cannot_be_used_is_a_usage_error(self, number):
-        assert exits.known(OSError(number, os.strerror(number), 'x')).code == 2
+        assert errors.known(OSError(number, os.strerror(number), 'x')).code == 2
 
     @pytest.mark.parametrize('text', ['runs/a', '/a', 'a:b', 'runs/gs://b', './gs://b', '://b'])
     def test_what_is_local(self, text):
-        assert paths.local(text, '--out') == pathlib.Path(text)
+        assert files.local(text, '--out') == pathlib.Path(text)
 
     @pytest.mark.parametrize(
         'command, words',
@@ -219,7 +226,7 @@ class TestPaths:
 
     @pytest.mark.parametrize('where', ['gs://b/run', 'hf:gs://b/run'])
     def test_weights_to_start_from(self, where):
-        model = llama.from_config(main.configs.Model(num_layers=2, hidden_size=16, num_heads=2))
+        model = llama.from_config(configs.Model(num_layers=2, hidden_size=16, num_heads=2))
         with pytest.raises(UsageError, match=f'^config.init_from={where}: gs://b/run: a path of this machine'):
             weights.initial(where, model)
 
@@ -241,18 +248,18 @@ class TestReading:
         ],
     )
     def test_what_a_reader_raises_is_one_line(self, error, words):
-        with pytest.raises(DataError, match=f'^x.json: cannot be read: {words}$'), exits.reading('x.json', DataError):
+        with pytest.raises(DataError, match=f'^x.json: cannot be read: {words}$'), errors.reading('x.json', DataError):
             raise error
 
     @pytest.mark.parametrize(
         'error', [Stopped(), KeyboardInterrupt(), SystemExit(3), GeneratorExit(), UsageError('why')]
     )
     def test_what_ends_a_process_stays(self, error):
-        with pytest.raises(type(error)) as raised, exits.reading('x.json', DataError):
+        with pytest.raises(type(error)) as raised, errors.reading('x.json', DataError):
             raise error
         assert raised.value is error
 
-    @pytest.mark.parametrize('read', [paths.read, paths.read_json])
+    @pytest.mark.parametrize('read', [files.read, files.read_json])
     def test_regular_files_only(self, read, tmp_path):
         os.mkfifo(tmp_path / 'pipe')
         (tmp_path / 'loop').symlink_to('loop')
@@ -280,13 +287,13 @@ class TestReading:
     def test_json(self, content, words, tmp_path):
         (tmp_path / 'a.json').write_bytes(content)
         with pytest.raises(DataError, match=f'a.json: {words}'):
-            paths.read_json(tmp_path / 'a.json', DataError)
+            files.read_json(tmp_path / 'a.json', DataError)
 
     def test_a_file_that_is_too_large(self, tmp_path):
         (tmp_path / 'a').write_bytes(b'12345')
-        assert paths.read(tmp_path / 'a', DataError, largest=5) == b'12345'
+        assert files.read(tmp_path / 'a', DataError, largest=5) == b'12345'
         with pytest.raises(DataError, match='more than 4 bytes'):
-            paths.read(tmp_path / 'a', DataError, largest=4)
+            files.read(tmp_path / 'a', DataError, largest=4)
 
 
 class TestWithoutHome:
@@ -296,20 +303,20 @@ class TestWithoutHome:
             raise KeyError(number)
 
         monkeypatch.setattr(pwd, 'getpwuid', unknown)
-        monkeypatch.setattr(record.tempfile, 'tempdir', str(tmp_path))
+        monkeypatch.setattr(log.tempfile, 'tempdir', str(tmp_path))
         for name in ('HOME', 'XDG_CACHE_HOME'):
             monkeypatch.delenv(name)
 
     def test_the_cache_is_a_folder_of_this_user_alone(self, tmp_path, monkeypatch):
-        cache = record.cache()
-        assert cache == record.cache() and cache.parent == tmp_path and cache.stat().st_mode & 0o777 == 0o700
+        cache = files.cache()
+        assert cache == files.cache() and cache.parent == tmp_path and cache.stat().st_mode & 0o777 == 0o700
         monkeypatch.setattr(os, 'getuid', lambda: 77777)
         (tmp_path / 'mixln_jax-77777').mkdir()  # by somebody else
-        assert record.cache() != tmp_path / 'mixln_jax-77777'
+        assert files.cache() != tmp_path / 'mixln_jax-77777'
 
     def test_a_path_in_no_home(self):
         with pytest.raises(UsageError, match='^--workdir ~/run: this user has no home directory; give the whole path'):
-            paths.local('~/run', '--workdir')
+            files.local('~/run', '--workdir')
 
 
 def git(*words, folder):
@@ -324,20 +331,20 @@ def test_the_commit_is_of_a_repository_that_tracks_the_code(tmp_path, monkeypatc
         (tmp_path / name / '.venv/mixln_jax').mkdir(parents=True)
         git('init', '-q', folder=tmp_path / name)
         git('commit', '-q', '--allow-empty', '-m', name, folder=tmp_path / name)
-    file = tmp_path / 'mine/.venv/mixln_jax/record.py'
+    file = tmp_path / 'mine/.venv/mixln_jax/environment.py'
     file.write_text('')
-    monkeypatch.setattr(record, '__file__', str(file))
-    assert record._commit() is None  # installed in somebody's project
+    monkeypatch.setattr(environment, '__file__', str(file))
+    assert environment._commit() is None  # installed in somebody's project
     git('add', '-f', '.', folder=tmp_path / 'mine')
     git('commit', '-q', '-m', 'with it', folder=tmp_path / 'mine')
     head = git('rev-parse', 'HEAD', folder=tmp_path / 'mine')
-    assert record._commit() == head
+    assert environment._commit() == head
     monkeypatch.setenv('GIT_DIR', str(tmp_path / 'other/.git'))  # in a hook of another repository
-    assert record._commit() == head
+    assert environment._commit() == head
     file.write_text('changed')
-    assert record._commit() == f'{head}-dirty'
-    monkeypatch.setattr(record, '__file__', str(tmp_path / 'nowhere/record.py'))
-    assert record._commit() is None
+    assert environment._commit() == f'{head}-dirty'
+    monkeypatch.setattr(environment, '__file__', str(tmp_path / 'nowhere/environment.py'))
+    assert environment._commit() is None
 
 
 class Waiting:
@@ -373,7 +380,7 @@ def test_what_libraries_report_stays_off_the_terminal(capfd, hooks_put_back, sho
     handler = logging.StreamHandler(sys.stderr)  # pytest has its own
     logging.getLogger('asyncio').addHandler(handler)
     try:
-        assert exits.call(job, show_traceback=show_traceback) == 4
+        assert cli.call(job, show_traceback=show_traceback) == 4
     finally:
         logging.getLogger('asyncio').removeHandler(handler)
     said = capfd.readouterr().err

@@ -9,11 +9,11 @@ import pytest
 import tokenizers as library
 import vocabularies
 
-from mixln_jax import config as configs
-from mixln_jax import export, main, weights
+from mixln_jax import export, main, recipes
 from mixln_jax.data import tokenizer_json
-from mixln_jax.exits import UsageError
-from mixln_jax.models import hf
+from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.runs import weights
+from mixln_jax.system.errors import UsageError
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
         'model.num_layers': 3, 'model.hidden_size': 16, 'model.num_heads': 2, 'model.intermediate_size': 24,
         'mesh.data': 1, 'model.norm_position': 'post,pre*2', 'analysis.tokens': 0,
     }  # fmt: skip
-    main.run(configs.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()]), folder)
+    main.run(recipes.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()]), folder)
     return folder
 
 
@@ -67,7 +67,7 @@ def test_bfloat16_and_shards(tmp_path, capsys):
     assert float(said.split('difference of a logit ')[1].split()[0]) > 0
     assert said.splitlines()[-1].startswith('read back and compared: equal up to bfloat16 (')
     assert len(list(out.glob('*.safetensors'))) == 3
-    assert hf.load(out)[0].norm_position == ('post',) * 2 + ('pre',) * 6
+    assert hf_llama.load(out)[0].norm_position == ('post',) * 2 + ('pre',) * 6
     # Written again, in one file: no shard of before is left.
     assert command(*folder) == 0
     assert names(out) == ['config.json', 'export.json', 'model.safetensors', 'modeling_mixln.py']
@@ -124,13 +124,13 @@ def test_other_numbers_are_found_and_nothing_is_left(tmp_path, capsys, monkeypat
     pre = ('--checkpoint', GOLDEN / 'pre', '--out', out)
     assert command(*pre) == 0
     before = (out / 'model.safetensors').read_bytes()
-    whole = hf.save
+    whole = hf_llama.save
 
     def wrong(folder, model, params, *rest):
         gain = params['norm']['scale']
         whole(folder, model, params | {'norm': {'scale': gain.at[3].set(np.nextafter(gain[3], 9))}}, *rest)
 
-    monkeypatch.setattr(hf, 'save', wrong)
+    monkeypatch.setattr(hf_llama, 'save', wrong)
     assert command(*pre) == 5
     assert 'read back, its logits differ' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ['out']

@@ -4,7 +4,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from mixln_jax import drawing, figures
+from mixln_jax.report import figures, style
 
 MIX = ['post', 'pre', 'pre', 'pre']
 
@@ -178,7 +178,7 @@ class TestLines:
 
     def test_colour_stays_with_a_run(self):
         [line] = figures.gradients([gradient('b', [1.0, 2.0]) | {'colour': 3}]).axes[0].lines
-        assert line.get_color() == drawing.COLOURS[3]
+        assert line.get_color() == style.COLOURS[3]
 
     def test_curves(self):
         series = [
@@ -195,7 +195,7 @@ class TestLines:
         [ax] = figure.axes
         np.testing.assert_equal([line.get_ydata() for line in ax.lines], [[1, np.nan, 3], [2, 4]])
         assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2, 3], [1, 2]]
-        assert ax.lines[0].get_color() == drawing.COLOURS[2] and legend(figure) == ['a', 'b']
+        assert ax.lines[0].get_color() == style.COLOURS[2] and legend(figure) == ['a', 'b']
         assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ('layer', 'variance', 'linear')
 
     def test_a_layer_that_ruins_the_network_hides_no_other(self):

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mixln_jax import config as configs
-from mixln_jax import hlo, mesh
-from mixln_jax.program import Program
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.plan import hlo
+from mixln_jax.program.program import Program
 
 
 def test_collectives_in_loops_count_as_often_as_they_run():
-    on = mesh.make_mesh(configs.Mesh(8, 1, 1), jax.devices('cpu'))
+    on = meshes.make_mesh(configs.Mesh(8, 1, 1), jax.devices('cpu'))
 
     @functools.partial(jax.shard_map, mesh=on, in_specs=P('data'), out_specs=P(), check_vma=False)
     def of(x):
@@ -82,7 +83,7 @@ def test_every_part_of_the_step_has_its_name():
         seq_length=16,
         model=configs.Model(vocab_size=128, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2),
     )
-    built = Program(config, mesh.make_mesh(configs.Mesh(1, 1, 1), jax.devices('cpu')[:1]))
+    built = Program(config, meshes.make_mesh(configs.Mesh(1, 1, 1), jax.devices('cpu')[:1]))
     text = built.train_step.lower(built.state, built.batch(2)).compile().as_text()
     found = {hlo.part(line) for line, _, _ in hlo.operations(text)}
     assert found == {*hlo.PARTS, 'norms', 'the rest'}

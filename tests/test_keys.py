@@ -18,9 +18,14 @@ from test_models import to_jax
 from test_step import batch_of
 
 from mixln_jax import config as configs
-from mixln_jax import main, mesh, train, trees
+from mixln_jax import main, trees
 from mixln_jax.analysis import during
-from mixln_jax.program import Program
+from mixln_jax.data import batches
+from mixln_jax.data import rows as data_rows
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.distributed import processes
+from mixln_jax.program.program import Program
+from mixln_jax.training import hooks, loop
 
 DEFAULTS = configs.flatten(configs.Config())
 SIZES = {'V': 11, 'D': 8, 'H': 2, 'K': 2, 'F': 12}
@@ -135,7 +140,7 @@ def built(**changes):
 
 
 def program(**changes):
-    return Program(built(**SMALL | changes), mesh.make_mesh(configs.Mesh(1, 1, 1), jax.devices('cpu')))
+    return Program(built(**SMALL | changes), meshes.make_mesh(configs.Mesh(1, 1, 1), jax.devices('cpu')))
 
 
 BATCHES = [batch_of(np.random.default_rng(seed)) for seed in (0, 1)]
@@ -271,10 +276,10 @@ def test_what_a_run_begins_with(corpus, tmp_path, monkeypatch):
         splits.append(split)
         return opened(data, split, *others)
 
-    splits, opened = [], main.data_rows.open_rows
-    monkeypatch.setattr(main.data_rows, 'open_rows', open_rows)
+    splits, opened = [], data_rows.open_rows
+    monkeypatch.setattr(data_rows, 'open_rows', open_rows)
     monkeypatch.setattr(Program, 'compile', lambda self: (None, None))
-    monkeypatch.setattr(train, 'fit', fit)
+    monkeypatch.setattr(loop, 'fit', fit)
     begun = {}
     runs = {
         '': {}, 'again': {}, 'seed': {'seed': 1}, 'data': {'data.seed': 1}, 'mode': {'data.mode': 'concat'},
@@ -305,11 +310,11 @@ def test_when_a_run_does_what(corpus, tmp_path, monkeypatch):
         asked.add(workers)
         return reading(dataset, start, workers=0)
 
-    asked, watched, reading = set(), set(), main.batches.read
-    monkeypatch.setattr(main.batches, 'read', read)
-    monkeypatch.setattr(main.processes, 'watch', watched.add)
+    asked, watched, reading = set(), set(), batches.read
+    monkeypatch.setattr(batches, 'read', read)
+    monkeypatch.setattr(processes, 'watch', watched.add)
     monkeypatch.setattr(during, 'Analyses', Analyses)
-    monkeypatch.setattr(main.hooks, 'profiled', lambda batches, first, *keys: profiled.append(keys[:2]) or batches)
+    monkeypatch.setattr(hooks, 'profiled', lambda batches, first, *keys: profiled.append(keys[:2]) or batches)
     keys = {
         'batch_size': 4, 'seq_length': 12, 'num_steps': 4, 'log_every': 3, 'eval.every': 2, 'eval.tokens': 20,
         'checkpoint.every': 1, 'checkpoint.keep': 2, 'analysis.every': 3, 'analysis.tokens': 16,

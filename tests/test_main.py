@@ -18,11 +18,15 @@ import orbax.checkpoint as ocp
 import pytest
 from corpora import write
 
-from mixln_jax import checkpoint, exits, main, record, replay, train
 from mixln_jax import config as configs
+from mixln_jax import main, replay
 from mixln_jax.analysis import angular, drop, gradients, variance
-from mixln_jax.exits import DataError, DeviceError, NumericsError, Stopped, UsageError
-from mixln_jax.program import Program
+from mixln_jax.data import batches
+from mixln_jax.program.program import Program
+from mixln_jax.runs import checkpoint, log
+from mixln_jax.system import errors, signals
+from mixln_jax.system.errors import DataError, DeviceError, NumericsError, Stopped, UsageError
+from mixln_jax.training import collapse, hooks
 
 WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
 
@@ -83,7 +87,7 @@ def finished(corpus, tmp_path_factory):
     return workdir
 
 
-class StopAfter(exits.Stop):
+class StopAfter(signals.Stop):
     """A signal that comes when the run looks for one the n-th time, wherever that is."""
 
     def __init__(self, looks):
@@ -155,7 +159,7 @@ class TestRecords:
         assert 'placement post x 1, pre x 2' in shown
         assert '\n14,928 parameters (--verbose lists them)\n' in shown and 'segment_1' not in shown
         assert 'step 2/2 100%' in shown
-        table = record.summary_table(lines_of(tmp_path)[-1], ('post', 'pre', 'pre')).splitlines()
+        table = log.summary_table(lines_of(tmp_path)[-1], ('post', 'pre', 'pre')).splitlines()
         assert len(table) == 5 and table[0].startswith('eval loss ') and shown.splitlines()[-7:-2] == table
         assert shown.endswith(f'are in {tmp_path}\nnext: python -m mixln_jax.report {tmp_path}\n')
         assert 'warm-up of about 10 %' in warned
@@ -191,14 +195,14 @@ class TestResume:
         main.run(recipe(corpus), tmp_path, StopAfter(35))
 
     def test_stop_in_an_evaluation_keeps_the_step(self, corpus, finished, tmp_path, monkeypatch):
-        stop = exits.Stop()
-        evaluation = main.batches.evaluation
+        stop = signals.Stop()
+        evaluation = batches.evaluation
 
         def signal_then(*args, **sampled):  # which the analyses' rows are, at the start
             stop.requested = stop.requested if 'seed' in sampled else 'SIGINT'
             return evaluation(*args, **sampled)
 
-        monkeypatch.setattr(main.batches, 'evaluation', signal_then)
+        monkeypatch.setattr(batches, 'evaluation', signal_then)
         with pytest.raises(Stopped):
             main.run(recipe(corpus), tmp_path, stop)
         monkeypatch.undo()
@@ -221,12 +225,12 @@ class TestResume:
 
             return every, until_3
 
-        original, main.hooks.saving = main.hooks.saving, lose
+        original, hooks.saving = hooks.saving, lose
         try:
             with pytest.raises(KeyboardInterrupt):
                 main.run(recipe(corpus), tmp_path)
         finally:
-            main.hooks.saving = original
+            hooks.saving = original
         path = tmp_path / 'metrics.jsonl'
         assert lines_of(tmp_path)[-1]['step'] == 6
         path.write_text(path.read_text() + '{"step": 7, "tok')
@@ -304,19 +308,19 @@ class TestErrorsInTraining:
                 path.write_bytes(path.read_bytes()[::-1])
 
         monkeypatch.setattr(checkpoint.Checkpoints, 'wait', wait_and_damage)
-        with pytest.raises(exits.CheckpointError, match='the last save cannot be read back: .*checkpoints/7'):
+        with pytest.raises(errors.CheckpointError, match='the last save cannot be read back: .*checkpoints/7'):
             main.run(recipe(corpus), tmp_path / 'run')
 
     @pytest.mark.parametrize('count', [0, 4])
     def test_what_was_trained_is_saved_whatever_reading_raises(self, corpus, finished, tmp_path, monkeypatch, count):
-        read = main.batches.read
+        read = batches.read
 
         def failing(dataset, start, workers):
             with contextlib.closing(read(dataset, start, workers)) as of:
                 yield from itertools.islice(of, count)
             raise RuntimeError('a library of the reader')
 
-        monkeypatch.setattr(main.batches, 'read', failing)
+        monkeypatch.setattr(batches, 'read', failing)
         workdir = tmp_path / 'run'
         with pytest.raises(RuntimeError, match='a library'):
             main.run(recipe(corpus, **{'eval.every': 0, 'analysis.every': 0}), workdir)
@@ -358,7 +362,7 @@ class TestBadSteps:
 
     def test_the_bad_step_is_replayed(self, corpus, tmp_path, capsys, monkeypatch):
         """Row 5 of step 2 alone is bad; its micro-batch has the rows 1, 3, 5 and 7."""
-        read = main.batches.read
+        read = batches.read
 
         def poisoned(dataset, start, workers):
             for step, batch in enumerate(read(dataset, start, workers), start + 1):
@@ -367,7 +371,7 @@ class TestBadSteps:
                     batch['weights'][5, 0] = np.nan
                 yield batch
 
-        monkeypatch.setattr(main.batches, 'read', poisoned)
+        monkeypatch.setattr(batches, 'read', poisoned)
         for _ in range(2):  # run again it ends in the same way
             with pytest.raises(NumericsError, match='step 2: '):
                 main.run(recipe(corpus, **{'accumulate': 2, 'mesh.data': 1, **NO_ANALYSES}), tmp_path)
@@ -381,8 +385,8 @@ class TestBadSteps:
 
     def test_a_collapsed_network(self, corpus, tmp_path, capsys, monkeypatch):
         """A network that learns nothing stays at ln 259, as a collapsed one stays at the tokens' entropy."""
-        monkeypatch.setattr(main, '_unigram_entropy', lambda *_: np.log(259))
-        monkeypatch.setattr(train.Collapse, 'WINDOW', 20)
+        monkeypatch.setattr(collapse, 'data_entropy', lambda *_: np.log(259))
+        monkeypatch.setattr(collapse.Collapse, 'WINDOW', 20)
         changes = {'optim.learning_rate': 1e-9, 'num_steps': 25, 'log_every': 100, 'eval.every': 0, 'mesh.data': 1}
         changes |= NO_ANALYSES
         with pytest.raises(NumericsError, match='step 22: the mean loss of 10 steps, 5.5.*the network has collapsed'):
@@ -392,7 +396,7 @@ class TestBadSteps:
 
     def test_when_a_network_has_collapsed(self, capsys):
         asked = []
-        seen = train.Collapse('stop', 10, lambda: asked.append(1) or 7.0)
+        seen = collapse.Collapse('stop', 10, lambda: asked.append(1) or 7.0)
         for step in range(1, 411):  # high in the warm-up, then learning
             seen.see(step, 9.0 if step <= 10 else 6.0)
         assert len(asked) == 1
@@ -403,7 +407,7 @@ class TestBadSteps:
         with pytest.raises(NumericsError, match='step 1010: .*6.70, stays near the 7.00'):
             for step in range(811, 1011):
                 seen.see(step, 6.7)
-        ignored = train.Collapse('ignore', 0, None)
+        ignored = collapse.Collapse('ignore', 0, None)
         for step in range(1, 500):
             ignored.see(step, 9.0)
 
@@ -528,7 +532,9 @@ class TestBadInput:
         before = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob('*') if path.is_file())
         words = {'other': 'is not what the run has written', 'twice': r':3 is step', 'reversed': r':2 is step'}
         words = words.get(change, r' has \d lines before step')
-        with pytest.raises(exits.CheckpointError, match=rf'metrics\.jsonl.*{words}.*; put back the file .*resume_from'):
+        with pytest.raises(
+            errors.CheckpointError, match=rf'metrics\.jsonl.*{words}.*; put back the file .*resume_from'
+        ):
             main.run(recipe(corpus), workdir)
         left = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob('*') if path.is_file())
         assert [kept for kept in left if kept[0].name != '.lock'] == [
@@ -541,12 +547,12 @@ class TestBadInput:
         monkeypatch.setattr(checkpoint.Checkpoints, 'about', lambda *at: about(*at) | {'metrics': None})
         main.run(recipe(corpus), workdir)  # already finished
         (workdir / 'metrics.jsonl').unlink()
-        with pytest.raises(exits.CheckpointError, match='lacks the last step'):
+        with pytest.raises(errors.CheckpointError, match='lacks the last step'):
             main.run(recipe(corpus), workdir)
 
     def test_damaged_records(self, corpus, tmp_path):
         (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-        with pytest.raises(exits.CheckpointError, match=r'metrics\.jsonl:2'):
+        with pytest.raises(errors.CheckpointError, match=r'metrics\.jsonl:2'):
             main.run(recipe(corpus), tmp_path)
 
 
@@ -572,7 +578,7 @@ def test_command_line_prints_one_line_and_the_code(tmp_path, capsys, monkeypatch
 
 
 def test_json_has_no_nan(tmp_path):
-    metrics = record.Metrics(tmp_path)
+    metrics = log.Metrics(tmp_path)
     metrics.add(1, {'tokens': 3, 'a': math.nan, 'b': [math.inf, 1.0]})
     metrics.flush()
     metrics.close()

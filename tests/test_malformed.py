@@ -9,7 +9,7 @@ import time
 import malformed
 import pytest
 
-from mixln_jax import exits
+from mixln_jax.system import errors
 
 
 def check_all(folder, every):
@@ -22,7 +22,7 @@ def check_all(folder, every):
             start, here = time.process_time(), folder / f'{count}'
             try:
                 reader.run(here, content)
-            except exits.Exit as error:
+            except errors.Exit as error:
                 if error.code not in (2, 4, 5) or not str(error).strip():
                     found.append((reader_name, name, repr(error)))
             except BaseException as error:
@@ -58,6 +58,6 @@ def test_no_reader_waits_for_what_is_no_file(kind, tmp_path):
         if name == 'counts':  # the shard has not been finished
             reader.run(tmp_path / f'{number}', None)
             continue
-        with pytest.raises(exits.Exit) as raised:
+        with pytest.raises(errors.Exit) as raised:
             reader.run(tmp_path / f'{number}', None)
         assert raised.value.code in (2, 4, 5), name

@@ -17,10 +17,14 @@ import jax
 import numpy as np
 import pytest
 
-from mixln_jax import checkpoint, hlo, main, mesh, trees
 from mixln_jax import config as configs
-from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.program import Program
+from mixln_jax import trees
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.plan import hlo
+from mixln_jax.program.program import Program
+from mixln_jax.runs import checkpoint
+from mixln_jax.system.errors import CheckpointError, UsageError
+from mixln_jax.training import run as training
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHAPES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
@@ -47,7 +51,7 @@ CONFIG = configs.Config(
 
 
 def on(*shape):
-    return mesh.make_mesh(configs.Mesh(*shape), jax.devices('cpu'))
+    return meshes.make_mesh(configs.Mesh(*shape), jax.devices('cpu'))
 
 
 def program(shape, config=CONFIG, **model):
@@ -70,7 +74,7 @@ def batches(config):
 
 def run(built):
     """The losses and gradient norms of every step, and the last evaluation."""
-    rows, seen = mesh.batch_sharding(built.mesh), []
+    rows, seen = meshes.batch_sharding(built.mesh), []
     train_step, eval_step = built.compile()
     state = built.init(jax.random.key(0))
     for batch in batches(built.config):
@@ -119,7 +123,7 @@ class TestNumbers:
 class TestHeap:
     FAULTS = """
 import resource, numpy as np
-from mixln_jax import mesh
+from mixln_jax.distributed import mesh
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.ones(2**24, np.float32)  # 64 MB
@@ -153,20 +157,20 @@ faults(), print(faults()), mesh.keep_heap('cpu'), faults(), print(faults())"""
             if name.startswith(('MALLOC_', 'GLIBC_')):
                 monkeypatch.delenv(name)
         monkeypatch.setenv(given, '1')
-        monkeypatch.setattr(mesh.jax, 'config', types.SimpleNamespace(jax_platforms=platforms))
+        monkeypatch.setattr(meshes.jax, 'config', types.SimpleNamespace(jax_platforms=platforms))
         monkeypatch.setattr(importlib.metadata, 'entry_points', lambda group: [])
         monkeypatch.setattr(importlib.util, 'find_spec', lambda name: plugins and name == 'jax_plugins')
         monkeypatch.setattr(platform, 'libc_ver', lambda: (libc, '1'))
         monkeypatch.setattr(ctypes, 'CDLL', lambda _: types.SimpleNamespace(mallopt=lambda *words: calls.append(words)))
-        mesh.keep_heap(kind)
+        meshes.keep_heap(kind)
         assert calls == ([(-4, 0), (-1, 2**31 - 1), (-8, 1), (-2, 256 * 2**20)] if asked else [])
 
     def test_training_asks_before_jax_starts(self, monkeypatch):
         calls = []
-        monkeypatch.setattr(mesh, 'keep_heap', calls.append)
-        monkeypatch.setattr(mesh, 'devices', lambda kind: calls.append(f'devices {kind}'))
-        monkeypatch.setattr(mesh, 'make_mesh', lambda *_: jax.sharding.Mesh(jax.devices('cpu')[:1], 'a'))
-        main._start_jax(dataclasses.replace(CONFIG, device='cpu'))
+        monkeypatch.setattr(meshes, 'keep_heap', calls.append)
+        monkeypatch.setattr(meshes, 'devices', lambda kind: calls.append(f'devices {kind}'))
+        monkeypatch.setattr(meshes, 'make_mesh', lambda *_: jax.sharding.Mesh(jax.devices('cpu')[:1], 'a'))
+        training._start_jax(dataclasses.replace(CONFIG, device='cpu'))
         assert calls == ['cpu', 'devices cpu']
 
 
@@ -281,7 +285,7 @@ class TestRules:
     def test_a_leaf_without_a_rule(self):
         leaf = {'params': {'adapter': {'kernel': np.zeros((4, 4))}}}
         with pytest.raises(ValueError, match='no rule for /params/adapter/kernel'):
-            mesh.state_shardings(on(1, 1, 1), leaf)
+            meshes.state_shardings(on(1, 1, 1), leaf)
 
 
 class TestSizes:
@@ -290,7 +294,7 @@ class TestSizes:
         [((-1, 1, 1), (8, 1, 1)), ((-1, 2, 2), (2, 2, 2)), ((1, -1, 2), (1, 4, 2)), ((2, 1, 1), (2, 1, 1))],
     )
     def test_one_size_takes_what_is_left(self, asked, made):
-        assert tuple(on(*asked).shape[axis] for axis in mesh.AXES) == made
+        assert tuple(on(*asked).shape[axis] for axis in meshes.AXES) == made
 
     @pytest.mark.parametrize('asked', [(9, 1, 1), (-1, 3, 1), (4, 4, 1), (-1, 16, 1)])
     def test_sizes_that_do_not_fit(self, asked):
@@ -315,8 +319,8 @@ class TestSizes:
             process_index: int = 0
 
         devices = [Device(i, i % 2) for i in range(8)]
-        made = mesh.make_mesh(configs.Mesh(-1, 2, 2), devices)
+        made = meshes.make_mesh(configs.Mesh(-1, 2, 2), devices)
         for part in made.devices:
             assert len({device.slice_index for device in part.flat}) == 1
         with pytest.raises(UsageError, match='config.mesh.data=1 does not divide by the 2 slices'):
-            mesh.make_mesh(configs.Mesh(1, 8, 1), devices)
+            meshes.make_mesh(configs.Mesh(1, 8, 1), devices)

@@ -14,14 +14,17 @@ import safetensors.numpy
 from test_step import equations
 
 from mixln_jax import config as configs
-from mixln_jax import optim, plan, step, trees
-from mixln_jax.exits import CheckpointError, UsageError
-from mixln_jax.models import hf, llama, norms, transformer
-from mixln_jax.program import Program
+from mixln_jax import trees
+from mixln_jax.models import llama, placements, transformer
+from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.plan import memory
+from mixln_jax.program import optim, step
+from mixln_jax.program.program import Program
+from mixln_jax.system.errors import CheckpointError, UsageError
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 SIZES = dict(V=11, D=8, H=4, K=2, F=12)
-LISTS = {name: (name,) * 3 for name in norms.PLACEMENTS} | {
+LISTS = {name: (name,) * 3 for name in placements.PLACEMENTS} | {
     'mix': ('post', 'pre', 'pre'),
     'post,deepnorm,lns': ('post', 'deepnorm', 'lns'),
     'sandwich*2,res_post': ('sandwich', 'sandwich', 'res_post'),
@@ -235,7 +238,7 @@ def test_remat_saves_memory(remat, of):
 @pytest.mark.parametrize('name', ['pre', 'post', 'mix', 'sandwich', 'lns', 'deepnorm_official'])
 def test_golden(name):
     """What the authors' PyTorch code computes from the same weights (tests/golden/README.md)."""
-    model, params = hf.load(GOLDEN / name, norm_position=name)
+    model, params = hf_llama.load(GOLDEN / name, norm_position=name)
     inverse_gain = name == 'deepnorm_official'  # amplifies rounding
     atol, of_largest = (5e-4, 5e-4) if inverse_gain else (2e-5, 1e-4)
     expected = np.load(GOLDEN / name / 'expected.npz')
@@ -258,7 +261,7 @@ def test_golden(name):
         grads = dict(grads, layers=transformer.split_layers(jax.device_get(grads['layers']), model.norm_position))
         theirs = {key: value for key, value in expected.items() if key.startswith('grad/')}
         for name, leaf in trees.named_leaves(grads):
-            tensor = theirs.pop(f'grad/{hf.tensor_name(name, model.norm_position)}')
+            tensor = theirs.pop(f'grad/{hf_llama.tensor_name(name, model.norm_position)}')
             leaf = np.asarray(leaf).T if name.endswith('kernel') else leaf
             np.testing.assert_allclose(leaf, tensor, rtol=0, atol=of_largest * np.abs(tensor).max(), err_msg=name)
         assert not theirs
@@ -278,7 +281,7 @@ def test_golden(name):
 @pytest.mark.parametrize('name, clip_norm', [('pre', 0.0), ('mix', 1.0)])
 def test_thirty_updates_follow_the_authors(name, clip_norm):
     stored = np.load(GOLDEN / name / 'trajectory.npz')
-    model, params = hf.load(GOLDEN / name, norm_position=name)
+    model, params = hf_llama.load(GOLDEN / name, norm_position=name)
     optimizer = optim.optimizer(configs.Optim(name='adam'))
     rates = jnp.asarray(stored['learning_rate'])
 
@@ -314,20 +317,20 @@ class TestFolders:
     @pytest.mark.parametrize('claimed', ['pre', 'post', 'sandwich', 'lns'])
     def test_a_folder_is_not_opened_as_another_placement(self, claimed):
         with pytest.raises(CheckpointError, match=r'tensor model\.layers\.'):
-            hf.load(GOLDEN / 'mix', norm_position=claimed)
+            hf_llama.load(GOLDEN / 'mix', norm_position=claimed)
 
     def test_missing_folder(self, tmp_path):
         with pytest.raises(UsageError, match='config.json does not exist'):
-            hf.load(tmp_path)
+            hf_llama.load(tmp_path)
 
     def test_damaged_content(self, tmp_path):
         folder = self.copy(tmp_path)
         (folder / 'model.safetensors').write_bytes(b'nonsense')
         with pytest.raises(CheckpointError, match='safetensors'):
-            hf.load(folder, 'mix')
+            hf_llama.load(folder, 'mix')
         (folder / 'config.json').write_text('{')
         with pytest.raises(CheckpointError, match='JSON'):
-            hf.load(folder, 'mix')
+            hf_llama.load(folder, 'mix')
 
     @pytest.mark.parametrize(
         'key, value',
@@ -346,14 +349,14 @@ class TestFolders:
         config = json.loads((folder / 'config.json').read_text())
         (folder / 'config.json').write_text(json.dumps(config | {key: value}))
         with pytest.raises(CheckpointError, match=rf'config\.json: .*{key}'):
-            hf.load(folder, 'mix')
+            hf_llama.load(folder, 'mix')
 
     def test_rope_parameters_of_newer_files(self, tmp_path):
         folder = self.copy(tmp_path)
         config = json.loads((folder / 'config.json').read_text())
         config['rope_parameters'] = {'rope_type': 'default', 'rope_theta': 5e5}
         (folder / 'config.json').write_text(json.dumps(config))
-        assert hf.load(folder, ['post'] * 2 + ['pre'] * 6)[0].config.rope_theta == 5e5
+        assert hf_llama.load(folder, ['post'] * 2 + ['pre'] * 6)[0].config.rope_theta == 5e5
 
     def test_weights_that_are_not_numbers(self, tmp_path):
         folder = self.copy(tmp_path)
@@ -361,7 +364,7 @@ class TestFolders:
         tensors['model.norm.weight'][3] = np.nan
         safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
         with pytest.raises(CheckpointError, match='model.norm.weight is not finite'):
-            hf.load(folder, 'mix')
+            hf_llama.load(folder, 'mix')
 
     def test_wrong_shape_names_the_tensor(self, tmp_path):
         folder = self.copy(tmp_path)
@@ -369,7 +372,7 @@ class TestFolders:
         tensors['model.layers.3.mlp.up_proj.weight'] = tensors['model.layers.3.mlp.up_proj.weight'][:-1]
         safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
         with pytest.raises(CheckpointError, match=r'layers\.3\.mlp\.up_proj'):
-            hf.load(folder, 'mix')
+            hf_llama.load(folder, 'mix')
 
 
 class TestPlacements:
@@ -380,11 +383,15 @@ class TestPlacements:
         [(12, 0.25, 3), (24, 0.33, 8), (24, 0.167, 4), (24, 0.417, 10), (32, 0.0625, 2), (6, 0.25, 2)],
     )
     def test_mix(self, layers, ratio, post):
-        assert norms.resolve('mix', layers, ratio) == ('post',) * post + ('pre',) * (layers - post)
+        assert placements.resolve('mix', layers, ratio) == ('post',) * post + ('pre',) * (layers - post)
 
     def test_lists(self):
-        assert norms.resolve(' post * 2, pre,lns', 4) == ('post', 'post', 'pre', 'lns')
-        assert norms.segments(('post', 'post', 'pre', 'lns', 'lns')) == [('post', 0, 2), ('pre', 2, 3), ('lns', 3, 5)]
+        assert placements.resolve(' post * 2, pre,lns', 4) == ('post', 'post', 'pre', 'lns')
+        assert placements.segments(('post', 'post', 'pre', 'lns', 'lns')) == [
+            ('post', 0, 2),
+            ('pre', 2, 3),
+            ('lns', 3, 5),
+        ]
 
     @pytest.mark.parametrize(
         'value, words',
@@ -400,20 +407,20 @@ class TestPlacements:
     )
     def test_bad_values_are_named(self, value, words):
         with pytest.raises(UsageError, match=words):
-            norms.resolve(value, 3)
+            placements.resolve(value, 3)
 
     def test_constants_follow_depth_and_index(self):
-        lns, deepnorm = norms.PLACEMENTS['lns'].mlp, norms.PLACEMENTS['deepnorm'].attention
+        lns, deepnorm = placements.PLACEMENTS['lns'].mlp, placements.PLACEMENTS['deepnorm'].attention
         assert lns.constants([1, 4], 6) == {'in_scale': [1.0, 0.5]}
         assert lns.constants([6], 6) != lns.constants([32], 32)
         assert deepnorm.constants([1], 6)['residual_scale'] == [pytest.approx(12**0.25)]
         assert deepnorm.constants([1], 32)['residual_scale'] == [pytest.approx(64**0.25)]
 
     def test_warnings(self):
-        assert 'warm-up' in next(norms.warnings(('post', 'pre'), 'auto', 0.05))
-        assert 'scaled' in next(norms.warnings(('lns',), 'scaled', 0.1))
-        assert not list(norms.warnings(('post', 'pre'), 'auto', 0.1))
-        assert not list(norms.warnings(('pre',), 'scaled', 0.0))
+        assert 'warm-up' in next(placements.warnings(('post', 'pre'), 'auto', 0.05))
+        assert 'scaled' in next(placements.warnings(('lns',), 'scaled', 0.1))
+        assert not list(placements.warnings(('post', 'pre'), 'auto', 0.1))
+        assert not list(placements.warnings(('pre',), 'scaled', 0.0))
 
 
 class TestInitialisation:
@@ -484,10 +491,10 @@ def test_parameters_and_flops_by_hand():
     config = configs.Config(model=sizes, batch_size=4, seq_length=10, device='cpu')
     for tied, matrices in ((True, 1), (False, 2)):
         model = dataclasses.replace(sizes, tie_word_embeddings=tied)
-        built = Program(dataclasses.replace(config, model=model), plan.abstract_mesh(configs.Mesh(1, 1, 1), 1))
+        built = Program(dataclasses.replace(config, model=model), memory.abstract_mesh(configs.Mesh(1, 1, 1), 1))
         assert llama.num_params(model, built.state.params) == matrices * 11 * 8 + 3 * of_layer + 8
         assert built.flops_per_position() == 6 * (11 * 8 + 3 * of_layer + 8) + 6 * 3 * 10 * 24
-        assert plan.memory(built)['weights'] == 4 * (matrices * 128 * 8 + 3 * of_layer + 8)
+        assert memory.memory(built)['weights'] == 4 * (matrices * 128 * 8 + 3 * of_layer + 8)
 
 
 def test_bfloat16_stays_near_float32():

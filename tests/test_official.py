@@ -13,10 +13,13 @@ import reference
 from test_models import SIZES, make, text, to_jax
 
 from mixln_jax import config as configs
-from mixln_jax import main, mesh, metrics, optim, step
-from mixln_jax.exits import UsageError
-from mixln_jax.models import hf
-from mixln_jax.program import Program
+from mixln_jax import main, recipes
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.program import optim, step
+from mixln_jax.program.program import Program
+from mixln_jax.system.errors import UsageError
+from mixln_jax.tasks import language
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 ROOT = pathlib.Path(__file__).parents[1]
@@ -46,7 +49,7 @@ def test_their_linear_schedule_has_no_floor(min_ratio):
 def test_frozen_row():
     """Thirty updates with the last row of the vocabulary in the input; learnt, losses differ by 1 % from update 3."""
     stored = np.load(GOLDEN / 'pre/trajectory_frozen_row.npz')
-    model, params = hf.load(GOLDEN / 'pre', norm_position='pre')
+    model, params = hf_llama.load(GOLDEN / 'pre', norm_position='pre')
     optimizer, rates = optim.optimizer(configs.Optim(name='adam')), jnp.asarray(stored['learning_rate'])
     assert 127 in stored['batches']
 
@@ -100,7 +103,7 @@ def program(**changes):
         batch_size=4, seq_length=6, num_steps=10, accumulate=2, compute_dtype='float32', device='cpu', model=SMALL
     )
     config = configs.build(dataclasses.asdict(dataclasses.replace(config, **changes)))
-    return Program(config, mesh.make_mesh(configs.Mesh(1, 1, 1), jax.devices('cpu')))
+    return Program(config, meshes.make_mesh(configs.Mesh(1, 1, 1), jax.devices('cpu')))
 
 
 def batch():
@@ -154,7 +157,7 @@ def test_given_keys_stay():
 def test_their_evaluation_is_too_low(batches, reported):
     """At a true perplexity of 29.96; see the notes on the authors' code."""
     sums = [7 * np.log(29.96)] * batches
-    assert metrics.official_perplexity(sums, [7] * batches) == pytest.approx(reported, abs=0.006)
+    assert language.official_perplexity(sums, [7] * batches) == pytest.approx(reported, abs=0.006)
 
 
 def test_a_run_logs_both_perplexities(tmp_path):
@@ -163,7 +166,7 @@ def test_a_run_logs_both_perplexities(tmp_path):
         'model.num_layers': 2, 'model.hidden_size': 16, 'model.num_heads': 2, 'model.intermediate_size': 24,
         'mesh.data': 1, 'checkpoint.every': 0, 'analysis.tokens': 0,
     }  # fmt: skip
-    recipe = configs.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()])
+    recipe = recipes.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()])
     main.run(recipe, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').open()]
     n = -(-200 // (4 * 16))

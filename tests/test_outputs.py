@@ -15,10 +15,15 @@ import jax.numpy as jnp
 import pytest
 from matplotlib.figure import Figure
 
-from mixln_jax import checkpoint, evaluate, exits, figures, main, outputs, paths, report, weights
-from mixln_jax.analysis import job
-from mixln_jax.data import shards, train_tokenizer
-from mixln_jax.exits import CheckpointError, UsageError
+from mixln_jax import evaluate, main
+from mixln_jax.analysis import command
+from mixln_jax.data import train_tokenizer
+from mixln_jax.data.prepare import shards
+from mixln_jax.report import command as report
+from mixln_jax.report import figures, markdown
+from mixln_jax.runs import checkpoint, weights, workdir
+from mixln_jax.system import errors, files, outputs
+from mixln_jax.system.errors import CheckpointError, UsageError
 
 STATE = {'params': {'a': jnp.arange(6.0).reshape(2, 3)}}
 
@@ -40,7 +45,7 @@ class TestPaths:
     @pytest.mark.parametrize('part', ['q\\r', 'a*', '?', '[ab]', 'x/[!a]', '**', 'gs:/a', 'ags:/b', '../a\\'])
     def test_where_arrays_would_land_elsewhere(self, tmp_path, part):
         with pytest.raises(UsageError, match='--workdir: checkpoints cannot be kept in a path with'):
-            paths.for_arrays(tmp_path / part, '--workdir')
+            files.for_arrays(tmp_path / part, '--workdir')
         with pytest.raises(UsageError, match='checkpoints cannot be kept'):
             checkpoint.Checkpoints(tmp_path / part)
         with pytest.raises(UsageError, match='checkpoints cannot be kept'):
@@ -51,21 +56,21 @@ class TestPaths:
         (tmp_path / 'q\\r').mkdir()
         monkeypatch.chdir(tmp_path / 'q\\r')
         with pytest.raises(UsageError, match=r'in a path with \\ '):
-            main._check_place('run')
+            workdir.check_place('run')
 
     def test_roots_that_stand_for_buckets(self):
         for root in ('/gs/a', '/s3/a'):
             with pytest.raises(UsageError, match=f'in a path with {root[:4]} '):
-                paths.for_arrays(root, '--workdir')
+                files.for_arrays(root, '--workdir')
 
     def test_what_is_spelled_otherwise_is_no_other_place(self, tmp_path):
-        assert paths.for_arrays(f'/{tmp_path}', '') == paths.for_arrays(tmp_path, '') == tmp_path
+        assert files.for_arrays(f'/{tmp_path}', '') == files.for_arrays(tmp_path, '') == tmp_path
         for name in ('a b', 'é\n%41#|', '[a', 'a]', 'a:b', '~', '\'"$(x)', '😀'):
-            assert paths.for_arrays(tmp_path / name, '') == tmp_path / name
+            assert files.for_arrays(tmp_path / name, '') == tmp_path / name
 
     def test_bytes_that_are_not_utf8(self):
         with pytest.raises(UsageError, match=r'--out a\\udcff.*not UTF-8') as error:
-            paths.local('a\udcff', '--out')
+            files.local('a\udcff', '--out')
         assert str(error.value).isascii()
 
     @pytest.mark.parametrize(
@@ -89,7 +94,7 @@ class TestPaths:
         for name in (*names, 'é', 'e\u0301', '\u202e', '...', '%41', '{a,b}', 'a:', 'file:', 'a' * 255):
             folder = tmp_path / name / 'w'
             try:
-                paths.for_arrays(folder, '')
+                files.for_arrays(folder, '')
             except UsageError:
                 continue
             kept = checkpoint.Checkpoints(folder)
@@ -120,7 +125,7 @@ class TestPlaces:
             folder = tmp_path / name[:3]
             (folder / name).parent.mkdir(parents=True)
             (folder / name).write_text(body)
-            with pytest.raises(UsageError, match=f'holds {name} of something else'), main._open_workdir(folder, {}):
+            with pytest.raises(UsageError, match=f'holds {name} of something else'), workdir.open_workdir(folder, {}):
                 pass
             assert [path.name for path in folder.iterdir()] == [name.partition('/')[0]]
 
@@ -223,7 +228,7 @@ class TestTemporaryFiles:
     CODE = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
-from mixln_jax import outputs
+from mixln_jax.system import outputs
 def replace(*_):
     print('there', flush=True)
     sys.stdin.read()
@@ -271,13 +276,13 @@ class TestFigures:
         listed = ['old', 'mine', 'link', '../outside', f'{tmp_path}/outside', '..', '', 3, None, ['old']]
         (folder / 'result.json').write_text(json.dumps({'job': 'angular', 'figures': listed}))
         stand_in = types.SimpleNamespace(NAME='angular', draw=lambda results: {'angular': Figure()})
-        job._check_free(stand_in, folder)
-        job._draw(stand_in, folder, [])
+        command._check_free(stand_in, folder)
+        command._draw(stand_in, folder, [])
         kept = ['angular.png', 'angular.svg', 'link.png', 'link.svg', 'mine.png', 'mine.svg', 'result.json']
         assert sorted(os.listdir(folder)) == kept and (tmp_path / 'outside.svg').exists()
         stand_in.draw = lambda results: {'mine': Figure()}
         with pytest.raises(UsageError, match='mine.png or .svg there is no figure of ours'):
-            job._draw(stand_in, folder, [])
+            command._draw(stand_in, folder, [])
         assert (folder / 'mine.svg').read_text() == 'mine'
 
 
@@ -286,7 +291,7 @@ class TestFigures:
 )
 def test_markdown_shows_names_as_they_are(name):
     shown = pytest.importorskip('markdown_it').MarkdownIt('gfm-like', {'linkify': False})
-    text = report.document(name, f'{name} is it.', [report.Section(name, notes=(f'{name}: `code`',))])
+    text = markdown.document(name, f'{name} is it.', [report.Section(name, notes=(f'{name}: `code`',))])
     tokens = [token for part in shown.parse(text) for token in (part, *(part.children or ()))]
     assert {token.type for token in tokens} <= {
         *('heading_open', 'heading_close', 'paragraph_open', 'paragraph_close', 'inline', 'text', 'code_inline'),
@@ -340,4 +345,4 @@ def test_the_last_save_is_read_back(tmp_path):
     with pytest.raises(CheckpointError, match='the last save cannot be read back: .*checkpoints/1: '):
         kept.read_back(1, like)
     kept.close()
-    assert exits.known(CheckpointError('')).code == 5
+    assert errors.known(CheckpointError('')).code == 5

@@ -10,7 +10,10 @@ from test_models import SIZES, assert_gradients, make, to_jax
 from test_step import equations, make_step
 
 from mixln_jax import config as configs
-from mixln_jax import measures, mesh, step, trees
+from mixln_jax import trees
+from mixln_jax.analysis import statistics
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.program import step
 
 ROWS, T = [(4, 3, 5), (6, 1, 7), (), (14,)], 14  # lengths of the documents of each row; what is left is padding
 
@@ -42,7 +45,7 @@ def forward_and_gradient(model):
     def of(params, batch):
         logits, out = model.apply({'params': params}, **step.trunk_inputs(batch), capture=True)
         loss, grads = jax.value_and_grad(lambda p: step.batch_loss(model, p, batch)[0])(params)
-        distances = measures.distance_matrix(out['hidden'], batch['weights']).sum(0)
+        distances = statistics.distance_matrix(out['hidden'], batch['weights']).sum(0)
         return out['hidden'], logits, loss, grads, distances
 
     return of
@@ -144,9 +147,11 @@ def test_accumulation_and_devices_on_packed_rows():
     packed, _, _ = packed_and_alone(np.random.default_rng(3))
     state, whole = make_step()
     _, parts = make_step(accumulate=2)
-    two = mesh.make_mesh(configs.Mesh(2), mesh.devices('cpu'))
+    two = meshes.make_mesh(configs.Mesh(2), meshes.devices('cpu'))
     one, metrics = whole(state, packed)
-    other, others = parts(jax.device_put(state, mesh.replicated(two)), jax.device_put(packed, mesh.batch_sharding(two)))
+    other, others = parts(
+        jax.device_put(state, meshes.replicated(two)), jax.device_put(packed, meshes.batch_sharding(two))
+    )
     assert metrics['tokens'] == others['tokens'] == packed['weights'].sum()
     np.testing.assert_allclose(others['loss'], metrics['loss'], rtol=1e-6)
     np.testing.assert_allclose(others['layer_grad_norm'], metrics['layer_grad_norm'], rtol=1e-5)

@@ -9,9 +9,10 @@ import jax
 import pytest
 
 from mixln_jax import config as configs
-from mixln_jax import main, report
-from mixln_jax.exits import UsageError
+from mixln_jax import main, recipes
 from mixln_jax.models import llama
+from mixln_jax.report import command as report
+from mixln_jax.system.errors import UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAPER = ROOT / 'configs/paper'
@@ -31,7 +32,7 @@ CELLS = {
 
 
 def load(table, cell):
-    return configs.build(configs.load(f'{PAPER / table}.py:{cell}'))
+    return configs.build(recipes.load(f'{PAPER / table}.py:{cell}'))
 
 
 def cells_of(table):
@@ -84,7 +85,7 @@ def test_a_table_without_a_cell():
     with pytest.raises(
         UsageError, match=r"mixln_table1.py: '' is not a cell of Mix-LN Table 1; FILE:CELL with one of 71"
     ):
-        configs.load(str(PAPER / 'mixln_table1.py'))
+        recipes.load(str(PAPER / 'mixln_table1.py'))
 
 
 def test_cells_have_work_directories_of_their_own():
@@ -101,7 +102,7 @@ def test_the_sizes_in_the_docs_are_those_of_the_networks():
     for line in lines:
         size, _, *numbers = [word.strip() for word in line.split('|')[1:-1]]
         for scheme, number in zip(schemes, numbers[1:], strict=True):
-            values = configs.load(f'{ROOT}/configs/llama_{size}.py', [('model.norm_position', scheme)])
+            values = recipes.load(f'{ROOT}/configs/llama_{size}.py', [('model.norm_position', scheme)])
             model = configs.build(values).model
             params = jax.eval_shape(llama.from_config(model).init, jax.random.key(0))['params']
             assert f'{llama.num_params(model, params):,}' == number, (size, scheme)

@@ -10,10 +10,11 @@ import reference
 from test_models import SIZES, make, text, to_jax
 
 from mixln_jax import config as configs
-from mixln_jax import measures, mesh, step
-from mixln_jax.exits import UsageError
-from mixln_jax.models import norms
-from mixln_jax.program import Program
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.models import placements, transformer
+from mixln_jax.program import step
+from mixln_jax.program.program import Program
+from mixln_jax.system.errors import UsageError
 
 CONFIG = configs.Config(
     batch_size=16,
@@ -71,7 +72,7 @@ def test_what_every_sublayer_adds(monkeypatch, names):
     for l in range(3):
         np.testing.assert_allclose(got['stream_norm'][l, 0], np.linalg.norm(hidden[l], axis=-1), rtol=2e-5)
     real = batch['weights'].astype(bool)
-    variances = measures.branch_variances(got, batch['weights'], 8)
+    variances = transformer.branch_variances(got, batch['weights'], 8)
     np.testing.assert_allclose(variances, [added[real].var() for added in found], rtol=1e-4)
 
 
@@ -99,7 +100,7 @@ def test_omega_is_what_admin_measures(monkeypatch, accumulate):
 
 def test_closed_form_of_admin():
     """PyPI's admin-torch 0.1.0: calculate_init(24) by hand: sqrt(25 / 3.218876 - 1)."""
-    rule = norms.PLACEMENTS['admin_constant'].attention.residual_scale
+    rule = placements.PLACEMENTS['admin_constant'].attention.residual_scale
     assert rule(3, 12) == pytest.approx(2.60129, abs=1e-5)
 
 
@@ -123,7 +124,7 @@ def test_factors_start_where_the_papers_say():
     ],
 )
 def test_schemes_are_lists(scheme, layers, names):
-    assert norms.resolve(scheme, layers) == norms.resolve(names, layers)
+    assert placements.resolve(scheme, layers) == placements.resolve(names, layers)
 
 
 def test_groups_that_do_not_divide_are_named():
@@ -151,8 +152,8 @@ def test_a_mesh_changes_no_number(placement):
     batch = {'inputs': tokens[:, :-1].astype(np.int32), 'targets': tokens[:, 1:].astype(np.int32), 'weights': weights}
     for shape in ((1, 1, 1), (2, 2, 2)):
         config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, norm_position=placement))
-        program = Program(config, mesh.make_mesh(configs.Mesh(*shape), jax.devices('cpu')))
-        placed = jax.device_put(batch, mesh.batch_sharding(program.mesh))
+        program = Program(config, meshes.make_mesh(configs.Mesh(*shape), jax.devices('cpu')))
+        placed = jax.device_put(batch, meshes.batch_sharding(program.mesh))
         state = program.init(jax.random.key(0))
         if program.model.measured():
             state = program.measure_factors(state, placed)
@@ -175,9 +176,9 @@ def test_optimisers_on_a_mesh(name):
     for shape in ((1, 1, 1), (2, 2, 2)):
         optimiser = configs.Optim(name=name, learning_rate=1e-3, galore_rank=4, warmup_ratio=0.0)
         program = Program(
-            dataclasses.replace(CONFIG, optim=optimiser), mesh.make_mesh(configs.Mesh(*shape), jax.devices('cpu'))
+            dataclasses.replace(CONFIG, optim=optimiser), meshes.make_mesh(configs.Mesh(*shape), jax.devices('cpu'))
         )
-        placed = jax.device_put(batch, mesh.batch_sharding(program.mesh))
+        placed = jax.device_put(batch, meshes.batch_sharding(program.mesh))
         state, losses = program.init(jax.random.key(0)), []
         for _ in range(4):
             state, values = program.train_step(state, placed)

@@ -8,9 +8,13 @@ import jax
 import pytest
 
 from mixln_jax import config as configs
-from mixln_jax import mesh, plan
-from mixln_jax.exits import UsageError
-from mixln_jax.program import Program
+from mixln_jax import recipes
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.plan import command as plan
+from mixln_jax.plan import memory
+from mixln_jax.program.program import Program
+from mixln_jax.system import hardware
+from mixln_jax.system.errors import UsageError
 
 CONFIG = configs.Config(
     batch_size=64,
@@ -21,18 +25,18 @@ CONFIG = configs.Config(
 
 
 def abstract(config=CONFIG, count=8):
-    return Program(config, plan.abstract_mesh(config.mesh, count))
+    return Program(config, memory.abstract_mesh(config.mesh, count))
 
 
 def test_exact_parts_are_what_devices_hold():
-    built = Program(CONFIG, mesh.make_mesh(CONFIG.mesh, jax.devices('cpu')))
+    built = Program(CONFIG, meshes.make_mesh(CONFIG.mesh, jax.devices('cpu')))
     state = built.init(jax.random.key(0))
     device = jax.devices('cpu')[3]
 
     def held(tree):
         return sum(s.data.nbytes for a in jax.tree.leaves(tree) for s in a.addressable_shards if s.device == device)
 
-    parts = plan.memory(abstract())
+    parts = memory.memory(abstract())
     assert (parts['weights'], parts['optimiser']) == (held(state.params), held(state.opt_state))
 
 
@@ -83,34 +87,34 @@ BY_HAND = {
 @pytest.mark.parametrize('changes, model, expected', BY_HAND.values(), ids=BY_HAND)
 def test_memory_by_hand(changes, model, expected):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **model), **changes)
-    found = plan.memory(abstract(config))
+    found = memory.memory(abstract(config))
     assert {name: found[name] for name in expected} == expected
     assert found.keys() == {'weights', 'optimiser', 'gradients', 'activations', 'logits'}
 
 
 def test_estimates_go_the_right_way():
     def of(**model):
-        return plan.memory(abstract(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **model))))
+        return memory.memory(abstract(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **model))))
 
     activations = [of(remat=remat)['activations'] for remat in ('full', 'dots', 'none')]
     assert activations == sorted(set(activations))
-    halved = plan.memory(abstract(dataclasses.replace(CONFIG, accumulate=2)))
-    assert halved['activations'] == plan.memory(abstract())['activations'] / 2
-    assert halved['weights'] == plan.memory(abstract())['weights']
+    halved = memory.memory(abstract(dataclasses.replace(CONFIG, accumulate=2)))
+    assert halved['activations'] == memory.memory(abstract())['activations'] / 2
+    assert halved['weights'] == memory.memory(abstract())['weights']
 
 
 class TestProposal:
     def test_the_first_that_fits(self):
-        need = sum(plan.memory(abstract()).values())
-        words = plan.proposal(CONFIG, 8, 0.8 * need / plan.SPARE, lambda other: True)
+        need = sum(memory.memory(abstract()).values())
+        words = memory.proposal(CONFIG, 8, 0.8 * need / memory.SPARE, lambda other: True)
         assert words == ['--config.accumulate=2']
-        words = plan.proposal(CONFIG, 8, 0.8 * need / plan.SPARE, lambda other: other.mesh.fsdp == 8)
+        words = memory.proposal(CONFIG, 8, 0.8 * need / memory.SPARE, lambda other: other.mesh.fsdp == 8)
         assert words is not None and '--config.mesh.fsdp=8' in words and '--config.mesh.data=1' in words
 
     def test_nothing_fits(self):
-        assert plan.proposal(CONFIG, 8, 1000, lambda other: True) is None
+        assert memory.proposal(CONFIG, 8, 1000, lambda other: True) is None
         asked = []
-        assert plan.proposal(CONFIG, 8, 1e12, asked.append) is None
+        assert memory.proposal(CONFIG, 8, 1e12, asked.append) is None
         assert len(asked) == 12  # two for each mesh and policy
 
 
@@ -168,18 +172,18 @@ def test_bad_input(tmp_path, capsys, words, message):
 
 
 def test_topologies():
-    assert plan.topology_size('v5p:4x4x4') == ('v5p', 64) and plan.topology_size('h100:8') == ('h100', 8)
+    assert memory.topology_size('v5p:4x4x4') == ('v5p', 64) and memory.topology_size('h100:8') == ('h100', 8)
     with pytest.raises(UsageError, match='does not fit the 8 devices'):
-        plan.abstract_mesh(configs.Mesh(2, 2, 1), 8)
+        memory.abstract_mesh(configs.Mesh(2, 2, 1), 8)
 
 
 def test_more_devices_where_nothing_else_helps(tmp_path, capsys, monkeypatch):
-    config = configs.build(configs.load(recipe(tmp_path), []))
+    config = configs.build(recipes.load(recipe(tmp_path), []))
     least = dataclasses.replace(
         config, mesh=configs.Mesh(1, 16, 1), accumulate=4, model=dataclasses.replace(config.model, remat='full')
     )
-    need = sum(plan.memory(abstract(least, 16)).values())
-    monkeypatch.setitem(plan.HARDWARE, 'v5e', ('TPU v5 lite', need / plan.SPARE + 1))
+    need = sum(memory.memory(abstract(least, 16)).values())
+    monkeypatch.setitem(hardware.HARDWARE, 'v5e', ('TPU v5 lite', need / memory.SPARE + 1))
     assert plan.main(['--config', recipe(tmp_path), '--topology', 'v5e:2x4']) == 0
     shown = capsys.readouterr().out
     assert 'does not fit' in shown

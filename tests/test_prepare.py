@@ -12,9 +12,12 @@ import tensorflow_datasets as tfds
 import test_datasets
 from corpora import all_tokens, contents, documents, texts, write
 
-from mixln_jax import config, outputs
-from mixln_jax.data import prepare, prepared, rows, shards, sources, tokenizers, train_tokenizer, units
-from mixln_jax.exits import DataError, UsageError
+from mixln_jax import config
+from mixln_jax.data import prepared, rows, sources, tokenizers, train_tokenizer
+from mixln_jax.data.prepare import command as prepare
+from mixln_jax.data.prepare import shards, units
+from mixln_jax.system import outputs
+from mixln_jax.system.errors import DataError, UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
 

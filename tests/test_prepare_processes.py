@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_the_text(large, tmp_path):
         (tmp_path / f'{name}.json.gz').write_bytes((large / '0.json.gz').read_bytes() * repeat)
         code = (
             'import resource, sys\n'
-            'from mixln_jax.data import prepare\n'
+            'from mixln_jax.data.prepare import command as prepare\n'
             'assert prepare.main(sys.argv[1:]) == 0\n'
             'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
         )

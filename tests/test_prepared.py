@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers
 
 from mixln_jax import config
 from mixln_jax.data import inspect, layout, prepared, tokenizers, verify
-from mixln_jax.exits import DataError, UsageError
+from mixln_jax.system.errors import DataError, UsageError
 
 
 @pytest.fixture

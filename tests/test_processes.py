@@ -16,8 +16,9 @@ import pytest
 from jax._src import distributed
 from strangers import free_port
 
-from mixln_jax import checkpoint, processes
-from mixln_jax.exits import ProcessLost, UsageError
+from mixln_jax.distributed import processes
+from mixln_jax.runs import checkpoint
+from mixln_jax.system.errors import ProcessLost, UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -348,7 +349,9 @@ class TestProcesses:
         assert ends(started)[0] == [75, 75]
         last = max(int(path.name) for path in (tmp_path / 'checkpoints').glob('[0-9]*'))
         program = (
-            'import os, sys; from mixln_jax import checkpoint, main, processes; of = checkpoint.Checkpoints\n'
+            'import os, sys; from mixln_jax import main\n'
+            'from mixln_jax.distributed import processes; from mixln_jax.runs import checkpoint\n'
+            'of = checkpoint.Checkpoints\n'
             'restore = of._restore_state\n'
             'def fail(self, step, *others):\n'
             f'  if step == {last} and os.environ["JAX_PROCESS_ID"] == "1": raise ValueError("a flipped byte")\n'
@@ -365,7 +368,8 @@ class TestProcesses:
     def test_a_work_directory_of_its_own_for_each(self, tmp_path):
         """Without a check the first save waits for ever."""
         program = (
-            'import os, sys; from mixln_jax import main, processes; words = sys.argv[1:]\n'
+            'import os, sys; from mixln_jax import main; words = sys.argv[1:]\n'
+            'from mixln_jax.distributed import processes\n'
             'words[words.index("--workdir") + 1] += os.environ["JAX_PROCESS_ID"]\n'
             'processes.end(main.main(words))'
         )
@@ -375,9 +379,11 @@ class TestProcesses:
     @pytest.mark.parametrize('number', [0, 1])
     def test_an_error_of_one_alone_ends_all_with_its_code(self, tmp_path, number):
         program = (
-            'import os, sys; from mixln_jax import exits, main, processes, train\n'
-            'def fail(*_): raise exits.DataError("record 17 is bad")\n'
-            f'if os.environ["JAX_PROCESS_ID"] == "{number}": train.Meter.add = fail\n'
+            'import os, sys; from mixln_jax import main\n'
+            'from mixln_jax.distributed import processes; from mixln_jax.system import errors\n'
+            'from mixln_jax.training import meter\n'
+            'def fail(*_): raise errors.DataError("record 17 is bad")\n'
+            f'if os.environ["JAX_PROCESS_ID"] == "{number}": meter.Meter.add = fail\n'
             'processes.end(main.main(sys.argv[1:]))'
         )
         codes, errors, _ = ends(start(tmp_path, 2, program=('-c', program)))
@@ -414,6 +420,6 @@ class TestProcesses:
 
 
 def test_a_stall_shows_where_everybody_is():
-    code = 'import time; from mixln_jax import processes; processes.watch(0.2); time.sleep(0.6); processes.watch(0)'
+    code = 'import time; from mixln_jax.distributed.processes import watch; watch(0.2); time.sleep(0.6); watch(0)'
     shown = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stderr
     assert 'Timeout' in shown and 'File "<string>", line 1 in <module>' in shown

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 from test_report import result
 
-from mixln_jax import checkpoint, evaluate, exits, export, main, record, replay, report, sections, squad, weights
 from mixln_jax import config as configs
-from mixln_jax.analysis import angular, job
-from mixln_jax.data import rows
-from mixln_jax.models import hf_config, tensors
+from mixln_jax import evaluate, export, recipes, replay
+from mixln_jax.analysis import angular, command
+from mixln_jax.data import rows, squad
+from mixln_jax.models.hf import config as hf_config
+from mixln_jax.models.hf import tensors
+from mixln_jax.report import inputs, overview, sections
+from mixln_jax.runs import checkpoint, log, weights, workdir
+from mixln_jax.system import cli, errors
 
 CONFIG = configs.default().to_dict()
 CONFIG['model'] |= {'norm_position': ['pre'] * 12, 'layer_index': [*range(1, 13)], 'depth': 12}
@@ -95,11 +99,11 @@ def read_report(path):
     for name, content in defaults.items():
         if not os.path.lexists(folder / name):
             (folder / name).write_text(json.dumps(content) + '\n')
-    runs, problems, _ = report.read([str(folder)])
+    runs, problems, _ = inputs.read([str(folder)])
     for problem in problems:
         raise problem
     if runs:
-        report.overview(runs)
+        overview.overview(runs)
     for run in runs:
         _ = run.bad_step, run.steps, [run.results(name) for name in run.analyses]
     sections._runs(runs), sections._evaluations(runs)
@@ -113,25 +117,25 @@ def metrics_lines(body):
 
 READERS = {
     'config.json of a run': ('config.json', CONFIG, 2, lambda path: configs.read(path)),
-    'config.json of a work directory': ('config.json', CONFIG, 2, lambda path: main._check_free(path.parent)),
+    'config.json of a work directory': ('config.json', CONFIG, 2, lambda path: workdir._check_free(path.parent)),
     'environment.json': (
         'environment.json',
         {'data': {'a': 1}, 'eval_data': {}},
         2,
         lambda p: rows.seen_by_run(p.parent),
     ),
-    'metrics.jsonl': ('metrics.jsonl', {'step': 2, 'a': 1}, 5, record.read_metrics),
+    'metrics.jsonl': ('metrics.jsonl', {'step': 2, 'a': 1}, 5, log.read_metrics),
     'seal of metrics.jsonl': (
         'metrics.jsonl',
         {'step': 2},
         5,
-        lambda p: record.check_metrics(p, 9, {'lines': 2, 'digest': ''}),
+        lambda p: log.check_metrics(p, 9, {'lines': 2, 'digest': ''}),
     ),
     'result.json in --out': (
         'result.json',
         {'job': 'angular', 'figures': []},
         2,
-        lambda p: job._check_free(angular, p.parent),
+        lambda p: command._check_free(angular, p.parent),
     ),
     '--out of evaluate': ('out.json', {'checkpoint': 'a', 'step': 1}, 2, evaluate._place),
     'export.json': ('export.json', {'data_mode': 'pad', 'tokenizer': 'ab'}, 5, lambda p: weights._of_export(p.parent)),
@@ -168,7 +172,7 @@ READERS = {
             5,
             read_report,
         )
-        for name in report.ANALYSES
+        for name in inputs.ANALYSES
     },
     'report: config.json': ('run/config.json', CONFIG, 2, read_report),
     'report: metrics.jsonl': (
@@ -225,8 +229,8 @@ def unreadable(path):
 def fails_well(what, read, path, codes):
     try:
         read(path)
-    except exits.Exit as error:
-        said = exits.one_line(error)
+    except errors.Exit as error:
+        said = errors.one_line(error)
         assert error.code in codes, (what, error)
         assert len(said) < 610 and str(path.parent) in said and 'internal' not in said, (what, said)
     except BaseException as error:
@@ -264,7 +268,7 @@ def test_damaged_batches(tmp_path):
     np.save(array, BATCH['inputs'])
     for what, body in (bodies | {'an .npy': array.getvalue()}).items():
         path.write_bytes(body)
-        with pytest.raises(exits.CheckpointError) as caught:
+        with pytest.raises(errors.CheckpointError) as caught:
             read(path)
         assert str(caught.value).startswith(f'{path}: not a batch: '), what
     for what in unreadable(path):
@@ -289,8 +293,8 @@ RECIPES = {
 def test_a_bad_recipe(body, tmp_path):
     path = tmp_path / 'recipe.py'
     path.write_bytes(body.encode('latin-1'))
-    with pytest.raises(exits.UsageError, match='recipe.py'):
-        configs.load(str(path))
+    with pytest.raises(errors.UsageError, match='recipe.py'):
+        recipes.load(str(path))
 
 
 def test_damaged_tensors(tmp_path):
@@ -309,20 +313,20 @@ def test_what_a_file_system_answers_is_not_our_fault(number, capsys):
     def job():
         raise OSError(number, os.strerror(number), '/a/file')
 
-    assert exits.call(job) == 2 and "'/a/file'" in capsys.readouterr().err
+    assert cli.call(command) == 2 and "'/a/file'" in capsys.readouterr().err
 
 
 def test_a_work_directory_that_is_moved_ends_its_run(tmp_path):
     """Lines after it would be lost with the folder, and a checkpoint would make another one."""
     folder = tmp_path / 'run'
     folder.mkdir()
-    with contextlib.closing(record.Metrics(folder)) as lines:
+    with contextlib.closing(log.Metrics(folder)) as lines:
         lines.add(1, {'tokens': 1})
         lines.flush()
         folder.rename(tmp_path / 'moved')
         lines.add(2, {'tokens': 2})
         for write in (lines.flush, lines.seal):
-            with pytest.raises(exits.UsageError, match='run/metrics.jsonl has gone: the work directory was moved'):
+            with pytest.raises(errors.UsageError, match='run/metrics.jsonl has gone: the work directory was moved'):
                 write()
 
 
@@ -331,13 +335,13 @@ def test_a_work_directory_that_is_moved_ends_its_run(tmp_path):
     [
         (OSError(5, 'a'), 2),
         (ValueError('tensorstore'), 2),
-        (exits.CheckpointError('a'), 2),
-        (exits.NumericsError('a'), 6),
+        (errors.CheckpointError('a'), 2),
+        (errors.NumericsError('a'), 6),
     ],
 )
 def test_a_work_directory_that_is_removed_ends_its_run(tmp_path, error, code):
     folder = tmp_path / 'run'
-    with pytest.raises(exits.Exit) as caught, main._open_workdir(folder, configs.Config()):
+    with pytest.raises(errors.Exit) as caught, workdir._open_workdir(folder, configs.Config()):
         shutil.rmtree(folder)
         raise error
     assert caught.value.code == code and (code == 6 or f'{folder} has gone' in str(caught.value))

@@ -12,15 +12,19 @@ import tensorboardX.event_file_writer
 from corpora import Texts
 
 from mixln_jax import config as configs
-from mixln_jax import main, metrics, record, train
 from mixln_jax.data import rows, tokenizers
+from mixln_jax.models import llama
+from mixln_jax.runs import log
+from mixln_jax.system import hardware
+from mixln_jax.tasks import language
+from mixln_jax.training import collapse, loop, meter
 
 
 @pytest.fixture
 def seconds(monkeypatch):
     """A clock that stands still but where a test moves it on: seconds[0]."""
     now = [1000.0]
-    monkeypatch.setattr(train, 'time', types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, 'time', types.SimpleNamespace(perf_counter=lambda: now[0]))
     return now
 
 
@@ -33,7 +37,7 @@ class TestTensorBoard:
         monkeypatch.setattr(tensorboardX.event_file_writer, 'time', clock)
 
     def write(self, folder, lines, **options):
-        board = record.Metrics(folder, **options)
+        board = log.Metrics(folder, **options)
         for line in lines:
             board.add(line['step'], {name: value for name, value in line.items() if name != 'step'})
             board.flush()
@@ -79,7 +83,7 @@ class TestTensorBoard:
     @pytest.mark.parametrize('open_line, kept', [(None, [1, 2, 3]), ({'step': 3, 'loss': 30.0}, [1, 2])])
     def test_a_cut_resume_forgets_what_is_lost(self, tmp_path, open_line, kept):
         self.write(tmp_path, [{'step': step, 'loss': step + 0.5} for step in (1, 2, 3, 4, 5, 6)])
-        again = record.Metrics(tmp_path, 3, open_line)
+        again = log.Metrics(tmp_path, 3, open_line)
         assert [line['step'] for line in again.lines] == kept
         if open_line:
             again.add(3, {'eval': 3.25})
@@ -98,8 +102,8 @@ class TestSpeed:
 
     @pytest.fixture
     def meter(self, tmp_path, seconds):
-        lines = record.Metrics(tmp_path)
-        yield train.Meter(
+        lines = log.Metrics(tmp_path)
+        yield meter.Meter(
             lines,
             tmp_path,
             num_steps=10,
@@ -109,7 +113,7 @@ class TestSpeed:
             flops_per_position=11e12,
             devices=[types.SimpleNamespace(device_kind=self.KIND, platform='cpu')] * 2,
             first_line={'perf/compile_sec': 9.5},
-            collapse=train.Collapse('ignore', 0, None),
+            collapse=collapse.Collapse('ignore', 0, None),
             save_debug=None,
         )
         lines.close()
@@ -165,26 +169,26 @@ class TestSpeed:
         assert line['train/loss'] == 800 and line['train/perplexity'] is None
 
     def test_kinds_of_devices(self):
-        assert metrics.mfu(275e12, 'TPU v4', 4) == 0.25 and metrics.mfu(1e12, 'cpu', 1) is None
+        assert hardware.mfu(275e12, 'TPU v4', 4) == 0.25 and hardware.mfu(1e12, 'cpu', 1) is None
 
 
 def test_perplexity():
-    assert metrics.perplexity(0.0) == 1 and metrics.perplexity(30) == pytest.approx(1.0686474581524463e13, rel=1e-14)
-    assert metrics.perplexity(700) == pytest.approx(1.0142320547350045e304, rel=1e-12)
-    assert metrics.perplexity(800) == math.inf
-    assert metrics.evaluation(60.0, 2, 10)['eval/perplexity'] == pytest.approx(1.0686474581524463e13, rel=1e-14)
+    assert language.perplexity(0.0) == 1 and language.perplexity(30) == pytest.approx(1.0686474581524463e13, rel=1e-14)
+    assert language.perplexity(700) == pytest.approx(1.0142320547350045e304, rel=1e-12)
+    assert language.perplexity(800) == math.inf
+    assert language.evaluation(60.0, 2, 10)['eval/perplexity'] == pytest.approx(1.0686474581524463e13, rel=1e-14)
 
 
 def test_flops_of_a_position():
     """1000 weights without a table of 100; 3 layers, rows of 7, width 5."""
-    assert metrics.flops_per_position(1100, 100, 3, 5, 7) == 6 * 1000 + 6 * 3 * 7 * 5
+    assert llama.flops_per_position(1100, 100, 3, 5, 7) == 6 * 1000 + 6 * 3 * 7 * 5
 
 
 def test_entropy_of_tokens_is_of_those_that_count():
     """Three padded rows, each an epoch long: what is predicted are a b </s>, b </s> and </s>, never padding."""
     texts = rows.Documents(Texts(['xab', 'yb', 'z']), tokenizers.Bytes(), 8)
     config = configs.Config(batch_size=3, seq_length=8, model=configs.Model(vocab_size=259))
-    found = main._unigram_entropy(texts, config)
+    found = collapse.data_entropy(texts, config)
     # a: 1 in 6, b: 2 in 6, </s>: 3 in 6; of 6,000 tokens, whose correction for three kinds is 2 / 12,000.
     entropy = math.log(6) / 6 + math.log(3) / 3 + math.log(2) / 2
     assert found == pytest.approx(entropy + 2 / 12_000, rel=1e-12)
@@ -198,7 +202,7 @@ class TestClosingTable:
 
     def test_by_hand(self):
         """Bars of 14 blocks at most, in eighths of one."""
-        assert record.summary_table(self.LINE, ('post', 'pre', 'lns')).splitlines() == [
+        assert log.summary_table(self.LINE, ('post', 'pre', 'lns')).splitlines() == [
             'eval loss 3.25   perplexity 25.79   bits per byte -',
             'layer  placement  gradient norm            angular distance across it',
             '    1  post         0.5000 ███▌             0.4000 ██████████████',
@@ -208,5 +212,5 @@ class TestClosingTable:
 
     def test_without_analyses(self):
         line = {name: value for name, value in self.LINE.items() if 'analysis' not in name}
-        rows = record.summary_table(line, ('post', 'pre', 'lns')).splitlines()
+        rows = log.summary_table(line, ('post', 'pre', 'lns')).splitlines()
         assert rows[3] == '    2  pre          2.0000 ██████████████  - '

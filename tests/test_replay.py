@@ -11,8 +11,10 @@ import reference
 from test_models import SIZES, make, text, to_jax
 from test_placements import branches
 
-from mixln_jax import checkpoint, replay, step
 from mixln_jax import config as configs
+from mixln_jax import replay
+from mixln_jax.program import step
+from mixln_jax.runs import checkpoint
 
 NAMES = ('pre', 'post', 'pre')
 HEADS = {'heads': 4, 'kv_heads': 2}

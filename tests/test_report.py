@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mixln_jax import config as configs
-from mixln_jax import drawing, figures, report, sections
+from mixln_jax.report import command as report
+from mixln_jax.report import figures, inputs, overview, sections, style
 
 L = 3
 LINES = (
@@ -152,7 +153,7 @@ def test_the_whole_page(made, capsys):
             '33.25 ± 0.5',
         ):
             assert word in said, word
-        for job in report.ANALYSES:
+        for job in inputs.ANALYSES:
             assert f'python -m mixln_jax.analysis.{job} --checkpoint {two}' in said
         assert f'--checkpoint {one}' not in said
     assert 'What <drop> is.' in seen.text and 'A & B 2025' in seen.text and '<drop>' not in page
@@ -186,9 +187,9 @@ def test_the_newest_step_counts(made):
     """Whatever the order in the file; without a step (Hugging Face's folders) a result counts as old."""
     one = made('one')
     write_analysis(one, 'angular', *(result('angular', step=step) for step in (600, 2400, None)))
-    [run], _, _ = report.read([str(one)])
+    [run], _, _ = inputs.read([str(one)])
     assert [found['step'] for found in run.results('angular')] == [None, 600, 2400]
-    section = sections.compose([run], report.overview([run]))[3]
+    section = sections.compose([run], overview.overview([run]))[3]
     assert section.tables[0].rows == [('one', 'one step 2400', '2,400', '65,536', 'all')]
 
 
@@ -217,7 +218,7 @@ def test_a_malformed_result(made, capsys, content):
     one = made('one')
     write_analysis(one, 'angular')
     (one / 'analysis/angular/result.json').write_text(content)
-    runs, [problem], _ = report.read([str(one)])
+    runs, [problem], _ = inputs.read([str(one)])
     assert 'analysis/angular/result.json: not the result of mixln_jax.analysis.angular: ' in str(problem)
     assert problem.code == 5 and len(str(problem).splitlines()) == 1
     assert runs[0].name == 'one' and not runs[0].analyses
@@ -242,7 +243,7 @@ def test_words_for_numbers(made, capsys):
 def test_a_result_of_another_depth(made, job):
     one = made('one')
     write_analysis(one, job, result(job, norm_position=['pre'] * 5))
-    _, [problem], _ = report.read([str(one)])
+    _, [problem], _ = inputs.read([str(one)])
     assert f'analysis/{job}/result.json: not' in str(problem)
 
 
@@ -354,7 +355,7 @@ class TestComparison:
         assert 'partial is unfinished: step 5 of 10, evaluated at step 5.' in text
         assert 'began is unfinished: step 0 of 10, not evaluated yet.' in text and 'a-1 is' not in text
         # Runs of one row have one colour, each its own dash, and a dot before each name.
-        looks = {run.name: drawing.look({'colour': run.colour}, 0) for run in report.read(map(str, folders))[0]}
+        looks = {run.name: style.look({'colour': run.colour}, 0) for run in inputs.read(map(str, folders))[0]}
         of_row = [looks[f'a-{seed}'] for seed in range(3)]
         assert len({colour for colour, _ in of_row}) == 1 and len({f'{dash}' for _, dash in of_row}) == 3
         assert len({f'{look}' for look in looks.values()}) == len(looks)
@@ -408,12 +409,12 @@ class TestComparison:
     def test_who_is_apart_is_named_alone(self, made):
         folders = [made(f'a{i}', data=self.DATA, seed=i) for i in range(4)]
         folders.append(made('b', data=self.DATA | {'tokenizer': 'other'}))
-        [warning] = report.overview(report.read([*map(str, folders)])[0]).warnings
+        [warning] = overview.overview(inputs.read([*map(str, folders)])[0]).warnings
         assert 'differ in the tokenizer (other: b; all others).' in warning
 
     def test_text_that_is_not_known(self, made):
         folders = [made('a', data=self.DATA), made('b', data='words'), made('c')]
-        [*_, note] = report.overview(report.read([*map(str, folders)])[0]).notes
+        [*_, note] = overview.overview(inputs.read([*map(str, folders)])[0]).notes
         assert note == 'Not known, as environment.json does not say it: what text b, c saw.'
 
     def test_a_run_that_was_not_finite(self, made):
@@ -422,7 +423,7 @@ class TestComparison:
             (made(name, LINES[:1]) / 'debug').mkdir()
             with open(f'{name}/debug/report.json', 'w') as file:
                 json.dump({'step': step}, file)
-        notes = report.overview(report.read(['bad', 'old'])[0]).notes
+        notes = overview.overview(inputs.read(['bad', 'old'])[0]).notes
         assert notes[0] == 'bad is unfinished: step 5 of 10, evaluated at step 5; not finite from step 7 on.'
         assert notes[1] == 'old is unfinished: step 5 of 10, evaluated at step 5.'
 
@@ -454,16 +455,16 @@ def test_layers_at_one_step_are_lines_of_all_runs(made):
         made('a', [{'step': 10, key: [1.0, 2.0, 3.0]}]),
         made('b', [{'step': 10, key: [2.0, 3.0, None]}], seed=1),
     ]
-    runs, _, _ = report.read(map(str, folders))
-    [part] = sections.compose(runs, report.overview(runs))[-1].parts
+    runs, _, _ = inputs.read(map(str, folders))
+    [part] = sections.compose(runs, overview.overview(runs))[-1].parts
     [picture] = part.pictures
     assert picture.caption == 'At step 10.' and 'a from 1 to 3; b from 2 to 3' in picture.alt
     [ax] = picture.figure.axes
     np.testing.assert_equal([line.get_ydata() for line in ax.lines], [[1, 2, 3], [2, 3, np.nan]])
 
     folders.append(made('c', [{'step': step, key: [step, 2.0, 3.0]} for step in (5, 8)]))
-    runs, _, _ = report.read(map(str, folders))
-    [part] = sections.compose(runs, report.overview(runs))[-1].parts
+    runs, _, _ = inputs.read(map(str, folders))
+    [part] = sections.compose(runs, overview.overview(runs))[-1].parts
     lines, heat = part.pictures
     assert lines.caption == 'At the last step that was measured of each, from 8 to 10.'
     assert [line.get_ydata()[0] for line in lines.figure.axes[0].lines] == [1, 2, 8]

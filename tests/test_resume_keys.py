@@ -7,8 +7,9 @@ import re
 import pytest
 
 from mixln_jax import config as configs
-from mixln_jax import main
-from mixln_jax.exits import UsageError
+from mixln_jax import main, recipes
+from mixln_jax.runs import workdir
+from mixln_jax.system.errors import UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
 # A new key is refused until somebody puts it here, into main.MAY_CHANGE and into README.
@@ -57,29 +58,29 @@ def test_every_key(key):
     changed = RESOLVED | {key: another(RESOLVED[key])}
     for before, now in ((RESOLVED, changed), (changed, RESOLVED)):
         if key in MAY_CHANGE:
-            main._check_same_run('there', nested(before), nested(now), 'way out')
+            workdir.check_same_run('there', nested(before), nested(now), 'way out')
             continue
         with pytest.raises(UsageError, match='^there holds a run of another configuration') as refused:
-            main._check_same_run('there', nested(before), nested(now), 'way out')
+            workdir.check_same_run('there', nested(before), nested(now), 'way out')
         assert named(str(refused.value)) == [key] and str(refused.value).endswith('; way out')
     if key in configs.flatten(configs.Config()) and key not in MAY_CHANGE and key != 'model.norm_position':
         older = nested({name: value for name, value in RESOLVED.items() if name != key})
-        main._check_same_run('there', older, nested(RESOLVED), 'way out')
+        workdir.check_same_run('there', older, nested(RESOLVED), 'way out')
         with pytest.raises(UsageError, match=re.escape(f': {key} (was {RESOLVED[key]}, is {changed[key]})')):
-            main._check_same_run('there', older, nested(changed), 'way out')
+            workdir.check_same_run('there', older, nested(changed), 'way out')
 
 
 def test_a_key_that_is_not_known_here():
     """Of a work directory that a later version has begun."""
     with pytest.raises(UsageError, match=r'optim.new \(was 1, is None\)'):
-        main._check_same_run('there', nested(RESOLVED | {'optim.new': 1}), nested(RESOLVED), 'way out')
+        workdir.check_same_run('there', nested(RESOLVED | {'optim.new': 1}), nested(RESOLVED), 'way out')
 
 
 def test_accumulate_under_the_authors_means():
     """Which depend on how many micro-batches there are."""
     official = RESOLVED | {'compat': 'official'}
     with pytest.raises(UsageError, match=r'accumulate \(was 1, is 2\)'):
-        main._check_same_run('there', nested(official), nested(official | {'accumulate': 2}), 'way out')
+        workdir.check_same_run('there', nested(official), nested(official | {'accumulate': 2}), 'way out')
 
 
 def test_readme_lists_the_same():
@@ -99,7 +100,7 @@ def test_a_whole_refusal(tmp_path, capsys):
         'from mixln_jax import config\n\n\ndef get_config():\n    made = config.default()\n'
         f"    made.device, made.batch_size = 'cpu', 8\n    made.model.update({sizes})\n    return made\n"
     )
-    resolved = nested(configs.flatten(configs.build(configs.load(str(recipe)))) | {
+    resolved = nested(configs.flatten(configs.build(recipes.load(str(recipe)))) | {
         'model.norm_position': ['post', 'pre', 'pre'], 'model.layer_index': [1, 2, 3], 'model.depth': 3,
     })  # fmt: skip
     run = tmp_path / 'run'

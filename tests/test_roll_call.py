@@ -15,8 +15,12 @@ import strangers
 from strangers import free_port
 
 from mixln_jax import config as configs
-from mixln_jax import exits, main, processes, record, rollcall
-from mixln_jax.exits import ProcessLost, Stopped, UsageError
+from mixln_jax import main, recipes
+from mixln_jax.distributed import processes, rollcall
+from mixln_jax.models import llama
+from mixln_jax.runs import environment, workdir
+from mixln_jax.system import signals
+from mixln_jax.system.errors import ProcessLost, Stopped, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -230,24 +234,24 @@ class TestSecret:
         values, recipe = built(**{'processes.secret': '8642'}), tmp_path / 'recipe.py'
         config = configs.build(values)
         assert config.processes.secret == '8642'
-        shown = [repr(config), json.dumps(main._resolved(config, main.llama.from_config(config.model)))]
+        shown = [repr(config), json.dumps(workdir.resolved_config(config, llama.from_config(config.model)))]
         assert '"secret": ""' in shown[1]
         recipe.write_text(
             'from mixln_jax import config\n\n\ndef get_config():\n    made = config.default()\n'
             '    made.processes.secret = 8642\n    return made\n'
         )
-        for job in (lambda: configs.load(str(recipe)), lambda: configs.build({'processes': {'secret': 8642}})):
+        for job in (lambda: recipes.load(str(recipe)), lambda: configs.build({'processes': {'secret': 8642}})):
             with pytest.raises(UsageError, match='secret must be') as refused:
                 job()
             shown.append(str(refused.value))
         with pytest.raises(UsageError, match="unexpected argument '--processes.secret', did you mean"):
-            configs.overrides(['--processes.secret=8642'])
-        assert not any('8642' in text for text in [*shown, configs.help_text(values)])
+            recipes.overrides(['--processes.secret=8642'])
+        assert not any('8642' in text for text in [*shown, recipes.help_text(values)])
 
     @pytest.mark.parametrize('words', [['--config.processes.secret=86 42'], ['--config.processes.secret', '8642']])
     def test_is_no_part_of_the_command_that_is_kept(self, monkeypatch, words):
         monkeypatch.setattr('sys.argv', ['main', *words, '--config.seed=1'])
-        command = record.environment(jax.devices())['command']
+        command = environment.environment(jax.devices())['command']
         assert '42' not in str(command) and 'processes.secret' in str(command) and command[-1] == '--config.seed=1'
 
 
@@ -273,7 +277,7 @@ class TestSignals:
             monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **__: time.sleep(3))
         elif within != 'roll call':
             monkeypatch.setattr(socket, 'getaddrinfo', lambda *_, **__: time.sleep(3))
-        stop = exits.Stop()
+        stop = signals.Stop()
         before = signal.signal(by, stop._handle)
         begun = time.monotonic()
         threading.Timer(0.1, os.kill, (os.getpid(), by)).start()

@@ -10,7 +10,7 @@ from corpora import T, Texts, all_tokens, assert_same, open_, prepare_to, two_fi
 from mixln_jax import config
 from mixln_jax.data import layout, prepared, rows, tokenizers
 from mixln_jax.data.layout import Block, Layout
-from mixln_jax.exits import DataError, UsageError
+from mixln_jax.system.errors import DataError, UsageError
 
 PAD, EOS = 0, 1
 EDGES = [0, 1, 2, T - 1, T, T + 1, 2 * T, 3 * T + 1]

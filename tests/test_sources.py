@@ -21,8 +21,8 @@ import pytest
 from corpora import documents, fields, write
 
 from mixln_jax import config
-from mixln_jax.data import files, sources
-from mixln_jax.exits import DataError
+from mixln_jax.data import sources, text_files
+from mixln_jax.system.errors import DataError
 
 
 def options(path, source='jsonl'):
@@ -37,7 +37,7 @@ class TestReader:
     @pytest.mark.parametrize('name', ['a.jsonl', 'a.json', 'c4.00000.json.gz'])
     def test_jsonl(self, tmp_path, name):
         texts = [f'Text {i}, größer 🙂\u2028\n' for i in range(50)]
-        records = list(files.Reader('jsonl', str(write(tmp_path / name, texts))))
+        records = list(text_files.Reader('jsonl', str(write(tmp_path / name, texts))))
         assert records == [(i + 1, {'text': text} | fields(i)) for i, text in enumerate(texts)]
 
     def test_text_loses_nothing(self, tmp_path):
@@ -45,36 +45,36 @@ class TestReader:
         content = ''.join(paragraphs)
         (tmp_path / 'a.txt').write_bytes(content.encode())
         (tmp_path / 'a.txt.gz').write_bytes(gzip.compress(content.encode()))
-        records = list(files.Reader('text', str(tmp_path / 'a.txt')))
+        records = list(text_files.Reader('text', str(tmp_path / 'a.txt')))
         pieces = [record['text'] for _, record in records]
         assert ''.join(pieces) == content
-        assert len(pieces) > 3 and all(len(piece) >= files.PIECE for piece in pieces)
+        assert len(pieces) > 3 and all(len(piece) >= text_files.PIECE for piece in pieces)
         assert [line for line, _ in records] == [
             1 + ''.join(pieces[:i]).count('\n') for i in range(len(pieces))
         ]  # where each begins
-        assert list(files.Reader('text', str(tmp_path / 'a.txt.gz'))) == records
+        assert list(text_files.Reader('text', str(tmp_path / 'a.txt.gz'))) == records
 
     def test_text_without_blank_lines_is_cut_all_the_same(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(files, 'LONGEST', 5000)
+        monkeypatch.setattr(text_files, 'LONGEST', 5000)
         (tmp_path / 'a.txt').write_text('ten letters\n' * 1000)
-        lengths = [len(record['text']) for _, record in files.Reader('text', str(tmp_path / 'a.txt'))]
+        lengths = [len(record['text']) for _, record in text_files.Reader('text', str(tmp_path / 'a.txt'))]
         assert sum(lengths) == 12_000 and lengths[0] == 5004 and all(length < 10_008 for length in lengths)
 
     def test_a_byte_order_mark_is_no_text(self, tmp_path):
         (tmp_path / 'a').write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
-        assert list(files.Reader('jsonl', str(tmp_path / 'a'))) == [(1, {'text': 'a'})]
+        assert list(text_files.Reader('jsonl', str(tmp_path / 'a'))) == [(1, {'text': 'a'})]
         (tmp_path / 'a').write_text('\ufeffone\n\ufefftwo\n')
-        assert list(files.Reader('text', str(tmp_path / 'a'))) == [(1, {'text': 'one\n\ufefftwo\n'})]
+        assert list(text_files.Reader('text', str(tmp_path / 'a'))) == [(1, {'text': 'one\n\ufefftwo\n'})]
 
     @pytest.mark.parametrize('kind', ['jsonl', 'text'])
     def test_a_long_line(self, tmp_path, kind):
         text = 'größer ' * 2_500_000
         (tmp_path / 'a').write_text(json.dumps({'text': text}, ensure_ascii=False) if kind == 'jsonl' else text)
-        [(line, record)] = files.Reader(kind, str(tmp_path / 'a'))
+        [(line, record)] = text_files.Reader(kind, str(tmp_path / 'a'))
         assert line == 1 and record['text'] == text
 
     def test_documents_without_text_are_counted(self, tmp_path):
-        reader = files.Reader('jsonl', str(write(tmp_path / 'a.jsonl', ['a', '', ' \n', 'b', '\u00a0'])))
+        reader = text_files.Reader('jsonl', str(write(tmp_path / 'a.jsonl', ['a', '', ' \n', 'b', '\u00a0'])))
         assert [(line, record['text']) for line, record in reader] == [(1, 'a'), (4, 'b')]
         assert (reader.empty, reader.bad) == (3, 0)
 
@@ -82,7 +82,7 @@ class TestReader:
     def test_position(self, tmp_path, name):
         rng = np.random.default_rng(0)
         path = write(tmp_path / name, [rng.bytes(5000).hex() for _ in range(500)])
-        reader = files.Reader('jsonl', str(path))
+        reader = text_files.Reader('jsonl', str(path))
         positions = [reader.position, *(reader.position for _ in reader)]
         assert positions == sorted(positions) and positions[0] == 0 and len(set(positions)) > 3
         assert reader.position == path.stat().st_size
@@ -105,19 +105,19 @@ class TestReader:
         path = tmp_path / 'bad.jsonl'
         path.write_bytes(content)
         with pytest.raises(DataError, match=f'^{path}{message}') as caught:
-            list(files.Reader('jsonl', str(path)))
+            list(text_files.Reader('jsonl', str(path)))
         assert '\n' not in str(caught.value)
         path.write_bytes(content + b'\n' + self.GOOD)
-        reader = files.Reader('jsonl', str(path), skip_bad=1)
+        reader = text_files.Reader('jsonl', str(path), skip_bad=1)
         assert {record['text'] for _, record in reader} == {'good'}
         assert reader.bad == 1 and reader.skipped == [str(caught.value)]
 
     def test_so_many_bad_lines_are_skipped_and_no_more(self, tmp_path):
         (tmp_path / 'a.jsonl').write_bytes((self.GOOD + b'{\n') * 7)
-        reader = files.Reader('jsonl', str(tmp_path / 'a.jsonl'), skip_bad=7)
+        reader = text_files.Reader('jsonl', str(tmp_path / 'a.jsonl'), skip_bad=7)
         assert [line for line, _ in reader] == [1, 3, 5, 7, 9, 11, 13]
         assert reader.bad == 7 and len(reader.skipped) == 5
-        reader, lines = files.Reader('jsonl', str(tmp_path / 'a.jsonl'), skip_bad=6), []
+        reader, lines = text_files.Reader('jsonl', str(tmp_path / 'a.jsonl'), skip_bad=6), []
         with pytest.raises(DataError, match=':14: not JSON'):
             lines.extend(line for line, _ in reader)
         assert len(lines) == 7
@@ -125,8 +125,8 @@ class TestReader:
     def test_bad_text(self, tmp_path):
         (tmp_path / 'bad.txt').write_bytes(b'good\n' * 6 + b'caf\xe9\n' + b'more')
         with pytest.raises(DataError, match=r'bad.txt:7: not UTF-8.* byte 3 '):
-            list(files.Reader('text', str(tmp_path / 'bad.txt')))
-        reader = files.Reader('text', str(tmp_path / 'bad.txt'), skip_bad=1)
+            list(text_files.Reader('text', str(tmp_path / 'bad.txt')))
+        reader = text_files.Reader('text', str(tmp_path / 'bad.txt'), skip_bad=1)
         assert list(reader) == [(1, {'text': 'good\n' * 6 + 'more'})]
 
     NO_FIELD = '2 malformed lines, the first of them 2: no field `text` that is a string (fields: content)'
@@ -146,14 +146,14 @@ class TestReader:
     def test_no_text_at_all(self, tmp_path, kind, content, why, packed):
         (tmp_path / 'a').write_bytes(gzip.compress(content) if packed else content)
         with pytest.raises(DataError) as caught:
-            list(files.Reader(kind, str(tmp_path / 'a'), skip_bad=2))
+            list(text_files.Reader(kind, str(tmp_path / 'a'), skip_bad=2))
         assert str(caught.value) == f'{tmp_path}/a: no text in this file: {why}'
 
     def test_gzip_is_told_by_its_first_bytes(self, tmp_path):
         for name in ('a.json', 'a.txt', 'a.JSONL.GZ', 'a.jsonl.gz'):
             (tmp_path / name).write_bytes(gzip.compress(self.GOOD * 2))
-            assert [line for line, _ in files.Reader('jsonl', str(tmp_path / name))] == [1, 2]
-            assert list(files.Reader('text', str(tmp_path / name))) == [(1, {'text': (self.GOOD * 2).decode()})]
+            assert [line for line, _ in text_files.Reader('jsonl', str(tmp_path / name))] == [1, 2]
+            assert list(text_files.Reader('text', str(tmp_path / name))) == [(1, {'text': (self.GOOD * 2).decode()})]
 
     FORMS = 'the source jsonl reads an object with a field `text` a line, the source text plain text'
     OTHERS = {
@@ -169,7 +169,7 @@ class TestReader:
     def test_what_is_no_jsonl_is_told_what_is(self, tmp_path, content, message):
         (tmp_path / 'a.json').write_text(content)
         with pytest.raises(DataError, match=f'^{tmp_path}/a.json:{message}'):
-            list(files.Reader('jsonl', str(tmp_path / 'a.json')))
+            list(text_files.Reader('jsonl', str(tmp_path / 'a.json')))
 
     @staticmethod
     def packed(how, content, path):
@@ -203,12 +203,12 @@ class TestReader:
         """Whatever their names, and none of their bytes is skipped as malformed."""
         path = self.packed(how, self.GOOD * 3, tmp_path / 'a.jsonl')
         with pytest.raises(DataError, match=f'^{path} is .*{how.removesuffix(".gz")}.*; (unpack|write) it'):
-            list(files.Reader(kind, path, skip_bad=10**9))
+            list(text_files.Reader(kind, path, skip_bad=10**9))
 
     @pytest.mark.parametrize('begin', ['BZh91', 'PK', 'PAR1 and PAR2', '7z', 'ustar', 'ARROW1', '\u04ff'])
     def test_texts_that_begin_like_them_are_read(self, tmp_path, begin):
         (tmp_path / 'a').write_text(begin)
-        assert list(files.Reader('text', str(tmp_path / 'a'))) == [(1, {'text': begin})]
+        assert list(text_files.Reader('text', str(tmp_path / 'a'))) == [(1, {'text': begin})]
 
     WHOLE = gzip.compress(GOOD * 2 + b'{"text": "%s"}\n' % np.random.default_rng(0).bytes(50_000).hex().encode())
     BAD_GZIP = {
@@ -226,22 +226,22 @@ class TestReader:
     def test_bad_gzip_is_never_skipped(self, tmp_path, kind, content, line, skip_bad):
         (tmp_path / 'bad.json.gz').write_bytes(content)
         with pytest.raises(DataError, match=f'bad.json.gz{line}: cannot be read'):
-            list(files.Reader(kind, str(tmp_path / 'bad.json.gz'), skip_bad))
+            list(text_files.Reader(kind, str(tmp_path / 'bad.json.gz'), skip_bad))
 
     def test_gzip_cut_short_anywhere(self, tmp_path):
         path, member = tmp_path / 'a.json.gz', gzip.compress(self.GOOD * 2)
         path.write_bytes(2 * member)
-        assert [line for line, _ in files.Reader('jsonl', str(path))] == [1, 2, 3, 4]
+        assert [line for line, _ in text_files.Reader('jsonl', str(path))] == [1, 2, 3, 4]
         for length in set(range(2 * len(member))) - {len(member)}:
             path.write_bytes((2 * member)[:length])
             with pytest.raises(DataError, match='a.json.gz.*: cannot be read' if length else 'no text'):
-                list(files.Reader('jsonl', str(path), skip_bad=1))
+                list(text_files.Reader('jsonl', str(path), skip_bad=1))
 
     @pytest.mark.skipif(not pathlib.Path('/proc/self/mem').exists(), reason='needs a file that opens and is unreadable')
     @pytest.mark.parametrize('path', ['/proc/self/mem', '/proc/self', '/proc/none'])
     def test_unreadable(self, path):
         with pytest.raises(DataError, match=f'{path}: cannot be read'):
-            list(files.Reader('text', path))
+            list(text_files.Reader('text', path))
 
 
 class TestBounds:
@@ -255,9 +255,9 @@ class TestBounds:
         path = tmp_path / ('a.gz' if packed else 'a')
         path.write_bytes(gzip.compress(content, 1) if packed else content)
         with pytest.raises(DataError, match=rf'^{path}:2: more than 100,000 bytes in a line; data.prepare .*--max_doc'):
-            list(files.Reader(kind, str(path), largest=10**5))
+            list(text_files.Reader(kind, str(path), largest=10**5))
         tracemalloc.start()
-        reader = files.Reader(kind, str(path), skip_bad=1, largest=10**5)
+        reader = text_files.Reader(kind, str(path), skip_bad=1, largest=10**5)
         found = ''.join(record['text'] for _, record in reader)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
@@ -267,24 +267,24 @@ class TestBounds:
     def test_the_longest_line(self, end, tmp_path):
         (tmp_path / 'a').write_bytes(b'abc' + end)
         length = 3 + len(end)
-        assert len(list(files.Reader('text', str(tmp_path / 'a'), largest=length))) == 1
+        assert len(list(text_files.Reader('text', str(tmp_path / 'a'), largest=length))) == 1
         with pytest.raises(DataError, match=f'a:1: more than {length - 1} bytes'):
-            list(files.Reader('text', str(tmp_path / 'a'), largest=length - 1))
+            list(text_files.Reader('text', str(tmp_path / 'a'), largest=length - 1))
 
     @pytest.mark.parametrize('source', ['jsonl', 'text'])
     def test_regular_files_only(self, source, tmp_path):
         os.mkfifo(tmp_path / 'pipe')
         for path, what in ((tmp_path / 'pipe', 'a pipe'), ('/dev/zero', 'a device')):
             with pytest.raises(DataError, match=f'{path}: cannot be read: it is {what}, not a file'):
-                files.of_source(source, str(path))
+                text_files.of_source(source, str(path))
             with pytest.raises(DataError, match=f'it is {what}'):
-                list(files.Reader(source, str(path)))
+                list(text_files.Reader(source, str(path)))
 
     @pytest.mark.parametrize('line', [b'[' * 10**6, b'{"text":' * 10**5, b'{"text": %s}' % (b'9' * 5000)])
     def test_odd_json(self, line, tmp_path):
         (tmp_path / 'a').write_bytes(line)
         with pytest.raises(DataError, match='a:1: '):
-            list(files.Reader('jsonl', str(tmp_path / 'a')))
+            list(text_files.Reader('jsonl', str(tmp_path / 'a')))
 
 
 def test_a_thread_that_panics_is_heard():
@@ -295,7 +295,7 @@ def test_a_thread_that_panics_is_heard():
         raise Panic
 
     with pytest.raises(Panic):
-        files.each(5, fail, [1])
+        text_files.each(5, fail, [1])
 
 
 class TestPaths:
@@ -304,8 +304,8 @@ class TestPaths:
         for name in names:
             pathlib.Path(name).touch()
         monkeypatch.setenv('HOME', str(tmp_path))
-        assert files.paths(f'{tmp_path}/*') == names
-        assert files.paths(f'~/c[1].txt, {tmp_path}/b.txt,~/[ab].txt,') == names
+        assert text_files.paths(f'{tmp_path}/*') == names
+        assert text_files.paths(f'~/c[1].txt, {tmp_path}/b.txt,~/[ab].txt,') == names
 
     @pytest.mark.parametrize(
         'patterns, message',
@@ -326,7 +326,7 @@ class TestPaths:
         (tmp_path / 'a').touch()
         (tmp_path / 'nowhere').symlink_to(tmp_path / 'none')
         with pytest.raises(DataError, match=message):
-            files.paths(patterns.replace('{}', str(tmp_path)))
+            text_files.paths(patterns.replace('{}', str(tmp_path)))
 
     NAMES = ['a.txt', './a.txt', '{}/a.txt', 'folder/../a.txt', '~/a.txt', 'link.txt', 'hard.txt', 'linked/a.txt',
              'a.*', '[a]*.txt', '**/a.txt', './a.txt,a.txt']  # fmt: skip
@@ -343,7 +343,7 @@ class TestPaths:
         monkeypatch.setenv('HOME', str(tmp_path))
         name = name.replace('{}', str(tmp_path))
         for patterns in (f'b.txt,a.txt,{name}', f'{name},a.txt,./b.txt'):
-            found = files.paths(patterns)
+            found = text_files.paths(patterns)
             assert [pathlib.Path(path).resolve().samefile(tmp_path / 'a.txt') for path in found] in (
                 [True, False],
                 [False, True],
@@ -352,9 +352,9 @@ class TestPaths:
 
     def test_allow_open(self, open_files):
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
-        files.allow_open(100)
+        text_files.allow_open(100)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1124, before[1])
-        files.allow_open(50)
+        text_files.allow_open(50)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1124, before[1])
 
 
@@ -390,10 +390,10 @@ class TestKinds:
     )
     def test_by_name_else_by_the_first_line(self, tmp_path, name, content, kind):
         (tmp_path / name).write_text(content)
-        assert files.kind(str(tmp_path / name)) == kind
+        assert text_files.kind(str(tmp_path / name)) == kind
         if not name.lower().endswith('.gz'):
             (tmp_path / name).write_bytes(gzip.compress(content.encode()))
-            assert files.kind(str(tmp_path / name)) == kind
+            assert text_files.kind(str(tmp_path / name)) == kind
 
     def test_a_source_of_text_refuses_json(self, tmp_path):
         (tmp_path / 'a.txt').write_text('One text.\n' * 1000)
@@ -405,23 +405,31 @@ class TestKinds:
 
     def test_one_kind_at_a_time(self, tmp_path):
         names = [str(write(tmp_path / name, ['x'])) for name in ('a.json', 'b.ndjson', 'c')]
-        assert files.kind_of_all(names) == 'jsonl'
+        assert text_files.kind_of_all(names) == 'jsonl'
         (tmp_path / 'README').write_text('About a, b and c.')
-        assert files.kind_of_all([f'{tmp_path}/README']) == 'text'
+        assert text_files.kind_of_all([f'{tmp_path}/README']) == 'text'
         with pytest.raises(
             DataError, match=f'{names[0]} is JSON lines and {tmp_path}/README plain text; name files of'
         ):
-            files.kind_of_all([*names, f'{tmp_path}/README'])
+            text_files.kind_of_all([*names, f'{tmp_path}/README'])
 
 
 class TestEach:
     def test_answers_in_order(self, monkeypatch):
-        monkeypatch.setattr(files, 'AT_ONCE', 3)
-        assert files.each(None, lambda i: time.sleep(0.001 * (7 - i)) or i * i, range(7)) == [0, 1, 4, 9, 16, 25, 36]
-        assert files.each(None, str, []) == []
+        monkeypatch.setattr(text_files, 'AT_ONCE', 3)
+        assert text_files.each(None, lambda i: time.sleep(0.001 * (7 - i)) or i * i, range(7)) == [
+            0,
+            1,
+            4,
+            9,
+            16,
+            25,
+            36,
+        ]
+        assert text_files.each(None, str, []) == []
 
     def test_an_error_ends_the_others(self, monkeypatch):
-        monkeypatch.setattr(files, 'AT_ONCE', 1)
+        monkeypatch.setattr(text_files, 'AT_ONCE', 1)
         done = []
 
         def work(i):
@@ -430,24 +438,24 @@ class TestEach:
                 raise ValueError('two')
 
         with pytest.raises(ValueError, match='two'):
-            files.each(None, work, range(10_000))
+            text_files.each(None, work, range(10_000))
         assert done == [0, 1, 2]
 
     def test_no_answer_names_what_was_asked(self):
         free = threading.Event()
-        with pytest.raises(files.NoAnswer, match=r'^no answer within 0.2 s$') as caught:
-            files.each(0.2, lambda i: free.wait() if i in (3, 5) else i, range(40))
+        with pytest.raises(text_files.NoAnswer, match=r'^no answer within 0.2 s$') as caught:
+            text_files.each(0.2, lambda i: free.wait() if i in (3, 5) else i, range(40))
         assert caught.value.item == 3
         free.set()
 
     def test_as_long_as_some_end_the_others_may_take_their_time(self, monkeypatch):
-        monkeypatch.setattr(files, 'AT_ONCE', 1)
-        assert files.each(1.0, lambda i: time.sleep(0.2) or i, range(8)) == list(range(8))
+        monkeypatch.setattr(text_files, 'AT_ONCE', 1)
+        assert text_files.each(1.0, lambda i: time.sleep(0.2) or i, range(8)) == list(range(8))
 
     def test_threads_end(self):
         before = threading.active_count()
         for _ in range(50):
-            files.each(10, str, range(8))
+            text_files.each(10, str, range(8))
         deadline = time.monotonic() + 10
         while threading.active_count() > before:
             assert time.monotonic() < deadline
@@ -540,7 +548,7 @@ class TestTexts:
     def test_both_splits_come_from_one_reading(self, tmp_path, monkeypatch):
         opened = []
         monkeypatch.setattr(
-            files, 'Reader', lambda *args: opened.append(args) or [(1, {'text': 'a'}), (2, {'text': 'b'})]
+            text_files, 'Reader', lambda *args: opened.append(args) or [(1, {'text': 'a'}), (2, {'text': 'b'})]
         )
         (tmp_path / 'a.jsonl').touch()
         assert sorted(both(options(tmp_path / 'a.jsonl'))) == ['a', 'b']

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from mixln_jax import squad
-from mixln_jax.exits import CheckpointError, DataError, NumericsError, UsageError
-from mixln_jax.models import hf_bert
+from mixln_jax.data import squad
+from mixln_jax.models.hf import bert as hf_bert
+from mixln_jax.system.errors import CheckpointError, DataError, NumericsError, UsageError
+from mixln_jax.tasks import question_answering
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/squad'
 WORDS = ('a', 'the', 'who', 'ran', 'red', 'cat', 'dog', 'sat', 'on', 'mat', 'then', 'slept', '.', ',', 'big')
@@ -194,7 +195,9 @@ class TestFeatures:
         )
         assert tokens(features, 0) == ['[CLS]', 'who', '[SEP]', '[SEP]', *['[PAD]'] * 5]
         start, end = np.ones((2, 1, 9))
-        assert squad.best_answers(start, end, features, [squad.Example('', 'who', '', ('a',), False)]) == ['']
+        assert question_answering.best_answers(start, end, features, [squad.Example('', 'who', '', ('a',), False)]) == [
+            ''
+        ]
 
     @pytest.mark.parametrize('sizes', [(11, 8, 8), (24, 0, 8), (24, 8, 0)])
     def test_sizes(self, folder, sizes):
@@ -217,20 +220,20 @@ class TestScores:
         examples, features = three
         start, end = self.logits((1, 2), (12, 15), (17, 17))
         start[2, 5 + 17] = end[2, 5 + 17] = 1.5  # less than at [CLS]
-        texts = squad.best_answers(start, end, features, examples)
+        texts = question_answering.best_answers(start, end, features, examples)
         assert texts == ['big cat', '.  Then the dog', '']
-        found = squad.scores(texts, examples)
+        found = question_answering.scores(texts, examples)
         # 'then dog' against 'dog', without article and full stop: precision 1/2, recall 1.
         np.testing.assert_allclose(found['exact_match'], [1, 0, 1], rtol=0, atol=0)
         np.testing.assert_allclose(found['f1'], [1, 2 / 3, 1], rtol=1e-15)
 
     def test_an_answer_where_there_is_none(self, three):
         examples, features = three
-        texts = squad.best_answers(*self.logits((0, 3), (14, 15), (17, 17)), features, examples)
+        texts = question_answering.best_answers(*self.logits((0, 3), (14, 15), (17, 17)), features, examples)
         assert texts == ['The big cat,', 'the dog', '.']
-        found = squad.scores(texts, examples)
+        found = question_answering.scores(texts, examples)
         np.testing.assert_array_equal(found['exact_match'], [1, 1, 1])  # '.' has no words, which is no answer
-        found = squad.scores(['cat sat', 'mat', 'red'], examples)
+        found = question_answering.scores(['cat sat', 'mat', 'red'], examples)
         np.testing.assert_allclose(found['f1'], [2 / 3, 0, 0])
         np.testing.assert_array_equal(found['exact_match'], [0, 0, 0])
 
@@ -239,16 +242,16 @@ class TestScores:
         examples, features = three
         start, end = self.logits((6, 2), (0, 16), (1, 1))
         start[0, 5 + 1], start[1, 5 + 15], start[2, 2] = 3, 2, 9
-        monkeypatch.setattr(squad, 'LONGEST', 16)
-        assert squad.best_answers(start, end, features, examples) == ['big cat', 'dog ran', 'big']
+        monkeypatch.setattr(question_answering, 'LONGEST', 16)
+        assert question_answering.best_answers(start, end, features, examples) == ['big cat', 'dog ran', 'big']
         features.begins[0, 6] = False
-        assert squad.best_answers(start, end, features, examples)[0] == 'cat'
+        assert question_answering.best_answers(start, end, features, examples)[0] == 'cat'
 
     def test_no_answer_only_in_files_that_have_such(self, three):
         examples, features = three
         start, end = self.logits((1, 2), (14, 15), (17, 17))
         start[:, 0] = end[:, 0] = 9
-        assert squad.best_answers(start, end, features, examples) == ['big cat', 'the dog', '']
+        assert question_answering.best_answers(start, end, features, examples) == ['big cat', 'the dog', '']
 
     @pytest.mark.parametrize(
         'first, second, answer',
@@ -271,17 +274,17 @@ class TestScores:
         at = tokens(features, 1).index('dog')
         assert features.begins[1, at - 1]
         start[1, at - 1], end[1, at] = 1.0, 3.0
-        assert squad.best_answers(start, end, features, [example]) == [answer]
+        assert question_answering.best_answers(start, end, features, [example]) == [answer]
 
     def test_the_n_best(self, three, monkeypatch):
         """A pair of which one is not among them is not looked at."""
         examples, features = three
         start, end = self.logits((6, 2), (14, 15), (17, 17))
         start[0, 5 + 1] = 1
-        monkeypatch.setattr(squad, 'N_BEST', 2)
-        assert squad.best_answers(start, end, features, examples)[0] == ''
-        monkeypatch.setattr(squad, 'N_BEST', 3)
-        assert squad.best_answers(start, end, features, examples)[0] == 'big cat'
+        monkeypatch.setattr(question_answering, 'N_BEST', 2)
+        assert question_answering.best_answers(start, end, features, examples)[0] == ''
+        monkeypatch.setattr(question_answering, 'N_BEST', 3)
+        assert question_answering.best_answers(start, end, features, examples)[0] == 'big cat'
 
     @pytest.mark.parametrize(
         'text, gold, exact, f1',
@@ -295,7 +298,10 @@ class TestScores:
         ],
     )
     def test_words(self, text, gold, exact, f1):
-        assert (squad.exact_match(text, gold), squad.f1(text, gold)) == (exact, pytest.approx(f1))
+        assert (question_answering.exact_match(text, gold), question_answering.f1(text, gold)) == (
+            exact,
+            pytest.approx(f1),
+        )
 
 
 @pytest.fixture(scope='module')
@@ -319,41 +325,45 @@ class TestGolden:
         examples, features, expected = made(version)
         for name in ('inputs', 'types', 'weights'):
             np.testing.assert_array_equal(getattr(features, name), expected[name])
-        start, end = squad.logits(*golden, features, batch_size=8)
+        start, end = question_answering.logits(*golden, features, batch_size=8)
         real = features.weights > 0
         np.testing.assert_allclose(start[real], np.array(expected['start'])[real], rtol=0, atol=1e-4)
         np.testing.assert_allclose(end[real], np.array(expected['end'])[real], rtol=0, atol=1e-4)
-        texts = squad.best_answers(start, end, features, examples)
+        texts = question_answering.best_answers(start, end, features, examples)
         assert dict(zip([example.id for example in examples], texts, strict=True)) == expected['predictions']
-        found = squad.evaluate(*golden, features, examples, batch_size=8)
+        found = question_answering.evaluate(*golden, features, examples, batch_size=8)
         for name in ('exact_match', 'f1'):
             assert found[name].shape == (8,)
             assert 100 * found[name].mean() == pytest.approx(expected[name], abs=1e-9)
-        assert 100 * squad.scores(['cat', *texts[1:]], examples)['f1'].mean() != pytest.approx(expected['f1'])
+        assert 100 * question_answering.scores(['cat', *texts[1:]], examples)['f1'].mean() != pytest.approx(
+            expected['f1']
+        )
 
     def test_another_network_gives_other_answers(self, golden):
         examples, features, expected = made('v1')
         model, params = golden
         moved = params | {'span': {name: leaf + 0.3 * np.cos(np.arange(leaf.size)).reshape(leaf.shape)
                                    for name, leaf in params['span'].items()}}  # fmt: skip
-        texts = squad.best_answers(*squad.logits(model, moved, features, 8), features, examples)
+        texts = question_answering.best_answers(
+            *question_answering.logits(model, moved, features, 8), features, examples
+        )
         assert texts != list(expected['predictions'].values())
 
     def test_one_program_whatever_is_removed(self, golden):
         examples, features, _ = made('v1')
-        whole = squad.evaluate(*golden, features, examples, batch_size=8)
-        programs = squad._logits._cache_size()
-        again = squad.evaluate(*golden, features, examples, batch_size=8, keep=[True] * 3)
+        whole = question_answering.evaluate(*golden, features, examples, batch_size=8)
+        programs = question_answering._logits._cache_size()
+        again = question_answering.evaluate(*golden, features, examples, batch_size=8, keep=[True] * 3)
         np.testing.assert_array_equal(again['f1'], whole['f1'])
-        full = squad.logits(*golden, features, 8)
+        full = question_answering.logits(*golden, features, 8)
         for layer in range(3):
-            start, end = squad.logits(*golden, features, 8, keep=np.arange(3) != layer)
+            start, end = question_answering.logits(*golden, features, 8, keep=np.arange(3) != layer)
             assert np.abs(start - full[0]).max() > 0.1
-        assert squad._logits._cache_size() == programs
+        assert question_answering._logits._cache_size() == programs
 
     def test_batches_of_another_size(self, golden):
         _, features, _ = made('v1')
-        one, other = (squad.logits(*golden, features, size) for size in (8, 34))
+        one, other = (question_answering.logits(*golden, features, size) for size in (8, 34))
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
     def test_rows_for_another_network(self, golden):
@@ -361,11 +371,11 @@ class TestGolden:
         model, params = golden
         features.inputs[3, 3] = 95
         with pytest.raises(UsageError, match='inputs up to 95, but the network has a table of 95'):
-            squad.evaluate(model, params, features, examples, 8)
+            question_answering.evaluate(model, params, features, examples, 8)
         features.inputs[3, 3] = 5
         broken = params | {'span': {'kernel': params['span']['kernel'] * np.nan, 'bias': params['span']['bias']}}
         with pytest.raises(NumericsError, match='logits of where answers begin and end are not finite'):
-            squad.evaluate(model, broken, features, examples, 8)
+            question_answering.evaluate(model, broken, features, examples, 8)
         longer = squad.make_features(examples, squad.open_tokenizer(GOLDEN), 41, 10, 8)
         with pytest.raises(UsageError, match='rows of 41 tokens, but BERT has 40 positions'):
-            squad.evaluate(model, params, longer, examples, 8)
+            question_answering.evaluate(model, params, longer, examples, 8)

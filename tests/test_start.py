@@ -10,9 +10,12 @@ import pytest
 from corpora import write
 
 from mixln_jax import config as configs
-from mixln_jax import main, train, weights
-from mixln_jax.exits import CheckpointError, Stopped, UsageError
-from mixln_jax.models import hf, llama, norms
+from mixln_jax import main
+from mixln_jax.models import llama, placements
+from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.runs import weights
+from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
+from mixln_jax.training import loop
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
@@ -51,24 +54,24 @@ def folder(tmp_path_factory):
     """An exported Mix-LN network of other weights than any seed here gives."""
     path = tmp_path_factory.mktemp('exported') / 'folder'
     model = llama.from_config(configs.Model(norm_position='mix', **SIZES))
-    hf.save(path, model, jax.jit(model.init)(jax.random.key(77))['params'])
+    hf_llama.save(path, model, jax.jit(model.init)(jax.random.key(77))['params'])
     return path
 
 
 @pytest.fixture
 def begun(monkeypatch):
     """What runs begin with: [(first step, weights)]."""
-    found, fit = [], train.fit
+    found, fit = [], loop.fit
 
     def watched(state, *others, first, **options):
         found.append((first, jax.device_get(state.params)))
         return fit(state, *others, first=first, **options)
 
-    monkeypatch.setattr(train, 'fit', watched)
+    monkeypatch.setattr(loop, 'fit', watched)
     return found
 
 
-class StopAtTwo(main.exits.Stop):
+class StopAtTwo(main.stop.__class__):
     """A signal that comes in step 2."""
 
     def reached(self, step):
@@ -90,7 +93,7 @@ class TestInitFrom:
     def test_a_hugging_face_folder(self, corpus, folder, tmp_path, begun, mesh):
         main.run(recipe(corpus, init_from=f'hf:{folder}', **mesh), tmp_path)
         [(first, params)] = begun
-        assert first == 1 and equal(params, hf.load(folder)[1])
+        assert first == 1 and equal(params, hf_llama.load(folder)[1])
         lines = lines_of(tmp_path)
         assert [line['step'] for line in lines] == [1, 2, 3, 4] and lines[-1]['train/loss'] < lines[0]['train/loss']
         assert json.loads((tmp_path / 'config.json').read_text())['init_from'] == f'hf:{folder}'
@@ -105,7 +108,7 @@ class TestInitFrom:
     def test_weights_in_bfloat16(self, corpus, folder, tmp_path, begun):
         main.run(recipe(corpus, init_from=f'hf:{folder}', param_dtype='bfloat16', num_steps=1), tmp_path)
         [(_, params)] = begun
-        rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype('bfloat16'), hf.load(folder)[1])
+        rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype('bfloat16'), hf_llama.load(folder)[1])
         assert equal(params, rounded) and params['norm']['scale'].dtype == 'bfloat16'
 
     def test_an_own_checkpoint_comes_first(self, corpus, finished, folder, tmp_path, begun):
@@ -118,11 +121,13 @@ class TestInitFrom:
     @pytest.mark.parametrize('name', ['pre', 'post', 'mix', 'sandwich', 'lns', 'deepnorm_official'])
     def test_golden_folders(self, name):
         """The authors' folders do not say their placement: the run's is taken."""
-        placement = name if name in (*norms.PLACEMENTS, *norms.SCHEMES) else 'deepnorm'  # which has the same tensors
+        placement = (
+            name if name in (*placements.PLACEMENTS, *placements.SCHEMES) else 'deepnorm'
+        )  # which has the same tensors
         sizes = dict(vocab_size=128, hidden_size=32, intermediate_size=88, num_heads=4, num_layers=8)
         model = llama.from_config(configs.Model(norm_position=placement, **sizes))
         found = weights.initial(f'hf:{GOLDEN / name}', model)
-        assert equal(found, hf.load(GOLDEN / name, placement)[1])
+        assert equal(found, hf_llama.load(GOLDEN / name, placement)[1])
         assert jax.tree.map(np.shape, found) == jax.tree.map(lambda leaf: leaf.shape, model.shapes()['params'])
 
     @pytest.mark.parametrize(
@@ -152,10 +157,10 @@ class TestInitFrom:
     def test_removed_layers_have_other_constants(self, tmp_path):
         model = llama.from_config(configs.Model(norm_position='lns', **SIZES))
         params = jax.jit(model.init)(jax.random.key(0))['params']
-        hf.save(tmp_path / 'cut', model.clone(layer_index=(1, 3, 4), depth=4), params)
+        hf_llama.save(tmp_path / 'cut', model.clone(layer_index=(1, 3, 4), depth=4), params)
         with pytest.raises(UsageError, match='its layer 2 is layer 3 of 4, with other constants'):
             weights.initial(f'hf:{tmp_path / "cut"}', model)
-        hf.save(tmp_path / 'whole', model, params)
+        hf_llama.save(tmp_path / 'whole', model, params)
         assert equal(weights.initial(f'hf:{tmp_path / "whole"}', model), params)
 
     @pytest.mark.parametrize(
@@ -275,7 +280,7 @@ def test_networks_that_mean_something_else_by_their_weights(tmp_path, theirs, ou
         llama.from_config(configs.Model(norm_position='group_pre', **(SIZES | changes))) for changes in (theirs, ours)
     ]
     params = jax.jit(networks[0].init)(jax.random.key(0))['params']
-    hf.save(tmp_path / 'folder', networks[0], params)
+    hf_llama.save(tmp_path / 'folder', networks[0], params)
     if not message:
         found = weights.initial(f'hf:{tmp_path}/folder', networks[1])
         table = {'embedding': 4 * params['embed']['embedding']}  # times the root of the width

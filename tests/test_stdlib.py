@@ -10,7 +10,7 @@ from corpora import documents
 
 from mixln_jax import config
 from mixln_jax.data import sources, stdlib
-from mixln_jax.exits import DataError
+from mixln_jax.system.errors import DataError
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ import pytest
 import reference
 
 from mixln_jax import config as configs
-from mixln_jax import losses, optim, step, trees
+from mixln_jax import trees
+from mixln_jax.kernels import cross_entropy
 from mixln_jax.models import llama
+from mixln_jax.program import optim, step
 
 MODEL = configs.Model(
     vocab_size=11,
@@ -61,7 +63,7 @@ class TestLosses:
     @pytest.mark.parametrize('chunk', [1, 3, 6, 12, 21, 1000])
     def test_chunks_change_nothing(self, chunk):
         x, kernel, labels, weights = self.arrays()
-        total, count, aux = losses.token_losses(x, kernel, labels, weights, 13, chunk)
+        total, count, aux = cross_entropy.token_losses(x, kernel, labels, weights, 13, chunk)
         expected = self.full(x, kernel, labels, weights, 13)
         np.testing.assert_allclose(total, expected.sum(), rtol=1e-6)
         np.testing.assert_allclose(aux['token_loss'], expected, rtol=1e-5, atol=1e-6)
@@ -70,7 +72,9 @@ class TestLosses:
     @pytest.mark.parametrize('chunk', [3, 12, 1000])
     def test_gradient(self, chunk):
         x, kernel, labels, weights = self.arrays()
-        grad = jax.grad(lambda x, k: 3 * losses.token_losses(x, k, labels, weights, 13, chunk)[0], argnums=(0, 1))
+        grad = jax.grad(
+            lambda x, k: 3 * cross_entropy.token_losses(x, k, labels, weights, 13, chunk)[0], argnums=(0, 1)
+        )
         plain = jax.grad(
             lambda x, k: (
                 3 * (optax.softmax_cross_entropy_with_integer_labels((x @ k)[..., :13], labels) * weights).sum()
@@ -90,7 +94,7 @@ class TestLosses:
                 ((4, 64), 'float32'),
             )
         )
-        loss = lambda x, k, l, w: losses.token_losses(x, k, l, w, 500, chunk=16)[0]  # noqa: E731
+        loss = lambda x, k, l, w: cross_entropy.token_losses(x, k, l, w, 500, chunk=16)[0]  # noqa: E731
         jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, kernel, labels, weights)
         largest = max(np.prod(v.aval.shape) for e in jax.tree.leaves(list(equations(jaxpr.jaxpr))) for v in e.outvars)
         assert largest < 4 * 64 * 512

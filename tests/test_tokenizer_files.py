@@ -23,7 +23,7 @@ from vocabularies import KINDS, byte_level, content, open_file, prose, specials,
 
 from mixln_jax import config
 from mixln_jax.data import download, tokenizers, train_tokenizer
-from mixln_jax.exits import DataError
+from mixln_jax.system.errors import DataError
 
 # save and load
 

@@ -27,7 +27,7 @@ from vocabularies import (
 
 from mixln_jax import config
 from mixln_jax.data import tokenizers
-from mixln_jax.exits import DataError, UsageError
+from mixln_jax.system.errors import DataError, UsageError
 
 TEXTS = '', 'plain', 'one  two\n three', 'nul\0nul', 'größer 日本語', '🙂👩\u200d🚀', '</s> <pad><s>'
 
@@ -119,7 +119,7 @@ def whole(tokenizer, text):
 
 
 def content_of(tokenizer):
-    [body, *_] = tokenizer.files.values()
+    [body, *_] = tokenizer.contents.values()
     return body
 
 

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 import mixln_jax
-from mixln_jax import checkpoint, evaluate, export, main, weights
 from mixln_jax import config as configs
+from mixln_jax import evaluate, export, main, recipes
 from mixln_jax.analysis import angular, subjects
 from mixln_jax.data import inspect
-from mixln_jax.exits import CheckpointError, DataError, UsageError
-from mixln_jax.models import bert, hf
+from mixln_jax.models import bert
+from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.runs import checkpoint, weights
+from mixln_jax.system.errors import CheckpointError, DataError, UsageError
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,7 +34,7 @@ def run(tmp_path_factory):
         'model.num_layers': 3, 'model.hidden_size': 16, 'model.num_heads': 2, 'model.intermediate_size': 24,
         'mesh.data': 1, 'model.norm_position': 'post,pre*2', 'analysis.tokens': 0,
     }  # fmt: skip
-    main.run(configs.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()]), folder)
+    main.run(recipes.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()]), folder)
     return folder
 
 
@@ -236,7 +238,7 @@ class TestOneNameForPeople:
         logits, out = found.model.apply({'params': found.params}, np.zeros((1, 5), np.int32), capture=True)
         assert logits.shape == (1, 5, 259) and out['hidden'].shape == (4, 1, 5, 16)
         assert mixln_jax.load(run / 'checkpoints/2').step == 2
-        hf.save(tmp_path / 'out', found.model, found.params)
+        hf_llama.save(tmp_path / 'out', found.model, found.params)
         again = mixln_jax.load(tmp_path / 'out', compute_dtype='bfloat16')
         assert (again.step, again.config, again.model.compute_dtype) == (None, None, 'bfloat16')
         jax.tree.map(np.testing.assert_array_equal, again.params, found.params)
@@ -252,7 +254,7 @@ class TestOneNameForPeople:
     def test_who_opens_a_run_as_a_hugging_face_folder_hears_of_it(self, run):
         for path in (run, run / 'checkpoints/4'):
             with pytest.raises(UsageError, match=f'{path} is a run or .* of ours, which mixln_jax.load opens'):
-                hf.load(path)
+                hf_llama.load(path)
 
 
 class TestAnotherTokenizer:

@@ -14,8 +14,10 @@ pytestmark = pytest.mark.slow
 
 READ = """
 import multiprocessing, os, signal, sys, time
-from mixln_jax import config, exits
-from mixln_jax.data import batches, prepare, rows, tokenizers
+from mixln_jax import config
+from mixln_jax.data import batches, rows, tokenizers
+from mixln_jax.data.prepare import command as prepare
+from mixln_jax.system import cli
 
 class Texts(list):
     fingerprint = '0'
@@ -40,7 +42,7 @@ def job():
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
 if __name__ == '__main__':
-    sys.exit(exits.call(job))
+    sys.exit(cli.call(job))
 """
 HANGING = """
 if __name__ == '__main__':
@@ -63,8 +65,8 @@ def run(tmp_path, text, *words, **options):
     [
         'next(read(LARGE))',
         'next(read(Texts("abc")))',
-        'sys.exit(exits.call(next, read(LARGE)))',
-        'if exits.multiprocessing.parent_process(): sys.exit(3)\nnext(read(LARGE))',
+        'sys.exit(cli.call(next, read(LARGE)))',
+        'if multiprocessing.parent_process(): sys.exit(3)\nnext(read(LARGE))',
     ],
 )
 def test_a_script_without_a_guard(tmp_path, job):
@@ -79,7 +81,7 @@ def test_prepare_without_a_guard(tmp_path):
         (tmp_path / f'{number}.jsonl').write_text(''.join(lines))
     data = "config.Data(source='jsonl', path='*.jsonl', tokenizer='bytes')"
     job = f"prepare.prepare({data}, 'out', format='tokens', seq_length=16, workers=2)"
-    process = run(tmp_path, f'sys.exit(exits.call(lambda: {job}))')
+    process = run(tmp_path, f'sys.exit(cli.call(lambda: {job}))')
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2 and GUARD in errors.splitlines()[-1]
     assert 'Traceback' not in errors

@@ -10,7 +10,7 @@ import shutil
 
 from benchmarks.campaign.judging import expect, judged, refused
 from benchmarks.campaign.run import LAST, bits, contents
-from mixln_jax import checkpoint, weights
+from mixln_jax.runs import checkpoint, weights
 
 
 def load(base, run, codes):

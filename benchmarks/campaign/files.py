@@ -8,8 +8,10 @@ import numpy as np
 
 from benchmarks.campaign.judging import command, expect, judged
 from benchmarks.campaign.run import LAST, bits, contents, lines_of
-from mixln_jax import checkpoint, evaluate, export, report
+from mixln_jax import evaluate, export
 from mixln_jax.data import inspect
+from mixln_jax.report import command as report
+from mixln_jax.runs import checkpoint
 
 OTHERS = ('config.json', 'environment.json', 'metrics.jsonl', 'tokenizer/tokenizer.json', 'tokenizer/fingerprint.json')
 OTHERS += ('events.out.tfevents.*', '.lock')

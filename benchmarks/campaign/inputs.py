@@ -13,9 +13,14 @@ import strangers as visitors
 from benchmarks.campaign.judging import command, expect, judged, refused
 from benchmarks.campaign.run import QUICKSTART
 from mixln_jax import config as configs
-from mixln_jax import evaluate, exits, export, main, plan, replay, report, rollcall
+from mixln_jax import evaluate, export, main, recipes, replay
 from mixln_jax.analysis import angular, drop, gradients, variance
-from mixln_jax.data import inspect, prepare, train_tokenizer
+from mixln_jax.data import inspect, train_tokenizer
+from mixln_jax.data.prepare import command as prepare
+from mixln_jax.distributed import rollcall
+from mixln_jax.plan import command as plan
+from mixln_jax.report import command as report
+from mixln_jax.system import errors
 
 WORDS = (
     '',
@@ -87,13 +92,13 @@ WHOLE = {
 def called(job, *args):
     try:
         job(*args)
-    except (exits.Exit, Exception) as error:
+    except (errors.Exit, Exception) as error:
         return refused(error)
     return 'accepted'
 
 
 def overridden(key, word):
-    configs.build(configs.load(QUICKSTART, configs.overrides([f'--config.{key}={word}'])))
+    configs.build(recipes.load(QUICKSTART, recipes.overrides([f'--config.{key}={word}'])))
 
 
 def values(row, every):

@@ -5,7 +5,7 @@ import signal
 import sys
 import tempfile
 
-from mixln_jax import exits
+from mixln_jax.system import errors
 
 LIMIT = 60  # seconds that anything may take
 CODES = {2, 4, 5}
@@ -38,7 +38,7 @@ def judged(row, name, judge, *args, limit=LIMIT):
 
 def refused(error, codes=CODES):
     """The outcome of an exception, as a command ends with it."""
-    known = exits.known(error)
+    known = errors.known(error)
     expect(known.code in codes and str(known).strip(), f'{type(error).__name__}: {str(error)[:300]} -> {known.code}')
     return f'refused ({known.code})'
 

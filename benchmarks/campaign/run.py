@@ -15,9 +15,12 @@ import vocabularies
 
 from benchmarks.campaign import ROOT
 from benchmarks.campaign.judging import command
-from mixln_jax import checkpoint, exits, main
 from mixln_jax import config as configs
-from mixln_jax.program import Program
+from mixln_jax import main, recipes
+from mixln_jax.program.program import Program
+from mixln_jax.runs import checkpoint
+from mixln_jax.system import cli
+from mixln_jax.training import run as training
 
 QUICKSTART = str(ROOT / 'configs/quickstart.py')
 LAST = 3  # steps of the small run
@@ -38,8 +41,8 @@ def bits(tree):
     return digest.hexdigest()
 
 
-def lines_of(run):
-    read = map(json.loads, (run / 'metrics.jsonl').read_text(encoding='utf-8').splitlines())
+def lines_of(workdir):
+    read = map(json.loads, (workdir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines())
     return [{name: value for name, value in line.items() if not name.startswith('perf/')} for line in read]
 
 
@@ -63,7 +66,7 @@ class Base:
         self.train(self.run)
         self.train(self.other, 'other.json', 1)
         self.values = configs.build(self.config())
-        self.like = Program(self.values, main._start_jax(self.values)).state
+        self.like = Program(self.values, training._start_jax(self.values)).state
         self.states, self.about, self.params = {}, {}, {}
         with contextlib.closing(checkpoint.Checkpoints(self.run / 'checkpoints', read_only=True)) as kept:
             for step in range(1, LAST + 1):
@@ -72,11 +75,11 @@ class Base:
 
     def config(self, tokenizer='tokenizer.json', seed=0):
         words = [*self.words, f'--config.data.tokenizer_path={self.folder / tokenizer}', f'--config.seed={seed}']
-        return configs.load(QUICKSTART, configs.overrides(words))
+        return recipes.load(QUICKSTART, recipes.overrides(words))
 
     def train(self, workdir, *args):
         """What a command says of a start in `workdir`."""
-        return command(exits.call, main.run, self.config(*args), workdir)[0]
+        return command(cli.call, main.run, self.config(*args), workdir)[0]
 
     @contextlib.contextmanager
     def copy(self):

@@ -8,7 +8,8 @@ import time
 import test_signals
 
 from benchmarks.campaign.judging import Broken, expect, judged
-from mixln_jax import checkpoint, exits
+from mixln_jax.runs import checkpoint
+from mixln_jax.system import errors
 
 
 def half_written(folder):
@@ -82,7 +83,7 @@ def signalled(run, phase, number):
     time.sleep(0.3 if phase in ('imports', 'compilation') else 0.01)
     process.send_signal(number)
     code, said = process.wait(), log.read_text(encoding='utf-8')[offset:]
-    expect(code == exits.STOPPED and 'Traceback' not in said, f'exit {code}: {said[-300:]}')
+    expect(code == errors.STOPPED and 'Traceback' not in said, f'exit {code}: {said[-300:]}')
     expect(f'stopped by {number.name}; run the same' in said.splitlines()[-1], said[-300:])
     return 'stopped (75)'
 

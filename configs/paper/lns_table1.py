@@ -3,7 +3,7 @@
 python -m mixln_jax.main --config configs/paper/lns_table1.py:130m_lns --config.data.data_dir=data
 """
 
-from mixln_jax import config
+from mixln_jax import recipes
 
 TOKENS = {'130m': 2.2e9, '250m': 3.9e9, '350m': 6.0e9, '1b': 8.9e9}
 PERPLEXITY = {
@@ -21,4 +21,4 @@ CELLS = {
 
 
 def get_config(cell=''):
-    return config.cell(__file__, 'LNS Table 1', CELLS, TOKENS, cell)
+    return recipes.cell(__file__, 'LNS Table 1', CELLS, TOKENS, cell)

@@ -3,7 +3,7 @@
 python -m mixln_jax.main --config configs/paper/mixln_table1.py:71m_mix --config.data.data_dir=data
 """
 
-from mixln_jax import config
+from mixln_jax import recipes
 
 TOKENS = {'71m': 1.1e9, '130m': 2.2e9, '250m': 3.9e9, '1b': 5.0e9}
 PERPLEXITY = {
@@ -20,4 +20,4 @@ CELLS = {
 
 
 def get_config(cell=''):
-    return config.cell(__file__, 'Mix-LN Table 1', CELLS, TOKENS, cell)
+    return recipes.cell(__file__, 'Mix-LN Table 1', CELLS, TOKENS, cell)

@@ -3,7 +3,7 @@
 python -m mixln_jax.main --config configs/paper/mixln_table5.py:0.25 --config.data.data_dir=data
 """
 
-from mixln_jax import config
+from mixln_jax import recipes
 
 TOKENS = {'1b': 5.0e9}
 PERPLEXITY = {'0': 18.65, '0.167': 18.34, '0.25': 18.18, '0.33': 18.41, '0.417': 18.55, '0.5': 18.86, '1': 1434.0}
@@ -11,4 +11,4 @@ CELLS = {share: ('1b', {'model.post_ratio': float(share)}, value) for share, val
 
 
 def get_config(cell=''):
-    return config.cell(__file__, 'Mix-LN Table 5', CELLS, TOKENS, cell)
+    return recipes.cell(__file__, 'Mix-LN Table 5', CELLS, TOKENS, cell)

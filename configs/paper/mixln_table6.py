@@ -3,7 +3,7 @@
 python -m mixln_jax.main --config configs/paper/mixln_table6.py:sandwich --config.data.data_dir=data
 """
 
-from mixln_jax import config
+from mixln_jax import recipes
 
 TOKENS = {'250m': 3.9e9}
 PERPLEXITY = {'pre': 23.39, 'admin': 24.82, 'group_pre': 23.10, 'sandwich': 23.26, 'mix': 22.33}
@@ -11,4 +11,4 @@ CELLS = {scheme: ('250m', {'model.norm_position': scheme}, value) for scheme, va
 
 
 def get_config(cell=''):
-    return config.cell(__file__, 'Mix-LN Table 6', CELLS, TOKENS, cell)
+    return recipes.cell(__file__, 'Mix-LN Table 6', CELLS, TOKENS, cell)

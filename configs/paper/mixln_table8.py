@@ -6,7 +6,7 @@ mix_init_embed and so on.
 python -m mixln_jax.main --config configs/paper/mixln_table8.py:mix_init --config.data.data_dir=data
 """
 
-from mixln_jax import config
+from mixln_jax import recipes
 
 TOKENS = {'130m': 2.2e9}
 INIT = {'model.init': 'scaled'}
@@ -24,4 +24,4 @@ CELLS = {
 
 
 def get_config(cell=''):
-    return config.cell(__file__, 'Mix-LN Table 8', CELLS, TOKENS, cell)
+    return recipes.cell(__file__, 'Mix-LN Table 8', CELLS, TOKENS, cell)

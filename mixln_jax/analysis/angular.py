@@ -4,14 +4,20 @@ A layer whose stream hardly turns, d(x_{l-1}, x_l) near 0, does little; many suc
 (Mix-LN, Figures 2, 3 and 5).
 """
 
+from mixln_jax.system.signals import stop
+
+if __name__ == '__main__':
+    stop.install()  # before the imports, and for good: what is written is whole or not there
+
+# ruff: noqa: E402
 import functools
 import sys
 
 import jax
 
-from mixln_jax import figures, measures
-from mixln_jax.analysis import job
-from mixln_jax.step import trunk_inputs
+from mixln_jax.analysis import command, statistics
+from mixln_jax.program.step import trunk_inputs
+from mixln_jax.report import figures
 
 NAME = 'angular'
 DEFINITION = (
@@ -26,7 +32,7 @@ SOURCE = 'Gromov et al. 2024 (arXiv 2403.17887), equation 4; Mix-LN (arXiv 2412.
 def _distances(params, batch, *, model):
     """Sums over the tokens of each row [B,L+1,L+1]."""
     _, out = model.apply({'params': params}, **trunk_inputs(batch), capture=True, method='trunk')
-    return job.everywhere(measures.distance_matrix(out['hidden'], batch['weights']), model)
+    return command.everywhere(statistics.distance_matrix(out['hidden'], batch['weights']), model)
 
 
 def measure(model, params, batches):
@@ -40,8 +46,8 @@ def measure(model, params, batches):
     Returns:
         {'distance': {'mean', 'standard_error'}}, [L+1,L+1] each.
     """
-    sums, counts = job.by_row(lambda at: _distances(params, at, model=model), model, batches)
-    return {'distance': measures.mean_and_error(sums, counts)}
+    sums, counts = command.by_row(lambda at: _distances(params, at, model=model), model, batches)
+    return {'distance': statistics.mean_and_error(sums, counts)}
 
 
 def whole(numbers):
@@ -72,7 +78,7 @@ def main(argv):
         batches = texts(subject, last=options.positions == 'last')
         return measure(subject.model, subject.params, batches) | {'positions': options.positions}
 
-    return job.run(sys.modules[__name__], work, argv, add_options)
+    return command.run(sys.modules[__name__], work, argv, add_options)
 
 
 if __name__ == '__main__':

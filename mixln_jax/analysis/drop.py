@@ -4,6 +4,12 @@ Every layer, and with --blocks every block of n neighbours, is removed in turn b
 all (Mix-LN, Figures 2 and 3). `python -m mixln_jax.export --remove_layers` writes such a network.
 """
 
+from mixln_jax.system.signals import stop
+
+if __name__ == '__main__':
+    stop.install()  # before the imports, and for good: what is written is whole or not there
+
+# ruff: noqa: E402
 import functools
 import math
 import sys
@@ -12,12 +18,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mixln_jax import exits, figures, measures, squad
-from mixln_jax import mesh as meshes
-from mixln_jax.analysis import job, subjects
-from mixln_jax.evaluate import add_task_options, open_harness
-from mixln_jax.exits import UsageError
-from mixln_jax.step import batch_loss
+from mixln_jax.analysis import command, samples, statistics
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.evaluation.harness_options import add_task_options, open_harness
+from mixln_jax.program.step import batch_loss
+from mixln_jax.report import figures
+from mixln_jax.system import cli
+from mixln_jax.system.errors import UsageError
+from mixln_jax.tasks import question_answering
 
 NAME = 'drop'
 DEFINITION = (
@@ -39,7 +47,7 @@ def masks(layers, block=1):
 def _losses(params, batch, keeps, *, model):
     """Summed losses of each row, with the layers of each of `keeps` [K,L]: [B,K]."""
     of = lambda keep: batch_loss(model, params, batch, keep)[2]['token_loss'].sum(-1)  # noqa: E731
-    return job.everywhere(jax.lax.map(of, keeps).T, model)
+    return command.everywhere(jax.lax.map(of, keeps).T, model)
 
 
 def measure(model, params, batches, blocks=(1,)):
@@ -52,8 +60,8 @@ def measure(model, params, batches, blocks=(1,)):
     removed = [masks(L, block) for block in blocks]
     keeps = np.concatenate([np.ones((1, L), bool), *removed])
     keeps = meshes.place(keeps, meshes.replicated(model.stream_sharding.mesh))
-    sums, counts = job.by_row(lambda at: _losses(params, at, keeps, model=model), model, batches)
-    found = measures.drops(sums, counts)
+    sums, counts = command.by_row(lambda at: _losses(params, at, keeps, model=model), model, batches)
+    found = statistics.drops(sums, counts)
     return {name: metric | {'drop': _by_block(metric['drop'], blocks, L)} for name, metric in found.items()}
 
 
@@ -81,8 +89,8 @@ def of_questions(evaluate, layers, blocks):
         scores = 100 * np.stack([of_network[name] for of_network in made], axis=-1)
         one = np.ones(len(scores))
         whole, drop = (
-            measures.mean_and_error(scores[:, 0], one),
-            measures.mean_and_error(scores[:, 1:] - scores[:, :1], one),
+            statistics.mean_and_error(scores[:, 0], one),
+            statistics.mean_and_error(scores[:, 1:] - scores[:, :1], one),
         )
         found[name] = {
             'value': whole['mean'],
@@ -149,7 +157,7 @@ def add_options(add):
 
 def _blocks(text):
     """The numbers of --blocks."""
-    blocks = [exits.digits(part) or 0 for part in exits.listed(text)]
+    blocks = [cli.digits(part) or 0 for part in cli.listed(text)]
     if min(blocks, default=0) < 1 or len(set(blocks)) < len(blocks):
         raise UsageError(f'--blocks {text}: different numbers from 1 are needed')
     return blocks
@@ -175,8 +183,10 @@ def _tasks(subject, harness):
 
 def _squad(subject, options, blocks):
     """Exact match and F1 of a BERT on all questions, and on how much."""
-    features, examples, text = subjects.questions(subject, options.squad, options.seq_length)
-    evaluate = functools.partial(squad.evaluate, subject.model, subject.params, features, examples, options.batch_size)
+    features, examples, text = samples.questions(subject, options.squad, options.seq_length)
+    evaluate = functools.partial(
+        question_answering.evaluate, subject.model, subject.params, features, examples, options.batch_size
+    )
     metrics = of_questions(lambda keep: evaluate(keep=keep), len(subject.model.norm_position), blocks)
     about = {'tokens': int(features.weights.sum()), 'rows': len(features.inputs), 'questions': len(examples)}
     return about | {'text': text, 'metrics': metrics}
@@ -205,7 +215,7 @@ def main(argv):
             metrics |= of_evaluations(_tasks(subject, harness), L, blocks)
         return {'metrics': metrics}
 
-    return job.run(sys.modules[__name__], work, argv, add_options, check)
+    return command.run(sys.modules[__name__], work, argv, add_options, check)
 
 
 if __name__ == '__main__':

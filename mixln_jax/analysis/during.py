@@ -1,9 +1,9 @@
 """The four analyses during training, on a fixed sample of the text to evaluate on."""
 
 from mixln_jax import config as configs
-from mixln_jax import figures
-from mixln_jax import mesh as meshes
-from mixln_jax.analysis import angular, drop, gradients, subjects, variance
+from mixln_jax.analysis import angular, drop, gradients, samples, variance
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.report import figures
 
 POSITIONS = 2048  # of a device at a time: every layer's stream is kept
 
@@ -26,7 +26,7 @@ class Analyses:
         parts = meshes.row_parts(model.stream_sharding.mesh)
         wanted = -(-config.analysis.tokens // config.seq_length)
         size = parts * max(1, min(POSITIONS // config.seq_length, -(-wanted // parts)))
-        self._batches = subjects.sample(subjects.rows_of_text(rows), config.analysis.tokens, size, parts=parts)
+        self._batches = samples.sample(samples.rows_of_text(rows), config.analysis.tokens, size, parts=parts)
 
     def __call__(self, params):
         def of(job):

@@ -4,6 +4,12 @@ Pre-LN gives deep layers small gradients, Post-LN the first ones; Mix-LN evens t
 `--steps init,all` has the network at initialisation and at every checkpoint.
 """
 
+from mixln_jax.system.signals import stop
+
+if __name__ == '__main__':
+    stop.install()  # before the imports, and for good: what is written is whole or not there
+
+# ruff: noqa: E402
 import functools
 import sys
 
@@ -11,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixln_jax import figures, measures
-from mixln_jax import mesh as meshes
-from mixln_jax.analysis import job
-from mixln_jax.exits import UsageError
-from mixln_jax.step import batch_loss
+from mixln_jax import trees
+from mixln_jax.analysis import command
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.program.step import batch_loss
+from mixln_jax.report import figures
+from mixln_jax.system.errors import UsageError
 
 NAME = 'gradients'
 DEFINITION = (
@@ -44,7 +51,7 @@ def _sum(one, other):
 def _norms(sums, *, model):
     grads, count = sums
     mean = jax.tree.map(lambda grad: grad / count, grads)
-    return job.everywhere({'layers': measures.layer_norms(mean)[0], 'matrices': measures.matrix_norms(mean)}, model)
+    return command.everywhere({'layers': trees.layer_norms(mean)[0], 'matrices': trees.matrix_norms(mean)}, model)
 
 
 def measure(model, params, batches, rows=None):
@@ -126,7 +133,7 @@ def main(argv):
     def work(subject, options, texts):
         return measure(subject.model, subject.params, texts(subject), options.rows)
 
-    return job.run(sys.modules[__name__], work, argv, add_options, check)
+    return command.run(sys.modules[__name__], work, argv, add_options, check)
 
 
 if __name__ == '__main__':

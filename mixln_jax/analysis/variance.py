@@ -4,16 +4,22 @@ Where the variance grows, a Pre-LN sub-layer, whose output does not, adds ever l
 et al. 2025, The Curse of Depth).
 """
 
+from mixln_jax.system.signals import stop
+
+if __name__ == '__main__':
+    stop.install()  # before the imports, and for good: what is written is whole or not there
+
+# ruff: noqa: E402
 import functools
 import sys
 
 import jax
 import numpy as np
 
-from mixln_jax import figures, measures
-from mixln_jax.analysis import job
-from mixln_jax.models import norms
-from mixln_jax.step import trunk_inputs
+from mixln_jax.analysis import command, statistics
+from mixln_jax.models import placements
+from mixln_jax.program.step import trunk_inputs
+from mixln_jax.report import figures
 
 NAME = 'variance'
 DEFINITION = (
@@ -30,8 +36,8 @@ SOURCE = 'Sun et al. 2025, The Curse of Depth (arXiv 2502.05795), sections 3 and
 def _sums(params, batch, *, model):
     """Sums over the tokens of each row: variance [B,L+1], contribution [B,L,2]."""
     _, out = model.apply({'params': params}, **trunk_inputs(batch), capture=True, method='trunk')
-    variance = measures.stream_variance(out['hidden'], batch['weights'])
-    return job.everywhere((variance, measures.contribution(out['branches'], batch['weights'])), model)
+    variance = statistics.stream_variance(out['hidden'], batch['weights'])
+    return command.everywhere((variance, statistics.contribution(out['branches'], batch['weights'])), model)
 
 
 def measure(model, params, batches):
@@ -41,14 +47,15 @@ def measure(model, params, batches):
         {'variance': [L+1], 'contribution': {'attention', 'mlp'}: [L]}, each {'mean', 'standard_error'}, 'theory' [L+1],
         NaN where there is none, and 'theory_constant'.
     """
-    (variance, contribution), counts = job.by_row(lambda at: _sums(params, at, model=model), model, batches)
-    variance = measures.mean_and_error(variance, counts)
-    factors = norms.growth_factors(model.norm_position, model.layer_index, model.depth)
-    theory, constant = measures.variance_theory(variance['mean'], factors)
+    (variance, contribution), counts = command.by_row(lambda at: _sums(params, at, model=model), model, batches)
+    variance = statistics.mean_and_error(variance, counts)
+    factors = placements.growth_factors(model.norm_position, model.layer_index, model.depth)
+    theory, constant = statistics.variance_theory(variance['mean'], factors)
     return {
         'variance': variance,
         'contribution': {
-            name: measures.mean_and_error(contribution[..., at], counts) for at, name in enumerate(('attention', 'mlp'))
+            name: statistics.mean_and_error(contribution[..., at], counts)
+            for at, name in enumerate(('attention', 'mlp'))
         },
         'theory': np.asarray(theory),
         'theory_constant': constant,
@@ -74,7 +81,7 @@ def draw(results):
 def main(argv):
     """The command; returns its exit code."""
     work = lambda subject, _, texts: measure(subject.model, subject.params, texts(subject))  # noqa: E731
-    return job.run(sys.modules[__name__], work, argv)
+    return command.run(sys.modules[__name__], work, argv)
 
 
 if __name__ == '__main__':

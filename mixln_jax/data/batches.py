@@ -13,10 +13,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from mixln_jax import exits
-from mixln_jax.data import files, workers
+from mixln_jax.data import text_files, workers
 from mixln_jax.data.rows import Rows
-from mixln_jax.exits import DataError
+from mixln_jax.system import signals
+from mixln_jax.system.errors import DataError
 
 Batch = dict[str, np.ndarray]
 ROUNDS = 8  # of mixing in a permutation
@@ -99,11 +99,11 @@ def _read(dataset, start, num_workers):
     batches, begun = None, False
     try:
         if num_workers:
-            exits.end_if_imported()
+            signals.end_if_imported()
             workers.start_tracker()
         batches = iter(ahead.mp_prefetch(processes, worker_init_fn=_start_worker))
         with workers.starting():
-            batch = files.within(None, lambda: _first(batches))  # a signal ends this wait
+            batch = text_files.within(None, lambda: _first(batches))  # a signal ends this wait
         while True:
             begun = True
             batch = {name: np.array(values) for name, values in batch.items()}  # frees the worker's shared memory
@@ -126,7 +126,7 @@ def _read(dataset, start, num_workers):
 def _first(batches):
     """The first batch, for which threads and processes start. They inherit the mask of this thread: a signal that goes
     to all processes, as Ctrl-C does, is the main thread's to answer, also while a worker starts."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, exits.signals())
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.signals())
     return next(batches)
 
 
@@ -142,4 +142,4 @@ def _close_all():
 
 def _start_worker(index, count):
     del index, count
-    exits.end_with_parent()
+    signals.end_with_parent()

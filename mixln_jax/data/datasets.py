@@ -8,9 +8,9 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
-from mixln_jax import paths
-from mixln_jax.data import files
-from mixln_jax.exits import DataError, first_line, reading
+from mixln_jax.data import text_files
+from mixln_jax.system import files
+from mixln_jax.system.errors import DataError, first_line, reading
 
 TIME_OUT = 20  # seconds in which a bucket must answer while a data set is opened
 PATIENCE = 60  # the same while records are read: they are worth a wait to a run that has trained
@@ -48,7 +48,7 @@ class Dataset:
             self._skipped = [part.skip for part in parts]
             self.ends = np.cumsum([part.take for part in parts])  # number of the record behind each shard
             self.num_bytes = info.splits[split].num_bytes
-            files.allow_open(2 * len(self._files))
+            text_files.allow_open(2 * len(self._files))
             _check_shards(info, parts, limit)
             self._field = _text_field(info)
             self._features = tfds.features.FeaturesDict({self._field: tfds.features.Text()})
@@ -95,7 +95,7 @@ class Dataset:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        files.allow_open(2 * len(self._files))
+        text_files.allow_open(2 * len(self._files))
 
     def _from_folder(self, indices):
         try:
@@ -154,7 +154,7 @@ def _folder(root, name):
     found = versions[max(versions)]
     for file in ('dataset_info.json', 'features.json'):
         if '://' not in str(found) and (found / file).exists():
-            paths.read(found / file, DataError)  # a pipe would be waited for, a large one fill the memory
+            files.read(found / file, DataError)  # a pipe would be waited for, a large one fill the memory
     return found
 
 
@@ -187,8 +187,8 @@ def _text_field(info):
 def _ask(limit, function, items, name=str):
     """files.each; DataError, which begins with `name(item)`, where a bucket has not answered for `limit` seconds."""
     try:
-        return files.each(limit, function, items)
-    except files.NoAnswer as error:
+        return text_files.each(limit, function, items)
+    except text_files.NoAnswer as error:
         raise DataError(f'{name(error.item)}: {error}; is there a network?') from error
 
 
@@ -201,7 +201,7 @@ def _check_shards(info, parts, limit):
         if epath.Path(part.filename).parent != epath.Path(info.data_dir):
             raise DataError(f'{info.data_dir}/dataset_info.json: names {part.filename}, which is in another folder')
         if '://' not in str(part.filename):
-            paths.regular(part.filename, DataError)
+            files.regular(part.filename, DataError)
         if info.file_format.value == 'parquet':
             return
         try:

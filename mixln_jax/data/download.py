@@ -5,8 +5,8 @@ import time
 import urllib.error
 import urllib.request
 
-from mixln_jax.data import files
-from mixln_jax.exits import DataError, first_line
+from mixln_jax.data import text_files
+from mixln_jax.system.errors import DataError, first_line
 
 TIMEOUT = 25  # seconds until a server must answer, and between two pieces of what it sends
 WHOLE = 300  # seconds until all of it must be there
@@ -22,8 +22,8 @@ def fetch(url: str, absent: bytes | None = None) -> bytes:
     try:
         # Looking up a name and trying its addresses one by one know no time-out of their own.
         opener = urllib.request.build_opener(_Redirects)
-        answer = files.within(TIMEOUT, lambda: opener.open(url, timeout=TIMEOUT))
-        return files.within(WHOLE, lambda: _received(answer, deadline))
+        answer = text_files.within(TIMEOUT, lambda: opener.open(url, timeout=TIMEOUT))
+        return text_files.within(WHOLE, lambda: _received(answer, deadline))
     except urllib.error.HTTPError as error:
         if absent is not None and error.code in (403, 404, 410):  # 403: buckets that do not list their objects
             return absent

@@ -1,7 +1,7 @@
 """`python -m mixln_jax.data.inspect --workdir DIR --step N`: the texts, ids and masks that step N of a run sees;
 `--verify` with a run, or with a folder of prepared rows as --data_path: whether all of these rows are whole."""
 
-from mixln_jax.exits import stop
+from mixln_jax.system.signals import stop
 
 if __name__ == '__main__':
     stop.install()  # before the imports, which take seconds
@@ -15,10 +15,10 @@ import sys
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax import exits, paths, record
 from mixln_jax.data import batches, rows, tokenizers
 from mixln_jax.data import verify as of_folder
-from mixln_jax.exits import DataError, UsageError
+from mixln_jax.system import cli, console, files
+from mixln_jax.system.errors import DataError, UsageError
 
 
 def inspect(workdir: str, step: int, num_rows: int | None = None, data_path: str | None = None):
@@ -32,7 +32,7 @@ def inspect(workdir: str, step: int, num_rows: int | None = None, data_path: str
         UsageError: no run in `workdir`, no such step.
         DataError: the data cannot be read, or is not what the run saw, naming what differs.
     """
-    workdir = paths.local(workdir, '--workdir')
+    workdir = files.local(workdir, '--workdir')
     config = configs.read(workdir / 'config.json')
     if not 1 <= step * config.batch_size < 2**62:
         raise UsageError('--step counts from 1' if step < 1 else f'--step {step} is beyond any run')
@@ -56,7 +56,7 @@ def verify(workdir: str | None, data_path: str | None = None):
     """
     folder = data_path
     if workdir:
-        workdir = paths.local(workdir, '--workdir')
+        workdir = files.local(workdir, '--workdir')
         config = configs.read(workdir / 'config.json')
         if config.data.source != 'tokens':
             raise UsageError(f'--verify reads prepared rows; {workdir} has config.data.source={config.data.source}')
@@ -66,7 +66,7 @@ def verify(workdir: str | None, data_path: str | None = None):
             rows.open_rows_of_run(workdir, config, split, tokenizer, data_path)
     count = 0
     for split, number, damaged in of_folder.damages(folder):
-        record.say(*(damaged or [f'{split}: {number:,} rows are whole']))
+        console.say(*(damaged or [f'{split}: {number:,} rows are whole']))
         count += len(damaged)
     if count:
         raise DataError(
@@ -116,7 +116,7 @@ def main(argv):
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
     def job():
-        options = exits.parse(parser, argv)
+        options = cli.parse(parser, argv)
         if options.verify == (options.step is not None):
             raise UsageError('--step N or --verify is needed, one of them')
         if not (options.workdir or (options.verify and options.data_path)):
@@ -126,9 +126,9 @@ def main(argv):
             return
         stop.started()
         for row in inspect(options.workdir, options.step, options.rows or None, options.data_path):
-            record.say(*([json.dumps(row)] if options.json else show(row)))
+            console.say(*([json.dumps(row)] if options.json else show(row)))
 
-    return exits.call(job, show_traceback='--traceback' in argv)
+    return cli.call(job, show_traceback='--traceback' in argv)
 
 
 if __name__ == '__main__':

@@ -19,10 +19,11 @@ from collections.abc import Iterator
 import numpy as np
 from isal import isal_zlib
 
-from mixln_jax import config, paths, record
-from mixln_jax.data import files, layout, tokenizers
+from mixln_jax import config
+from mixln_jax.data import layout, text_files, tokenizers
 from mixln_jax.data.layout import Block, Layout
-from mixln_jax.exits import DataError, reading
+from mixln_jax.system import console, files
+from mixln_jax.system.errors import DataError, reading
 
 DESCRIPTION = 'tokens.json'
 WORK = '.prepare'  # folder with the plan of data.prepare and one file a finished shard
@@ -71,7 +72,7 @@ class Prepared:
 
     def __init__(self, folder: str, split: str):
         about = description(folder)
-        folder = paths.local(folder, 'config.data.path')
+        folder = files.local(folder, 'config.data.path')
         self.layout = Layout(about['mode'], about['pad_id'], about['eos_id'])
         self._vocab_size = about['vocab_size']
         self._dtype, self._width = np.dtype(about['dtype']), about['seq_length'] + 1
@@ -96,7 +97,7 @@ class Prepared:
         if not self._note:
             _check_ids_tell(folder, self.layout)
         self._handles = {}
-        files.allow_open(4 * len(self._files))
+        text_files.allow_open(4 * len(self._files))
 
     def __len__(self):
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -157,7 +158,7 @@ class Prepared:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        files.allow_open(4 * len(self._files))
+        text_files.allow_open(4 * len(self._files))
 
 
 def check_sizes(file: str, rows: int, size: int, noted: np.dtype | None):
@@ -169,7 +170,7 @@ def check_sizes(file: str, rows: int, size: int, noted: np.dtype | None):
 
 def _check_size(file, wanted):
     try:
-        found = paths.regular(file, DataError).st_size
+        found = files.regular(file, DataError).st_size
     except FileNotFoundError:
         found = None
     if found != wanted:
@@ -185,7 +186,7 @@ def _check_ids_tell(folder, layout):
             f'run the command that made the folder once more (python -m mixln_jax.data.prepare ... --out {folder}): '
             'it adds what is missing and leaves the rows as they are'
         )
-    record.say(f'{folder}: made by version 0.1, bits per byte are not known; data.prepare, run once more, adds them')
+    console.say(f'{folder}: made by version 0.1, bits per byte are not known; data.prepare, run once more, adds them')
 
 
 def _ends_by_ids(ids, layout):
@@ -201,9 +202,9 @@ def _ends_by_ids(ids, layout):
 def description(folder: str) -> dict:
     """tokens.json of a folder. Raises DataError where there is none: not prepared, or not to the end; naming the key,
     where it says what no folder of rows has."""
-    path = paths.local(folder, 'config.data.path') / DESCRIPTION
+    path = files.local(folder, 'config.data.path') / DESCRIPTION
     try:
-        about = paths.read_json(path, DataError, NOT_OURS)
+        about = files.read_json(path, DataError, NOT_OURS)
     except FileNotFoundError:
         raise DataError(
             f'config.data.path={folder}: no {DESCRIPTION}; python -m mixln_jax.data.prepare --format tokens makes such '
@@ -260,7 +261,7 @@ def _whole(least, below):
 def open_tokenizer(folder: str) -> tokenizers.Tokenizer:
     """The tokenizer that made the rows. Raises DataError where it is missing or another one."""
     about = description(folder)
-    tokenizer = tokenizers.load(paths.local(folder, 'config.data.path') / 'tokenizer')
+    tokenizer = tokenizers.load(files.local(folder, 'config.data.path') / 'tokenizer')
     if tokenizer.fingerprint != about.get('tokenizer'):
         raise DataError(f'{folder}/tokenizer is not the tokenizer that made the rows')
     for name in ('vocab_size', 'pad_id', 'eos_id'):

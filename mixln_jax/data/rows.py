@@ -7,12 +7,13 @@ from typing import Protocol
 
 import numpy as np
 
-from mixln_jax import config, paths, record
+from mixln_jax import config
 from mixln_jax.data import layout, prepared, tokenizers
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import Tokenizer
-from mixln_jax.exits import DataError, UsageError, reading
+from mixln_jax.system import console, files
+from mixln_jax.system.errors import DataError, UsageError, reading
 
 # What the option --data_path means.
 MOVED = "where the run's data is now: data.data_dir of a tfds data set, data.path of another source [where it was]"
@@ -140,7 +141,7 @@ def open_rows(data: config.Data, split: str, tokenizer: Tokenizer, seq_length: i
             f'--source tfds --name {data.name} --mode {data.mode} --seq-length {seq_length} --format tokens --out DIR'
         )
     source = open_source(data, split)
-    record.say(f'{data.mode}: tokenises {len(source):,} documents of {split}')
+    console.say(f'{data.mode}: tokenises {len(source):,} documents of {split}')
     return InMemory(source, tokenizer, data.mode, seq_length)
 
 
@@ -190,7 +191,7 @@ def seen_by_run(workdir: str | pathlib.Path) -> tuple[dict, dict]:
     """
     path = pathlib.Path(workdir) / 'environment.json'
     with reading(path, UsageError, 'does not tell what data the run saw'):
-        about = paths.read_json(path, UsageError)
+        about = files.read_json(path, UsageError)
         return dict(about['data']), dict(about.get('eval_data', {}))
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import xxhash
 
 from mixln_jax import config
-from mixln_jax.data import files, stdlib
-from mixln_jax.exits import DataError
+from mixln_jax.data import stdlib, text_files
+from mixln_jax.system.errors import DataError
 
 LARGEST = 10**9  # bytes of text in memory
 HELD_OUT = {'stdlib': 20, 'jsonl': 100, 'text': 100}  # one in so many documents is for validation
@@ -61,7 +61,7 @@ def open_source(data: config.Data, split: str) -> Source:
         raise DataError(f'data.source={data.source} has no split {split} (there is train, validation, all)')
     state = None
     if data.source != 'stdlib':
-        found = files.of_source(data.source, data.path)
+        found = text_files.of_source(data.source, data.path)
         state = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in found)
     gathered = _gather(data.source, state)
     if split == 'all':
@@ -139,7 +139,7 @@ def _gather(kind, state):
     else:
         gathered = _Gathered(HELD_OUT[kind])
         for path, _, _ in state:
-            for line, record in files.Reader(kind, path):
+            for line, record in text_files.Reader(kind, path):
                 text = record['text'].encode()
                 gathered.add(text, text, path, line)
     gathered.close()

@@ -14,8 +14,8 @@ import platform
 import sysconfig
 import warnings
 
-from mixln_jax import record
-from mixln_jax.exits import DataError
+from mixln_jax.system import files, outputs
+from mixln_jax.system.errors import DataError
 
 _NOT_LIBRARY = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test', 'lib2to3'}
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -31,16 +31,16 @@ def gather() -> list[tuple[str, str]]:
     Raises DataError where this Python has no library sources.
     """
     root = pathlib.Path(sysconfig.get_path('stdlib'))
-    files = sorted(_files(root))
-    state = repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
-    cache = record.cache() / f'stdlib-{platform.python_version()}-{_digest(state.encode())}.json'
+    pages = sorted(_files(root))
+    state = repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in pages])
+    cache = files.cache() / f'stdlib-{platform.python_version()}-{_digest(state.encode())}.json'
     try:
         digest, body = cache.read_bytes().split(b'\n', 1)
         if digest.decode() == _digest(body):
             return [(name, text) for name, text in json.loads(body)]
     except (OSError, ValueError):
         pass  # absent or damaged: gathered anew
-    documents = [(name, text.strip()) for path in files for name, text in _documents(path, root)]
+    documents = [(name, text.strip()) for path in pages for name, text in _documents(path, root)]
     if not documents:
         raise DataError(
             f'no library sources in {root}, so data.source=stdlib has no text; use data.source=text or jsonl'
@@ -49,7 +49,7 @@ def gather() -> list[tuple[str, str]]:
     # A home that cannot be written to, as on some clusters, costs a few seconds at each start and nothing else.
     with contextlib.suppress(OSError):
         body = json.dumps(documents).encode()
-        record.write(cache, _digest(body).encode() + b'\n' + body)
+        outputs.write(cache, _digest(body).encode() + b'\n' + body)
     return documents
 
 

@@ -5,7 +5,7 @@ import pathlib
 import tokenizers as library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from mixln_jax import record
+from mixln_jax.system import outputs
 
 PROBES = (
     'The quick brown fox, 3.14 times.',
@@ -30,8 +30,8 @@ def write(tokenizer, folder):
     # By its model_type alone, transformers would open any tokenizer as LLaMA's own, with other ids and no word.
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
     settings |= {f'{role}_token': made.id_to_token(number) for role, number in roles.items()}
-    record.write(pathlib.Path(folder, 'tokenizer.json'), made.to_str(pretty=True).encode() + b'\n')
-    record.write_json(pathlib.Path(folder, 'tokenizer_config.json'), settings)
+    outputs.write(pathlib.Path(folder, 'tokenizer.json'), made.to_str(pretty=True).encode() + b'\n')
+    outputs.write_json(pathlib.Path(folder, 'tokenizer_config.json'), settings)
     return True
 
 
@@ -58,7 +58,7 @@ def _from_sentencepiece(tokenizer):
     # Not above: a process that has transformers' own copy of these messages cannot register them again.
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.files['tokenizer.model'])
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.contents['tokenizer.model'])
     if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
         return None
     vocabulary = [(piece.piece, piece.score) for piece in model.pieces]
@@ -76,7 +76,7 @@ def _from_sentencepiece(tokenizer):
 
 
 def _from_hugging_face(tokenizer):
-    made = library.Tokenizer.from_buffer(tokenizer.files['tokenizer.json'])
+    made = library.Tokenizer.from_buffer(tokenizer.contents['tokenizer.json'])
     made.no_truncation()
     made.no_padding()
     return made

@@ -15,10 +15,11 @@ import tokenizers
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from mixln_jax import config, console, paths, record
+from mixln_jax import config
 from mixln_jax.data import download, tokenizer_json
 from mixln_jax.data.tokenizer_json import ALPHABET
-from mixln_jax.exits import DataError, UsageError, reading
+from mixln_jax.system import console, files, outputs
+from mixln_jax.system.errors import DataError, UsageError, reading
 
 T5 = 'gs://t5-data/vocabs/cc_all.32000/sentencepiece.model'
 LONGEST = 10_000  # characters that are encoded at once: memory, and the time up to a limit, stay bounded
@@ -111,10 +112,10 @@ class Bytes:
 
 
 class _Learned:
-    """What vocabularies learned from text share. `files` are the contents of `FILES`, `where` names them in errors."""
+    """What vocabularies learned from text share. `contents` are those of the `FILES`, `where` names them in errors."""
 
-    def __init__(self, files: dict[str, bytes], where: str):
-        self.files, self.where = files, where
+    def __init__(self, contents: dict[str, bytes], where: str):
+        self.contents, self.where = contents, where
         with reading(where, DataError, f'not {self.FORM}, or not whole'), console.quiet():
             self._open()
             self._find_cuts()
@@ -130,12 +131,12 @@ class _Learned:
         self._cut = re.compile(rf'.*\w(?=[{cuts or " "}])', re.DOTALL)
 
     def __reduce__(self):
-        return type(self), (self.files, self.where)
+        return type(self), (self.contents, self.where)
 
     @property
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(self.kind.encode(), digest_size=16)
-        for body in self.files.values():
+        for body in self.contents.values():
             digest.update(hashlib.blake2b(body).digest())
         return digest.hexdigest()
 
@@ -202,7 +203,7 @@ class _Learned:
         return np.frombuffer(b''.join(self._surfaces), np.uint8), sizes.cumsum(dtype=np.int32) - sizes, sizes
 
     def save(self, folder):
-        _save(self, folder, self.files)
+        _save(self, folder, self.contents)
 
     def export(self, folder):
         return tokenizer_json.write(self, folder)
@@ -235,7 +236,7 @@ class SentencePiece(_Learned):
     FORM, FILES = 'a sentencepiece model', ('tokenizer.model',)
 
     def _open(self):
-        model = self.files['tokenizer.model']
+        model = self.contents['tokenizer.model']
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         # Pieces, trainer, normaliser, in this order: what is cut off between two pieces loads without a word.
         if not {field.field_number for field in UnknownFieldSet(Empty.FromString(model))} >= {1, 2, 3}:
@@ -281,7 +282,7 @@ class HuggingFace(_Learned):
     FORM, FILES = 'a tokenizer.json', ('tokenizer.json', 'tokenizer_config.json')
 
     def _open(self):
-        tokenizer = self._tokenizer = tokenizers.Tokenizer.from_buffer(self.files['tokenizer.json'])
+        tokenizer = self._tokenizer = tokenizers.Tokenizer.from_buffer(self.contents['tokenizer.json'])
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as ordinary text
@@ -294,7 +295,7 @@ class HuggingFace(_Learned):
         self._set_specials(*ids, f'none in a tokenizer_config.json next to it, none of {common} in the vocabulary')
         names = {'pad': names['eos'], 'bos': names['eos']} | names
         settings = {f'{role}_token': name for role, name in sorted(names.items())}
-        self.files = self.files | {'tokenizer_config.json': json.dumps(settings, indent=2).encode() + b'\n'}
+        self.contents = self.contents | {'tokenizer_config.json': json.dumps(settings, indent=2).encode() + b'\n'}
         tokenizer.add_special_tokens(list(names.values()))  # they may stand in the file as ordinary tokens
         self._guard()
         if self.eos_id in self._ids(eos := names['eos']):
@@ -349,7 +350,7 @@ class HuggingFace(_Learned):
 
     @functools.cached_property
     def _spec(self):
-        return json.loads(self.files['tokenizer.json'])
+        return json.loads(self.contents['tokenizer.json'])
 
     @functools.cached_property
     def _unknown(self):
@@ -382,7 +383,7 @@ class HuggingFace(_Learned):
     def _names(self):
         """The special tokens by role."""
         with reading(self.where, DataError, 'the tokenizer_config.json next to it is not a JSON object'):
-            settings = json.loads(self.files['tokenizer_config.json'])
+            settings = json.loads(self.contents['tokenizer_config.json'])
             names = {role: settings.get(f'{role}_token') for role in COMMON}
         for role, name in names.items():
             name = name.get('content') if isinstance(name, dict) else name
@@ -433,18 +434,18 @@ def open_tokenizer(data: config.Data) -> Tokenizer:
         path = f'https://storage.googleapis.com/{urllib.parse.quote(path.removeprefix("gs://"))}'
     if path.startswith(('http://', 'https://')):
         return _fetch(kind, path)
-    path = paths.local(path, 'config.data.tokenizer_path')
+    path = files.local(path, 'config.data.tokenizer_path')
     first, *beside = kind.FILES
     try:
-        files = {first: paths.read(path, DataError)}
+        contents = {first: files.read(path, DataError)}
     except FileNotFoundError as error:
         raise DataError(f'config.data.tokenizer_path: there is no file {path}') from error
     for name in beside:
         try:
-            files[name] = paths.read(path.with_name(name), DataError)
+            contents[name] = files.read(path.with_name(name), DataError)
         except FileNotFoundError:
-            files[name] = b'{}'
-    return kind(files, str(path))
+            contents[name] = b'{}'
+    return kind(contents, str(path))
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, limit: str):
@@ -465,10 +466,10 @@ def load(folder: str | pathlib.Path, fingerprint: str | None = None) -> Tokenize
     has another fingerprint than weights were trained with; None: nothing says which."""
     folder = pathlib.Path(folder)
     with reading(folder, DataError, 'no tokenizer is saved here, or not whole'):
-        saved = paths.read_json(folder / 'fingerprint.json', DataError)
+        saved = files.read_json(folder / 'fingerprint.json', DataError)
         kind = KINDS.get(saved['kind'])
-        files = {name: paths.read(folder / name, DataError) for name in kind.FILES} if kind else {}
-    tokenizer = kind(files, str(folder)) if kind else Bytes()
+        contents = {name: files.read(folder / name, DataError) for name in kind.FILES} if kind else {}
+    tokenizer = kind(contents, str(folder)) if kind else Bytes()
     if saved != _summary(tokenizer):
         raise DataError(f'{folder}: the saved tokenizer is damaged: its content has another fingerprint')
     if fingerprint not in (None, tokenizer.fingerprint):
@@ -476,11 +477,11 @@ def load(folder: str | pathlib.Path, fingerprint: str | None = None) -> Tokenize
     return tokenizer
 
 
-def _save(tokenizer, folder, files):
-    for name, body in files.items():
-        record.write(pathlib.Path(folder, name), body)
+def _save(tokenizer, folder, contents):
+    for name, body in contents.items():
+        outputs.write(pathlib.Path(folder, name), body)
     # Last, so that what a kill leaves behind has no fingerprint or not the right one.
-    record.write(pathlib.Path(folder, 'fingerprint.json'), json.dumps(_summary(tokenizer)).encode() + b'\n')
+    outputs.write(pathlib.Path(folder, 'fingerprint.json'), json.dumps(_summary(tokenizer)).encode() + b'\n')
 
 
 def _summary(tokenizer):
@@ -489,15 +490,15 @@ def _summary(tokenizer):
 
 def _fetch(kind, url):
     """The tokenizer at a URL. Only what has been opened goes into the cache, so a login page sent for it never does."""
-    cache = record.cache() / 'tokenizers' / hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
+    cache = files.cache() / 'tokenizers' / hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
     with contextlib.suppress(DataError):  # absent or damaged: fetched anew
         return load(cache)
     if url.startswith('http:'):
-        record.say(f'mixln_jax: warning: {url} is not https: what comes may have been changed on the way')
+        console.say(f'mixln_jax: warning: {url} is not https: what comes may have been changed on the way')
     first, *beside = kind.FILES
-    files = {first: download.fetch(url)}
-    files |= {name: download.fetch(urllib.parse.urljoin(url, name), absent=b'{}') for name in beside}
-    tokenizer = kind(files, url)
+    contents = {first: download.fetch(url)}
+    contents |= {name: download.fetch(urllib.parse.urljoin(url, name), absent=b'{}') for name in beside}
+    tokenizer = kind(contents, url)
     with contextlib.suppress(OSError):  # a home that cannot be written to: it is fetched again
         tokenizer.save(cache)
     return tokenizer

@@ -1,6 +1,6 @@
 """Trains a byte-level BPE: `python -m mixln_jax.data.train_tokenizer --source ... --vocab-size N --out DIR`."""
 
-from mixln_jax.exits import stop
+from mixln_jax.system.signals import stop
 
 if __name__ == '__main__':
     stop.install()  # before the imports, and for good: there is nothing to save before the end
@@ -13,10 +13,11 @@ import sys
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mixln_jax import config, exits, outputs, paths, record
+from mixln_jax import config
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer
-from mixln_jax.exits import UsageError, reading
+from mixln_jax.system import cli, console, files, outputs
+from mixln_jax.system.errors import UsageError, reading
 
 SPECIALS = ['<pad>', '</s>', '<s>']  # 0, 1, 2; bytes need no token for the unknown
 FILES = 'tokenizer.json', 'tokenizer_config.json', 'fingerprint.json'
@@ -78,28 +79,28 @@ def _check_replaceable(out):
             if others := sorted(there - {*FILES}):
                 raise UsageError(f'--out {out} holds what is no tokenizer of ours: {others[0]}; take another name')
         if path and os.path.lexists(path):
-            made = [token['content'] for token in paths.read_json(path, UsageError)['added_tokens']]
+            made = [token['content'] for token in files.read_json(path, UsageError)['added_tokens']]
             if made != SPECIALS:
                 raise ValueError('other special tokens')
 
 
 def _train(source, out, path, options):
-    record.say(f'training on {len(source):,} documents')
+    console.say(f'training on {len(source):,} documents')
     body = train(source, options.vocab_size)
     if path == out:
-        record.write(path, body)
+        outputs.write(path, body)
         tokenizer = open_tokenizer(config.Data(tokenizer='huggingface', tokenizer_path=str(path)))
     else:
         tokenizer = HuggingFace({'tokenizer.json': body, 'tokenizer_config.json': b'{}'}, str(out))
         tokenizer.save(out)
     if tokenizer.vocab_size < options.vocab_size:
-        record.say(
+        console.say(
             f'mixln_jax: warning: only {tokenizer.vocab_size:,} of {options.vocab_size:,} ids: no other pair of tokens '
             'occurs twice in a word of this text',
             file=sys.stderr,
         )
     mean, size = bytes_per_token(source, tokenizer)
-    record.say(
+    console.say(
         f'{tokenizer.vocab_size:,} ids, {mean:.2f} bytes a token on the first {size / 1e6:.1f} MB of the text',
         f'written to {out}; to use it:',
         f'--config.data.tokenizer=huggingface --config.data.tokenizer_path={path} '
@@ -123,7 +124,7 @@ def parse(argv):
     parser.add_argument('--vocab-size', required=True, type=int, metavar='N', help=f'ids, at least {SMALLEST}')
     parser.add_argument('--out', required=True, metavar='DIR|FILE.json', help='folder, or the tokenizer.json alone')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
-    options = exits.parse(parser, argv)
+    options = cli.parse(parser, argv)
     if options.vocab_size > config.LARGEST_VOCABULARY:
         raise UsageError(f'--vocab-size must be at most {config.LARGEST_VOCABULARY}')
     if options.vocab_size < SMALLEST:
@@ -135,7 +136,7 @@ def parse(argv):
 
 def main(argv):
     """The command; returns its exit code."""
-    return exits.call(lambda: run(parse(argv)), show_traceback='--traceback' in argv)
+    return cli.call(lambda: run(parse(argv)), show_traceback='--traceback' in argv)
 
 
 if __name__ == '__main__':

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import xxhash
 
-from mixln_jax import paths
 from mixln_jax.data import prepared
-from mixln_jax.exits import DataError, reading
+from mixln_jax.system import files
+from mixln_jax.system.errors import DataError, reading
 
 AT_ONCE = 2**20  # bytes
 
@@ -26,9 +26,9 @@ def check_shard(file: str, shard: dict, seq_length: int, dtype: np.dtype):
     noted = prepared.note(seq_length) if 'notes' in shard else None
     prepared.check_sizes(file, shard['rows'], (seq_length + 1) * dtype.itemsize, noted)
     size, digest, bad = (seq_length + 1) * dtype.itemsize, xxhash.xxh3_128(), None
-    with contextlib.ExitStack() as files, reading(file, DataError):
-        rows = files.enter_context(open(file, 'rb'))
-        notes = files.enter_context(open(prepared.notes_file(file), 'rb')) if noted else None
+    with contextlib.ExitStack() as opened, reading(file, DataError):
+        rows = opened.enter_context(open(file, 'rb'))
+        notes = opened.enter_context(open(prepared.notes_file(file), 'rb')) if noted else None
         step = max(1, AT_ONCE // size)
         for first in range(0, shard['rows'], step):
             block = rows.read(step * size)
@@ -48,7 +48,7 @@ def damages(folder: str) -> Iterator[tuple[str, int, list[str]]]:
 
     Raises DataError where tokens.json, or the tokenizer in the folder, is not what `data.prepare` wrote.
     """
-    about, path = prepared.description(folder), paths.local(folder, 'config.data.path')
+    about, path = prepared.description(folder), files.local(folder, 'config.data.path')
     prepared.open_tokenizer(folder)
     _compare(path, about)
     for split, shards in about['splits'].items():
@@ -67,12 +67,12 @@ def _compare(folder: pathlib.Path, about: dict):
     if not plan.exists():
         return
     path = folder / prepared.DESCRIPTION
-    says = paths.read_json(plan, DataError)
+    says = files.read_json(plan, DataError)
     for key, name in (('mode', 'mode'), ('seq_length', 'seq-length'), ('tokenizer', 'tokenizer')):
         if about[key] != says.get(name):
             raise DataError(f'{path}: {key} is {about[key]!r}, {plan} says {says.get(name)!r}')
     for file in counts:
-        found = paths.read_json(file, DataError)
+        found = files.read_json(file, DataError)
         for split in about['splits'].keys() & found.keys():
             if found[split] not in about['splits'][split]:
                 raise DataError(f'{path}: a shard of {split} is not what {file} says of it')

@@ -12,8 +12,8 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker, util
 
-from mixln_jax import exits
-from mixln_jax.exits import Exit, MemoryExhausted, UsageError
+from mixln_jax.system import signals
+from mixln_jax.system.errors import Exit, MemoryExhausted, UsageError
 
 SHARED = '/dev/shm'
 NO_SEMAPHORES = errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOSYS
@@ -28,7 +28,7 @@ def start_tracker():
 
     It must not end by a SIGHUP, which the run answers, nor tell of what a killed worker has left: the run does.
     """
-    quiet, before = 'ignore:resource_tracker', signal.pthread_sigmask(signal.SIG_BLOCK, exits.signals())
+    quiet, before = 'ignore:resource_tracker', signal.pthread_sigmask(signal.SIG_BLOCK, signals.signals())
     sys.warnoptions.append(quiet)  # which processes that Python starts inherit
     try:
         resource_tracker.ensure_running()

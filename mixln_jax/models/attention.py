@@ -1,160 +1,33 @@
-"""Causal attention and rotary positions.
+"""Causal self-attention."""
 
-B batch, T length, H query heads, K key/value heads, d features of a head, t queries of a block, S keys that they see.
-"""
-
-import jax
+import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from mixln_jax import config as configs
-
-BLOCKS, SHORTEST = 4, 128  # blocks of queries, and queries in one at least: benchmarks/NOTES.md
-
-
-def rotary_frequencies(config: configs.Model) -> jax.Array:
-    """The angle by which a position turns each pair of a head, [head_size / 2] float32 (Su et al. 2021).
-
-    Under `llama3` (Llama 3.1) a pair that makes fewer than rope_low_freq_factor turns in rope_original_length
-    positions is slowed by rope_factor, one that makes more than rope_high_freq_factor stays, between them linearly.
-    """
-    size = config.head_size
-    frequency = config.rope_theta ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    if config.rope_type == 'llama3':
-        turns, low = config.rope_original_length / (2 * np.pi) * frequency, config.rope_low_freq_factor
-        stays = jnp.clip((turns - low) / (config.rope_high_freq_factor - low), 0, 1)
-        frequency *= stays + (1 - stays) / config.rope_factor
-    return frequency
+from mixln_jax.kernels import attention
+from mixln_jax.models import rope
+from mixln_jax.models.layers import RMSNorm, linear
 
 
-def rotary_angles(positions, frequency):
-    """Cosine and sine [..., T, d / 2] of the angle of every pair at `positions` [..., T]."""
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads."""
 
+    config: configs.Model
+    dtype: jnp.dtype
+    qkv_norm: bool = False
 
-def rotate(x_BTHd, angles):
-    """Turns pair i of every head, (x_i, x_{i + d/2}), by its position's angle: the half-rotation of Hugging Face."""
-    cos, sin = (jnp.concatenate([a, a], axis=-1)[..., None, :] for a in angles)
-    turned = jax.lax.platform_dependent(x_BTHd, tpu=_turned_by_product, default=_turned)
-    return (x_BTHd * cos + turned * sin).astype(x_BTHd.dtype)
+    @nn.compact
+    def __call__(self, x_BTD, angles, mask):
+        D, H, K = self.config.hidden_size, self.config.num_heads, self.config.kv_heads
+        head_dim, bias = self.config.head_size, self.config.attention_bias
 
+        def heads(name, count):
+            y = linear(count * head_dim, self.dtype, name, bias)(x_BTD).reshape(*x_BTD.shape[:2], count, head_dim)
+            return RMSNorm(self.config.norm_eps, self.dtype, name=f'{name}_norm')(y) if self.qkv_norm else y
 
-def _turned(x):
-    """(x_i, x_{i + d/2}) -> (-x_{i + d/2}, x_i) of every head."""
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([-second, first], axis=-1)
-
-
-def _turned_by_product(x):
-    """The same with a matrix of 0, 1 and -1, exact too: halves of a head of 64 are a quarter of what TPUs hold side by
-    side, and splitting there costs a third of attention, as their compiler expects it (benchmarks/NOTES.md)."""
-    matrix = jnp.asarray(_turned(np.eye(x.shape[-1])), x.dtype)
-    return jnp.einsum('...d,de->...e', x, matrix, precision=precision(x))
-
-
-def document_mask(segments):
-    """[B,T] numbers of documents -> [B,1,T,T] bool, query by key: whether both lie in the same document."""
-    return segments[:, None, :, None] == segments[:, None, None, :]
-
-
-@jax.custom_vjp
-def causal_attention(q_BTHd, k_BTKd, v_BTKd, mask=None):
-    """softmax(q k^T) v, where a query sees the keys up to its own position; query head h those of head h // (H / K).
-
-    Works on blocks of queries, so that keys which none of a block sees are never touched. The backward pass computes
-    the probabilities again, from the logarithms of their sums (Dao et al. 2022, FlashAttention, arXiv 2205.14135,
-    algorithm 4), so nothing of size T x T is kept. Scores and probabilities are float32.
-
-    Args:
-        q_BTHd: queries, already divided by sqrt(d).
-        k_BTKd, v_BTKd: keys and values; K divides H.
-        mask: [B,1,T,T] bool, query by key, or what broadcasts to it: which keys a query sees of those. Each has to see
-            its own. None: all of them.
-
-    Returns [B,T,H,d].
-    """
-    return _forward(q_BTHd, k_BTKd, v_BTKd, mask)[0]
-
-
-def cudnn_attention(q_BTHd, k_BTKd, v_BTKd, mask=None):
-    """What `causal_attention` computes, by cuDNN's kernels, which never write scores to memory: in bfloat16, on NVIDIA
-    GPUs. `jax.nn.dot_product_attention` raises for what they cannot do."""
-    return jax.nn.dot_product_attention(
-        q_BTHd, k_BTKd, v_BTKd, mask=mask, is_causal=True, scale=1.0, implementation='cudnn'
-    )
-
-
-def _forward(q_BTHd, k_BTKd, v_BTKd, mask):
-    q, k, v = _by_head(q_BTHd, k_BTKd, v_BTKd)
-    outs, logs = [], []
-    for first, S in blocks(q.shape[2]):
-        scores = _scores(q, k, mask, first, S)
-        largest = scores.max(axis=-1, keepdims=True)
-        powers = jnp.exp(scores - largest)
-        total = powers.sum(axis=-1, keepdims=True)
-        # Divided behind the product: d features are fewer than S keys.
-        outs.append((_dot('bhts,bhsd->bhtd', powers.astype(v.dtype), v[:, :, :S]) / total).astype(v.dtype))
-        logs.append(largest + jnp.log(total))
-    y_BTHd = jnp.swapaxes(jnp.concatenate(outs, axis=2), 1, 2)
-    # Kept in one axis, heads of 64 features take no more room on TPUs than that, where 128 lie side by side.
-    joined = [a.reshape(*a.shape[:2], -1) for a in (q_BTHd, k_BTKd, v_BTKd, y_BTHd)]
-    return y_BTHd, (mask, joined, jnp.concatenate(logs, axis=2))
-
-
-def _backward(saved, dy_BTHd):
-    mask, *others = saved
-    joined, logs = jax.lax.optimization_barrier(others)  # else XLA may keep the scores
-    heads = [a.reshape(*a.shape[:2], -1, dy_BTHd.shape[3]) for a in joined]
-    K = heads[1].shape[2]
-    q, k, v, y, dy = _by_head(*heads, dy_BTHd)
-    inner = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    dq, dk, dv = [], [], []
-    for first, S in blocks(q.shape[2]):
-        rows = np.s_[:, :, first:S]
-        p = jnp.exp(_scores(q, k, mask, first, S) - logs[rows])
-        ds = (p * (_dot('bhtd,bhsd->bhts', dy[rows], v[:, :, :S]) - inner[rows])).astype(q.dtype)
-        dq.append(_dot('bhts,bhsd->bhtd', ds, k[:, :, :S]))
-        dk.append(_dot('bhts,bhtd->bhsd', ds, q[rows]))
-        dv.append(_dot('bhts,bhtd->bhsd', p.astype(q.dtype), dy[rows]))
-
-    def over_blocks(parts):  # [B,H,S,d] each -> [B,T,K,d]
-        whole = sum(jnp.pad(a, [(0, 0), (0, 0), (0, q.shape[2] - a.shape[2]), (0, 0)]) for a in parts)
-        shared = whole.reshape(whole.shape[0], K, -1, *whole.shape[2:]).sum(axis=2)
-        return jnp.swapaxes(shared, 1, 2).astype(k.dtype)
-
-    dq_BTHd = jnp.swapaxes(jnp.concatenate(dq, axis=2), 1, 2).astype(q.dtype)
-    return dq_BTHd, over_blocks(dk), over_blocks(dv), None
-
-
-causal_attention.defvjp(_forward, _backward)
-
-
-def blocks(T):
-    """(first query, number of keys that the block sees) of every block of queries."""
-    length = max(SHORTEST, -(-T // BLOCKS))
-    return [(first, min(first + length, T)) for first in range(0, T, length)]
-
-
-def _scores(q, k, mask, first, S):
-    """[B,H,t,S] of the queries first to S - 1."""
-    scores = _dot('bhtd,bhsd->bhts', q[:, :, first:S], k[:, :, :S])
-    scores += np.where(np.arange(S) <= np.arange(first, S)[:, None], 0, -np.inf).astype(np.float32)
-    return scores if mask is None else jnp.where(mask[..., first:S, :S], scores, -jnp.inf)
-
-
-def _by_head(*values):
-    """[B,T,H,d], or those of K heads, each repeated for its queries -> [B,H,T,d]."""
-    H = values[0].shape[2]
-    wide = (jnp.repeat(a, H // a.shape[2], axis=2) if a.shape[2] < H else a for a in values)
-    return [jnp.swapaxes(a, 1, 2) for a in wide]
-
-
-def _dot(equation, a, b):
-    return jnp.einsum(equation, a, b, precision=precision(a), preferred_element_type=jnp.float32)
-
-
-def precision(a):
-    """Of matrix products with `a`: exact in float32. A backward pass written by hand is traced outside of the trunk,
-    whose default it does not see."""
-    return 'highest' if a.dtype == jnp.float32 else None
+        scaled = [a / head_dim**0.5 for a in angles]  # turning the queries by these divides them too
+        q, k = rope.rotate(heads('q', H), scaled), rope.rotate(heads('k', K), angles)
+        by_cudnn = self.config.attention == 'cudnn' and q.dtype == jnp.bfloat16  # analyses in training are in float32
+        attend = attention.cudnn_attention if by_cudnn else attention.causal_attention
+        y_BTHd = attend(q, k, heads('v', K), mask)
+        return linear(D, self.dtype, 'o', bias)(y_BTHd.reshape(*x_BTD.shape[:2], H * head_dim))

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from mixln_jax import config as configs
-from mixln_jax.exits import UsageError
-from mixln_jax.models import transformer
+from mixln_jax.models import layers, transformer
+from mixln_jax.models.layers import LayerNorm
+from mixln_jax.system.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,25 +18,6 @@ class Config(configs.Model):
 
     num_positions: int = 512  # rows of the table of positions: the longest T
     num_types: int = 2  # kinds of tokens: those of the question, those of the text
-
-
-class LayerNorm(nn.Module):
-    """Ba et al. 2016 (arXiv 1607.06450): (x - mean) / sqrt(variance + eps) * gain + bias, in float32, times a constant;
-    mean and variance are taken over each of `groups` equal parts of the features."""
-
-    eps: float
-    dtype: jnp.dtype
-    groups: int = 1
-
-    @nn.compact
-    def __call__(self, x, constant=None):
-        gain = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-        bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-        parts = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
-        parts -= parts.mean(axis=-1, keepdims=True)
-        parts *= jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + self.eps)
-        y = parts.reshape(x.shape) * gain + bias
-        return (y if constant is None else y * constant).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -51,11 +33,11 @@ class Attention(nn.Module):
         D, H = self.config.hidden_size, self.config.num_heads
 
         def heads(name):
-            y = transformer.linear(D, self.dtype, name, bias=True)(x_BTD).reshape(*x_BTD.shape[:2], H, D // H)
+            y = layers.linear(D, self.dtype, name, bias=True)(x_BTD).reshape(*x_BTD.shape[:2], H, D // H)
             return LayerNorm(self.config.norm_eps, self.dtype, name=f'{name}_norm')(y) if self.qkv_norm else y
 
         y_BTHd = jax.nn.dot_product_attention(heads('q'), heads('k'), heads('v'), mask=mask)
-        return transformer.linear(D, self.dtype, 'o', bias=True)(y_BTHd.reshape(x_BTD.shape))
+        return layers.linear(D, self.dtype, 'o', bias=True)(y_BTHd.reshape(x_BTD.shape))
 
 
 class MLP(nn.Module):
@@ -66,8 +48,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        up = transformer.linear(self.config.intermediate_size, self.dtype, 'up', bias=True)(x_BTD)
-        return transformer.linear(self.config.hidden_size, self.dtype, 'down', bias=True)(nn.gelu(up, False))
+        up = layers.linear(self.config.intermediate_size, self.dtype, 'up', bias=True)(x_BTD)
+        return layers.linear(self.config.hidden_size, self.dtype, 'down', bias=True)(nn.gelu(up, False))
 
 
 PARTS = transformer.Parts(LayerNorm, Attention, MLP)
@@ -89,7 +71,7 @@ class Bert(nn.Module):
 
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
-        table = lambda rows: transformer.Embedding(rows, config.hidden_size, dtype, self.stream_sharding)  # noqa: E731
+        table = lambda rows: layers.Embedding(rows, config.hidden_size, dtype, self.stream_sharding)  # noqa: E731
         self.words = table(config.vocab_size)
         self.positions = table(config.num_positions)
         self.types = table(config.num_types)
@@ -98,7 +80,7 @@ class Bert(nn.Module):
             config, dtype, self.norm_position, self.layer_index, self.depth, self.stream_sharding, PARTS
         )
         if self.span_head:
-            self.span = transformer.linear(2, jnp.float32, None, bias=True)
+            self.span = layers.linear(2, jnp.float32, None, bias=True)
 
     def trunk(self, ids, types=None, mask=None, keep=None, capture=False):
         """Everything below the head.

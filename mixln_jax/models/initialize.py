@@ -9,7 +9,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from mixln_jax.models import norms
+from mixln_jax.models import placements
 
 OUTPUTS = ('attention/o/kernel', 'mlp/down/kernel')  # what a sub-layer adds to the stream
 QUERY_KEY = ('attention/q/kernel', 'attention/k/kernel')
@@ -30,7 +30,7 @@ def initialize(key, shapes, config, norm_position, depth):
         `deepnorm` is xavier-normal with gain (8L)^(-1/4), 1 for query and key (DeepNet, arXiv 2203.00555, section 3.1);
         `deepnorm_official` has its inverse, as the Mix-LN authors' code.
     """
-    runs = norms.segments(norm_position)
+    runs = placements.segments(norm_position)
 
     def leaf(path, shape):
         names = [part.key for part in path]
@@ -40,9 +40,9 @@ def initialize(key, shapes, config, norm_position, depth):
             name, first, end = runs[int(names[1].removeprefix('segment_'))]
             if names[-1].endswith('_scale'):
                 sublayer, by = names[-1].split('_', 1)
-                start = getattr(norms.PLACEMENTS[name], sublayer).factors()[by].start
+                start = getattr(placements.PLACEMENTS[name], sublayer).factors()[by].start
                 return jnp.full(shape.shape, start, shape.dtype)
-            std = _std('/'.join(names[2:]), shape.shape[1:], config, norms.PLACEMENTS[name].init, depth)
+            std = _std('/'.join(names[2:]), shape.shape[1:], config, placements.PLACEMENTS[name].init, depth)
             draw = lambda number: _normal(_fold(key, '/'.join(names[2:]), number), shape.shape[1:], shape.dtype)  # noqa: E731
             return jax.vmap(draw)(jnp.arange(first + 1, end + 1)) * std
         vocab_axis, std = (0, config.embed_std) if names[-1] == 'embedding' else (1, config.init_std)

@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 
 from mixln_jax import config as configs
-from mixln_jax.exits import UsageError
-from mixln_jax.models import attention, norms, transformer
+from mixln_jax.kernels import attention
+from mixln_jax.models import layers, placements, rope, transformer
 from mixln_jax.models.initialize import initialize
+from mixln_jax.system.errors import UsageError
 
 VOCAB_MULTIPLE = 128  # rows of embedding and head in memory, so that they tile and shard
 
@@ -29,15 +30,15 @@ class Llama(nn.Module):
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
         rows = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        self.embed = transformer.Embedding(rows, config.hidden_size, dtype, self.stream_sharding)
+        self.embed = layers.Embedding(rows, config.hidden_size, dtype, self.stream_sharding)
         self.layers = transformer.Stack(
             config, dtype, self.norm_position, self.layer_index, self.depth, self.stream_sharding
         )
-        self.norm = transformer.RMSNorm(config.norm_eps, dtype)
-        if norms.PLACEMENTS[self.norm_position[0]].embed_norm:
-            self.embed_norm = transformer.RMSNorm(config.norm_eps, dtype)
+        self.norm = layers.RMSNorm(config.norm_eps, dtype)
+        if placements.PLACEMENTS[self.norm_position[0]].embed_norm:
+            self.embed_norm = layers.RMSNorm(config.norm_eps, dtype)
         if not config.tie_word_embeddings:
-            self.head = transformer.linear(rows, jnp.float32, None)
+            self.head = layers.linear(rows, jnp.float32, None)
 
     def trunk(self, ids, keep=None, capture=False, positions=None, segments=None):
         """Everything below the head.
@@ -60,9 +61,9 @@ class Llama(nn.Module):
             first = self.embed(ids)
             if self.config.scale_embed:  # Takase et al. 2023 (arXiv 2312.16903), Scaled Embed
                 first = (first.astype(jnp.float32) * self.config.hidden_size**0.5).astype(first.dtype)
-            if norms.PLACEMENTS[self.norm_position[0]].embed_norm:
+            if placements.PLACEMENTS[self.norm_position[0]].embed_norm:
                 first = self.embed_norm(first)
-            angles = attention.rotary_angles(positions, attention.rotary_frequencies(self.config))
+            angles = rope.rotary_angles(positions, rope.rotary_frequencies(self.config))
             mask = None if segments is None else attention.document_mask(segments)
             last, out = self.layers(first, angles, mask, keep, capture)
             if capture:
@@ -98,8 +99,8 @@ class Llama(nn.Module):
     @nn.nowrap
     def with_measured(self, params, variances):
         """The parameters with those factors set, from Var[F] of every sub-layer [2L]."""
-        layers = transformer.with_omega(params['layers'], self.norm_position, norms.admin_omega(variances))
-        return dict(params, layers=layers)
+        omega = placements.admin_omega(variances)
+        return params | {'layers': transformer.with_omega(params['layers'], self.norm_position, omega)}
 
     @nn.nowrap
     def shapes(self):
@@ -112,10 +113,10 @@ def from_config(config: configs.Model, compute_dtype='bfloat16', stream_sharding
 
     Raises UsageError for a `norm_position` that does not fit.
     """
-    names = norms.resolve(config.norm_position, config.num_layers, config.post_ratio)
+    names = placements.resolve(config.norm_position, config.num_layers, config.post_ratio)
     if official:
-        names = tuple(norms.OFFICIAL.get(name, name) for name in names)
-    if any(norms.PLACEMENTS[name].attention.grouped for name in names) and config.hidden_size % config.norm_groups:
+        names = tuple(placements.OFFICIAL.get(name, name) for name in names)
+    if any(placements.PLACEMENTS[name].attention.grouped for name in names) and config.hidden_size % config.norm_groups:
         raise UsageError(
             f'config.model.hidden_size={config.hidden_size} does not divide by '
             f'config.model.norm_groups={config.norm_groups}'
@@ -129,3 +130,9 @@ def num_params(config: configs.Model, params):
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     padding = params['embed']['embedding'].shape[0] - config.vocab_size
     return total - (1 if config.tie_word_embeddings else 2) * padding * config.hidden_size
+
+
+def flops_per_position(num_params, embedding_params, num_layers, attention_width, seq_length):
+    """FLOPs of training on one position: 6 N + 6 L T A; N parameters without the input embedding, which counts where it
+    is the head too, A features of all query heads together; attention causal, no remat."""
+    return 6 * (num_params - embedding_params) + 6 * num_layers * seq_length * attention_width

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax.models import attention, norms
+from mixln_jax.models import placements
+from mixln_jax.models.attention import Attention
+from mixln_jax.models.layers import MLP, RMSNorm
 
 
 def _dots(primitive, *arguments, **parameters):
@@ -27,136 +29,6 @@ REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,
 }
 UNROLL_UP_TO = 12  # layers; beyond it `auto` keeps the loop, for the compile time
-
-
-class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019: x / sqrt(mean(x^2) + eps) * gain, in float32, times a constant; the mean is taken over
-    each of `groups` equal parts of the features."""
-
-    eps: float
-    dtype: jnp.dtype
-    groups: int = 1
-
-    @nn.compact
-    def __call__(self, x, constant=None):
-        gain = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-        y = _rms_norm(x, gain, self.eps, self.groups)
-        return (y if constant is None else y * constant).astype(self.dtype)
-
-
-@functools.partial(jax.checkpoint, static_argnums=(2, 3))  # else several float32 copies of x are kept
-def _rms_norm(x, gain, eps, groups):
-    x = x.astype(jnp.float32)
-    if groups == 1:
-        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * gain
-    parts = x.reshape(*x.shape[:-1], groups, -1)
-    parts *= jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + eps)
-    return parts.reshape(x.shape) * gain
-
-
-class Embedding(nn.Module):
-    """A row of a table for every id. Its values come from `initialize`."""
-
-    rows: int
-    features: int
-    dtype: jnp.dtype
-    stream_sharding: jax.sharding.NamedSharding | None
-
-    def setup(self):
-        self.embedding = self.param('embedding', nn.initializers.zeros, (self.rows, self.features))
-
-    def attend(self, x):
-        """[...,D] -> [...,rows] float32: the table as a head."""
-        return product(x.astype(jnp.float32), self.embedding.T.astype(jnp.float32))
-
-    def __call__(self, ids):
-        """[B,T] -> [B,T,D]."""
-        table = self.embedding.astype(self.dtype)
-        if not self.stream_sharding:
-            return table[ids]
-        # Gathered as every matrix is: rows looked up in parts of it would have to be put together again.
-        everywhere = jax.sharding.NamedSharding(self.stream_sharding.mesh, jax.sharding.PartitionSpec())
-        x = jax.lax.with_sharding_constraint(table, everywhere)[ids]
-        return jax.lax.with_sharding_constraint(x, self.stream_sharding)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key/value heads."""
-
-    config: configs.Model
-    dtype: jnp.dtype
-    qkv_norm: bool = False
-
-    @nn.compact
-    def __call__(self, x_BTD, angles, mask):
-        D, H, K = self.config.hidden_size, self.config.num_heads, self.config.kv_heads
-        head_dim, bias = self.config.head_size, self.config.attention_bias
-
-        def heads(name, count):
-            y = linear(count * head_dim, self.dtype, name, bias)(x_BTD).reshape(*x_BTD.shape[:2], count, head_dim)
-            return RMSNorm(self.config.norm_eps, self.dtype, name=f'{name}_norm')(y) if self.qkv_norm else y
-
-        scaled = [a / head_dim**0.5 for a in angles]  # turning the queries by these divides them too
-        q, k = attention.rotate(heads('q', H), scaled), attention.rotate(heads('k', K), angles)
-        by_cudnn = self.config.attention == 'cudnn' and q.dtype == jnp.bfloat16  # analyses in training are in float32
-        attend = attention.cudnn_attention if by_cudnn else attention.causal_attention
-        y_BTHd = attend(q, k, heads('v', K), mask)
-        return linear(D, self.dtype, 'o', bias)(y_BTHd.reshape(*x_BTD.shape[:2], H * head_dim))
-
-
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
-
-    config: configs.Model
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x_BTD):
-        into = lambda name: linear(self.config.intermediate_size, self.dtype, name, self.config.mlp_bias)(x_BTD)  # noqa: E731
-        y = _gated(into('gate'), into('up'))
-        return linear(self.config.hidden_size, self.dtype, 'down', self.config.mlp_bias)(y)
-
-
-@jax.checkpoint  # of both alone the backward pass makes the rest
-def _gated(gate, up):
-    return nn.silu(gate) * up
-
-
-def linear(features, dtype, name, bias=False):
-    """A matrix, without bias unless it is asked for; its values come from `initialize`, or from a file."""
-    return nn.Dense(
-        features, use_bias=bias, dtype=dtype, name=name, kernel_init=nn.initializers.zeros, dot_general=_dot_general
-    )
-
-
-def _dot_general(x, kernel, *_, **__):
-    return product(x, kernel)
-
-
-@jax.custom_vjp
-def product(x, kernel):
-    """[..., D] times [D, F], with a gradient in an order that suits CPUs.
-
-    JAX would write that of the kernel as (dy^T x)^T, for which XLA on CPU transposes dy, and what made dy with it; with
-    x^T dy a whole train step takes a sixth less (benchmarks/NOTES.md). Elsewhere compilers choose the order themselves.
-    """
-    return x @ kernel
-
-
-def _product_forward(x, kernel):
-    return x @ kernel, (x, kernel)
-
-
-def _product_backward(saved, dy):
-    x, kernel = saved
-    dot = functools.partial(jnp.einsum, precision=attention.precision(x))
-    dx = dot('...f,df->...d', dy, kernel)
-    if kernel.shape[0] > kernel.shape[1]:  # of x and dy the smaller one is transposed
-        return dx, dot('...f,...d->fd', dy, x).T
-    return dx, dot('...d,...f->df', x, dy)
-
-
-product.defvjp(_product_forward, _product_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +45,7 @@ class Layer(nn.Module):
 
     config: configs.Model
     dtype: jnp.dtype
-    placement: norms.Layer
+    placement: placements.Layer
     stream_sharding: jax.sharding.NamedSharding | None
     capture: bool = False
     parts: Parts = Parts()
@@ -210,7 +82,7 @@ class Layer(nn.Module):
         factors = constants | {
             by: self.param(f'{name}_{by}', nn.initializers.zeros, x.shape[-1:] if factor.per_feature else ())
             for by, factor in placement.factors().items()
-            if isinstance(factor, norms.Learned)
+            if isinstance(factor, placements.Learned)
         }
         scaled = lambda a, by: a.astype(jnp.float32) * factors[by] if by in factors else a  # noqa: E731
         if placement.residual_normed:
@@ -250,9 +122,9 @@ class Stack(nn.Module):
         every layer captures, stacked over them [L,...], else None.
         """
         captured = []
-        for number, (name, first, end) in enumerate(norms.segments(self.norm_position)):
-            x, ys = self.segment(number, norms.PLACEMENTS[name], end - first, capture)(
-                x, self.per_layer(norms.PLACEMENTS[name], first, end, keep), angles, mask
+        for number, (name, first, end) in enumerate(placements.segments(self.norm_position)):
+            x, ys = self.segment(number, placements.PLACEMENTS[name], end - first, capture)(
+                x, self.per_layer(placements.PLACEMENTS[name], first, end, keep), angles, mask
             )
             captured.append(ys)
         return x, jax.tree.map(lambda *a: jnp.concatenate(a), *captured) if capture else None
@@ -292,19 +164,19 @@ class Stack(nn.Module):
 def measured(norm_position):
     """Whether some layers have factors that are set before the first step."""
     return any(
-        isinstance(factor, norms.Learned) and factor.measured
+        isinstance(factor, placements.Learned) and factor.measured
         for name in norm_position
-        for factor in norms.PLACEMENTS[name].attention.factors().values()
+        for factor in placements.PLACEMENTS[name].attention.factors().values()
     )
 
 
 def with_omega(stack, norm_position, omega):
     """The parameters of a Stack with `omega` [2L] in every factor that is measured."""
     by_layer, changed = omega.reshape(-1, 2), dict(stack)
-    for number, (name, first, end) in enumerate(norms.segments(norm_position)):
+    for number, (name, first, end) in enumerate(placements.segments(norm_position)):
         for at, sublayer in enumerate(('attention', 'mlp')):
-            for by, factor in getattr(norms.PLACEMENTS[name], sublayer).factors().items():
-                if isinstance(factor, norms.Learned) and factor.measured:
+            for by, factor in getattr(placements.PLACEMENTS[name], sublayer).factors().items():
+                if isinstance(factor, placements.Learned) and factor.measured:
                     segment = changed[f'segment_{number}']
                     leaf = segment[f'{sublayer}_{by}']
                     values = jnp.broadcast_to(by_layer[first:end, at, None], leaf.shape).astype(leaf.dtype)
@@ -315,7 +187,7 @@ def with_omega(stack, norm_position, omega):
 def split_layers(stack, norm_position):
     """The parameters of a Stack as a list of L single layers."""
     layers = []
-    for number, (_, first, end) in enumerate(norms.segments(norm_position)):
+    for number, (_, first, end) in enumerate(placements.segments(norm_position)):
         layers += [jax.tree.map(lambda leaf, i=i: leaf[i], stack[f'segment_{number}']) for i in range(end - first)]
     return layers
 
@@ -324,5 +196,20 @@ def stack_layers(layers, norm_position):
     """The parameters of L single layers as those of a Stack; the inverse of `split_layers`."""
     return {
         f'segment_{number}': jax.tree.map(lambda *leaves: np.stack(leaves), *layers[first:end])
-        for number, (_, first, end) in enumerate(norms.segments(norm_position))
+        for number, (_, first, end) in enumerate(placements.segments(norm_position))
     }
+
+
+def branch_variances(branches, weights, width):
+    """Var[F] of what every sub-layer adds to the stream, over all features of the positions that count.
+
+    Args:
+        branches: `norm` and `mean` [L,2,B,T]; see `trunk`.
+        weights: [B,T], 1 at positions that count.
+        width: D.
+
+    Returns:
+        [2L]: attention and MLP of layer 1, of layer 2 and so on.
+    """
+    over = lambda values: (values * weights).sum((-2, -1)) / weights.sum()  # noqa: E731
+    return (over(jnp.square(branches['norm'])) / width - jnp.square(over(branches['mean']))).reshape(-1)

@@ -23,12 +23,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from mixln_jax import config as configs
-from mixln_jax import evaluate, harness, weights
-from mixln_jax import mesh as meshes
+from mixln_jax import evaluate
 from mixln_jax.analysis import drop
 from mixln_jax.data import tokenizers
-from mixln_jax.exits import NumericsError, UsageError
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.evaluation import harness
 from mixln_jax.models import llama
+from mixln_jax.runs import weights
+from mixln_jax.system.errors import NumericsError, UsageError
 
 V, WINDOW = 400, 40  # ids; in memory the vocabulary is padded to 512
 MESHES = {'1': (1, 1, 1), '8': (8, 1, 1), '2x2x2': (2, 2, 2)}

@@ -18,9 +18,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from test_hf import KINDS, PLACEMENTS, edit, logits, network
 
-from mixln_jax import step
 from mixln_jax.data import tokenizers
-from mixln_jax.models import hf
+from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.program import step
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 IDS = np.arange(10).reshape(2, 5)  # as `logits` takes them
@@ -53,7 +53,7 @@ def theirs(model, ids=IDS):
 )
 def test_exports_compute_the_same(tmp_path, norm_position, max_shard_gb, kind):
     model, params = network(norm_position, **KINDS.get(kind, {}))
-    hf.save(tmp_path / 'out', model, params, max_shard_gb=max_shard_gb)
+    hf_llama.save(tmp_path / 'out', model, params, max_shard_gb=max_shard_gb)
     found, expected = pretrained(tmp_path / 'out'), np.asarray(logits(model, params))
     assert (type(found) is transformers.LlamaForCausalLM) == (norm_position == 'pre')
     np.testing.assert_allclose(theirs(found), expected, rtol=0, atol=1e-4)
@@ -66,7 +66,7 @@ def test_exports_compute_the_same(tmp_path, norm_position, max_shard_gb, kind):
 @pytest.mark.parametrize('name', ['pre', 'post', 'mix', 'sandwich', 'lns'])
 def test_golden_folders_through_us(tmp_path, name):
     """The authors' weights, read and written here, give the authors' numbers there."""
-    hf.save(tmp_path / 'out', *hf.load(GOLDEN / name, name))
+    hf_llama.save(tmp_path / 'out', *hf_llama.load(GOLDEN / name, name))
     expected = np.load(GOLDEN / name / 'expected.npz')
     real = expected['attention_mask'].astype(bool)
     found = theirs(pretrained(tmp_path / 'out'), expected['input_ids'])
@@ -77,7 +77,7 @@ def test_golden_folders_through_us(tmp_path, name):
 def test_a_tied_head_is_trained_with_the_embedding(tmp_path, norm_position):
     """There as here: one tensor, whose gradient is that of both."""
     model, params = network(norm_position, **KINDS['tied'])
-    hf.save(tmp_path / 'out', model, params)
+    hf_llama.save(tmp_path / 'out', model, params)
     found = pretrained(tmp_path / 'out')
     assert found.lm_head.weight is found.model.embed_tokens.weight
     found(torch.asarray(IDS), labels=torch.asarray(IDS), use_cache=False).loss.backward()
@@ -91,13 +91,13 @@ def test_a_tied_head_is_trained_with_the_embedding(tmp_path, norm_position):
 def test_removed_layers_keep_their_constants(tmp_path):
     model, params = network('lns,deepnorm', num_layers=2)
     model = model.clone(layer_index=(2, 5), depth=6)
-    hf.save(tmp_path / 'out', model, params)
+    hf_llama.save(tmp_path / 'out', model, params)
     np.testing.assert_allclose(theirs(pretrained(tmp_path / 'out')), logits(model, params), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('norm_position', ['pre', 'mix'])
 def test_generation_with_a_cache_and_without(tmp_path, norm_position):
-    hf.save(tmp_path / 'out', *network(norm_position))
+    hf_llama.save(tmp_path / 'out', *network(norm_position))
     model = pretrained(tmp_path / 'out')
     options = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True)
     cached, whole = (model.generate(torch.asarray(IDS), use_cache=cache, **options) for cache in (True, False))
@@ -107,16 +107,16 @@ def test_generation_with_a_cache_and_without(tmp_path, norm_position):
 
 def test_bfloat16(tmp_path):
     model, params = network('mix')
-    hf.save(tmp_path / 'out', model, params, dtype='bfloat16')
+    hf_llama.save(tmp_path / 'out', model, params, dtype='bfloat16')
     assert pretrained(tmp_path / 'out', dtype='auto').dtype == torch.bfloat16
-    rounded = hf.load(tmp_path / 'out')
+    rounded = hf_llama.load(tmp_path / 'out')
     np.testing.assert_allclose(
         theirs(pretrained(tmp_path / 'out', dtype='float32')), logits(*rounded), rtol=0, atol=1e-4
     )
 
 
 def test_no_stock_class_opens_another_placement(tmp_path):
-    hf.save(tmp_path / 'out', *network('mix'))
+    hf_llama.save(tmp_path / 'out', *network('mix'))
     with pytest.raises(ValueError, match='trust_remote_code'):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', trust_remote_code=False)
 
@@ -160,7 +160,7 @@ def test_their_folders_here(tmp_path, dtype, max_shard_size, kind):
     assert (tmp_path / 'model.safetensors.index.json').exists() == (max_shard_size == '20KB')
     if kind == 'llama3 of transformers 4':
         edit(tmp_path, rope_parameters=None, **THEIRS[kind])
-    ours, params = hf.load(tmp_path)
+    ours, params = hf_llama.load(tmp_path)
     assert ours.config.rope_theta == config.rope_parameters['rope_theta']
     ids = np.random.default_rng(0).integers(0, 200, (2, 40))
     found, _ = ours.apply({'params': params}, ids)
@@ -175,7 +175,7 @@ def test_their_folders_here(tmp_path, dtype, max_shard_size, kind):
 @pytest.mark.parametrize('norm_position', ['pre', 'mix'])
 def test_tokenizers_give_the_same_ids(tmp_path, opened, name, norm_position):  # the fixture opens vocabularies
     tokenizer = opened(name)
-    hf.save(tmp_path / 'out', *network(norm_position), tokenizer)
+    hf_llama.save(tmp_path / 'out', *network(norm_position), tokenizer)
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out', trust_remote_code=norm_position == 'mix')
     for text in (*vocabularies.prose(50, seed=2), ' two  spaces\n\tand Größe '):
         assert found(text, add_special_tokens=False)['input_ids'] == tokenizer.encode(text).tolist()
@@ -187,7 +187,7 @@ def test_lm_eval(tmp_path, norm_position):
     """The likelihoods that the evaluation harness finds are those of our logits."""
     tokenizer = tokenizers.Bytes()
     model, params = network(norm_position, vocab_size=tokenizer.vocab_size)
-    hf.save(tmp_path / 'out', model, params, tokenizer)
+    hf_llama.save(tmp_path / 'out', model, params, tokenizer)
     harness = HFLM(str(tmp_path / 'out'), device='cpu', dtype='float32', trust_remote_code=True, batch_size=2)
     texts = [('The quick brown', ' fox'), ('Zwölf', ' Boxkämpfer jagen')]
     asked = [Instance('loglikelihood', {}, text, number) for number, text in enumerate(texts)]

@@ -14,8 +14,9 @@ import torch
 import transformers
 from test_squad import CONTEXT, GOLDEN, made, write_vocabulary
 
-from mixln_jax import squad
-from mixln_jax.models import hf_bert
+from mixln_jax.data import squad
+from mixln_jax.models.hf import bert as hf_bert
+from mixln_jax.tasks import question_answering
 
 SIZES = dict(vocab_size=200, hidden_size=48, intermediate_size=192, num_hidden_layers=4, num_attention_heads=12)
 WEIGHTS = (np.arange(40) < np.array([[40], [23], [9]])).astype(int)
@@ -96,13 +97,16 @@ def test_answers_and_scores(version):
     model = transformers.BertForQuestionAnswering.from_pretrained(GOLDEN).eval()
     arrays = features.inputs, features.types, features.weights
     _, logits = theirs_computes(model, *arrays)
-    texts = squad.best_answers(*logits, features, examples)
+    texts = question_answering.best_answers(*logits, features, examples)
     assert texts == list(expected['predictions'].values())
-    found, again = squad.scores(texts, examples), squad.evaluate(*hf_bert.load(GOLDEN), features, examples, 8)
+    found, again = (
+        question_answering.scores(texts, examples),
+        question_answering.evaluate(*hf_bert.load(GOLDEN), features, examples, 8),
+    )
     for name in ('exact_match', 'f1'):
         np.testing.assert_array_equal(found[name], again[name])
         assert 100 * found[name].mean() == pytest.approx(expected[name], abs=1e-9)
     with torch.no_grad():
         model.qa_outputs.weight[0, ::2] *= -1
     _, logits = theirs_computes(model, *arrays)
-    assert squad.best_answers(*logits, features, examples) != texts
+    assert question_answering.best_answers(*logits, features, examples) != texts

@@ -1,0 +1,257 @@
+"""What the analyses share: options, opening, progress, result.json and figures.
+
+A job is a module with NAME, DEFINITION, UNIT, SOURCE, `measure` (numbers of one network), `whole` (those of them that
+must be finite), `draw` (figures of many networks) and `columns` (what its table shows by layer).
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mixln_jax.analysis import samples, subjects
+from mixln_jax.data import rows as data_rows
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.report import figures
+from mixln_jax.runs import environment, log, weights
+from mixln_jax.system import cli, console, files, outputs
+from mixln_jax.system.errors import NumericsError, UsageError
+
+TOKENS, BATCH_SIZE = 65_536, 8
+
+
+def everywhere(values, model):
+    """Inside jit: `values` whole on every device of the model's mesh, so that every process can read them."""
+    return jax.lax.with_sharding_constraint(values, meshes.replicated(model.stream_sharding.mesh))
+
+
+def by_row(compiled, model, batches):
+    """Runs a function on batches of numpy arrays.
+
+    Args:
+        compiled: batch on the devices -> a tree of sums over each row's tokens, [B,...].
+        model: says where a batch's rows lie.
+        batches: iterable, see subjects.sample.
+
+    Returns:
+        (tree [R,...] of all rows, counts [R]: tokens of each).
+    """
+    sums, counts = [], []
+    for batch in batches:
+        sums.append(jax.device_get(compiled(meshes.place(batch, model.stream_sharding))))
+        counts.append(batch['weights'].sum(-1))
+    return jax.tree.map(lambda *of_batches: np.concatenate(of_batches), *sums), np.concatenate(counts)
+
+
+def run(job, work, argv, add_options=lambda add: None, check=lambda options: None):
+    """A job's command; returns its exit code.
+
+    What can be checked is checked before anything is measured; a network that is not finite hides no other.
+
+    Args:
+        job: the module.
+        work: (Subject, options, texts) -> the numbers of one network, a dict; `texts(subject, last=False)` gives its
+            batches, with a progress bar.
+        argv: words of the command.
+        add_options: (add_argument), for options of the job's own.
+        check: (options), raises UsageError for those.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f'python -m mixln_jax.analysis.{job.NAME}',
+        description=job.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        '--checkpoint',
+        required=True,
+        nargs='+',
+        metavar='DIR',
+        help='runs, <run>/checkpoints/<step>, or Hugging Face',
+    )
+    add('--steps', metavar='STEP,...', help='of every run: init, numbers, all that are kept [the newest]')
+    add('--out', metavar='DIR', help="folder for the results of all [each run's own analysis/<job>]")
+    add('--norm_position', metavar='P', help='placement of a Hugging Face folder that does not say it')
+    add('--text', metavar='FILES', help="measure on these .jsonl or text files [the run's own text]")
+    add('--squad', metavar='FILE.json', help='a BERT reads the questions and texts of this SQuAD file')
+    add('--split', metavar='SPLIT', help='of the text [config.eval.split; of --text all]')
+    add('--data_path', metavar='PATH', help=data_rows.MOVED)
+    add('--seq_length', type=int, metavar='T', help="tokens in a row [the run's; of a Hugging Face folder up to 256]")
+    add('--mode', choices=('pad', 'pack', 'concat'), help="how rows are made [the run's; of a Hugging Face folder pad]")
+    add('--tokens', type=int, metavar='N', help=f'real tokens to measure on, at least [{TOKENS:,}]')
+    add('--batch_size', type=int, default=BATCH_SIZE, metavar='B', help=f'rows at a time [{BATCH_SIZE}]')
+    add_options(add)
+    add('--traceback', action='store_true', help='show where an error comes from')
+
+    def command():
+        options = cli.parse(parser, argv)
+        _check(options)
+        check(options)
+        by_folder = {}
+        for place in subjects.places(options.checkpoint, options.steps):
+            by_folder.setdefault(_folder(job, options, place), []).append(place)
+        with contextlib.ExitStack() as closing:
+            for folder in by_folder:
+                closing.enter_context(outputs.writing_into(folder))
+                _check_free(job, folder)
+            _measure_all(job, work, options, by_folder)
+
+    return cli.call(command, show_traceback='--traceback' in argv)
+
+
+def _measure_all(job, work, options, by_folder):
+    """Measures, writes and draws; one problem with a network hides no other."""
+    problems = []
+    for folder, places in by_folder.items():
+        results = []
+        for place in places:
+            try:
+                results.append(_result(job, place, options, work))
+            except (NumericsError, weights.Removed) as problem:
+                problems.append(problem)
+                continue
+            _write(job, folder, results, options)
+            console.say(*_table(results[-1], job.columns(results[-1])), '')
+        if results:
+            _draw(job, folder, results)
+    for problem in problems[:-1]:
+        console.say(f'mixln_jax: {problem}', file=sys.stderr)
+    if problems:
+        raise problems[-1]
+
+
+def _check(options):
+    """Raises UsageError for options that are out of range or say nothing together."""
+    for name, least in (('tokens', 1), ('batch_size', 1), ('seq_length', 2)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise UsageError(f'--{name} must be at least {least}')
+    for name in ('text', 'split', 'mode', 'norm_position', 'data_path'):
+        if options.squad and getattr(options, name) is not None:
+            raise UsageError(f'--{name} has no meaning with --squad')
+    if options.text and options.data_path and subjects.INITIAL not in cli.listed(options.steps or ''):
+        raise UsageError("--data_path is where the run's own text is; it has no meaning with --text")
+
+
+def _folder(job, options, place):
+    """Where the results of a checkpoint go."""
+    if options.out is not None:
+        return outputs.place(options.out)
+    if not place.run:
+        raise UsageError(f'{place.folder} is not a run of ours, which would keep its results; give --out DIR')
+    return place.run / 'analysis' / job.NAME
+
+
+def _check_free(job, folder):
+    """Raises UsageError where another job's results are in a folder, or what is no result."""
+    if (other := _written(folder).get('job', job.NAME)) != job.NAME:
+        raise UsageError(f'--out {folder} has the results of mixln_jax.analysis.{other}; give another folder')
+    if not _is_ours(folder, job.NAME):
+        raise UsageError(f'--out {folder}: {job.NAME}.png or .svg there is no figure of ours; give another folder')
+
+
+def _written(folder):
+    """What result.json in a folder says, {} where there is none."""
+    path = folder / 'result.json'
+    problem = 'not the result of an analysis; give another folder as --out'
+    found = files.read_json(path, UsageError, problem) if path.exists() else {}
+    if found and not isinstance(found.get('job'), str):
+        raise UsageError(f'{path}: {problem}')
+    return found
+
+
+def _is_ours(folder, name):
+    """Whether an analysis may write or remove a figure of this name in a folder: nothing is there, or what one drew.
+
+    Names come from a result.json too, which may say anything."""
+    if not isinstance(name, str) or pathlib.PurePath(name).parts != (name,) or name == '..':
+        return False
+    figure = [folder / f'{name}.{suffix}' for suffix in ('png', 'svg')]
+    there = [path for path in figure if os.path.lexists(path)]
+    return not there or all(path.is_file() and not path.is_symlink() for path in there) and figures.is_drawn(figure[1])
+
+
+def _result(job, place, options, work):
+    """The entry of one network in result.json. Raises NumericsError where it is not finite."""
+    subject = subjects.open_subject(place, options.norm_position, options.batch_size, options.data_path)
+    about = {}
+
+    def texts(subject, last=False):
+        if options.squad:
+            features, _, about['text'] = samples.questions(subject, options.squad, options.seq_length)
+            singles = samples.rows_of_questions(features)
+        else:
+            of_text = options.text, options.split, options.seq_length, options.mode, options.data_path
+            rows, about['text'] = samples.text(subject, *of_text)
+            singles = samples.rows_of_text(rows)
+        parts = subjects.parts(options.batch_size)
+        batches = samples.sample(singles, options.tokens or TOKENS, options.batch_size, last, parts)
+        counts = np.concatenate([batch['weights'].sum(-1) for batch in batches])
+        about.update(tokens=int(counts.sum()), rows=int((counts > 0).sum()))
+        return tqdm(batches, desc=place.label, leave=False, disable=None)
+
+    numbers = work(subject, options, texts)
+    if not all(np.isfinite(part).all() for part in job.whole(numbers)):
+        raise NumericsError(f'{subject.found.where}: its {job.NAME} is not finite')
+    result = {
+        'label': place.label,
+        'checkpoint': subject.found.where,
+        'step': subject.found.step,
+        'norm_position': list(subject.model.norm_position),
+        'layer_index': list(subject.model.layer_index),
+    }
+    return log.finite(jax.tree.map(_plain, result | about | numbers, is_leaf=lambda value: value is None))
+
+
+def _write(job, folder, results, options):
+    """Writes what has been measured so far."""
+    kept = {name: value for name, value in vars(options).items() if name not in ('checkpoint', 'out', 'traceback')}
+    content = {
+        'job': job.NAME,
+        'definition': job.DEFINITION,
+        'unit': job.UNIT,
+        'source': job.SOURCE,
+        'settings': kept | {'tokens': options.tokens or TOKENS},
+        'environment': environment.environment(jax.devices()),
+        'figures': _written(folder).get('figures', []),
+        'results': results,
+    }
+    outputs.write_json(folder / 'result.json', content)
+
+
+def _draw(job, folder, results):
+    """Writes the figures, in place of those of an earlier result."""
+    made, content = job.draw(results), _written(folder)
+    for name in made:
+        if not _is_ours(folder, name):
+            raise UsageError(f'--out {folder}: {name}.png or .svg there is no figure of ours; result.json is written')
+    for name, figure in made.items():
+        figures.save(figure, folder, name)
+    before = content['figures'] if isinstance(content['figures'], list) else []
+    for name in before:
+        if _is_ours(folder, name) and name not in made:
+            for suffix in ('png', 'svg'):
+                (folder / f'{name}.{suffix}').unlink(missing_ok=True)
+    outputs.write_json(folder / 'result.json', content | {'figures': sorted(made)})
+    console.say(f'{folder}: result.json, {", ".join(f"{name}.png" for name in sorted(made))} (.svg)')
+
+
+def _table(result, columns):
+    """A line a layer, of {title: [L]}."""
+    about = f' step {result["step"]}' if result['step'] is not None else ''
+    yield f'{result["checkpoint"]},{about} on {result["tokens"]:,} tokens of {result["rows"]:,} rows'
+    yield f'{"layer":>5}  {"placement":<16}' + ''.join(f'  {title:>16}' for title in columns)
+    for l, name in enumerate(result['norm_position']):
+        numbers = {title: '-' if column[l] is None else f'{column[l]:.6g}' for title, column in columns.items()}
+        cells = ''.join(f'  {number:>{max(16, len(title))}}' for title, number in numbers.items())
+        yield f'{result["layer_index"][l]:>5}  {name:<16}{cells}'
+
+
+def _plain(value):
+    """numpy's numbers and arrays as Python's."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

@@ -1,0 +1,288 @@
+"""`python -m mixln_jax.data.prepare`: text to a TFDS data set, or to rows of tokens, once, on one host or on many.
+
+A file of the input is one shard of the output: the unit of work of a process, of what a rerun leaves out, and of what
+`--shards` gives to a host. A shard's bytes follow from its file and the options alone.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import queue
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+import tqdm
+
+from mixln_jax import config
+from mixln_jax.data import text_files, tokenizers
+from mixln_jax.data import workers as worker_processes
+from mixln_jax.data.prepare import shards
+from mixln_jax.data.prepare.units import list_units, read
+from mixln_jax.data.sources import HELD_OUT, first_for_training, rank
+from mixln_jax.system import cli, console, signals
+from mixln_jax.system.errors import UsageError
+
+SAMPLE = 1_000_000  # bytes of text from which the size of the output is foretold
+MARGIN = 1.1  # of that forecast
+PAUSE = 0.2  # seconds between looks at what the workers report
+SETTINGS = '--workers', '--workers 1'
+RANGES = {
+    'workers': (1, config.WORKERS),
+    'skip_bad': (0, 2**62),
+    'seq_length': (2, config.LONGEST),
+    'max_document': (1, 10**9),
+}
+
+
+def prepare(
+    data: config.Data,
+    out: str,
+    *,
+    format: str,
+    seq_length: int = 256,
+    validation: str = '',
+    only: slice = slice(None),
+    workers: int = 1,
+    skip_bad: int = 0,
+    max_document: int = text_files.LARGEST,
+) -> bool:
+    """Prepares `data` into `out`; see the command's help for the arguments. Whether the data set is complete now.
+
+    Raises:
+        UsageError: `out` holds another preparation, is being prepared, or has no room.
+        DataError: as sources and tokenizers do.
+        MemoryExhausted, UsageError, Exit: a worker process has ended, as `workers.ended` says.
+    """
+    signals.end_if_imported()
+    folder = shards.folder(out, format, data.name)
+    units = list_units(data, validation)
+    tokenizer = tokenizers.open_tokenizer(data) if format == 'tokens' else None
+    first = None if any(unit.split for unit in units) else _first_for_training(units, data, skip_bad, max_document)
+    job = shards.Job(data, format, out, str(folder), tokenizer, seq_length, first, skip_bad, max_document)
+    job.check_plan(units)
+    # What to validate on is little: the host with the first shard makes all of it.
+    mine = [
+        unit
+        for unit in units
+        if (not only.start if unit.split == 'validation' else unit.number in range(*only.indices(unit.count)))
+    ]
+    if not mine:
+        raise UsageError(f'--shards {only.start or 0}:{only.stop or ""}: there are only {units[0].count} shards')
+    _verify(job, [unit for unit in mine if job.result(unit, notes=False)])
+    pending = [unit for unit in mine if not job.result(unit)]
+    if pending:
+        workers = min(workers, len(pending))
+        _check_room(job, pending)
+        if job.lack_notes_alone(pending):
+            console.say(f'adds to the rows in {folder} where documents end, bytes of text and checksums')
+        elif not job.repeats(pending):
+            job.begin()
+        console.say(f'{len(pending)} of {len(units)} shards to prepare into {folder}, {workers} processes')
+        _write_all(job, pending, workers)
+    results = [job.result(unit) for unit in units]
+    missing = [unit.name for unit, result in zip(units, results, strict=True) if not result]
+    if missing:
+        named = ', '.join(missing[:8] + ['...'] * (len(missing) > 8))
+        console.say(f'mixln_jax: {folder} still lacks {len(missing)} of {len(units)} shards: {named}')
+        return False
+    job.finish(results)
+    _summarise(job, results)
+    return True
+
+
+def _first_for_training(units, data, skip_bad, max_document):
+    """Reads as far as is needed to know: for C4 some thousand documents."""
+    documents = (pair for unit in units for pair in read(data, unit, skip_bad, max_document))
+    ranks = (rank(decides.encode()) for decides, _ in documents)
+    return first_for_training(ranks, HELD_OUT[data.source])
+
+
+def _verify(job, finished):
+    """Reads the rows of units that are finished; those that are damaged are none any more."""
+    if job.format == 'tokens' and finished:
+        console.say(f'reads the rows of {len(finished)} finished shards')
+        for unit in finished:
+            if damage := job.verify(unit):
+                console.say(f'mixln_jax: {damage}; the shard is written again')
+
+
+def _check_room(job, pending):
+    """Writes the first documents into a temporary folder and scales their size up."""
+    free = shutil.disk_usage(job.folder).free
+    with tempfile.TemporaryDirectory() as folder:
+        sample = dataclasses.replace(job, folder=folder)
+        seen = shards.write(sample, pending[0], lambda *_: None, limit=SAMPLE)
+        made = '*.rows' if job.lack_notes_alone(pending) else '*-of-*'
+        written = sum(path.stat().st_size for path in pathlib.Path(folder).glob(made))
+    needed = int(MARGIN * written * sum(unit.size for unit in pending) / max(seen['position'], 1))
+    console.say(f'about {_size(needed)} to write, {_size(free)} are free')
+    if needed > free:
+        raise UsageError(
+            f'{job.folder} has room for {_size(free)}, about {_size(needed)} are needed; nothing was written'
+        )
+
+
+def _size(count):
+    return f'{count / 1e9:,.2f} GB' if count >= 1e9 else f'{count / 1e6:,.2f} MB'
+
+
+def _write_all(job, pending, workers):
+    total = sum(unit.size for unit in pending)
+    slow = not sys.stderr.isatty()
+    with tqdm.tqdm(total=total, unit='B', unit_scale=True, mininterval=10 if slow else 0.2, smoothing=0.05) as bar:
+        counts, start = [0, 0], time.perf_counter()
+
+        def report(position, num_documents, num_bytes):
+            counts[0] += num_documents
+            counts[1] += num_bytes
+            seconds = max(time.perf_counter() - start, 1e-9)
+            bar.set_postfix_str(f'{counts[0] / seconds:,.0f} docs/s, {counts[1] / seconds / 1e6:,.1f} MB/s', False)
+            bar.update(position)
+
+        if workers == 1:
+            for unit in pending:
+                shards.write(job, unit, report)
+        else:
+            _write_with_processes(job, pending, workers, report)
+
+
+def _write_with_processes(job, pending, workers, report):
+    context = multiprocessing.get_context('spawn')
+    others, started, begun = multiprocessing.active_children(), [], False
+    try:
+        worker_processes.start_tracker()
+        reports = context.Queue()
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (reports,))
+    except OSError as error:
+        raise worker_processes.explained(error, SETTINGS, begun) from error
+    try:
+        running = {pool.submit(_write_in_worker, job, unit) for unit in pending}
+        started = [worker for worker in multiprocessing.active_children() if worker not in others]
+        while running:
+            done, running = concurrent.futures.wait(running, PAUSE, concurrent.futures.FIRST_COMPLETED)
+            report(0, 0, 0)
+            while True:
+                try:
+                    report(*reports.get_nowait())
+                    begun = True
+                except queue.Empty:
+                    break
+            for future in done:
+                future.result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        # The pool ends the others by SIGTERM, and waits for all: how one ended is not known before.
+        pool.shutdown(cancel_futures=True)
+        codes = [worker.exitcode for worker in started if worker.exitcode not in (None, -signal.SIGTERM)]
+        raise worker_processes.ended(codes[0] if codes else -signal.SIGTERM, SETTINGS, begun) from error
+    finally:
+        for worker in multiprocessing.active_children():  # after an error, or a signal, in the middle of a shard
+            if worker not in others:
+                worker.kill()
+        pool.shutdown(cancel_futures=True)
+        reports.close()
+        for unit in pending:
+            job.clean(unit)
+
+
+def _start_worker(reports):
+    signals.end_with_parent()
+    global _reports
+    _reports = reports
+
+
+def _write_in_worker(job, unit):
+    shards.write(job, unit, lambda *new: _reports.put(new))
+
+
+def _summarise(job, results):
+    for split in ('train', 'validation'):
+        of = [result[split] for result in results if split in result]
+        console.say(
+            f'{split}: {sum(shard["documents"] for shard in of):,} documents in {len(of)} shards'
+            + (f', {sum(shard["rows"] for shard in of):,} rows' if job.format == 'tokens' else '')
+        )
+    empty, bad = (sum(result[name] for result in results) for name in ('empty', 'bad'))
+    console.say(f'{empty:,} documents without text and {bad:,} bad records were left out')
+    for line in [line for result in results for line in result['skipped']][:5]:
+        console.say(f'  {line}')
+    console.say(f'mixln_jax: complete: {job.usage()}')
+
+
+def parse(argv):
+    """The arguments of `prepare` by name. Raises UsageError; --help prints and exits with 0."""
+    choices = {field.name: field.metadata['choices'] for field in dataclasses.fields(config.Data)}
+    parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.prepare', description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add('--source', required=True, choices=[kind for kind in choices['source'] if kind != 'tokens'])
+    add('--path', default='', metavar='FILES', help='jsonl, text: paths or globs, separated by commas')
+    add('--out', required=True, metavar='DIR', help='for tfds the later config.data.data_dir, for tokens data.path')
+    add('--format', required=True, choices=('tfds', 'tokens'), help='text as ArrayRecord shards, or rows of tokens')
+    add(
+        '--validation',
+        default='',
+        metavar='FILES',
+        help='files to validate on, else 1 %% by a hash of the text; --source tfds: its split',
+    )
+    add('--name', default='c4/en', metavar='NAME', help='data set to write, or to read with --source tfds [c4/en]')
+    add('--data-dir', default='', metavar='DIR', help='--source tfds: folder or gs:// address above it')
+    add('--split', default='train', metavar='SPLIT', help='--source tfds: its split to train on [train]')
+    add('--tokenizer', default='sentencepiece', choices=choices['tokenizer'], help='tokens: [sentencepiece]')
+    add('--tokenizer-path', default='', metavar='FILE', help='tokens: as config.data.tokenizer_path [T5 vocabulary]')
+    add('--mode', default='pad', choices=choices['mode'], help='tokens: how documents fill rows [pad]')
+    add('--seq-length', type=int, default=256, metavar='T', help='tokens: positions in a row [256]')
+    add(
+        '--shards',
+        default=':',
+        dest='only',
+        metavar='A:B',
+        help='only these of the shards, so that hosts share the work [all]',
+    )
+    add('--workers', type=int, default=os.cpu_count(), metavar='N', help='processes, a shard each [one a core]')
+    add('--skip-bad', type=int, default=0, metavar='N', help='malformed records to leave out in each file [0]')
+    add(
+        *('--max-document', '--max_document'),
+        type=int,
+        default=text_files.LARGEST,
+        metavar='BYTES',
+        help='longer lines of a file, or documents of a data set, are malformed records [%(default)s]',
+    )
+    add('--traceback', action='store_true', help='show where an error comes from')
+    options = cli.parse(parser, argv)
+    try:
+        start, colon, end = options.only.partition(':')
+        options.only = slice(int(start or 0), int(end) if end else None)
+        if not colon or options.only.start < 0 or (end and int(end) <= options.only.start):
+            raise ValueError
+    except ValueError:
+        raise UsageError('--shards is A:B, such as 0:8; A is the first, B the one behind the last') from None
+    for name, (least, most) in RANGES.items():
+        if not least <= (value := getattr(options, name)) <= most:
+            must = f'at least {least}' if value < least else f'at most {most}'
+            raise UsageError(f'--{name.replace("_", "-")} must be {must}')
+    if options.source in ('jsonl', 'text') and not options.path:
+        raise UsageError(f'--source {options.source} needs --path FILES')
+    if options.source == 'tfds' and options.format == 'tfds':
+        raise UsageError('--source tfds goes with --format tokens')
+    if options.source == 'stdlib' and options.validation:
+        raise UsageError('--validation does not go with --source stdlib, which has its own')
+    arguments = vars(options)
+    del arguments['traceback']
+    keys = ('source', 'path', 'name', 'data_dir', 'split', 'tokenizer', 'tokenizer_path', 'mode')
+    return arguments | {'data': config.Data(**{key: arguments.pop(key) for key in keys})}
+
+
+def main(argv):
+    """The command; returns its exit code."""
+
+    def job():
+        arguments = parse(argv)
+        with signals.stop.may_interrupt():
+            prepare(**arguments)
+
+    return cli.call(job, show_traceback='--traceback' in argv)

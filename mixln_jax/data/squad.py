@@ -1,0 +1,209 @@
+"""SQuAD files as rows of tokens for BERT."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+
+import numpy as np
+import tokenizers
+
+from mixln_jax.system import files
+from mixln_jax.system.errors import CheckpointError, DataError, UsageError, reading
+
+SPECIALS = '[CLS]', '[SEP]', '[PAD]'
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A question. `nullable`: its file (v2.0) has questions that the text does not answer, with no `answers`."""
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    nullable: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Rows [CLS] question [SEP] window [SEP], padded to T, as arrays [N,T]; `example` [N] is each row's question.
+
+    `inputs` and `types` int32 and `weights` float32 (1 at tokens, 0 at padding) are what the network sees. `context`
+    bool: tokens of the text; `begins` bool: those that no other window of the question shows with more text around
+    them; `offsets` [N,T,2] int32: the characters of the text that they stand for.
+    """
+
+    inputs: np.ndarray
+    types: np.ndarray
+    weights: np.ndarray
+    context: np.ndarray
+    begins: np.ndarray
+    offsets: np.ndarray
+    example: np.ndarray
+
+    def batches(self, batch_size):
+        """Yields dicts of `inputs`, `types` and `weights` [batch_size,T]; rows that fill up the last weigh 0."""
+        for first in range(0, len(self.inputs), batch_size):
+            rows = np.arange(first, first + batch_size)
+            real = rows < len(self.inputs)
+            rows = np.where(real, rows, first)
+            batch = {name: getattr(self, name)[rows] for name in ('inputs', 'types', 'weights')}
+            yield batch | {'weights': batch['weights'] * real[:, None].astype(np.float32)}
+
+
+_KINDS = {list: 'a list', str: 'a text', bool: 'true or false'}  # what a value of a SQuAD file may be
+
+
+def read(path):
+    """The questions of a SQuAD file, v1.1 or v2.0, as a list of Examples.
+
+    Raises DataError: missing, not JSON, or not of this form, naming the place.
+    """
+    path = pathlib.Path(path)
+    with reading(path, DataError, 'not readable JSON'):
+        try:
+            found = files.read_json(path, DataError)
+        except DataError as error:
+            lines = '; a file of SQuAD is one object, not one a line' if 'Extra data' in str(error) else ''
+            raise DataError(f'{error}{lines}') from None
+    examples, seen = [], set()
+
+    def take(owner, name, kind, where):
+        value = owner.get(name) if isinstance(owner, dict) else None
+        if not isinstance(value, kind):
+            raise DataError(f'{path}: {where}{name} is not {_KINDS[kind]}')
+        if kind is str and re.search('[\ud800-\udfff]', value):
+            raise DataError(f'{path}: {where}{name} has half a character, a lone surrogate')
+        return value
+
+    for a, article in enumerate(take(found, 'data', list, '')):
+        for p, paragraph in enumerate(take(article, 'paragraphs', list, f'data[{a}].')):
+            inside = f'data[{a}].paragraphs[{p}].'
+            context = take(paragraph, 'context', str, inside)
+            for q, asked in enumerate(take(paragraph, 'qas', list, inside)):
+                where = f'{inside}qas[{q}].'
+                name, question = (take(asked, key, str, where) for key in ('id', 'question'))
+                answers = take(asked, 'answers', list, where)
+                texts = tuple(take(answer, 'text', str, f'{where}answers[{i}].') for i, answer in enumerate(answers))
+                lacks = take(asked, 'is_impossible', bool, where) if 'is_impossible' in asked else None
+                if bool(lacks) == bool(texts):
+                    says = 'is impossible, but has answers' if lacks else 'has no answer, but is not is_impossible'
+                    raise DataError(f'{path}: question {name} {says}')
+                if name in seen:
+                    raise DataError(f'{path}: two questions have the id {name}')
+                seen.add(name)
+                examples.append(Example(name, question, context, texts, lacks is not None))
+    if not examples:
+        raise DataError(f'{path} has no questions')
+    return examples
+
+
+def open_tokenizer(folder):
+    """The tokenizer of a BERT folder: its tokenizer.json, else vocab.txt as tokenizer_config.json says.
+
+    Raises UsageError: no such files. CheckpointError: unreadable, or without BERT's special tokens.
+    """
+    folder = pathlib.Path(folder)
+    with reading(folder, CheckpointError, 'its tokenizer is not readable'):
+        if (folder / 'tokenizer.json').is_file():
+            made = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+        else:
+            made = _from_vocabulary(folder)
+    made.no_truncation()
+    made.no_padding()
+    for token in SPECIALS:
+        if made.token_to_id(token) is None:
+            raise CheckpointError(f"{folder}: the tokenizer has no token {token}, so it is not BERT's")
+    return made
+
+
+def _from_vocabulary(folder):
+    for name in ('vocab.txt', 'tokenizer_config.json'):
+        if not (folder / name).is_file():
+            raise UsageError(f'{folder} has neither tokenizer.json nor both of vocab.txt and tokenizer_config.json')
+    settings = files.read_json(folder / 'tokenizer_config.json', CheckpointError)
+    if not isinstance(settings.get('do_lower_case'), bool):
+        raise CheckpointError(f'{folder / "tokenizer_config.json"} does not say do_lower_case, true or false')
+    return tokenizers.BertWordPieceTokenizer(
+        tokenizers.models.WordPiece.read_file(str(folder / 'vocab.txt')),
+        lowercase=settings['do_lower_case'],
+        strip_accents=settings.get('strip_accents'),
+        handle_chinese_chars=settings.get('tokenize_chinese_chars', True),
+    )
+
+
+def make_features(examples, tokenizer, max_length=384, stride=128, max_query=64):
+    """The Features of a list of Examples.
+
+    Args:
+        examples: from `read`.
+        tokenizer: from `open_tokenizer`.
+        max_length: T. A text that does not fit becomes several windows.
+        stride: tokens from the beginning of a window to that of the next.
+        max_query: tokens that are kept of a question.
+
+    Raises:
+        UsageError: no stride, or rows too short for a question and a token of its text.
+    """
+    if stride < 1 or max_query < 1 or max_length < max_query + 4:
+        raise UsageError(
+            f'max_length={max_length}, stride={stride}, max_query={max_query}: stride and max_query must be at least '
+            '1, max_length at least max_query + 4 for [CLS], two [SEP] and a token of the text'
+        )
+    cls, sep, pad = (tokenizer.token_to_id(token) for token in SPECIALS)
+
+    @functools.lru_cache(maxsize=1)  # the questions about a text follow each other
+    def encoded(context):
+        found = tokenizer.encode(context, add_special_tokens=False)
+        return np.array(found.ids, np.int32), np.array(found.offsets, np.int32).reshape(-1, 2)
+
+    windows = []
+    for number, example in enumerate(examples):
+        query = tokenizer.encode(example.question, add_special_tokens=False).ids[:max_query]
+        total = len(encoded(example.context)[0])
+        spans = _windows(total, max_length - len(query) - 3, stride)
+        windows += [(number, query, *at) for at in zip(spans, _shows_best(spans, total), strict=True)]
+    shape = len(windows), max_length
+    made = Features(
+        inputs=np.full(shape, pad, np.int32),
+        types=np.zeros(shape, np.int32),
+        weights=np.zeros(shape, np.float32),
+        context=np.zeros(shape, bool),
+        begins=np.zeros(shape, bool),
+        offsets=np.zeros((*shape, 2), np.int32),
+        example=np.array([number for number, *_ in windows], np.int32),
+    )
+    for row, (number, query, (start, end), best) in enumerate(windows):
+        ids, offsets = encoded(examples[number].context)
+        first = len(query) + 2
+        last = first + end - start  # the second [SEP]
+        made.inputs[row, : last + 1] = [cls, *query, sep, *ids[start:end], sep]
+        made.types[row, first : last + 1] = 1
+        made.weights[row, : last + 1] = 1
+        made.context[row, first:last] = True
+        made.begins[row, first:last] = best
+        made.offsets[row, first:last] = offsets[start:end]
+    return made
+
+
+def _windows(total, room, stride):
+    """[(start, end)] of a text of `total` tokens: windows of up to `room`, one at least."""
+    spans = [(0, min(room, total))]
+    while spans[-1][1] < total:
+        start = spans[-1][0] + min(room, stride)
+        spans.append((start, min(start + room, total)))
+    return spans
+
+
+def _shows_best(spans, total):
+    """Per window [end - start] bool: tokens that it shows with more text around them than any window before or after.
+
+    What counts is the smaller of the two sides, and a hundredth of the window (run_squad.py).
+    """
+    around = np.full((len(spans), total), -np.inf)
+    for window, (start, end) in enumerate(spans):
+        at = np.arange(start, end)
+        around[window, start:end] = np.minimum(at - start, end - 1 - at) + 0.01 * (end - start)
+    best = around.argmax(axis=0)
+    return [best[start:end] == window for window, (start, end) in enumerate(spans)]

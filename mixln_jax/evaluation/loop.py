@@ -1,0 +1,93 @@
+"""Evaluation on text."""
+
+import contextlib
+import dataclasses
+import math
+
+import jax
+
+from mixln_jax import config as configs
+from mixln_jax.data import batches
+from mixln_jax.data import rows as data_rows
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.program.program import Program
+from mixln_jax.runs import weights
+from mixln_jax.system.errors import NumericsError, UsageError
+from mixln_jax.tasks import language
+
+
+def evaluate(eval_step, params, batches, *, at_a_time, num_tokens, sharding, check=lambda: None, official=False):
+    """Evaluates on batches until at least `num_tokens` target tokens have been seen or the batches end.
+
+    Args:
+        eval_step: (params, batch) -> (sum of losses, count), compiled.
+        params: the weights.
+        batches: iterable of dicts of numpy arrays [B,T], the same in every process, with `num_bytes` [B] where the
+            text's bytes are known; see `batches.evaluation`.
+        at_a_time: batches between looks at `num_tokens`, so that smaller batches see the same text.
+        num_tokens: when to stop.
+        sharding: of the batches' arrays on devices.
+        check: called before each batch; may raise to stop early.
+        official: whether to give `eval/perplexity_official` besides.
+
+    Returns:
+        {'eval/loss', 'eval/perplexity', 'eval/tokens', 'eval/bits_per_byte'}; the last None without `num_bytes`.
+    """
+    sums, counts, num_bytes = [], [], 0
+    for batch in batches:
+        check()
+        if num_bytes is not None:
+            num_bytes = num_bytes + int(batch['num_bytes'].sum()) if 'num_bytes' in batch else None
+        batch = {name: values for name, values in batch.items() if name != 'num_bytes'}
+        sums.append(eval_step(params, meshes.place(batch, sharding))[0])
+        counts.append(int(batch['weights'].sum()))
+        if len(sums) > 1:
+            sums[-2] = jax.device_get(sums[-2])  # the batch before: keeps the device busy and its queue short
+        if sum(counts) >= num_tokens and len(sums) % at_a_time == 0:
+            break
+    sums = [float(jax.device_get(total)) for total in sums]
+    values = language.evaluation(sum(sums), sum(counts), num_bytes)
+    return values | ({'eval/perplexity_official': language.official_perplexity(sums, counts)} if official else {})
+
+
+def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size=None, data_path=None):
+    """Evaluates the weights of a run as the run itself does, on all devices that share a batch evenly.
+
+    Args:
+        found: from `weights.load`.
+        split: of the run's data; None: config.eval.split.
+        num_tokens: target tokens, at least (or the whole split); None: config.eval.tokens.
+        batch_size: rows at a time, a divisor of the run's batch; None: the run's micro-batch.
+        data_path: where the run's data is now; None: where it was.
+
+    Returns:
+        As `evaluate`.
+
+    Raises:
+        UsageError: no run, or a batch that does not divide the run's. DataError: as `rows.open_rows_of_run`.
+        NumericsError: the loss is not finite.
+    """
+    config = found.config
+    if not config:
+        raise UsageError(f'{found.where} is a Hugging Face folder, which names no text to evaluate on; give --tasks')
+    batch_size = batch_size or config.batch_size // config.accumulate
+    if config.batch_size % batch_size:
+        raise UsageError(f"--batch_size {batch_size} does not divide the run's config.batch_size={config.batch_size}")
+    devices = meshes.devices('auto')
+    mesh = meshes.make_mesh(configs.Mesh(data=math.gcd(batch_size, len(devices))), devices)
+    program = Program(dataclasses.replace(config, batch_size=batch_size, accumulate=1), mesh)
+    rows = data_rows.open_rows_of_run(found.workdir, config, split or config.eval.split, found.tokenizer, data_path)
+    params = jax.device_put(found.params, jax.tree.map(lambda leaf: leaf.sharding, program.state.params))
+    with contextlib.closing(batches.read(batches.evaluation(rows, batch_size, sized=True), 0, workers=0)) as reader:
+        values = evaluate(
+            program.eval_step,
+            params,
+            reader,
+            at_a_time=config.batch_size // batch_size,
+            num_tokens=num_tokens or config.eval.tokens,
+            sharding=meshes.batch_sharding(mesh),
+            official=config.compat != 'none',
+        )
+    if not math.isfinite(values['eval/loss']):
+        raise NumericsError(f'{found.where}: the evaluation loss is not finite')
+    return values

@@ -1,0 +1,124 @@
+"""Hugging Face folders of BERT (BertModel, BertForQuestionAnswering): their config.json and tensor names."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+
+from mixln_jax.models import bert
+from mixln_jax.models.hf import config as hf_config
+from mixln_jax.models.hf import tensors
+from mixln_jax.system.errors import CheckpointError
+
+CONFIG_KEYS = {
+    'vocab_size': 'vocab_size',
+    'hidden_size': 'hidden_size',
+    'intermediate_size': 'intermediate_size',
+    'num_layers': 'num_hidden_layers',
+    'num_heads': 'num_attention_heads',
+    'norm_eps': 'layer_norm_eps',
+}
+TABLES = {'num_positions': 'max_position_embeddings', 'num_types': 'type_vocab_size'}
+FIXED = {  # what a config.json may say besides, and the only value that `bert` computes
+    'hidden_act': 'gelu',
+    'position_embedding_type': 'absolute',
+    'is_decoder': False,
+    'add_cross_attention': False,
+    'pruned_heads': {},
+}
+LAYER = {
+    'attention/q': 'attention.self.query',
+    'attention/k': 'attention.self.key',
+    'attention/v': 'attention.self.value',
+    'attention/o': 'attention.output.dense',
+    'attention_norm_post': 'attention.output.LayerNorm',
+    'mlp/up': 'intermediate.dense',
+    'mlp/down': 'output.dense',
+    'mlp_norm_post': 'output.LayerNorm',
+}
+WHOLE = {
+    'words': 'embeddings.word_embeddings',
+    'positions': 'embeddings.position_embeddings',
+    'types': 'embeddings.token_type_embeddings',
+    'embed_norm': 'embeddings.LayerNorm',
+}
+SPAN = 'qa_outputs'
+# Of no use here: the layer on [CLS] and the heads of pre-training.
+UNUSED = re.compile(r'(bert\.)?pooler\..*|cls\.(predictions|seq_relationship)\..*')
+
+
+def load(folder, compute_dtype='float32'):
+    """Reads a BERT folder.
+
+    Args:
+        folder: holds config.json and model.safetensors, or shards with model.safetensors.index.json. Tensors may have
+            the prefix `bert.`, and norms the old names gamma and beta; the pooler and pre-training heads are left.
+        compute_dtype: of the network; weights are float32.
+
+    Returns:
+        (model, params): `start, end = model.apply({'params': params}, ids, types, mask)`. Without qa_outputs, as
+        BertModel has none, the network has a trunk alone.
+
+    Raises:
+        UsageError: no such folder or file, or a run of ours.
+        CheckpointError: unreadable content, another network than BERT, tensors missing or left over, wrong shapes.
+    """
+    folder = pathlib.Path(folder)
+    tensors.refuse_others(folder)
+    path = folder / 'config.json'
+    config, architectures = _read_config(path)
+    found = {name: tensor for name, tensor in tensors.read(folder).items() if not UNUSED.fullmatch(name)}
+    tensors.drop_buffers(folder, found, {})
+    prefix = 'bert.' if any(name.startswith('bert.') for name in found) else ''
+    old = any(name.endswith('LayerNorm.gamma') for name in found)
+    L = config.num_layers
+    model = bert.Bert(
+        config,
+        norm_position=('post',) * L,
+        layer_index=tuple(range(1, L + 1)),
+        depth=L,
+        compute_dtype=compute_dtype,
+        span_head=f'{SPAN}.weight' in found or 'BertForQuestionAnswering' in architectures,
+    )
+    shapes, named = model.shapes()['params'], 'BertForQuestionAnswering' if model.span_head else 'BertModel'
+    params = tensors.fill(
+        folder, found, shapes, model.norm_position, lambda leaf: tensor_name(leaf, prefix, old), named
+    )
+    return model, jax.tree.map(jnp.asarray, params)
+
+
+def is_bert(folder):
+    """Whether a folder's config.json says that it holds a BERT."""
+    path = pathlib.Path(folder) / 'config.json'
+    return path.is_file() and hf_config.read_json(path).get('model_type') == 'bert'
+
+
+def tensor_name(path, prefix, old):
+    """The tensor of a leaf `layers/<l>/...` (l from 0) or of one outside the layers, `path` joined by slashes.
+
+    `prefix` stands before all but the head's, `old` says whether norms have gamma and beta.
+    """
+    module, _, leaf = path.rpartition('/')
+    norm = 'norm' in module
+    value = {'bias': 'beta' if norm and old else 'bias'}.get(leaf, 'gamma' if norm and old else 'weight')
+    if module == 'span':
+        return f'{SPAN}.{value}'
+    if module in WHOLE:
+        return f'{prefix}{WHOLE[module]}.{value}'
+    _, number, inside = module.split('/', 2)
+    return f'{prefix}encoder.layer.{number}.{LAYER[inside]}.{value}'
+
+
+def _read_config(path):
+    """(bert.Config of a config.json, the names of its architectures)."""
+    found = hf_config.read_json(path)
+    if found.get('model_type') != 'bert':
+        raise CheckpointError(f'{path}: model_type={found.get("model_type")!r} is not bert')
+    values = hf_config.take(path, found, CONFIG_KEYS | TABLES, FIXED)
+    tables = {name: values.pop(name) for name in TABLES}
+    for name, rows in tables.items():
+        if type(rows) is not int or rows < 1:
+            raise CheckpointError(f'{path}: {TABLES[name]}={rows!r} is not a number of rows')
+    model = hf_config.build(path, values | {'norm_position': 'post'})
+    return bert.Config(**vars(model), **tables), found.get('architectures') or []

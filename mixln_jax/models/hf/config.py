@@ -1,0 +1,258 @@
+"""config.json of a Hugging Face folder: its keys, and how it says a placement."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from mixln_jax import config as configs
+from mixln_jax.models import llama, placements
+from mixln_jax.system import files
+from mixln_jax.system.errors import CheckpointError, UsageError, reading
+
+CONFIG_KEYS = {
+    'vocab_size': 'vocab_size',
+    'hidden_size': 'hidden_size',
+    'intermediate_size': 'intermediate_size',
+    'num_layers': 'num_hidden_layers',
+    'num_heads': 'num_attention_heads',
+    'norm_eps': 'rms_norm_eps',
+}
+SWITCHES = ('attention_bias', 'mlp_bias', 'tie_word_embeddings')  # which a config.json may leave out
+ROPE = {  # of rope_parameters, with rope_type llama3
+    'rope_factor': 'factor',
+    'rope_low_freq_factor': 'low_freq_factor',
+    'rope_high_freq_factor': 'high_freq_factor',
+    'rope_original_length': 'original_max_position_embeddings',
+}
+FIXED = {  # what a config.json may say besides, and the only value that `llama` computes
+    'hidden_act': 'silu',
+    'partial_rotary_factor': 1.0,
+    'sliding_window': None,
+    'quantization_config': None,
+}
+STOCK_NORMS = {'attention_norm_in': 'input_layernorm', 'mlp_norm_in': 'post_attention_layernorm'}
+OTHER_NORMS = {  # as soon as a layer normalises after a sub-layer
+    'attention_norm_in': 'input_layernorm',
+    'attention_norm_out': 'post_attention_layernorm',
+    'attention_norm_post': 'post_attention_layernorm',
+    'mlp_norm_in': 'pre_feedforward_layernorm',
+    'mlp_norm_out': 'post_feedforward_layernorm',
+    'mlp_norm_post': 'post_feedforward_layernorm',
+}
+# Factors that are learned; the first two have the names of the authors' scale_res_pre_norm.
+LEARNED = {
+    'attention_branch_scale': 'raw_scaling_factor_attn',
+    'mlp_branch_scale': 'raw_scaling_factor_mlp',
+    'attention_residual_scale': 'attention_residual_scale',
+    'mlp_residual_scale': 'mlp_residual_scale',
+}
+OTHER_TYPE = 'mixln'  # model_type of what stock LLaMA is not: no tool may open it as Pre-LN
+MODELLING = pathlib.Path(__file__).with_name('modeling_mixln.py')  # goes with such a folder, for transformers
+# The switches of a placement, and the norm that each uses.
+NORMS = {'residual_normed': 'in', 'pre': 'in', 'out': 'out', 'post': 'post'}
+FACTORS = ('in_scale', 'residual_scale', 'branch_scale')
+
+
+def read(path, norm_position=None, compute_dtype='float32'):
+    """(network of a config.json, whether `norm_position` or the file says its placement).
+
+    Arguments and errors are those of `hf.load`.
+    """
+    found = read_json(path)
+    with reading(path, CheckpointError, 'not the config.json of a network'):
+        return _read(path, found, norm_position, compute_dtype)
+
+
+def _read(path, found, norm_position, compute_dtype):
+    if found.get('model_type') not in (None, 'llama', OTHER_TYPE):
+        raise CheckpointError(f'{path}: model_type={found["model_type"]!r} is not llama or {OTHER_TYPE}')
+    config, given = _model_config(path, found), norm_position
+    if found.get('model_type') == OTHER_TYPE and 'norm_position' not in found:
+        raise CheckpointError(f'{path} has no key norm_position, which model_type={OTHER_TYPE} needs')
+    L, says = config.num_layers, found.get('norm_position')
+    index, depth = found.get('layer_index', list(range(1, L + 1))), found.get('depth', L)
+    if not _whole([depth]) or not _whole(index) or len(index) != L or index != sorted({*index}) or index[-1] > depth:
+        raise CheckpointError(
+            f'{path}: layer_index={index}, depth={depth}: {L} rising layer numbers from 1 up to the depth are needed'
+        )
+    try:
+        names = placements.resolve(_spelled('pre' if says is None else says), L)
+    except (UsageError, TypeError) as error:
+        raise CheckpointError(f'{path}: norm_position: {error}') from None
+    if given:
+        wanted = placements.resolve(_spelled(given), L)
+        if says is not None and wanted != names:
+            raise UsageError(f'{path} says norm_position={spell(names)}, not {spell(wanted)}')
+        names = wanted
+    config = dataclasses.replace(config, norm_position=spell(names))
+    model = llama.Llama(config, names, tuple(index), depth, compute_dtype)
+    expected = content(model)
+    for key in ('placements', 'embed_norm', 'norm_groups'):
+        if 'placements' in found and found.get(key) != expected.get(key):
+            raise CheckpointError(f'{path}: {key} is not that of norm_position, layer_index and depth here')
+    if any(placements.PLACEMENTS[name].mlp.grouped for name in names) and config.hidden_size % config.norm_groups:
+        raise CheckpointError(
+            f'{path}: hidden_size={config.hidden_size} does not divide by {config.norm_groups} groups'
+        )
+    return model, bool(given) or says is not None
+
+
+def _whole(numbers):
+    return isinstance(numbers, list) and all(type(number) is int and number > 0 for number in numbers)
+
+
+def _spelled(names):
+    return names if isinstance(names, str) else ','.join(names)
+
+
+def spell(names):
+    """The text of a list of placements, `post*2,pre*6`."""
+    return ','.join(f'{name}*{end - first}' for name, first, end in placements.segments(names))
+
+
+def read_json(path):
+    """The object in a JSON file. Raises UsageError: it does not exist. CheckpointError: unreadable, or no object."""
+    try:
+        return files.read_json(path, CheckpointError)
+    except FileNotFoundError:
+        raise UsageError(f'{path} does not exist') from None
+
+
+def _model_config(path, found):
+    """config.Model of the content of a config.json, its placement left out."""
+    values = take(path, found, CONFIG_KEYS, FIXED) | _rope(path, found)
+    kv_heads = found.get('num_key_value_heads') or values['num_heads']
+    values['num_kv_heads'] = 0 if kv_heads == values['num_heads'] else kv_heads
+    for name in (*SWITCHES, 'head_dim', 'norm_groups'):
+        if found.get(name) is not None:
+            values[name] = found[name]
+    config = build(path, values)
+    usual = config.head_dim * config.num_heads == config.hidden_size
+    return dataclasses.replace(config, head_dim=0) if usual else config
+
+
+def _rope(path, found):
+    """The keys of config.Model that say how heads are turned.
+
+    transformers 5 writes rope_parameters, before it there were rope_theta and, with a type that may be called `type`,
+    rope_scaling.
+    """
+    stated = {}
+    for name in ('rope_parameters', 'rope_scaling'):
+        given = found.get(name) or {}
+        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+            raise CheckpointError(f'{path}: {name}={given!r} is not modelled here, only one rotation for all layers')
+        given = {key: value for key, value in given.items() if value is not None}
+        kind = given.get('rope_type', given.get('type', 'default'))
+        if kind not in ('default', 'llama3'):
+            raise CheckpointError(f'{path}: {name}: rope_type={kind!r} is not modelled here, only default and llama3')
+        take(f'{path}: {name}', given, {}, FIXED)
+        for key, value in (given | {'rope_type': kind} if given else {}).items():
+            if stated.setdefault(key, value) != value:
+                raise CheckpointError(f'{path}: rope_scaling has {key}={value!r}, rope_parameters {stated[key]!r}')
+    theta = next((at['rope_theta'] for at in (stated, found) if at.get('rope_theta') is not None), 10000.0)
+    values = {'rope_theta': theta, 'rope_type': stated.get('rope_type', 'default')}
+    if values['rope_type'] == 'llama3':
+        stated.setdefault('original_max_position_embeddings', found.get('max_position_embeddings'))
+        for ours, theirs in ROPE.items():
+            if stated.get(theirs) is None:
+                raise CheckpointError(f'{path}: rope_scaling or rope_parameters of type llama3 lacks {theirs}')
+            values[ours] = stated[theirs]
+    return values
+
+
+def take(path, found, keys, fixed):
+    """{ours: value} of `keys` {ours: theirs}. Raises CheckpointError: one is missing, or a value is not the `fixed`."""
+    for name in keys.values():
+        if name not in found:
+            raise CheckpointError(f'{path} has no key {name}')
+    for name, value in found.items():
+        if name in fixed and value not in (None, fixed[name]):
+            raise CheckpointError(f'{path}: {name}={value!r} is not modelled here, only {fixed[name]!r}')
+    return {ours: found[theirs] for ours, theirs in keys.items()}
+
+
+def build(path, values):
+    """config.Model of its keys. Raises CheckpointError for values that it cannot have."""
+    try:
+        return configs.build({'model': values}).model
+    except UsageError as error:
+        raise CheckpointError(f'{path}: {error}') from None
+
+
+def content(model):
+    """config.json of a network as a dict; stock LLaMA where it is that. Raises UsageError as `described` does."""
+    config, said = model.config, described(model)
+    llama3 = {theirs: getattr(config, ours) for ours, theirs in ROPE.items()} if config.rope_type == 'llama3' else {}
+    rope = {'rope_type': config.rope_type} | llama3
+    stock = all(
+        layer == {'attention': {'pre': 'input_layernorm'}, 'mlp': {'pre': 'post_attention_layernorm'}} for layer in said
+    )
+    module, other = MODELLING.stem, 'MixlnForCausalLM'
+    auto_map = {'AutoConfig': f'{module}.MixlnConfig', 'AutoModelForCausalLM': f'{module}.{other}'}
+    return {
+        'architectures': ['LlamaForCausalLM' if stock else other],
+        'model_type': 'llama' if stock else OTHER_TYPE,
+        **({} if stock else {'auto_map': auto_map}),
+        **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS.items()},
+        'num_key_value_heads': config.kv_heads,
+        'head_dim': config.head_size,
+        'rope_theta': config.rope_theta,
+        'rope_parameters': rope | {'rope_theta': config.rope_theta},
+        **({'rope_scaling': rope} if llama3 else {}),  # for transformers 4
+        'hidden_act': FIXED['hidden_act'],
+        **{name: getattr(config, name) for name in SWITCHES},
+        'tie_word_embeddings': config.tie_word_embeddings and not config.scale_embed,
+        'initializer_range': config.init_std,
+        'pad_token_id': None,  # torch would not train the row that it names
+        'norm_position': list(model.norm_position),
+        'layer_index': list(model.layer_index),
+        'depth': model.depth,
+        **({} if stock else {'placements': said}),
+        **({'embed_norm': True} if placements.PLACEMENTS[model.norm_position[0]].embed_norm else {}),
+        **({'norm_groups': config.norm_groups} if any('grouped' in layer['mlp'] for layer in said) else {}),
+    }
+
+
+def described(model):
+    """What each layer does to the residual stream, as config.json and modeling_mixln.py have it.
+
+    Returns:
+        L dicts {'attention': {...}, 'mlp': {...}}: the switches that are on, each with the name of its norm, the
+        constants of the layer, and for learned factors the parameter's name and shape.
+
+    Raises:
+        UsageError: a placement that says more than that, naming it.
+    """
+    found = []
+    for name, index in zip(model.norm_position, model.layer_index, strict=True):
+        layer = placements.PLACEMENTS[name]
+        _check_said(name, layer, ('attention', 'mlp', 'init', 'qkv_norm', 'embed_norm'))
+        found.append({'qkv_norm': True} if layer.qkv_norm else {})
+        for sublayer in ('attention', 'mlp'):
+            at = getattr(layer, sublayer)
+            _check_said(name, at, (*NORMS, *FACTORS, 'grouped'))
+            on = {switch: f'{sublayer}_norm_{norm}' for switch, norm in NORMS.items() if getattr(at, switch)}
+            said = {switch: norm_name(name, norm) for switch, norm in on.items()}
+            constants = at.constants([index], model.depth).items()
+            said |= {by: float(np.float32(value)) for by, [value] in constants}
+            for by, factor in at.factors().items():
+                if isinstance(factor, placements.Learned):
+                    shape = [model.config.hidden_size] if factor.per_feature else []
+                    said[by] = {'parameter': LEARNED[f'{sublayer}_{by}'], 'shape': shape}
+            found[-1][sublayer] = said | ({'grouped': True} if at.grouped else {})
+    return found
+
+
+def _check_said(name, placement, known):
+    for field in dataclasses.fields(placement):
+        if field.name not in known and getattr(placement, field.name) != field.default:
+            raise UsageError(f'norm_position {name}: {field.name} cannot be said in a Hugging Face folder')
+
+
+def norm_name(placement, norm):
+    """The name of a layer's norm, such as `mlp_norm_in`, under a placement; None: it has none."""
+    layer = placements.PLACEMENTS[placement]
+    behind = any(at.out or at.post for at in (layer.attention, layer.mlp))
+    return (OTHER_NORMS if behind else STOCK_NORMS).get(norm)

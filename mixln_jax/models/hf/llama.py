@@ -1,0 +1,221 @@
+"""Hugging Face folders (config.json, safetensors): tensor names here, nowhere else.
+
+Stock LLaMA names, and the Mix-LN authors' layout for the placements that stock LLaMA cannot express.
+"""
+
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixln_jax import trees
+from mixln_jax.models import rope
+from mixln_jax.models.hf import config as hf_config
+from mixln_jax.models.hf import tensors
+from mixln_jax.system.errors import CheckpointError, UsageError
+
+MATRICES = {
+    'attention/q': 'self_attn.q_proj',
+    'attention/k': 'self_attn.k_proj',
+    'attention/v': 'self_attn.v_proj',
+    'attention/o': 'self_attn.o_proj',
+    'mlp/gate': 'mlp.gate_proj',
+    'mlp/up': 'mlp.up_proj',
+    'mlp/down': 'mlp.down_proj',
+}
+QKV_NORMS = {f'attention/{name}_norm': f'self_attn.{name}_norm' for name in 'qkv'}
+WHOLE = {
+    'embed/embedding': 'model.embed_tokens.weight',
+    'embed_norm/scale': 'model.embed_norm.weight',
+    'norm/scale': 'model.norm.weight',
+    'head/kernel': 'lm_head.weight',
+}
+VOCAB_AXIS = {'embed/embedding': 0, 'head/kernel': 1}
+DTYPES = ('float32', 'bfloat16')
+ABOUT = {'max_position_embeddings': 2048, 'bos_token_id': None, 'eos_token_id': None}  # for other tools; nothing here
+
+
+def tensor_name(path, norm_position):
+    """The tensor of a leaf `layers/<l>/...` (l from 0) or of one outside the layers, `path` joined by slashes.
+
+    Raises UsageError for a parameter that no tensor stands for.
+    """
+    if path in WHOLE:
+        return WHOLE[path]
+    group, number, inside = [*path.split('/', 2), '', ''][:3]
+    if group == trees.STACKED:
+        name, norm = norm_position[int(number)], inside.removesuffix('/scale')
+        if inside in hf_config.LEARNED:
+            return f'model.layers.{number}.{hf_config.LEARNED[inside]}'
+        matrix, _, leaf = inside.rpartition('/')
+        if matrix in MATRICES:
+            return f'model.layers.{number}.{MATRICES[matrix]}.{"bias" if leaf == "bias" else "weight"}'
+        inside = QKV_NORMS.get(norm) or hf_config.norm_name(name, norm)
+        if inside:
+            return f'model.layers.{number}.{inside}.weight'
+        path = f'{path} of norm_position {name}'
+    raise UsageError(f'parameter {path} has no tensor name in a Hugging Face folder')
+
+
+def load(folder, norm_position=None, compute_dtype='float32'):
+    """Reads a LLaMA folder.
+
+    Args:
+        folder: holds config.json and model.safetensors, or shards with model.safetensors.index.json. Names may have
+            prefixes that torch puts before them. Buffers that old versions saved (rotary frequencies, masks, positions)
+            are compared with what the network computes itself, and left.
+        norm_position: as in a config, or a sequence of L names. None: what config.json says, or Pre-LN for stock LLaMA.
+        compute_dtype: of the network; weights are float32.
+
+    Returns:
+        (model, params): `logits, out = model.apply({'params': params}, input_ids, capture=True)`.
+
+    Raises:
+        UsageError: no such folder or file, a run of ours, or a `norm_position` that does not fit.
+        CheckpointError: unreadable content, tensors missing or left over (so another placement), wrong shapes.
+    """
+    model, params = read(folder, norm_position, compute_dtype)
+    return model, jax.tree.map(jnp.asarray, params)
+
+
+def read(folder, norm_position=None, compute_dtype='float32'):
+    """As `load`, with numpy arrays: no device needs to hold them all."""
+    folder = pathlib.Path(folder)
+    tensors.refuse_others(folder)
+    model, stated = hf_config.read(folder / 'config.json', norm_position, compute_dtype)
+    found = tensors.read(folder)
+    tensors.drop_buffers(folder, found, _buffers(model.config))
+    _check_head(folder, found, model.config.tie_word_embeddings)
+    if not stated:
+        _check_pre(folder, found)
+    shapes, named = model.shapes()['params'], f'norm_position={model.config.norm_position}'
+    params = tensors.fill(
+        folder,
+        found,
+        jax.eval_shape(lambda params: _unpadded(params, model.config.vocab_size), shapes),
+        model.norm_position,
+        lambda path: tensor_name(path, model.norm_position),
+        named,
+    )
+
+    def pad(leaf, to):
+        widths = [(0, size - n) for size, n in zip(to.shape, leaf.shape, strict=True)]
+        return leaf if leaf.shape == to.shape else np.pad(leaf, widths)
+
+    return model, jax.tree.map(pad, params, shapes)
+
+
+def _buffers(config):
+    """What old versions of transformers saved together with the weights of a LLaMA; see `tensors.drop_buffers`."""
+    frequency = np.asarray(rope.rotary_frequencies(config), np.float64)
+    kind = '' if config.rope_type == 'default' else f' and rope_type={config.rope_type}'
+    rotary = f'the rotary frequencies of rope_theta={config.rope_theta:.10g}{kind} in config.json'
+
+    def cached(of):
+        def table(tensor):
+            exact = of(np.outer(np.arange(tensor.shape[-2]), np.tile(frequency, 2)))
+            rounding = 2**-8 + 1e-6 * len(exact)  # of bfloat16, and of angles in float32
+            return np.where(np.abs(tensor.astype(np.float64) - exact) < rounding, tensor, exact)
+
+        return table
+
+    layer = r'model\.layers\.\d+\.self_attn\.'
+    module = rf'({layer}|model\.)rotary_emb\.'
+    return {
+        rf'{module}(original_)?inv_freq': (rotary, lambda tensor: frequency),
+        rf'{module}cos_cached': (f'cosines of {rotary}', cached(np.cos)),
+        rf'{module}sin_cached': (f'sines of {rotary}', cached(np.sin)),
+        rf'{layer}bias': ('a causal mask', lambda tensor: np.tri(*tensor.shape[-2:])),
+        rf'{layer}masked_bias': ('a very negative number', lambda tensor: np.minimum(tensor, -1e4)),
+        r'model\.causal_mask': ('a causal mask', lambda tensor: np.triu(np.ones(tensor.shape[-2:]), 1)),
+    }
+
+
+def _check_head(folder, found, tied):
+    """Raises CheckpointError where the head's tensor contradicts tie_word_embeddings; of a tied pair one stays."""
+    table, head = WHOLE['embed/embedding'], WHOLE['head/kernel']
+    if tied and head in found:
+        tensor = found.pop(head)
+        if not np.array_equal(found.setdefault(table, tensor), tensor):
+            raise CheckpointError(f'{folder}/config.json: tie_word_embeddings=true, but {head} is not {table}')
+    elif not tied and head not in found:
+        raise CheckpointError(f'{folder}: no tensor {head}, and config.json does not say tie_word_embeddings=true')
+
+
+def _check_pre(folder, found):
+    """Raises CheckpointError where tensor names contradict Pre-LN, which is what a folder means that says nothing."""
+    others = set(hf_config.OTHER_NORMS.values()) - set(hf_config.STOCK_NORMS.values())
+    pattern = re.compile(rf'model\.layers\.(\d+)\.({"|".join(sorted(others))})\.weight')
+    matches = [match for match in map(pattern.fullmatch, found) if match]
+    if matches:
+        number = min(int(match[1]) for match in matches)
+        names = ' and '.join(sorted(match[2] for match in matches if int(match[1]) == number))
+        raise CheckpointError(f'{folder}: layer {number} has {names}: not Pre-LN; pass norm_position')
+
+
+def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.0, about=None):
+    """Writes a folder that `load` and transformers read.
+
+    Pre-LN networks become stock LLaMA; all others the authors' layout, with a modelling file beside it that
+    `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` runs.
+
+    Args:
+        folder: empty, or made here.
+        model: the network; its compute_dtype does not matter.
+        params: its parameters, in this process; rows that only pad the vocabulary are left out.
+        tokenizer: a data.tokenizers.Tokenizer to save in `tokenizer/` and, where it can be, for transformers.
+        dtype: float32 or bfloat16.
+        max_shard_gb: largest size of a file in units of 10^9 bytes; more become shards with an index.
+        about: keys of ABOUT that are to have other values.
+
+    Raises:
+        UsageError: a folder with something in it, bad options, or a network that cannot be said in such a folder.
+    """
+    folder = pathlib.Path(folder)
+    if dtype not in DTYPES:
+        raise UsageError(f'dtype={dtype!r} is not one of {", ".join(DTYPES)}')
+    if not 0 < max_shard_gb < float('inf'):
+        raise UsageError(f'max_shard_gb={max_shard_gb} must be above 0, and finite')
+    special = {f'{role}_token_id': getattr(tokenizer, f'{role}_id', None) for role in ('bos', 'eos')}
+    sizes = model.config
+    if sizes.hidden_size % sizes.num_heads:
+        raise UsageError(
+            f'hidden_size={sizes.hidden_size} does not divide by num_heads={sizes.num_heads}, as transformers needs it'
+        )
+    config = hf_config.content(model) | ABOUT | special | (about or {})
+    config |= {'dtype': dtype, 'torch_dtype': dtype}  # the latter for transformers 4
+    named = {}
+    params = _unpadded(jax.device_get(params), sizes.vocab_size)
+    for path, leaf in trees.named_leaves(tensors.by_layer(params, model.norm_position)):
+        name = tensor_name(path, model.norm_position)
+        if name in named:
+            raise UsageError(f'two parameters of {hf_config.spell(model.norm_position)} have the tensor name {name}')
+        if path == 'embed/embedding' and sizes.scale_embed:
+            if sizes.tie_word_embeddings:  # as a head it is not scaled, so the folder has two
+                named[WHOLE['head/kernel']] = leaf
+            leaf = leaf.astype(np.float32) * np.float32(sizes.hidden_size**0.5)
+        named[name] = leaf.T if path.endswith('kernel') else leaf
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UsageError(f'{folder} is not empty')
+    tensors.write(folder, named, jnp.dtype(dtype), int(max_shard_gb * 1e9))
+    if tokenizer:
+        tokenizer.save(folder / 'tokenizer')
+        tokenizer.export(folder)
+    if config['model_type'] == hf_config.OTHER_TYPE:
+        shutil.copy(hf_config.MODELLING, folder)
+    (folder / 'config.json').write_text(json.dumps(config, indent=1) + '\n', encoding='utf-8')
+
+
+def _unpadded(params, vocab_size):
+    """Without the rows and columns that only pad the vocabulary."""
+
+    def cut(path, leaf):
+        axis = VOCAB_AXIS.get(trees.path_name(path))
+        return leaf if axis is None else leaf[(slice(None),) * axis + (slice(vocab_size),)]
+
+    return jax.tree_util.tree_map_with_path(cut, params)

@@ -1,0 +1,185 @@
+"""The tensors of a Hugging Face folder: model.safetensors, or shards with an index. Pickles are never opened."""
+
+import json
+import pathlib
+import re
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from mixln_jax import trees
+from mixln_jax.models import transformer
+from mixln_jax.system import files
+from mixln_jax.system.errors import CheckpointError, UsageError, reading
+
+FILE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+PICKLED = ('*.bin', '*.bin.index.json', '*.pt', '*.pth', '*.pkl', '*.ckpt')
+# What torch puts into names of tensors: data parallelism, torch.compile, FSDP, recomputation.
+WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
+# Buffers that count: pattern of the name -> what they hold, and a function from the tensor to that.
+COUNTS = {
+    r'(.*\.)?position_ids': ('positions from 0', lambda tensor: np.arange(tensor.shape[-1])),
+    r'(.*\.)?token_type_ids': ('zeros', np.zeros_like),
+}
+
+
+def refuse_others(folder):
+    """Raises for a folder that is not Hugging Face's.
+
+    Raises:
+        UsageError: it is a run or a checkpoint of ours.
+        CheckpointError: its only weights are pickles: who opens one runs what it says.
+    """
+    if any(folder.glob('*.safetensors*')):
+        return
+    if (folder / 'checkpoints').is_dir() or (folder / 'about').is_dir():
+        raise UsageError(f'{folder} is a run or a checkpoint of ours, which mixln_jax.load opens')
+    if names := sorted(path.name for pattern in PICKLED for path in folder.glob(pattern)):
+        raise CheckpointError(f'{folder} has {names[0]}, a pickle, which is never opened here: safetensors is needed')
+
+
+def read(folder):
+    """{name: array} of a folder, in the types that the files have, names without WRAPPERS.
+
+    Raises:
+        UsageError: neither file nor index, or a run of ours.
+        CheckpointError: unreadable, a shard missing or of other tensors than the index says, only pickles.
+    """
+    refuse_others(folder)
+    if (folder / FILE).exists() or not (folder / INDEX).exists():
+        return _unwrapped(folder, _read_file(folder / FILE))
+    tensors = {}
+    for file, names in _read_index(folder / INDEX).items():
+        if not (folder / file).is_file():
+            raise CheckpointError(f'{folder / INDEX} names {file}, which is not there')
+        found = _read_file(folder / file)
+        if differ := sorted(names ^ found.keys()):
+            says = 'lacks' if differ[0] in names else 'holds'
+            puts = 'puts' if differ[0] in names else 'does not put'
+            raise CheckpointError(f'{folder / file} {says} tensor {differ[0]}, which {INDEX} {puts} there')
+        tensors |= found
+    return _unwrapped(folder, tensors)
+
+
+def _unwrapped(folder, tensors):
+    named = {}
+    for name, tensor in tensors.items():
+        plain = '.'.join(part for part in name.split('.') if part not in WRAPPERS)
+        if plain in named:
+            raise CheckpointError(f'{folder} holds the tensor {plain} twice, once as {name}')
+        named[plain] = tensor
+    return named
+
+
+def drop_buffers(folder, found, buffers):
+    """Takes buffers, which carry no weights, out of what `read` found, if they hold what the network computes itself.
+
+    Args:
+        folder: where that was, for errors.
+        found: {name: array}, which is changed.
+        buffers: as COUNTS, more that this network may have.
+
+    Raises CheckpointError for one that holds something else, naming it and what it should hold.
+    """
+    for name in sorted(found):
+        for pattern, (what, expected) in (COUNTS | buffers).items():
+            if re.fullmatch(pattern, name):
+                tensor = found.pop(name)
+                try:
+                    good = _is_close(tensor, expected(tensor))
+                except (ValueError, IndexError, TypeError):  # its shape
+                    good = False
+                if not good:
+                    raise CheckpointError(f'{folder}: tensor {name} does not hold {what}')
+
+
+def _is_close(tensor, expected):
+    """Whether a buffer is `expected`, up to the rounding of its type (and of float32, in which most were computed)."""
+    kind = jnp.finfo(tensor.dtype) if jnp.issubdtype(tensor.dtype, jnp.floating) else None
+    rtol, atol = (max(float(kind.eps), 1e-5), float(kind.smallest_subnormal)) if kind else (0, 0)
+    return np.isclose(tensor.astype(np.float64), np.asarray(expected, np.float64), rtol, atol).all()
+
+
+def by_layer(params, norm_position):
+    """Parameters with L single layers in place of the stack, as a folder has them."""
+    return dict(params, layers=transformer.split_layers(params[trees.STACKED], norm_position))
+
+
+def fill(folder, found, shapes, norm_position, tensor_name, network):
+    """The parameters of a network, from what `read` found.
+
+    Args:
+        folder: where that was, for errors.
+        found: {name: array}, which is emptied, so that few tensors are held twice.
+        shapes: the parameters as ShapeDtypeStructs, with the sizes that the folder has.
+        norm_position: placement name of each layer.
+        tensor_name: a leaf's path by layer, joined by slashes -> name of its tensor; a kernel is stored transposed.
+        network: what these names follow from, for errors.
+
+    Returns:
+        The tree in float32 numpy arrays.
+
+    Raises:
+        CheckpointError: a tensor missing, left over, of another shape, or not finite numbers, naming it.
+    """
+
+    def take(path, leaf):
+        path = trees.path_name(path)
+        name = tensor_name(path)
+        if name not in found:
+            raise CheckpointError(f'{folder}: no tensor {name}, which {network} needs')
+        tensor = found.pop(name)
+        if tensor.dtype.kind in 'iub' or not np.isfinite(tensor := tensor.astype(np.float32)).all():
+            raise CheckpointError(f'{folder}: tensor {name} is not finite numbers ({tensor.dtype})')
+        tensor = tensor.T if path.endswith('kernel') else tensor
+        if tensor.shape != leaf.shape:
+            raise CheckpointError(
+                f'{folder}: tensor {name} has shape {tensor.shape}, config.json makes it {leaf.shape}'
+            )
+        return tensor
+
+    params = jax.tree_util.tree_map_with_path(take, jax.eval_shape(lambda p: by_layer(p, norm_position), shapes))
+    if found:
+        raise CheckpointError(f'{folder}: tensor {min(found)} has no place in a network with {network}')
+    return dict(params, layers=transformer.stack_layers(params[trees.STACKED], norm_position))
+
+
+def write(folder, tensors, dtype, max_bytes):
+    """Writes {name: array} as `dtype`, in shards with an index where more than `max_bytes`; a tensor is never split."""
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda array: array.size * dtype.itemsize,
+        filename_pattern='model{suffix}.safetensors',
+        max_shard_size=max_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: np.asarray(tensors[name]).astype(dtype, order='C') for name in names}  # converted one at a time
+        safetensors.numpy.save_file(shard, folder / file, metadata={'format': 'pt'})
+    if split.is_sharded:
+        index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + '\n', encoding='utf-8')
+
+
+def _read_file(path):
+    try:
+        files.regular(path, CheckpointError)
+    except FileNotFoundError:
+        raise UsageError(f'{path} does not exist') from None
+    with reading(path, CheckpointError, 'not a readable safetensors file'):
+        return safetensors.numpy.load_file(path)
+
+
+def _read_index(path):
+    """{file: names of its tensors}."""
+    with reading(path, CheckpointError, 'not a readable index'):
+        where = files.read_json(path, CheckpointError, 'not a readable index')['weight_map'].items()
+    by_file = {}
+    for name, file in where:
+        # Also no absolute path: an index from elsewhere must not open files outside its folder.
+        if not isinstance(file, str) or file != pathlib.PurePath(file).name or file == '..':
+            raise CheckpointError(f'{path}: {name} is in {file!r}, which is not a file of this folder')
+        by_file.setdefault(file, set()).add(name)
+    return by_file

@@ -1,0 +1,109 @@
+"""Layers that networks share: norms, embedding, MLP, linear."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mixln_jax import config as configs
+from mixln_jax.kernels.matmul import product
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019: x / sqrt(mean(x^2) + eps) * gain, in float32, times a constant; the mean is taken over
+    each of `groups` equal parts of the features."""
+
+    eps: float
+    dtype: jnp.dtype
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x, constant=None):
+        gain = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        y = _rms_norm(x, gain, self.eps, self.groups)
+        return (y if constant is None else y * constant).astype(self.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))  # else several float32 copies of x are kept
+def _rms_norm(x, gain, eps, groups):
+    x = x.astype(jnp.float32)
+    if groups == 1:
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * gain
+    parts = x.reshape(*x.shape[:-1], groups, -1)
+    parts *= jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + eps)
+    return parts.reshape(x.shape) * gain
+
+
+class Embedding(nn.Module):
+    """A row of a table for every id. Its values come from `initialize`."""
+
+    rows: int
+    features: int
+    dtype: jnp.dtype
+    stream_sharding: jax.sharding.NamedSharding | None
+
+    def setup(self):
+        self.embedding = self.param('embedding', nn.initializers.zeros, (self.rows, self.features))
+
+    def attend(self, x):
+        """[...,D] -> [...,rows] float32: the table as a head."""
+        return product(x.astype(jnp.float32), self.embedding.T.astype(jnp.float32))
+
+    def __call__(self, ids):
+        """[B,T] -> [B,T,D]."""
+        table = self.embedding.astype(self.dtype)
+        if not self.stream_sharding:
+            return table[ids]
+        # Gathered as every matrix is: rows looked up in parts of it would have to be put together again.
+        everywhere = jax.sharding.NamedSharding(self.stream_sharding.mesh, jax.sharding.PartitionSpec())
+        x = jax.lax.with_sharding_constraint(table, everywhere)[ids]
+        return jax.lax.with_sharding_constraint(x, self.stream_sharding)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    config: configs.Model
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        into = lambda name: linear(self.config.intermediate_size, self.dtype, name, self.config.mlp_bias)(x_BTD)  # noqa: E731
+        y = _gated(into('gate'), into('up'))
+        return linear(self.config.hidden_size, self.dtype, 'down', self.config.mlp_bias)(y)
+
+
+@jax.checkpoint  # of both alone the backward pass makes the rest
+def _gated(gate, up):
+    return nn.silu(gate) * up
+
+
+def linear(features, dtype, name, bias=False):
+    """A matrix, without bias unless it is asked for; its values come from `initialize`, or from a file."""
+    return nn.Dense(
+        features, use_bias=bias, dtype=dtype, name=name, kernel_init=nn.initializers.zeros, dot_general=_dot_general
+    )
+
+
+def _dot_general(x, kernel, *_, **__):
+    return product(x, kernel)
+
+
+class LayerNorm(nn.Module):
+    """Ba et al. 2016 (arXiv 1607.06450): (x - mean) / sqrt(variance + eps) * gain + bias, in float32, times a constant;
+    mean and variance are taken over each of `groups` equal parts of the features."""
+
+    eps: float
+    dtype: jnp.dtype
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x, constant=None):
+        gain = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+        parts = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        parts -= parts.mean(axis=-1, keepdims=True)
+        parts *= jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + self.eps)
+        y = parts.reshape(x.shape) * gain + bias
+        return (y if constant is None else y * constant).astype(self.dtype)

@@ -1,0 +1,1 @@
+"""What is compiled: the train state and the functions of it."""

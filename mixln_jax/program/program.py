@@ -1,0 +1,115 @@
+"""What runs on the devices: the functions of a run, jitted for a mesh, and the shapes they take."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+
+from mixln_jax import config as configs
+from mixln_jax.data import layout
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.models import llama
+from mixln_jax.program import optim, step
+from mixln_jax.system.errors import UsageError
+
+
+class Program:
+    """Model, state and steps of `config` on `mesh`.
+
+    `state` is the train state as ShapeDtypeStructs with their shardings. `init`: key -> State, made where it is to lie.
+    `measure_factors`: (State, batch) -> State, before the first step where `model.measured()`. `train_step`: (State,
+    batch) -> (State, metrics), donates the state, as that does. `eval_step`: (params, batch) -> (sum, count).
+
+    Raises UsageError, naming the keys, for sizes that the mesh does not divide.
+    """
+
+    def __init__(self, config: configs.Config, mesh: jax.sharding.Mesh):
+        self.config, self.mesh = config, mesh
+        _check_sizes(config, mesh)
+        self._rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+        official = config.compat != 'none'
+        frozen_row = config.model.vocab_size - 1 if official else None  # their padding_idx is -1
+        device = mesh.devices.flat[0] if isinstance(mesh, jax.sharding.Mesh) else None  # plans have none
+        sizes = dataclasses.replace(config.model, attention=attention_kernel(config, device))
+        self.model = llama.from_config(sizes, config.compute_dtype, self._rows, official)
+        optimizer = optim.optimizer(config.optim)
+        init = functools.partial(
+            step.init_state, self.model, optimizer, param_dtype=config.param_dtype, frozen_row=frozen_row
+        )
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        shardings = meshes.state_shardings(mesh, shapes)
+        self.state = jax.tree.map(_like, shapes, shardings)
+        self.init = jax.jit(init, out_shardings=shardings)
+        train_step = functools.partial(
+            step.train_step,
+            model=self.model,
+            optimizer=optimizer,
+            schedule=optim.schedule(config.optim, config.num_steps, official),
+            clip_norm=config.optim.clip_norm,
+            accumulate=config.accumulate,
+            shardings=shardings.params,
+            micro_means=official,
+            frozen_row=frozen_row,
+        )
+        self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
+        measure = functools.partial(step.measure_factors, model=self.model, accumulate=config.accumulate)
+        self.measure_factors = jax.jit(measure, donate_argnums=0, out_shardings=shardings)
+        self.eval_step = jax.jit(functools.partial(step.eval_step, model=self.model), out_shardings=everywhere)
+
+    def flops_per_position(self) -> int:
+        """FLOPs of training on one position, by formula; a tied embedding counts as the head that it is too."""
+        sizes, params = self.config.model, self.state.params
+        embedding, width = sizes.vocab_size * sizes.hidden_size, sizes.num_heads * sizes.head_size
+        alone = 0 if sizes.tie_word_embeddings else embedding  # parameters that are looked up and nothing else
+        number, length = llama.num_params(sizes, params), self.config.seq_length
+        return llama.flops_per_position(number, alone, sizes.num_layers, width, length)
+
+    def batch(self, size):
+        """A batch of `size` rows as ShapeDtypeStructs."""
+        rows = np.zeros((size, self.config.seq_length + 1), layout.TOKEN)
+        of = layout.Layout(self.config.data.mode, 0, 0)
+        made = of.batch(of.block(rows))
+        return {name: _like(values, self._rows) for name, values in made.items()}
+
+    def compile(self):
+        """`train_step` for batches of `batch_size`, `eval_step` for its micro-batches, compiled."""
+        size = self.config.batch_size
+        return (
+            self.train_step.lower(self.state, self.batch(size)).compile(),
+            self.eval_step.lower(self.state.params, self.batch(size // self.config.accumulate)).compile(),
+        )
+
+
+def _check_sizes(config, mesh):
+    parts, tensor = meshes.row_parts(mesh), mesh.shape['tensor']
+    if config.batch_size % (config.accumulate * parts):
+        raise UsageError(
+            f'config.batch_size={config.batch_size} does not divide by config.accumulate={config.accumulate} '
+            f'times {parts} parts (config.mesh.data times config.mesh.fsdp)'
+        )
+    if (heads := config.model.kv_heads) % tensor:
+        raise UsageError(
+            f'{heads} key/value heads (config.model.num_kv_heads, num_heads) do not divide by '
+            f'config.mesh.tensor={tensor}'
+        )
+
+
+def attention_kernel(config, device):
+    """What `model.attention` comes to: `cudnn` where a device can do it and the config lets it, else `blocks`."""
+    major = re.match(r'\d+(?=\.\d)', str(getattr(device, 'compute_capability', '')))  # AMD's are called gfx942
+    can = (
+        major
+        and int(major[0]) >= 8
+        and config.compute_dtype == 'bfloat16'
+        and config.model.head_size % 8 == 0
+        and config.model.head_size <= 128
+        and config.seq_length % 2 == 0  # its masks have no odd sides
+        and not (config.deterministic and config.data.mode == 'pack')  # nor are they deterministic everywhere
+    )
+    return 'cudnn' if can and config.model.attention == 'auto' else 'blocks'
+
+
+def _like(array, sharding):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

@@ -1,0 +1,1 @@
+"""The report: what came out of runs, as text, HTML and figures."""

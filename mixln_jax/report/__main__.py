@@ -1,0 +1,14 @@
+"""`python -m mixln_jax.report`."""
+
+from mixln_jax.system.signals import stop
+
+if __name__ == '__main__':
+    stop.install()  # before the imports, which take seconds
+
+# ruff: noqa: E402
+import sys
+
+from mixln_jax.report.command import main
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

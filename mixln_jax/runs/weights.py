@@ -1,0 +1,318 @@
+"""Trained weights, wherever they lie: a run's folder, one of its checkpoints, a Hugging Face folder."""
+
+import dataclasses
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import tokenizers as library
+
+from mixln_jax import config as configs
+from mixln_jax import trees
+from mixln_jax.data import tokenizers
+from mixln_jax.models import llama, placements, transformer
+from mixln_jax.models.bert import Bert
+from mixln_jax.models.hf import bert as hf_bert
+from mixln_jax.models.hf import config as hf_config
+from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.models.hf import tensors
+from mixln_jax.runs import checkpoint
+from mixln_jax.system import files
+from mixln_jax.system.errors import CheckpointError, UsageError
+
+EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
+# Keys of config.model in which two networks must agree to have the same weights, and mean the same by them.
+SAME = (
+    *('family', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads', 'norm_eps', 'scale_embed'),
+    *('rope_theta', 'rope_type', *hf_config.SWITCHES),
+)
+
+
+class Removed(UsageError):
+    """A checkpoint that its run has removed for a newer one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A network, its parameters on one device here, and what is known about them.
+
+    Attributes:
+        model: `logits, out = model.apply({'params': params}, ids, capture=True)`; `model.config` has its sizes.
+        params: the tree of parameters, layers stacked; `transformer.split_layers` gives single ones.
+        where: the folder that was read, of a run its `checkpoints/<step>`.
+        step: updates that made the weights; None: of a Hugging Face folder.
+        config: of the run; None: of a Hugging Face folder.
+        tokenizer: has `encode` and `decode`; None: of a Hugging Face folder that is no export of ours, whose own one
+            `open_tokenizer` opens.
+    """
+
+    model: llama.Llama | Bert
+    params: Any
+    where: str
+    step: int | None = None
+    config: configs.Config | None = None
+    tokenizer: tokenizers.Tokenizer | None = None
+    workdir: pathlib.Path | None = None  # of the run
+
+    @property
+    def max_length(self):
+        """Tokens of the longest row that the weights were trained for."""
+        if self.config:
+            return self.config.seq_length
+        path = pathlib.Path(self.where, 'config.json')
+        length = hf_config.read_json(path).get('max_position_embeddings', 2048)
+        if type(length) is not int or not 0 < length < 2**31:
+            raise CheckpointError(f'{path}: max_position_embeddings={length!r} is not a number of positions')
+        return length
+
+    @property
+    def data_mode(self):
+        """config.data.mode of the rows that the weights were trained on; None where nothing says it."""
+        if self.config:
+            return self.config.data.mode
+        return _of_export(pathlib.Path(self.where)).get('data_mode')
+
+
+def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weights:
+    """Opens weights for evaluation, analysis or export.
+
+    Args:
+        path: the work directory of a run (its newest checkpoint is taken), `<work directory>/checkpoints/<step>`, or a
+            Hugging Face folder.
+        compute_dtype: of the network; the weights keep their type.
+        norm_position: placement of a Hugging Face folder that does not say it.
+        bert: whether the folder of a BERT will do too.
+
+    Raises:
+        UsageError: nothing there, or a `norm_position` for a run or a BERT, which have their own; as `read_newest`.
+        CheckpointError: unreadable, damaged or of another structure.
+    """
+    given = path
+    path, of_run = find(given)
+    if bert and hf_bert.is_bert(path):
+        if norm_position:
+            raise UsageError(f'--norm_position: {path} is a BERT, which has Post-LN')
+        return Weights(*hf_bert.load(path, compute_dtype), str(path))
+    if not of_run:
+        model, params = hf_llama.load(path, norm_position, compute_dtype)
+        tokenizer = None
+        if (path / 'tokenizer/fingerprint.json').is_file():  # from an export
+            tokenizer = tokenizers.load(path / 'tokenizer', _of_export(path).get('tokenizer'))
+        return Weights(model, params, str(path), tokenizer=tokenizer)
+    if norm_position:
+        raise UsageError(f'--norm_position: {path} is a run of ours, which knows its placement')
+    folder, params, about = read_newest(given, checkpoint.read_params)
+    config = configs.from_resolved(about['config'])
+    model = llama.from_config(config.model, compute_dtype)
+    expected, shapes = (
+        {name: leaf.shape for name, leaf in trees.named_leaves(tree)} for tree in (model.shapes()['params'], params)
+    )
+    for name in sorted(expected | shapes):
+        if expected.get(name) != shapes.get(name):
+            raise CheckpointError(
+                f'{folder}: {name} is {shapes.get(name, "not there")}, its config makes it {expected.get(name)}'
+            )
+    workdir = folder.parents[1]
+    tokenizer = tokenizers.load(workdir / 'tokenizer', about['data']['fingerprint']['tokenizer'])
+    return Weights(model, params, str(folder), about['step'], config, tokenizer, workdir)
+
+
+def _of_export(folder):
+    """What mixln_jax.export has noted in a folder that it wrote; {} where it is not one."""
+    path = folder / EXPORT
+    if not path.exists():
+        return {}
+    found = files.read_json(path, CheckpointError)
+    for name in ('data_mode', 'tokenizer'):
+        if not isinstance(found.get(name), str | None):
+            raise CheckpointError(f'{path}: {name} is not a text')
+    return found
+
+
+def without_layers(found: Weights, removed) -> Weights:
+    """The network without some layers, as if `keep` were False for them; the others keep their constants.
+
+    Args:
+        found: from `load`.
+        removed: numbers of layers, as `layer_index` has them: the first is 1, a pruned network has gaps.
+
+    Raises UsageError for a number that no layer has, for all of them, and where a norm of the embedding, which goes
+    with the first layer's placement, would appear or vanish.
+    """
+    model, numbers = found.model, found.model.layer_index
+    if wrong := sorted({*removed} - {*numbers}):
+        listed = ', '.join(map(str, numbers))
+        raise UsageError(f'there is no layer {wrong[0]}: {found.where} has the layers {listed}')
+    kept = [at for at, number in enumerate(numbers) if number not in removed]
+    if not kept:
+        raise UsageError(f'all {len(numbers)} layers of {found.where} would be removed')
+    names = tuple(model.norm_position[at] for at in kept)
+    if placements.PLACEMENTS[names[0]].embed_norm != placements.PLACEMENTS[model.norm_position[0]].embed_norm:
+        raise UsageError(
+            f'layer {numbers[0]} ({model.norm_position[0]}) cannot be removed before a layer of {names[0]}: of the two '
+            'only one has the embedding normalised'
+        )
+    layers = transformer.split_layers(found.params['layers'], model.norm_position)
+    config = dataclasses.replace(model.config, num_layers=len(kept), norm_position=hf_config.spell(names))
+    pruned = model.clone(config=config, norm_position=names, layer_index=tuple(model.layer_index[at] for at in kept))
+    params = dict(found.params, layers=transformer.stack_layers([layers[at] for at in kept], names))
+    return dataclasses.replace(found, model=pruned, params=params)
+
+
+def find(path):
+    """(`checkpoint_folder(path)`, True) of a run, (the folder, False) of Hugging Face. Raises UsageError for others."""
+    path = files.local(path, '--checkpoint')
+    if folder := checkpoint_folder(path):
+        return folder, True
+    tensors.refuse_others(path)
+    if not (path / 'config.json').is_file():
+        raise UsageError(f'{path} is neither a run of ours (checkpoints/) nor a Hugging Face folder (config.json)')
+    return path, False
+
+
+def checkpoint_folder(path):
+    """`<run>/checkpoints/<step>` of a run, the newest, or of a checkpoint; None for another folder.
+
+    Links are followed, so that the run's own folder is found. A run, or a Hugging Face folder, may have the name of a
+    checkpoint: what is in a folder decides.
+
+    Raises UsageError: not a folder, a run without a checkpoint, or a checkpoint that was moved out of its run.
+    """
+    path = files.local(path, '')
+    if not path.is_dir():
+        raise UsageError(f'{path} is not a folder')
+    if (folder := path / 'checkpoints').is_dir():
+        if found := checkpoint.steps(folder):
+            return folder / str(found[-1])
+        if not (path / 'config.json').exists() or not any(path.glob('*.safetensors*')):
+            raise UsageError(f'{folder} holds no checkpoint')
+    if checkpoint.is_other(path):
+        return None
+    for at in sorted(_hops(path), key=lambda at: at.is_symlink()):  # as it was given, rather than in full
+        if at.name.isdecimal() and at.parent.name == 'checkpoints' and '..' not in at.parts:
+            return at
+    if (path / 'about').is_dir():
+        raise UsageError(f'{path} is a checkpoint outside of its run: <run>/checkpoints/<step> is needed')
+    return None
+
+
+def read_newest(path, read):
+    """(folder, *`read(folder)`) of the checkpoint that `checkpoint_folder(path)` names.
+
+    A run in training removes old checkpoints: where a newer one has come while the newest was read, it is taken.
+
+    Raises UsageError: not a run of ours; Removed where `path` names a single checkpoint, which is removed meanwhile.
+    """
+    folder = checkpoint_folder(path)
+    while folder:
+        try:
+            return folder, *read(folder)
+        except (CheckpointError, OSError):
+            newer = any(step > int(folder.name) for step in checkpoint.steps(folder.parent))
+            if not newer or jax.process_count() > 1:  # several processes have to agree on what they read
+                raise
+            for _ in range(20):  # it may be half gone
+                if not folder.exists():
+                    break
+                time.sleep(0.05)
+            again = checkpoint_folder(path) if pathlib.Path(path).expanduser().is_dir() else None
+            if not again:
+                raise Removed(f'{folder} was removed while it was read: newer checkpoints took its place') from None
+            if again == folder:
+                raise
+            folder = again
+    raise UsageError(f'{path} is not a run of ours')
+
+
+def _hops(path):
+    """A path, what it links to, what that links to and so on, and last its real one, which has no links at all."""
+    for _ in range(40):  # as many as Linux follows
+        yield path
+        if not path.is_symlink():
+            break
+        path = path.parent / os.readlink(path)
+    yield pathlib.Path(os.path.realpath(path))
+
+
+def open_tokenizer(folder):
+    """(Tokenizer, the ids that begin a text, one or none) of a Hugging Face folder.
+
+    A tokenizer.json says itself whether it puts a bos before a text; a tokenizer.model is LLaMA's, which does.
+
+    Raises UsageError where there is neither, DataError for one that is unreadable.
+    """
+    for kind in ('huggingface', 'sentencepiece'):
+        path = folder / tokenizers.KINDS[kind].FILES[0]
+        if path.is_file():
+            tokenizer = tokenizers.open_tokenizer(configs.Data(tokenizer=kind, tokenizer_path=str(path)))
+            if kind == 'sentencepiece':
+                puts_bos = tokenizer.bos_id != tokenizer.eos_id
+            else:
+                puts_bos = library.Tokenizer.from_file(str(path)).encode('a').ids[0] == tokenizer.bos_id
+            return tokenizer, [tokenizer.bos_id] if puts_bos else []
+    raise UsageError(f'{folder} holds no tokenizer (tokenizer.json or tokenizer.model)')
+
+
+def initial(where, model):
+    """What `config.init_from` names, as parameters of `model`, in numpy arrays: no device needs to hold them all.
+
+    Args:
+        where: `hf:FOLDER`, or what `load` opens as ours.
+        model: the network that is to start from them. A Hugging Face folder that does not say its placement, as the
+            authors' do not, is read under this network's.
+
+    Raises:
+        UsageError: nothing there, or weights of another network, naming the key that differs.
+        CheckpointError: unreadable, damaged, or tensors that are not those of this network.
+    """
+    try:
+        if where.startswith('hf:'):
+            if where == 'hf:':
+                raise UsageError('hf: must be followed by a folder')
+            folder = files.local(where.removeprefix('hf:'), '')
+            tensors.refuse_others(folder)
+            found, stated = hf_config.read(folder / 'config.json')
+            _check_same(model, found, stated)
+            found, params = hf_llama.read(folder, model.norm_position)
+        elif checkpoint_folder(where):
+            found = load(where)
+            _check_same(model, found.model)
+            params = jax.device_get(found.params)
+        else:
+            raise UsageError(f'not a run of ours; a Hugging Face folder is hf:{where}')
+    except (UsageError, CheckpointError) as error:
+        raise type(error)(f'config.init_from={where}: {error}') from None
+    return params
+
+
+def _check_same(model, found, stated=True):
+    """Raises UsageError where weights belong to another network than `model`; `stated`: whether they say placements."""
+
+    def facts(of):
+        found = {name: getattr(of.config, name) for name in SAME}
+        found |= {'num_kv_heads': of.config.kv_heads, 'head_dim': of.config.head_size}
+        if of.config.rope_type == 'llama3':
+            found |= {name: getattr(of.config, name) for name in hf_config.ROPE}
+        if any(placements.PLACEMENTS[name].attention.grouped for name in of.norm_position):
+            found['norm_groups'] = of.config.norm_groups
+        return found | ({'norm_position': hf_config.spell(of.norm_position)} if stated else {})
+
+    ours, theirs = facts(model), facts(found)
+    for name, value in ours.items():
+        if theirs.get(name, value) != value:
+            raise UsageError(f'its network has {name} {theirs[name]}, config.model.{name} is {value}')
+    for number, (one, other) in enumerate(zip(_constants(model), _constants(found), strict=True), 1):
+        if stated and one != other:
+            raise UsageError(
+                f'its layer {number} is layer {found.layer_index[number - 1]} of {found.depth}, with other constants'
+            )
+
+
+def _constants(model):
+    layers = [placements.PLACEMENTS[name] for name in model.norm_position]
+    return [
+        [at.constants([index], model.depth) for at in (layer.attention, layer.mlp)]
+        for layer, index in zip(layers, model.layer_index, strict=True)
+    ]

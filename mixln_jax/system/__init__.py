@@ -1,0 +1,1 @@
+"""The operating system: errors, signals, files, the terminal, hardware."""

@@ -1,0 +1,1 @@
+"""What is learnt: batches, losses and the numbers that people read."""

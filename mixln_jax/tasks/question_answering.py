@@ -1,0 +1,123 @@
+"""SQuAD (Rajpurkar et al. 2016, 2018): its files, rows of tokens for BERT, best spans, exact match and F1.
+
+As in Devlin et al.'s run_squad.py, which transformers 4 follows in data/processors/squad.py; but answers are cut out of
+the text by the tokenizer's offsets, so one that begins with a later piece of a word begins there, not with the word.
+Q questions, N rows (windows of texts, in the order of the questions), T tokens.
+"""
+
+import collections
+import functools
+import re
+import string
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixln_jax.system.errors import NumericsError, UsageError
+
+ARTICLES = re.compile(r'\b(a|an|the)\b')
+PUNCTUATION = str.maketrans('', '', string.punctuation)
+N_BEST = 20  # positions at which an answer may begin, and as many at which it may end
+LONGEST = 30  # tokens of an answer
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, params, batch, keep):
+    """[2,B,T]: of where the answer begins and where it ends."""
+    seen = batch['weights'][:, None, None, :] > 0
+    return jnp.stack(model.apply({'params': params}, batch['inputs'], batch['types'], seen, keep))
+
+
+def logits(model, params, features, batch_size, keep=None):
+    """(start [N,T], end [N,T]) of all rows, float32. Compiled once for a network and batch size, whatever `keep` is.
+
+    Args:
+        model, params: a BERT with a head that finds spans, from `hf_bert.load`.
+        features: from `make_features`.
+        batch_size: rows at a time.
+        keep: [L] bool: layers that are False are removed. None: all are kept.
+
+    Raises:
+        UsageError: rows that are not for this network. NumericsError: logits that are not finite.
+    """
+    for name, rows in (('inputs', model.config.vocab_size), ('types', model.config.num_types)):
+        if (largest := getattr(features, name).max()) >= rows:
+            raise UsageError(f'the features have {name} up to {largest}, but the network has a table of {rows}')
+    keep = np.ones(model.config.num_layers, bool) if keep is None else np.asarray(keep, bool)
+    found = jax.device_get([_logits(model, params, batch, keep) for batch in features.batches(batch_size)])
+    start, end = np.concatenate(found, axis=1)[:, : len(features.inputs)]
+    if not np.isfinite(start[features.weights > 0] + end[features.weights > 0]).all():
+        raise NumericsError('the logits of where answers begin and end are not finite')
+    return start, end
+
+
+def best_answers(start, end, features, examples):
+    """The text of each question's best span, [Q]; '' where there is none, or where no answer is better (v2.0).
+
+    A span begins and ends at some of the N_BEST positions of its row with the largest logits `start` and `end` [N,T],
+    is of LONGEST tokens at most, and begins where no other window shows more; it is as good as the sum of both. No
+    answer is as good as the sum at [CLS], the smallest of the question's rows.
+    """
+    order = lambda of: np.argsort(-of, axis=1, kind='stable')[:, :N_BEST]  # noqa: E731
+    pick = functools.partial(np.take_along_axis, axis=1)
+    first, last = order(start), order(end)
+    lengths = last[:, None, :] - first[:, :, None] + 1
+    allowed = pick(features.begins, first)[:, :, None] & pick(features.context, last)[:, None, :]
+    allowed &= (lengths >= 1) & (lengths <= LONGEST)
+    start, end = start.astype(np.float64), end.astype(np.float64)
+    sums = np.where(allowed, pick(start, first)[:, :, None] + pick(end, last)[:, None, :], -np.inf)
+    places = sums.reshape(len(sums), -1).argmax(axis=1)
+    null = start[:, 0] + end[:, 0]
+    best, texts = np.full(len(examples), -np.inf), [''] * len(examples)
+    least = np.full(len(examples), np.inf)
+    for row, number in enumerate(features.example):
+        least[number] = min(least[number], null[row])
+        b, e = np.unravel_index(places[row], sums.shape[1:])
+        if sums[row, b, e] > best[number]:
+            begin, stop = features.offsets[row, first[row, b], 0], features.offsets[row, last[row, e], 1]
+            best[number], texts[number] = sums[row, b, e], examples[number].context[begin:stop]
+    lacks = [example.nullable and gap > 0 for example, gap in zip(examples, least - best, strict=True)]
+    return ['' if lack else text for lack, text in zip(lacks, texts, strict=True)]
+
+
+def evaluate(model, params, features, examples, batch_size, keep=None):
+    """{'exact_match', 'f1'}: [Q] float64 in 0..1, of each question; the scores in percent are 100 times their means.
+
+    Arguments and errors are those of `logits`, and `examples` the list that the features were made of.
+    """
+    texts = best_answers(*logits(model, params, features, batch_size, keep), features, examples)
+    return scores(texts, examples)
+
+
+def scores(texts, examples):
+    """What `evaluate` gives, for the texts [Q]: of each the best over the question's answers."""
+    pairs = [(text, example.answers) for text, example in zip(texts, examples, strict=True)]
+    return {
+        'exact_match': np.array([max(exact_match(text, gold) for gold in _golds(golds)) for text, golds in pairs]),
+        'f1': np.array([max(f1(text, gold) for gold in _golds(golds)) for text, golds in pairs]),
+    }
+
+
+def _golds(answers):
+    """Those with a word in them; '' where there are none, as the official scorer of v2.0 has it."""
+    return [answer for answer in answers if normalized(answer)] or ['']
+
+
+def exact_match(text, gold):
+    """1.0 where both have the same words, else 0.0."""
+    return float(normalized(text) == normalized(gold))
+
+
+def f1(text, gold):
+    """The harmonic mean of precision and recall of the words of `text`; where one has none, whether both have none."""
+    ours, theirs = normalized(text), normalized(gold)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    same = (collections.Counter(ours) & collections.Counter(theirs)).total()
+    return 2 * same / (len(ours) + len(theirs))
+
+
+def normalized(text):
+    """The words of a text, in lower case, without punctuation and articles."""
+    return ARTICLES.sub(' ', text.lower().translate(PUNCTUATION)).split()

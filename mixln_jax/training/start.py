@@ -1,0 +1,67 @@
+"""The state that a run begins with."""
+
+# ruff: noqa: E402
+import contextlib
+
+import jax
+
+from mixln_jax.runs import checkpoint, weights
+from mixln_jax.runs.workdir import ANOTHER, check_same_run
+from mixln_jax.system import console
+from mixln_jax.system.errors import CheckpointError, UsageError
+
+
+def first_state(program, resolved, checkpoints, fingerprint, stop):
+    """The state to begin with and its JSON object: the newest good checkpoint's, else that of `resume_from`, else a
+    fresh state, with the weights of `init_from` if that is given.
+
+    Raises UsageError for a checkpoint that has seen other data, or of another configuration.
+    """
+    config = program.config
+    with stop.wait():  # cut short, a restore would look like damage
+        restored, where, way_out = checkpoints.restore(program.state), 'checkpoint', ANOTHER
+        if not restored and config.resume_from:
+            where, way_out = f'config.resume_from={config.resume_from}: checkpoint', 'init_from takes its weights alone'
+            restored = _resume_from(config, program.state)
+    if not restored:
+        state = program.init(jax.random.key(config.seed))
+        if config.init_from:
+            params = weights.initial(config.init_from, program.model)
+            state = state.replace(params=_placed(params, program.state.params))
+            console.say(f'mixln_jax: starts from the weights of {config.init_from}')
+        return state, {'step': 0, 'tokens': 0, 'open_line': None}
+    state, about = restored
+    where = f'{where} {about["step"]}'
+    check_same_run(where, about['config'], resolved, way_out)
+    differ = [
+        f'data.fingerprint.{part}' for part, seen in about['data']['fingerprint'].items() if fingerprint[part] != seen
+    ]
+    if differ:
+        raise UsageError(f'{where} has seen other data: {", ".join(differ)} differs; {way_out}')
+    console.say(f'mixln_jax: goes on from step {about["step"]}')
+    return state, about
+
+
+def _resume_from(config, like):
+    """(state, JSON object) of the checkpoint that `resume_from` names, which is not touched."""
+
+    def read(folder):
+        with contextlib.closing(checkpoint.Checkpoints(folder.parent, read_only=True)) as source:
+            return source.read(int(folder.name), like)
+
+    try:
+        _, state, about = weights.read_newest(config.resume_from, read)
+        if about['step'] == config.num_steps and about['open_line'] is None:
+            raise UsageError(f'it is trained to its end, step {config.num_steps}')
+    except (UsageError, CheckpointError) as error:
+        raise type(error)(f'config.resume_from={config.resume_from}: {error}') from None
+    return state, about
+
+
+def _placed(params, like):
+    """Arrays that every process has whole, in the types and shardings of `like`."""
+
+    def of(values, leaf):
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: values[at].astype(leaf.dtype))
+
+    return jax.tree.map(of, params, like)
