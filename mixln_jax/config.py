@@ -475,6 +475,8 @@ def _check_together(config):
         raise UsageError(
             'config.optim.mu_dtype has no meaning under config.optim.name=adafactor, which has no momentum'
         )
+    if 0 < config.processes.stall < 1:
+        raise UsageError(f'config.processes.stall={config.processes.stall:g} must be 0 or at least 1 second')
     if config.batch_size * config.seq_length >= 2**31:
         raise UsageError('config.batch_size times config.seq_length must be below 2^31 positions')
     sizes = dataclasses.asdict(config.mesh)

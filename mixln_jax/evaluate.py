@@ -11,6 +11,7 @@ if __name__ == '__main__':
 
 # ruff: noqa: E402
 import argparse
+import contextlib
 import sys
 
 from mixln_jax.data import rows as data_rows
@@ -70,13 +71,15 @@ def main(argv):
         for name in OF_TEXT:
             if options.tasks and getattr(options, name) is not None:
                 raise UsageError(f'--{name} has no meaning with --tasks')
-        out = None if options.out is None else _place(options.out)  # before anything is measured
-        harness = open_harness(options)
-        found = weights.load(options.checkpoint, norm_position=options.norm_position)
-        shown, values = harness(found)[1]() if harness else _text(found, options)
-        console.say(f'{found.where}', shown)
-        if out:
-            outputs.write_json(out, {'checkpoint': found.where, 'step': found.step} | values)
+        with contextlib.ExitStack() as closing:
+            if options.out is not None:  # before anything is measured
+                closing.enter_context(outputs.writing(out := _place(options.out)))
+            harness = open_harness(options)
+            found = weights.load(options.checkpoint, norm_position=options.norm_position)
+            shown, values = harness(found)[1]() if harness else _text(found, options)
+            console.say(f'{found.where}', shown)
+            if options.out is not None:
+                outputs.write_json(out, {'checkpoint': found.where, 'step': found.step} | values)
 
     return cli.call(job, show_traceback='--traceback' in argv)
 

@@ -38,6 +38,7 @@ def replay(folder, compute_dtype):
     steps = checkpoint.steps(folder / 'checkpoints')
     if not batches or not steps:
         raise UsageError(f'{folder} holds no batches and weights of a bad step')
+    _check_complete(folder, batches)
     params, about = checkpoint.read_params(folder / f'checkpoints/{steps[-1]}')
     config = configs.from_resolved(about['config'])
     model = llama.from_config(config.model, compute_dtype or 'float32')
@@ -51,6 +52,17 @@ def replay(folder, compute_dtype):
             jax.device_get(of_batch(params, jax.tree.map(lambda a, i=i: a[i], micro))) for i in range(config.accumulate)
         ]
         _say(_number(path), model.norm_position, jax.tree.map(lambda *a: np.stack(a), *found))
+
+
+def _check_complete(folder, batches):
+    """Raises CheckpointError where the batch of the bad step, which report.json names, is missing."""
+    try:
+        report = files.read_json(folder / 'report.json', CheckpointError)
+    except FileNotFoundError:
+        return
+    bad = folder / f'batch_{report.get("step")}.npz'
+    if bad not in batches:
+        raise CheckpointError(f'{bad} is missing: the batch of the step that was not finite')
 
 
 def read_batch(path: pathlib.Path, config: configs.Config) -> dict[str, np.ndarray]:

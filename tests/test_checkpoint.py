@@ -19,7 +19,7 @@ from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.runs import checkpoint, weights
-from mixln_jax.system.errors import CheckpointError, NumericsError
+from mixln_jax.system.errors import CheckpointError, NumericsError, UsageError
 
 
 def state_of(seed=0):
@@ -48,6 +48,37 @@ def saved(tmp_path):
 
 def assert_equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize('name', ['1000/thesis.txt', '2024/a/b', '\u0663/x', '7/state.txt', '77', '5/mine'])
+def test_nothing_of_anybody_else_is_removed(saved, name):
+    """Under the name of a checkpoint, whole or not."""
+    path = saved / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('mine')
+    with pytest.raises(UsageError, match='is no checkpoint of this run: move it'):
+        checkpoint.Checkpoints(saved)
+    assert path.read_text() == 'mine'
+
+
+def test_what_a_kill_left_goes(saved):
+    for name in ('7/state.orbax-checkpoint-tmp-12/d/x', '8/_CHECKPOINT_METADATA', '9/about/metadata'):
+        (saved / name).parent.mkdir(parents=True)
+        (saved / name).write_text('{"commit_timestamp_nsecs": null}')
+    (saved / '10').mkdir()
+    assert checkpoint.Checkpoints(saved).latest() == 5 and checkpoint.steps(saved) == [3, 5]
+    assert not [name for name in ('7', '8', '9', '10') if (saved / name).exists()]
+
+
+@pytest.mark.parametrize('name', ['about/metadata', 'state/manifest.ocdbt', 'state/_METADATA'])
+@pytest.mark.parametrize('make', [os.mkfifo, lambda path: path.symlink_to('/dev/zero')])
+def test_pipes_and_devices_hold_up_no_reader(saved, name, make):
+    (saved / '5' / name).unlink()
+    make(saved / '5' / name)
+    with pytest.raises(CheckpointError, match='neither a file nor a folder'):
+        checkpoint.read_params(saved / '5')
+    assert checkpoint.Checkpoints(saved).restore(like(state_of()))[1]['step'] == 3
+    assert (saved / '5.corrupt').is_dir()
 
 
 def test_round_trip(saved):

@@ -133,7 +133,7 @@ class TestReadingFails:
         options = dict(first=1, last=9, meter=meter, save=save, stop=signals.Stop())
         with pytest.raises(DataError, match='a record'):
             loop.fit(0, lambda state, batch: (state, {}), self.failing(3, error), [], **options)
-        assert 'step 3 cannot be saved: [Errno 28] No space left' in capsys.readouterr().err
+        assert 'warning: step 3 cannot be saved: the disk is full: [Errno 28] No space left' in capsys.readouterr().err
 
     def test_one_of_several_processes_does_not_save_by_itself(self, monkeypatch):
         monkeypatch.setattr(loop.jax, 'process_count', lambda: 2)

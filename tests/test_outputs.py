@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import pytest
 from matplotlib.figure import Figure
 
+from mixln_jax import config as configs
 from mixln_jax import evaluate, main
 from mixln_jax.analysis import command
 from mixln_jax.data import train_tokenizer
 from mixln_jax.data.prepare import shards
 from mixln_jax.report import command as report
-from mixln_jax.report import figures, markdown
+from mixln_jax.report import figures, markdown, page
 from mixln_jax.runs import checkpoint, weights, workdir
 from mixln_jax.system import errors, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError
@@ -121,13 +122,45 @@ class TestPlaces:
         assert outputs.place(run / 'analysis/angular') and outputs.place(run / 'exported')
 
     def test_a_work_directory_of_something_else(self, tmp_path):
-        for name, body in {'config.json': '{"model_type": "llama"}', 'tokenizer/a': '', 'environment.json': ''}.items():
+        others = {'config.json': '{"model_type": "llama"}', 'metrics.jsonl': '{"step": 1, "acc": 0.1}\n'}
+        for name in ('metrics.jsonl', 'tokenizer/a', 'environment.json', 'debug/report.json', 'profile/mine'):
+            others.setdefault(name, '')
+        for name, body in others.items():
             folder = tmp_path / name[:3]
             (folder / name).parent.mkdir(parents=True)
             (folder / name).write_text(body)
             with pytest.raises(UsageError, match=f'holds {name} of something else'), workdir.open_workdir(folder, {}):
                 pass
             assert [path.name for path in folder.iterdir()] == [name.partition('/')[0]]
+
+    def test_files_that_no_run_writes_do_no_harm(self, tmp_path):
+        (tmp_path / 'thesis').write_text('mine')
+        with workdir.open_workdir(tmp_path, configs.public(configs.Config())):
+            pass
+        assert (tmp_path / 'thesis').read_text() == 'mine'
+
+    @pytest.mark.parametrize('make', [lambda path: path.symlink_to('mine'), os.mkfifo, pathlib.Path.mkdir])
+    def test_a_lock_that_is_no_file(self, tmp_path, make):
+        (tmp_path / 'mine').write_text('mine')
+        make(tmp_path / '.lock')
+        with pytest.raises(UsageError, match='lock is no file'), outputs.locked(tmp_path / '.lock', 'busy'):
+            pass
+        assert (tmp_path / 'mine').read_text() == 'mine' and os.path.lexists(tmp_path / '.lock')
+
+    @pytest.mark.parametrize('where', ['file/a.json', 'loop', '/proc/self/a.json'])
+    def test_a_file_that_cannot_be_written_is_refused_first(self, tmp_path, monkeypatch, where):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / 'file').write_text('mine')
+        (tmp_path / 'loop').symlink_to('loop')
+        with pytest.raises(UsageError, match='--out .* cannot be written: '), outputs.writing(outputs.place(where)):
+            pass
+        assert sorted(os.listdir(tmp_path)) == ['file', 'loop']
+
+    def test_a_file_is_written_by_one_at_a_time(self, tmp_path):
+        path = tmp_path / 'new/a.json'
+        with outputs.writing(path), pytest.raises(UsageError, match='is writing it'), outputs.writing(path):
+            pass
+        assert not list((tmp_path / 'new').iterdir())
 
     def test_prepare_keeps_out_of_a_run(self, tmp_path):
         run = make_run(tmp_path / 'run')
@@ -251,6 +284,17 @@ outputs.write(sys.argv[1], b'half')
         outputs.write(path, b'whole')
         assert sorted(os.listdir(tmp_path)) == ['.a.json.1.123456789', '.b.json.1.123456789', 'a.json']
 
+    def test_what_a_link_leads_to_is_written(self, tmp_path):
+        (tmp_path / 'far').mkdir()
+        (tmp_path / 'a').symlink_to('b')
+        (tmp_path / 'b').symlink_to('far/c')
+        for body in (b'one', b'two'):
+            outputs.write(tmp_path / 'a', body)
+            assert (tmp_path / 'far/c').read_bytes() == body and (tmp_path / 'a').is_symlink()
+        (tmp_path / 'loop').symlink_to('loop')
+        with pytest.raises(UsageError, match='loop is a link that leads to itself'):
+            outputs.write(tmp_path / 'loop', b'')
+
     def test_many_threads_write_one_file(self, tmp_path):
         threads = [
             threading.Thread(target=lambda i=i: [outputs.write(tmp_path / 'a', b'%d' % i * 99) for _ in range(20)])
@@ -291,7 +335,7 @@ class TestFigures:
 )
 def test_markdown_shows_names_as_they_are(name):
     shown = pytest.importorskip('markdown_it').MarkdownIt('gfm-like', {'linkify': False})
-    text = markdown.document(name, f'{name} is it.', [report.Section(name, notes=(f'{name}: `code`',))])
+    text = markdown.document(name, f'{name} is it.', [page.Section(name, notes=(f'{name}: `code`',))])
     tokens = [token for part in shown.parse(text) for token in (part, *(part.children or ()))]
     assert {token.type for token in tokens} <= {
         *('heading_open', 'heading_close', 'paragraph_open', 'paragraph_close', 'inline', 'text', 'code_inline'),

@@ -164,7 +164,9 @@ class TestReport:
         assert report.main([one, *others, began]) == 0
         shown = capsys.readouterr()
         assert '33.00' in shown.out and '0 of 10' in shown.out
-        assert shown.err == (f'mixln_jax: skipped 3 that are no runs: {", ".join(others)} (no config.json of a run)\n')
+        assert shown.err == (
+            f'mixln_jax: warning: skipped 3 that are no runs: {", ".join(others)} (no config.json of a run)\n'
+        )
         assert report.main([others[0], 'nowhere', *others[1:]]) == 2
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 2 and 'nowhere/config.json' in said[0] and ', '.join(others) in said[1]

@@ -120,6 +120,9 @@ def test_bad_folders(weights, batch, replayed, tmp_path, capsys):
     (tmp_path / 'debug/batch_5.npz').write_bytes(b'nothing')
     assert replay.main(['--workdir', str(tmp_path)]) == 5
     assert 'batch_5.npz: not a batch: ' in capsys.readouterr().err
+    (tmp_path / 'debug/report.json').write_text('{"step": 6}')
+    assert replay.main(['--workdir', str(tmp_path)]) == 5
+    assert 'batch_6.npz is missing: the batch of the step' in capsys.readouterr().err
     (tmp_path / 'debug/batch_5.npz').unlink()
     assert replay.main(['--workdir', str(tmp_path)]) == 2
     error = capsys.readouterr().err

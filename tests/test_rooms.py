@@ -97,3 +97,13 @@ def test_only_models_import_flax_modules():
 def test_recipes_import_config_alone():
     for path in (ROOT / 'configs').rglob('*.py'):
         assert imports(path) <= {'config', 'recipes'}, path
+
+
+def test_every_command_takes_over_the_signals_before_its_imports():
+    """Which take seconds."""
+    commands = [path for path in (ROOT / 'mixln_jax').rglob('*.py') if '\nif __name__ ==' in path.read_text()]
+    assert len(commands) == 13
+    for path in commands:
+        _, first, second, *_ = ast.parse(path.read_text()).body
+        assert ast.unparse(first) == 'from mixln_jax.system.signals import stop', path
+        assert ast.unparse(second).endswith('stop.install()'), path

@@ -130,6 +130,34 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert process.wait(timeout=10) == 75
 
 
+COMMANDS = {
+    'evaluate': ['--checkpoint', 'a'],
+    'export': ['--checkpoint', 'a', '--out', 'b'],
+    'replay': ['--workdir', 'a'],
+    'report': ['a'],
+    'plan': ['--config', 'configs/llama_7b.py', '--topology', 'v5p:4x4x4'],
+    'analysis.angular': ['--checkpoint', 'a'],
+    'analysis.drop': ['--checkpoint', 'a'],
+    'analysis.gradients': ['--checkpoint', 'a'],
+    'analysis.variance': ['--checkpoint', 'a'],
+    'data.inspect': ['--workdir', 'a', '--step', '1'],
+    'data.prepare': ['--source', 'stdlib', '--format', 'tokens', '--tokenizer', 'bytes', '--out', 'c'],
+    'data.train_tokenizer': ['--source', 'stdlib', '--vocab-size', '300', '--out', 'd'],
+}
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_every_command_answers_a_signal_in_its_imports(name, number, tmp_path):
+    command = ['env', '--default-signal=INT,HUP', sys.executable, '-m', f'mixln_jax.{name}', *COMMANDS[name]]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)}, stderr=-1, text=True)
+    time.sleep(0.4)  # imports take seconds
+    process.send_signal(number)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 75, shown
+    assert shown == f'mixln_jax: stopped by {number.name}; run the same command again to continue\n'
+
+
 def test_finished_and_help_exit_with_0(undisturbed):
     finish(undisturbed)
     assert 'already finished' in undisturbed.with_suffix('.log').read_text()

@@ -60,7 +60,7 @@ def main(argv):
             for warning in compared.warnings:
                 console.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
             if others:
-                console.say(f'mixln_jax: skipped {len(others)} that are no runs: {skipped}', file=sys.stderr)
+                console.say(f'mixln_jax: warning: skipped {len(others)} that are no runs: {skipped}', file=sys.stderr)
         elif others:
             problems.append(UsageError(f'nothing here is a run: {skipped}'))
         for problem in problems[:-1]:

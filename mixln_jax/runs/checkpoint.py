@@ -21,6 +21,7 @@ from mixln_jax.system import console, files, outputs
 from mixln_jax.system.errors import CheckpointError, NumericsError, UsageError, first_line
 
 COMMITTED = 'commit_success.txt'  # what orbax writes last
+OURS = re.compile(r'(_CHECKPOINT_METADATA|about|state|commit_success\.txt)(\.orbax-checkpoint-tmp.*)?')
 METADATA, TIMES = '_CHECKPOINT_METADATA', ('commit_timestamp_nsecs', 'init_timestamp_nsecs')
 # What a file system, not a damaged file, answers, in the words of tensorstore, which raises ValueError for all.
 NOT_NOW = re.compile(
@@ -199,6 +200,13 @@ def steps(folder: pathlib.Path) -> list[int]:
     )
 
 
+def _is_foreign(path):
+    """Whether something with a checkpoint's name holds anything that no checkpoint does, or is a link or a file."""
+    if not path.name.isascii() or path.is_symlink() or not path.is_dir():
+        return True
+    return not all(OURS.fullmatch(name) for name in os.listdir(path))
+
+
 def is_other(folder: pathlib.Path) -> bool:
     """Whether a folder that may be named like a checkpoint is a run, or Hugging Face's."""
     return (folder / 'checkpoints').exists() or (folder / 'config.json').exists()
@@ -231,11 +239,11 @@ def _time(folder):
 def _clear(folder):
     """Removes what a kill left half written; process 0 does, the others wait.
 
-    Raises UsageError where somebody else's folder, or a link, has the name of a checkpoint: as one it would be removed.
+    Raises UsageError where anything else has the name of a checkpoint: as one it would be removed.
     What lacks nothing but COMMITTED is set aside, for that file may have been lost.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.isdecimal() and (is_other(path) or path.is_symlink()):
+        if path.name.isdecimal() and _is_foreign(path):
             raise UsageError(f'{path} is no checkpoint of this run: move it, old ones are removed here')
     if not jax.process_index() and folder.is_dir():
         for path in sorted(folder.iterdir()):
@@ -292,6 +300,9 @@ def _about(folder):
     """The JSON object of a checkpoint. Raises Damaged where it is not what was saved, or of another step."""
     if folder.is_dir() and not _is_whole(folder):
         raise CheckpointError(f'{folder}: it was not written to its end')
+    for path in folder.rglob('*'):  # the libraries would wait for a pipe, or read a device for ever
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise Damaged(f'{path} is neither a file nor a folder')
     with _reader() as reader:
         about = reader.restore(folder, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
     if about.pop('digest') != _digest(about):

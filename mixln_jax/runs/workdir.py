@@ -34,6 +34,7 @@ MAY_CHANGE = (
     *('init_from', 'resume_from'),  # where a run begins; once it has a checkpoint they are not even read
 )
 ANOTHER = 'give another --workdir'
+WRITTEN = 'metrics.jsonl', 'tokenizer/*', 'environment.json', 'debug/*', 'profile/*'  # by a run, after config.json
 
 
 def resolved_config(config, model):
@@ -113,14 +114,14 @@ def open_workdir(workdir, resolved):
 
 
 def _check_free(workdir):
-    """Raises UsageError where a folder without results holds what is no run's and a run would write over."""
-    if _has_results(workdir):
+    """Raises UsageError where a folder without checkpoints holds what is no run's and a run would write over."""
+    if any((workdir / 'checkpoints').glob('[0-9]*')):
         return
     path = workdir / 'config.json'
     try:
         ours = 'model' in files.read_json(path, UsageError)
     except FileNotFoundError:
-        path = next((path for name in ('tokenizer/*', 'environment.json') for path in workdir.glob(name)), None)
+        path = next((path for name in WRITTEN for path in workdir.glob(name)), None)
         ours = path is None
     except UsageError:
         ours = False

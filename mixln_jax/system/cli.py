@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import traceback
+import warnings
 
 from mixln_jax.system import console
 from mixln_jax.system.errors import STOPPED, Stopped, UsageError, first_line, known, one_line
@@ -95,6 +96,7 @@ def _quiet_libraries():
     if 'absl.logging' in sys.modules:
         sys.modules['absl.logging'].set_verbosity('fatal')
     sys.unraisablehook = lambda unraisable: None
+    warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
     threading.excepthook = _say_of_thread
 
 

@@ -1,6 +1,7 @@
 """What commands write: locks, files and folders that appear whole, and nothing of anybody else's removed."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -8,6 +9,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import stat
 import sys
 import threading
 from collections.abc import Callable
@@ -41,7 +43,7 @@ def locked(path: pathlib.Path, busy: str, keep: bool = False):
     Gives whether that is certain: some network file systems have no locks, which is said. Raises UsageError `busy`.
     """
     while True:
-        with path.open('ab') as file:
+        with _open_lock(path) as file:
             alone = True
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,6 +60,20 @@ def locked(path: pathlib.Path, busy: str, keep: bool = False):
                 if not keep:
                     path.unlink(missing_ok=True)
             return
+
+
+def _open_lock(path):
+    """Opens or makes a lock file. Raises UsageError for a link, a pipe or whatever else is no file."""
+    try:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), 'rb+', 0)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        raise UsageError(f'{path} is no file, so nothing can be locked by it; remove it') from None
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise UsageError(f'{path} is no file, so nothing can be locked by it; remove it')
 
 
 def _is(path, file):
@@ -91,6 +107,21 @@ def writing_into(folder: pathlib.Path, what: str = '--out'):
             closing.enter_context(locked(folder / LOCK, f'{what} {folder}: another process is writing into it'))
         except OSError as error:
             raise UsageError(f'{what} {folder} is no folder to write into: {error.strerror}') from None
+        yield
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path, what: str = '--out'):
+    """Makes a file's folder and keeps other commands off the file. Raises UsageError where it cannot be written."""
+    with contextlib.ExitStack() as closing:
+        try:
+            if path.is_symlink():  # `place` has followed all others
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            closing.enter_context(made(path.parent))
+            lock = path.with_name(f'.{path.name}{LOCK}')
+            closing.enter_context(locked(lock, f'{what} {path}: another process is writing it'))
+        except OSError as error:
+            raise UsageError(f'{what} {path} cannot be written: {error.strerror}') from None
         yield
 
 
@@ -135,8 +166,15 @@ def rename(folder: pathlib.Path, to: pathlib.Path):
 
 def write(path: str | os.PathLike, body: bytes):
     """Writes a file so that a crash leaves the old one or the new one, never half, also when several processes or
-    threads do so at once; makes its folder."""
+    threads do so at once; makes its folder. A link stays one: what it leads to is written.
+
+    Raises UsageError for a link that leads to itself.
+    """
     path = pathlib.Path(path)
+    if path.is_symlink():
+        path = pathlib.Path(os.path.realpath(link := path))
+        if path.is_symlink():
+            raise UsageError(f'{link} is a link that leads to itself')
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}')

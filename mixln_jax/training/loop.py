@@ -5,7 +5,7 @@ import sys
 import jax
 
 from mixln_jax.system import console
-from mixln_jax.system.errors import NumericsError, Stopped, first_line
+from mixln_jax.system.errors import NumericsError, Stopped, known, one_line
 
 
 def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_hooks=False):
@@ -59,7 +59,8 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
             save(number, state, wait=True, **options)
             console.say(f'step {number} is saved')
         except Exception as error:
-            console.say(f'mixln_jax: step {number} cannot be saved: {first_line(error)}', file=sys.stderr)
+            problem = one_line(known(error))
+            console.say(f'mixln_jax: warning: step {number} cannot be saved: {problem}', file=sys.stderr)
 
     if resume_hooks:
         run_hooks(first - 1, state)
