@@ -1,4 +1,4 @@
-"""What may change when a run goes on: the keys written out here, which README lists, and no others."""
+"""What may change when a run goes on: the keys written out here, which docs/contracts.md lists, and no others."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ from mixln_jax.runs import workdir
 from mixln_jax.system.errors import UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
-# A new key is refused until somebody puts it here, into main.MAY_CHANGE and into README.
+# A new key is refused until somebody puts it here, into main.MAY_CHANGE and into docs/contracts.md.
 MAY_CHANGE = {
     *('device', 'accumulate', 'log_every', 'model.remat', 'model.scan_unroll', 'model.attention'),
     *('data.workers', 'data.path', 'data.data_dir', 'data.tokenizer_path', 'init_from', 'resume_from'),
@@ -83,10 +83,10 @@ def test_accumulate_under_the_authors_means():
         workdir.check_same_run('there', nested(official), nested(official | {'accumulate': 2}), 'way out')
 
 
-def test_readme_lists_the_same():
+def test_the_docs_list_the_same():
     """A group stands for all of its keys."""
-    text = ' '.join((ROOT / 'README.md').read_text().split())
-    [sentence] = re.findall(r'naming the keys, and so are another text or vocabulary; (.*?) may change\.', text)
+    text = ' '.join((ROOT / 'docs/contracts.md').read_text().split())
+    [sentence] = re.findall(r'The following keys may change when a run continues: (.*?)\. With `compat', text)
     words = re.findall(r'`([\w.*]+)`', sentence)
     listed = {key for key in RESOLVED for word in words if re.fullmatch(re.escape(word).replace(r'\*', r'\w+'), key)}
     assert listed == MAY_CHANGE <= RESOLVED.keys()
