@@ -1,4 +1,4 @@
-"""README and docs: every link, path and module that they name exists, and README stays short."""
+"""README and docs: every link, path, module and `--config` key that they name exists, and README stays short."""
 
 import functools
 import pathlib
@@ -6,6 +6,8 @@ import pkgutil
 import re
 
 import pytest
+
+from mixln_jax import config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')), *sorted((ROOT / 'benchmarks').glob('*.md'))]
@@ -75,9 +77,15 @@ def broken_modules(text):
                 yield f'{module}.{name}'
 
 
+def broken_keys(text):
+    """Keys after `--config.` that a recipe does not have."""
+    known = configs.flatten(configs.Config())
+    return [key for key in re.findall(r'--config\.([a-z]\w*(?:\.\w+)*)', text) if key not in known]
+
+
 def broken(text, page):
     """Whatever `text` names and does not exist."""
-    return [*broken_links(text, page), *broken_paths(text), *broken_modules(text)]
+    return [*broken_links(text, page), *broken_paths(text), *broken_modules(text), *broken_keys(text)]
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -108,6 +116,7 @@ def test_readme_is_short():
         ('run `python -m mixln_jax.reports runs/*`', ['mixln_jax.reports']),
         ('run `python -m mixln_jax.main.run`', ['python -m mixln_jax.main.run']),
         ('call `mixln_jax.main.runs(config)`', ['mixln_jax.main.runs']),
+        ('--config.model.norm_positions=pre --config.seed=1', ['model.norm_positions']),
         ('from mixln_jax.models import hf, hugging', ['mixln_jax.models.hugging']),
         ('[a](README.md#start) [b](https://x.y/docs/z.md) `configs/llama_{9m,20m}.py:CELL` `mixln_jax.main.run`', []),
     ],
