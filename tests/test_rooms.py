@@ -5,23 +5,10 @@ import pathlib
 
 import pytest
 
+from docs import house
+
 ROOT = pathlib.Path(__file__).parents[1]
-# From the ground up: a room, which is a folder or a module of the package, imports itself and the floors below it.
-FLOORS = [
-    ['system'],
-    ['trees', 'config'],
-    ['recipes', 'distributed', 'data'],
-    ['kernels'],
-    ['models'],
-    ['tasks'],
-    ['program'],
-    ['runs'],
-    ['evaluation', 'report', 'plan'],
-    ['analysis'],
-    ['training'],
-    ['main', 'evaluate', 'export', 'replay'],
-]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR = {room: number for number, (rooms, _) in enumerate(house.FLOORS) for room in rooms}
 
 
 def imported(path, text=None):
@@ -107,3 +94,8 @@ def test_every_command_takes_over_the_signals_before_its_imports():
         _, first, second, *_ = ast.parse(path.read_text()).body
         assert ast.unparse(first) == 'from mixln_jax.system.signals import stop', path
         assert ast.unparse(second).endswith('stop.install()'), path
+
+
+def test_the_picture_in_the_docs_is_of_these_rooms():
+    page = (ROOT / 'docs/develop.md').read_text()
+    assert house.picture() in page and page == house.between(page, 'rooms', house.picture())
