@@ -13,7 +13,7 @@ import pytest
 
 from mixln_jax import config as configs
 from mixln_jax import main, recipes
-from mixln_jax.models import llama
+from mixln_jax.models import llama, placements
 from mixln_jax.program import optim
 from mixln_jax.system import cli
 from mixln_jax.system.errors import UsageError
@@ -442,8 +442,8 @@ class TestCommandLine:
         shown = capsys.readouterr().out
         lines = {line.split()[0]: line for line in shown.splitlines() if line.strip().startswith('--config.')}
         assert [*lines] == [f'--config.{name}' for name in configs.flatten(configs.Config())]
-        placements = re.search(r'\((pre \| .*?)\)', lines['--config.model.norm_position'])[1].split(' | ')
-        assert {*placements} == {*placements.PLACEMENTS, *placements.SCHEMES}
+        listed = re.search(r'\((pre \| .*?)\)', lines['--config.model.norm_position'])[1].split(' | ')
+        assert {*listed} == {*placements.PLACEMENTS, *placements.SCHEMES}
         assert 'post*3,pre*9' in lines['--config.model.norm_position']
 
     def test_help_with_a_recipe_has_its_values(self, capsys):

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -24,7 +25,7 @@ from mixln_jax.data import inspect, train_tokenizer, workers
 from mixln_jax.data.prepare import command as prepare
 from mixln_jax.models import llama
 from mixln_jax.report import command as report
-from mixln_jax.runs import environment, log, weights
+from mixln_jax.runs import environment, weights
 from mixln_jax.system import cli, errors, files, signals
 from mixln_jax.system.errors import DataError, MemoryExhausted, Stopped, UsageError
 from mixln_jax.training import loop
@@ -303,7 +304,7 @@ class TestWithoutHome:
             raise KeyError(number)
 
         monkeypatch.setattr(pwd, 'getpwuid', unknown)
-        monkeypatch.setattr(log.tempfile, 'tempdir', str(tmp_path))
+        monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
         for name in ('HOME', 'XDG_CACHE_HOME'):
             monkeypatch.delenv(name)
 

@@ -25,7 +25,7 @@ from mixln_jax.data import rows as data_rows
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.distributed import processes
 from mixln_jax.program.program import Program
-from mixln_jax.training import hooks, loop
+from mixln_jax.training import hooks, loop, run
 
 DEFAULTS = configs.flatten(configs.Config())
 SIZES = {'V': 11, 'D': 8, 'H': 2, 'K': 2, 'F': 12}
@@ -335,7 +335,7 @@ def test_when_a_run_does_what(corpus, tmp_path, monkeypatch):
 def test_flags_of_the_compiler(corpus, tmp_path, monkeypatch, deterministic):
     flags = os.environ.get('XLA_FLAGS', '')
     monkeypatch.setenv('XLA_FLAGS', flags)  # puts them back
-    monkeypatch.setattr(main, 'Program', None)
+    monkeypatch.setattr(run, 'Program', None)
     with pytest.raises(TypeError):
         main.run(run_of(corpus, deterministic=deterministic), tmp_path)
     added = os.environ['XLA_FLAGS'].removeprefix(flags).strip()

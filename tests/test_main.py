@@ -26,7 +26,7 @@ from mixln_jax.program.program import Program
 from mixln_jax.runs import checkpoint, log
 from mixln_jax.system import errors, signals
 from mixln_jax.system.errors import DataError, DeviceError, NumericsError, Stopped, UsageError
-from mixln_jax.training import collapse, hooks
+from mixln_jax.training import collapse, hooks, run
 
 WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
 
@@ -385,7 +385,7 @@ class TestBadSteps:
 
     def test_a_collapsed_network(self, corpus, tmp_path, capsys, monkeypatch):
         """A network that learns nothing stays at ln 259, as a collapsed one stays at the tokens' entropy."""
-        monkeypatch.setattr(collapse, 'data_entropy', lambda *_: np.log(259))
+        monkeypatch.setattr(run, 'data_entropy', lambda *_: np.log(259))
         monkeypatch.setattr(collapse.Collapse, 'WINDOW', 20)
         changes = {'optim.learning_rate': 1e-9, 'num_steps': 25, 'log_every': 100, 'eval.every': 0, 'mesh.data': 1}
         changes |= NO_ANALYSES

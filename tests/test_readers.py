@@ -313,7 +313,7 @@ def test_what_a_file_system_answers_is_not_our_fault(number, capsys):
     def job():
         raise OSError(number, os.strerror(number), '/a/file')
 
-    assert cli.call(command) == 2 and "'/a/file'" in capsys.readouterr().err
+    assert cli.call(job) == 2 and "'/a/file'" in capsys.readouterr().err
 
 
 def test_a_work_directory_that_is_moved_ends_its_run(tmp_path):
@@ -341,7 +341,7 @@ def test_a_work_directory_that_is_moved_ends_its_run(tmp_path):
 )
 def test_a_work_directory_that_is_removed_ends_its_run(tmp_path, error, code):
     folder = tmp_path / 'run'
-    with pytest.raises(errors.Exit) as caught, workdir._open_workdir(folder, configs.Config()):
+    with pytest.raises(errors.Exit) as caught, workdir.open_workdir(folder, configs.Config()):
         shutil.rmtree(folder)
         raise error
     assert caught.value.code == code and (code == 6 or f'{folder} has gone' in str(caught.value))

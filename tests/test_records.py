@@ -17,14 +17,14 @@ from mixln_jax.models import llama
 from mixln_jax.runs import log
 from mixln_jax.system import hardware
 from mixln_jax.tasks import language
-from mixln_jax.training import collapse, loop, meter
+from mixln_jax.training import collapse, meter
 
 
 @pytest.fixture
 def seconds(monkeypatch):
     """A clock that stands still but where a test moves it on: seconds[0]."""
     now = [1000.0]
-    monkeypatch.setattr(loop, 'time', types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(meter, 'time', types.SimpleNamespace(perf_counter=lambda: now[0]))
     return now
 
 
