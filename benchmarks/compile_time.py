@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from mixln_jax import config
 from mixln_jax.models import llama
 from mixln_jax.program import optim, step
+from mixln_jax.tasks.language import Language
 
 
 def compile_seconds(num_layers, scan_unroll, norm_position='mix'):
@@ -30,10 +31,10 @@ def compile_seconds(num_layers, scan_unroll, norm_position='mix'):
         scan_unroll=scan_unroll,
     )
     model, optimizer = llama.from_config(sizes), optim.optimizer(config.Optim())
-    state = jax.eval_shape(functools.partial(step.init_state, model, optimizer), jax.random.key(0))
+    state = jax.eval_shape(functools.partial(step.init_state, Language(model), optimizer), jax.random.key(0))
     types = {'inputs': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32}
     batch = {name: jax.ShapeDtypeStruct((8, 256), dtype) for name, dtype in types.items()}
-    update = functools.partial(step.train_step, model=model, optimizer=optimizer, schedule=lambda _: 1e-3)
+    update = functools.partial(step.train_step, task=Language(model), optimizer=optimizer, schedule=lambda _: 1e-3)
     start = time.perf_counter()
     jax.jit(update, donate_argnums=0).lower(state, batch).compile()
     return time.perf_counter() - start

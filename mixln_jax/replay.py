@@ -93,7 +93,7 @@ def _look(model, params, batch):
     """Loss of every row (nats a token), and per layer the largest norms of stream and branches and the gradient's."""
 
     def loss(params):
-        x, out = model.apply({'params': params}, **step.trunk_inputs(batch), capture=True, method='trunk')
+        x, out = model.apply({'params': params}, **model.inputs(batch), capture=True, method='trunk')
         kernel, size = model.head_kernel(params), model.config.vocab_size
         total, count, aux = cross_entropy.token_losses(x, kernel, batch['targets'], batch['weights'], size)
         rows = aux['token_loss'].sum(-1) / jnp.maximum(batch['weights'].sum(-1), 1)

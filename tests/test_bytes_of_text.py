@@ -15,6 +15,7 @@ from vocabularies import KINDS, LLAMA, T5, open_file, prose, sentencepiece_model
 from mixln_jax.data import batches, layout, prepared, rows, tokenizers
 from mixln_jax.evaluation import loop as evaluation
 from mixln_jax.system.errors import DataError, UsageError
+from mixln_jax.tasks.language import Language
 
 SPECIALS = {'<unk>': 0, '</s>': 1, '<pad>': 2}
 
@@ -155,9 +156,10 @@ def test_spans_of_long_texts_go_on_from_piece_to_piece(name, opened, monkeypatch
 def bits_per_byte(made, batch_size=3):
     """Of a network that is wrong by one bit a token."""
     seen = evaluation.evaluate(
-        lambda params, batch: (np.log(2) * np.asarray(batch['weights']).sum(), None),
+        lambda params, batch: {'sum': np.log(2) * np.asarray(batch['weights']).sum()},
         None,
         batches.evaluation(made, batch_size, sized=True),
+        task=Language(None),
         at_a_time=1,
         num_tokens=10**9,
         sharding=None,

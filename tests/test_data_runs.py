@@ -66,13 +66,11 @@ def lines_of(workdir):
 
 def stop_at(step, config, workdir):
     """Runs until a signal comes behind `step`."""
-    stop, evaluation = signals.Stop(), hooks.evaluation
-    hooks.evaluation = lambda *args: (step, lambda number, state: setattr(stop, 'requested', 'SIGTERM'))
-    try:
-        with pytest.raises(Stopped):
-            main.run(config, workdir, stop)
-    finally:
-        hooks.evaluation = evaluation
+    stop = signals.Stop()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(hooks.Evaluation, 'due', lambda self, number, last: number == step)
+        patch.setattr(hooks.Evaluation, '__call__', lambda *args: setattr(stop, 'requested', 'SIGTERM'))
+        main.run(config, workdir, stop)
 
 
 @pytest.fixture

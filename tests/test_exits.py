@@ -28,7 +28,7 @@ from mixln_jax.report import command as report
 from mixln_jax.runs import environment, weights
 from mixln_jax.system import cli, errors, files, signals
 from mixln_jax.system.errors import DataError, MemoryExhausted, Stopped, UsageError
-from mixln_jax.training import loop
+from mixln_jax.training import hooks, loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = str(ROOT / 'configs/quickstart.py')
@@ -116,10 +116,11 @@ class TestReadingFails:
     def test_in_a_hook(self, error):
         """The step's hooks are made up for when the run goes on: its line is not complete."""
 
-        def hook(number, state):
-            raise error
+        class Hook(hooks.Saving):
+            def __call__(self, number, state):
+                raise error
 
-        raised, saved, _ = self.fit(iter(range(9)), hooks=[(3, hook)])
+        raised, saved, _ = self.fit(iter(range(9)), hooks=[Hook(3, None, None, None)])
         assert raised is error and saved == [(3, False)]
 
     def test_a_save_that_fails_hides_nothing(self, capsys):

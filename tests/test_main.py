@@ -26,7 +26,8 @@ from mixln_jax.program.program import Program
 from mixln_jax.runs import checkpoint, log
 from mixln_jax.system import errors, signals
 from mixln_jax.system.errors import DataError, DeviceError, NumericsError, Stopped, UsageError
-from mixln_jax.training import collapse, hooks, run
+from mixln_jax.tasks.language import Language
+from mixln_jax.training import collapse, hooks
 
 WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
 
@@ -214,23 +215,16 @@ class TestResume:
     def test_lines_behind_the_checkpoint_are_cut(self, corpus, finished, tmp_path):
         """What a kill leaves: lines of steps whose state is lost, the last one half written."""
 
-        def lose(every, checkpoints, metrics, extra):
-            every, save = original(every, checkpoints, metrics, extra)
-
-            def until_3(step, state, complete=True):
-                metrics.flush()
+        class Lost(hooks.Saving):
+            def __call__(self, step, state, complete=True, wait=False):
+                self.metrics.flush()
                 if step == 6:
                     raise KeyboardInterrupt
-                save(step, state, complete)
+                super().__call__(step, state, complete, wait)
 
-            return every, until_3
-
-        original, hooks.saving = hooks.saving, lose
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                main.run(recipe(corpus), tmp_path)
-        finally:
-            hooks.saving = original
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(hooks, 'Saving', Lost)
+            main.run(recipe(corpus), tmp_path)
         path = tmp_path / 'metrics.jsonl'
         assert lines_of(tmp_path)[-1]['step'] == 6
         path.write_text(path.read_text() + '{"step": 7, "tok')
@@ -385,7 +379,7 @@ class TestBadSteps:
 
     def test_a_collapsed_network(self, corpus, tmp_path, capsys, monkeypatch):
         """A network that learns nothing stays at ln 259, as a collapsed one stays at the tokens' entropy."""
-        monkeypatch.setattr(run, 'data_entropy', lambda *_: np.log(259))
+        monkeypatch.setattr(Language, 'baseline', lambda *_: np.log(259))
         monkeypatch.setattr(collapse.Collapse, 'WINDOW', 20)
         changes = {'optim.learning_rate': 1e-9, 'num_steps': 25, 'log_every': 100, 'eval.every': 0, 'mesh.data': 1}
         changes |= NO_ANALYSES

@@ -10,7 +10,7 @@ from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.analysis import statistics
 from mixln_jax.models import llama, transformer
-from mixln_jax.training import collapse
+from mixln_jax.tasks import language
 
 MODEL = configs.Model(
     vocab_size=11, hidden_size=8, intermediate_size=12, num_layers=3, num_heads=2, norm_position='post,pre*2'
@@ -58,10 +58,10 @@ def test_distance_matrix():
 
 def test_unigram_entropy():
     """Of a fair coin and a fair die by hand; a small sample of a uniform law is not far below its entropy."""
-    assert collapse.unigram_entropy([1e9, 1e9]) == pytest.approx(np.log(2))
-    assert collapse.unigram_entropy([2, 0, 2, 0]) == pytest.approx(np.log(2) + 1 / 8)
+    assert language.unigram_entropy([1e9, 1e9]) == pytest.approx(np.log(2))
+    assert language.unigram_entropy([2, 0, 2, 0]) == pytest.approx(np.log(2) + 1 / 8)
     counts = np.bincount(np.random.default_rng(0).integers(0, 1000, 5000), minlength=2000)
-    assert collapse.unigram_entropy(counts) == pytest.approx(np.log(1000), abs=0.01)
+    assert language.unigram_entropy(counts) == pytest.approx(np.log(1000), abs=0.01)
 
 
 def test_a_vector_of_zeros():

@@ -21,6 +21,7 @@ from mixln_jax.plan import memory
 from mixln_jax.program import optim, step
 from mixln_jax.program.program import Program
 from mixln_jax.system.errors import CheckpointError, UsageError
+from mixln_jax.tasks.language import Language
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 SIZES = dict(V=11, D=8, H=4, K=2, F=12)
@@ -101,8 +102,8 @@ def text(rng, B=2, T=5, V=11):
 
 
 def mean_loss(model, params, batch):
-    total, count, _ = step.batch_loss(model, params, batch)
-    return total / count
+    losses = Language(model).losses(params, batch)
+    return losses.sum / losses.weight
 
 
 def assert_gradients(got, expected, tolerance):
@@ -288,7 +289,8 @@ def test_thirty_updates_follow_the_authors(name, clip_norm):
     @jax.jit
     def update(state, batch, rates):
         rate = lambda i: rates[i]  # noqa: E731
-        return step.train_step(state, batch, model=model, optimizer=optimizer, schedule=rate, clip_norm=clip_norm)
+        how = {'task': Language(model), 'optimizer': optimizer, 'schedule': rate, 'clip_norm': clip_norm}
+        return step.train_step(state, batch, **how)
 
     def losses(rates):
         state = step.State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))

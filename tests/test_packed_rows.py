@@ -13,7 +13,7 @@ from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.analysis import statistics
 from mixln_jax.distributed import mesh as meshes
-from mixln_jax.program import step
+from mixln_jax.tasks.language import Language
 
 ROWS, T = [(4, 3, 5), (6, 1, 7), (), (14,)], 14  # lengths of the documents of each row; what is left is padding
 
@@ -43,8 +43,8 @@ def packed_and_alone(rng, V=11):
 def forward_and_gradient(model):
     @jax.jit
     def of(params, batch):
-        logits, out = model.apply({'params': params}, **step.trunk_inputs(batch), capture=True)
-        loss, grads = jax.value_and_grad(lambda p: step.batch_loss(model, p, batch)[0])(params)
+        logits, out = model.apply({'params': params}, **model.inputs(batch), capture=True)
+        loss, grads = jax.value_and_grad(lambda p: Language(model).losses(p, batch).sum)(params)
         distances = statistics.distance_matrix(out['hidden'], batch['weights']).sum(0)
         return out['hidden'], logits, loss, grads, distances
 
@@ -121,7 +121,7 @@ def test_positions_from_zero_round_as_alone():
     packed, alone, there = packed_and_alone(rng)
     model = make('mix').clone(compute_dtype='bfloat16')
     params = to_jax(model, reference.init(rng, model.norm_position, **SIZES))
-    logits = jax.jit(lambda batch: model.apply({'params': params}, **step.trunk_inputs(batch))[0])
+    logits = jax.jit(lambda batch: model.apply({'params': params}, **model.inputs(batch))[0])
     real, expected = packed['segments'] > 0, logits(alone)[there]
     error = np.abs(logits(packed)[real] - expected).max()
     del packed['positions']
@@ -134,7 +134,7 @@ def test_nothing_passes_between_documents():
     batch = packed_and_alone(rng)[0]
     model = make('mix')
     params = to_jax(model, reference.init(rng, model.norm_position, **SIZES))
-    logits = jax.jit(lambda batch: model.apply({'params': params}, **step.trunk_inputs(batch))[0])
+    logits = jax.jit(lambda batch: model.apply({'params': params}, **model.inputs(batch))[0])
     before = logits(batch)
     for number in range(4):
         inside = batch['segments'] == number
@@ -172,7 +172,7 @@ def test_the_mask_is_made_once_and_only_for_packed_rows(remat):
     params = jax.eval_shape(model.init, jax.random.key(0))['params']
 
     def masks(batch):
-        gradient = jax.grad(lambda params, batch: step.batch_loss(model, params, batch)[0])
+        gradient = jax.grad(lambda params, batch: Language(model).losses(params, batch).sum)
         found = equations(jax.make_jaxpr(gradient)(params, batch).jaxpr)
         shape = (len(batch['inputs']), 1, T, T)
         return [e.primitive.name for e in found if any(v.aval.shape == shape for v in e.outvars)]

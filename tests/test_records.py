@@ -8,11 +8,10 @@ import events
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorboardX.event_file_writer
 from corpora import Texts
 
 from mixln_jax import config as configs
-from mixln_jax.data import rows, tokenizers
+from mixln_jax.data import batches, rows, tokenizers
 from mixln_jax.models import llama
 from mixln_jax.runs import log
 from mixln_jax.system import hardware
@@ -29,13 +28,6 @@ def seconds(monkeypatch):
 
 
 class TestTensorBoard:
-    @pytest.fixture(autouse=True)
-    def a_second_apart(self, monkeypatch):
-        """The names of event files count seconds."""
-        now = iter(range(1_700_000_000, 1_800_000_000, 10))
-        clock = types.SimpleNamespace(time=lambda: float(next(now)))
-        monkeypatch.setattr(tensorboardX.event_file_writer, 'time', clock)
-
     def write(self, folder, lines, **options):
         board = log.Metrics(folder, **options)
         for line in lines:
@@ -106,6 +98,7 @@ class TestSpeed:
         yield meter.Meter(
             lines,
             tmp_path,
+            task=language.Language(None),
             num_steps=10,
             log_every=2,
             log_also=lambda step: False,
@@ -119,7 +112,14 @@ class TestSpeed:
         lines.close()
 
     def step(self, meter, number, tokens, loss=2.0):
-        values = {'bad_step': 0, 'tokens': tokens, 'loss': loss, 'grad_norm': 1.0, 'learning_rate': 0.1}
+        values = {
+            'bad_step': 0,
+            'tokens': tokens,
+            'weight': tokens,
+            'loss': loss,
+            'grad_norm': 1.0,
+            'learning_rate': 0.1,
+        }
         values = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
         values['layer_grad_norm'] = jnp.asarray([0.5, 0.25])
         meter.add(number, values, {'inputs': np.zeros((2, 40))}, None)
@@ -176,7 +176,9 @@ def test_perplexity():
     assert language.perplexity(0.0) == 1 and language.perplexity(30) == pytest.approx(1.0686474581524463e13, rel=1e-14)
     assert language.perplexity(700) == pytest.approx(1.0142320547350045e304, rel=1e-12)
     assert language.perplexity(800) == math.inf
-    assert language.evaluation(60.0, 2, 10)['eval/perplexity'] == pytest.approx(1.0686474581524463e13, rel=1e-14)
+    assert language.Language(None).summary({'sum': 60.0, 'weight': 2})['perplexity'] == pytest.approx(
+        1.0686474581524463e13, rel=1e-14
+    )
 
 
 def test_flops_of_a_position():
@@ -187,8 +189,9 @@ def test_flops_of_a_position():
 def test_entropy_of_tokens_is_of_those_that_count():
     """Three padded rows, each an epoch long: what is predicted are a b </s>, b </s> and </s>, never padding."""
     texts = rows.Documents(Texts(['xab', 'yb', 'z']), tokenizers.Bytes(), 8)
-    config = configs.Config(batch_size=3, seq_length=8, model=configs.Model(vocab_size=259))
-    found = collapse.data_entropy(texts, config)
+    model = llama.from_config(configs.Model(vocab_size=259, hidden_size=8, num_heads=2))
+    training = batches.training(texts, seed=0, batch_size=3)
+    found = language.Language(model).baseline(map(training.__getitem__, range(1000)))
     # a: 1 in 6, b: 2 in 6, </s>: 3 in 6; of 6,000 tokens, whose correction for three kinds is 2 / 12,000.
     entropy = math.log(6) / 6 + math.log(3) / 3 + math.log(2) / 2
     assert found == pytest.approx(entropy + 2 / 12_000, rel=1e-12)

@@ -16,6 +16,7 @@ from mixln_jax import trees
 from mixln_jax.kernels import cross_entropy
 from mixln_jax.models import llama
 from mixln_jax.program import optim, step
+from mixln_jax.tasks.language import Language
 
 MODEL = configs.Model(
     vocab_size=11,
@@ -111,8 +112,10 @@ def equations(jaxpr):
 def make_step(**changes):
     model = llama.from_config(MODEL, 'float32')
     optimizer = optim.optimizer(configs.Optim())
-    state = jax.jit(functools.partial(step.init_state, model, optimizer))(jax.random.key(0))
-    update = functools.partial(step.train_step, model=model, optimizer=optimizer, schedule=lambda s: 1e-2, **changes)
+    state = jax.jit(functools.partial(step.init_state, Language(model), optimizer))(jax.random.key(0))
+    update = functools.partial(
+        step.train_step, task=Language(model), optimizer=optimizer, schedule=lambda s: 1e-2, **changes
+    )
     return state, jax.jit(update)
 
 
@@ -141,11 +144,12 @@ def test_accumulation_measures_the_same_factors():
     """Admin's omega, and with it the first step, of rows of unequal length."""
     model = llama.from_config(dataclasses.replace(MODEL, norm_position='admin'), 'float32')
     optimizer, batch = optim.optimizer(configs.Optim()), batch_of(np.random.default_rng(4))
-    begun, found = step.init_state(model, optimizer, jax.random.key(0)), []
+    begun, found = step.init_state(Language(model), optimizer, jax.random.key(0)), []
     for accumulate in (1, 4):
-        how = {'model': model, 'accumulate': accumulate}
-        state = jax.jit(functools.partial(step.measure_factors, **how))(begun, batch)
-        update = functools.partial(step.train_step, optimizer=optimizer, schedule=lambda s: 1e-2, **how)
+        measure = functools.partial(step.measure_factors, model=model, accumulate=accumulate)
+        state = jax.jit(measure)(begun, batch)
+        how = {'task': Language(model), 'optimizer': optimizer, 'schedule': lambda s: 1e-2}
+        update = functools.partial(step.train_step, accumulate=accumulate, **how)
         _, metrics = jax.jit(update)(state, batch)
         omega = {path: leaf for path, leaf in trees.named_leaves(state.params) if path.endswith('_residual_scale')}
         assert len(omega) == 2 and all(np.all(leaf > 0) and not np.all(leaf == 1) for leaf in omega.values())
@@ -187,13 +191,13 @@ def test_a_bad_step_changes_nothing_and_stays():
 
 
 def test_a_bad_gradient_alone_is_seen(monkeypatch):
-    whole = step.batch_loss
+    whole = Language.losses
 
-    def with_a_bad_gradient(model, params, batch, **others):
-        total, *rest = whole(model, params, batch, **others)
-        return total + jnp.sqrt(0 * params['norm']['scale'][3]), *rest  # adds 0; its derivative is 0 / 0
+    def with_a_bad_gradient(self, params, *others):
+        found = whole(self, params, *others)
+        return found._replace(sum=found.sum + jnp.sqrt(0 * params['norm']['scale'][3]))  # adds 0; derivative 0 / 0
 
-    monkeypatch.setattr(step, 'batch_loss', with_a_bad_gradient)
+    monkeypatch.setattr(Language, 'losses', with_a_bad_gradient)
     state, update = make_step.__wrapped__()  # compiled anew
     after, metrics = update(state, batch_of(np.random.default_rng(3)))
     assert np.isfinite(metrics['loss']) and metrics['bad_step'] == 1
@@ -390,8 +394,8 @@ class TestOptimisers:
 def test_pure_bfloat16_weights():
     model = llama.from_config(MODEL)
     optimizer = optim.optimizer(configs.Optim())
-    state = step.init_state(model, optimizer, jax.random.key(0), 'bfloat16')
-    update = functools.partial(step.train_step, model=model, optimizer=optimizer, schedule=lambda s: 1e-2)
+    state = step.init_state(Language(model), optimizer, jax.random.key(0), 'bfloat16')
+    update = functools.partial(step.train_step, task=Language(model), optimizer=optimizer, schedule=lambda s: 1e-2)
     after, _ = jax.jit(update)(state, batch_of(np.random.default_rng(0)))
     dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]  # noqa: E731
     assert dtypes(after) == dtypes(state)

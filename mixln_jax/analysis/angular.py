@@ -16,7 +16,6 @@ import sys
 import jax
 
 from mixln_jax.analysis import command, statistics
-from mixln_jax.program.step import trunk_inputs
 from mixln_jax.report import figures
 
 NAME = 'angular'
@@ -31,7 +30,7 @@ SOURCE = 'Gromov et al. 2024 (arXiv 2403.17887), equation 4; Mix-LN (arXiv 2412.
 @functools.partial(jax.jit, static_argnames='model')
 def _distances(params, batch, *, model):
     """Sums over the tokens of each row [B,L+1,L+1]."""
-    _, out = model.apply({'params': params}, **trunk_inputs(batch), capture=True, method='trunk')
+    _, out = model.apply({'params': params}, **model.inputs(batch), capture=True, method='trunk')
     return command.everywhere(statistics.distance_matrix(out['hidden'], batch['weights']), model)
 
 

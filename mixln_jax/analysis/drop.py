@@ -21,11 +21,12 @@ from tqdm import tqdm
 from mixln_jax.analysis import command, samples, statistics
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.evaluation.harness_options import add_task_options, open_harness
-from mixln_jax.program.step import batch_loss
 from mixln_jax.report import figures
 from mixln_jax.system import cli
 from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks import question_answering
+from mixln_jax.tasks.language import Language
+from mixln_jax.tasks.task import Context
 
 NAME = 'drop'
 DEFINITION = (
@@ -46,7 +47,8 @@ def masks(layers, block=1):
 @functools.partial(jax.jit, static_argnames='model')
 def _losses(params, batch, keeps, *, model):
     """Summed losses of each row, with the layers of each of `keeps` [K,L]: [B,K]."""
-    of = lambda keep: batch_loss(model, params, batch, keep)[2]['token_loss'].sum(-1)  # noqa: E731
+    task = Language(model)
+    of = lambda keep: task.losses(params, batch, Context(layer_mask=keep)).per_example  # noqa: E731
     return command.everywhere(jax.lax.map(of, keeps).T, model)
 
 

@@ -20,9 +20,9 @@ import numpy as np
 from mixln_jax import trees
 from mixln_jax.analysis import command
 from mixln_jax.distributed import mesh as meshes
-from mixln_jax.program.step import batch_loss
 from mixln_jax.report import figures
 from mixln_jax.system.errors import UsageError
+from mixln_jax.tasks.language import Language
 
 NAME = 'gradients'
 DEFINITION = (
@@ -37,7 +37,8 @@ ROWS = 32
 @functools.partial(jax.jit, static_argnames='model')
 def _gradient(params, batch, *, model):
     """(gradient of the summed losses of a batch, its tokens)."""
-    grads, count = jax.grad(lambda params: batch_loss(model, params, batch)[:2], has_aux=True)(params)
+    losses = lambda params: Language(model).losses(params, batch)[:2]  # noqa: E731
+    grads, count = jax.grad(losses, has_aux=True)(params)
     shardings = meshes.state_shardings(model.stream_sharding.mesh, grads)
     return jax.lax.with_sharding_constraint(grads, shardings), count
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from mixln_jax.analysis import command, statistics
 from mixln_jax.models import placements
-from mixln_jax.program.step import trunk_inputs
 from mixln_jax.report import figures
 
 NAME = 'variance'
@@ -35,7 +34,7 @@ SOURCE = 'Sun et al. 2025, The Curse of Depth (arXiv 2502.05795), sections 3 and
 @functools.partial(jax.jit, static_argnames='model')
 def _sums(params, batch, *, model):
     """Sums over the tokens of each row: variance [B,L+1], contribution [B,L,2]."""
-    _, out = model.apply({'params': params}, **trunk_inputs(batch), capture=True, method='trunk')
+    _, out = model.apply({'params': params}, **model.inputs(batch), capture=True, method='trunk')
     variance = statistics.stream_variance(out['hidden'], batch['weights'])
     return command.everywhere((variance, statistics.contribution(out['branches'], batch['weights'])), model)
 

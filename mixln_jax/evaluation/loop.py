@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax.data import batches
@@ -13,41 +16,53 @@ from mixln_jax.distributed import mesh as meshes
 from mixln_jax.program.program import Program
 from mixln_jax.runs import weights
 from mixln_jax.system.errors import NumericsError, UsageError
-from mixln_jax.tasks import language
+from mixln_jax.tasks.task import Task
 
 
-def evaluate(eval_step, params, batches, *, at_a_time, num_tokens, sharding, check=lambda: None, official=False):
+def evaluate(
+    eval_step: Callable[[Any, Mapping[str, jax.Array]], Mapping[str, jax.Array]],
+    params: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    task: Task,
+    at_a_time: int,
+    num_tokens: int,
+    sharding: jax.sharding.Sharding,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, float | None]:
     """Evaluates on batches until at least `num_tokens` target tokens have been seen or the batches end.
 
     Args:
-        eval_step: (params, batch) -> (sum of losses, count), compiled.
+        eval_step: (params, batch) -> sums, compiled; see program/step.py.
         params: the weights.
-        batches: iterable of dicts of numpy arrays [B,T], the same in every process, with `num_bytes` [B] where the
-            text's bytes are known; see `batches.evaluation`.
+        batches: dicts of numpy arrays [B,T], the same in every process, with `num_bytes` [B] where the text's bytes
+            are known; see `batches.evaluation`.
+        task: what the sums are of.
         at_a_time: batches between looks at `num_tokens`, so that smaller batches see the same text.
         num_tokens: when to stop.
         sharding: of the batches' arrays on devices.
         check: called before each batch; may raise to stop early.
-        official: whether to give `eval/perplexity_official` besides.
 
     Returns:
-        {'eval/loss', 'eval/perplexity', 'eval/tokens', 'eval/bits_per_byte'}; the last None without `num_bytes`.
+        What the task's `summary` gives and `tokens`, each name with `eval/` before it.
     """
-    sums, counts, num_bytes = [], [], 0
+    sums, tokens, num_bytes = [], 0, 0
     for batch in batches:
         check()
         if num_bytes is not None:
             num_bytes = num_bytes + int(batch['num_bytes'].sum()) if 'num_bytes' in batch else None
         batch = {name: values for name, values in batch.items() if name != 'num_bytes'}
-        sums.append(eval_step(params, meshes.place(batch, sharding))[0])
-        counts.append(int(batch['weights'].sum()))
+        sums.append(eval_step(params, meshes.place(batch, sharding)))
+        tokens += int(batch['weights'].sum())
         if len(sums) > 1:
             sums[-2] = jax.device_get(sums[-2])  # the batch before: keeps the device busy and its queue short
-        if sum(counts) >= num_tokens and len(sums) % at_a_time == 0:
+        if tokens >= num_tokens and len(sums) % at_a_time == 0:
             break
-    sums = [float(jax.device_get(total)) for total in sums]
-    values = language.evaluation(sum(sums), sum(counts), num_bytes)
-    return values | ({'eval/perplexity_official': language.official_perplexity(sums, counts)} if official else {})
+    sums = jax.device_get(sums)
+    totals = {name: sum(float(batch[name]) for batch in sums) for name in sums[0]}
+    counted = {'weight': tokens, 'tokens': tokens, 'num_bytes': num_bytes}  # in whole numbers, beyond float32
+    values = task.summary(totals | counted) | {'tokens': tokens}
+    return {f'eval/{name}': value for name, value in values.items()}
 
 
 def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size=None, data_path=None):
@@ -83,10 +98,10 @@ def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size
             program.eval_step,
             params,
             reader,
+            task=program.task,
             at_a_time=config.batch_size // batch_size,
             num_tokens=num_tokens or config.eval.tokens,
             sharding=meshes.batch_sharding(mesh),
-            official=config.compat != 'none',
         )
     if not math.isfinite(values['eval/loss']):
         raise NumericsError(f'{found.where}: the evaluation loss is not finite')

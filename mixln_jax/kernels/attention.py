@@ -1,5 +1,7 @@
 """Causal attention."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,32 @@ BLOCKS, SHORTEST = 4, 128  # blocks of queries, and queries in one at least: ben
 def document_mask(segments):
     """[B,T] numbers of documents -> [B,1,T,T] bool, query by key: whether both lie in the same document."""
     return segments[:, None, :, None] == segments[:, None, None, :]
+
+
+def choose_kernel(
+    device: jax.Device | None,
+    dtype: str,
+    head_size: int,
+    seq_length: int,
+    *,
+    wanted: str = 'auto',
+    deterministic_mask: bool = False,
+) -> str:
+    """Returns which function computes attention: `cudnn` (`cudnn_attention`) or `blocks` (`causal_attention`).
+
+    Args:
+        device: of the run; None: a plan's, of no kind.
+        dtype: of activations.
+        head_size: features of a head d.
+        seq_length: T.
+        wanted: `auto`, or `blocks` for those in any case.
+        deterministic_mask: whether masks have to give the same bits each time, which cuDNN does not promise.
+    """
+    capability = re.match(r'\d+(?=\.\d)', str(getattr(device, 'compute_capability', '')))  # AMD's are like gfx942
+    ampere = capability and int(capability[0]) >= 8
+    sizes_fit = head_size % 8 == 0 and head_size <= 128 and seq_length % 2 == 0  # cuDNN's masks have no odd sides
+    possible = ampere and dtype == 'bfloat16' and sizes_fit and not deterministic_mask
+    return 'cudnn' if possible and wanted == 'auto' else 'blocks'
 
 
 @jax.custom_vjp

@@ -15,6 +15,7 @@ class Attention(nn.Module):
     config: configs.Model
     dtype: jnp.dtype
     qkv_norm: bool = False
+    kernel: str = 'blocks'  # see kernels/attention.py
 
     @nn.compact
     def __call__(self, x_BTD, angles, mask):
@@ -27,7 +28,7 @@ class Attention(nn.Module):
 
         scaled = [a / head_dim**0.5 for a in angles]  # turning the queries by these divides them too
         q, k = rope.rotate(heads('q', H), scaled), rope.rotate(heads('k', K), angles)
-        by_cudnn = self.config.attention == 'cudnn' and q.dtype == jnp.bfloat16  # analyses in training are in float32
+        by_cudnn = self.kernel == 'cudnn' and q.dtype == jnp.bfloat16  # analyses in training are in float32
         attend = attention.cudnn_attention if by_cudnn else attention.causal_attention
         y_BTHd = attend(q, k, heads('v', K), mask)
         return linear(D, self.dtype, 'o', bias)(y_BTHd.reshape(*x_BTD.shape[:2], H * head_dim))

@@ -26,6 +26,7 @@ class Attention(nn.Module):
     config: configs.Model
     dtype: jnp.dtype
     qkv_norm: bool = False
+    kernel: str = 'blocks'  # of causal attention: has no meaning here
 
     @nn.compact
     def __call__(self, x_BTD, angles, mask):
@@ -119,6 +120,11 @@ class Bert(nn.Module):
         with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
             start, end = jnp.moveaxis(self.span(x), -1, 0)
             return start, end
+
+    @nn.nowrap
+    def inputs(self, batch):
+        """The arguments of `trunk` that a batch holds."""
+        return {'ids': batch['inputs']} | {key: batch[key] for key in ('types', 'mask') if key in batch}
 
     @nn.nowrap
     def shapes(self):

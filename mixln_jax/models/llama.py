@@ -26,13 +26,20 @@ class Llama(nn.Module):
     depth: int
     compute_dtype: str = 'bfloat16'
     stream_sharding: jax.sharding.NamedSharding | None = None  # of the residual stream; None: one device
+    attention_kernel: str = 'blocks'  # see kernels/attention.py
 
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
         rows = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.embed = layers.Embedding(rows, config.hidden_size, dtype, self.stream_sharding)
         self.layers = transformer.Stack(
-            config, dtype, self.norm_position, self.layer_index, self.depth, self.stream_sharding
+            config,
+            dtype,
+            self.norm_position,
+            self.layer_index,
+            self.depth,
+            self.stream_sharding,
+            kernel=self.attention_kernel,
         )
         self.norm = layers.RMSNorm(config.norm_eps, dtype)
         if placements.PLACEMENTS[self.norm_position[0]].embed_norm:
@@ -82,6 +89,11 @@ class Llama(nn.Module):
             return head(x)[..., : self.config.vocab_size]
 
     @nn.nowrap
+    def inputs(self, batch):
+        """The arguments of `trunk` that a batch holds."""
+        return {'ids': batch['inputs']} | {key: batch[key] for key in ('positions', 'segments') if key in batch}
+
+    @nn.nowrap
     def init(self, key):
         """Initial variables {'params': ...} in float32 (see initialize.py)."""
         return {'params': initialize(key, self.shapes()['params'], self.config, self.norm_position, self.depth)}
@@ -108,8 +120,11 @@ class Llama(nn.Module):
         return jax.eval_shape(super().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
 
-def from_config(config: configs.Model, compute_dtype='bfloat16', stream_sharding=None, official=False) -> Llama:
-    """The network of a config; `official`: with what the Mix-LN authors' code computes under each name.
+def from_config(
+    config: configs.Model, compute_dtype='bfloat16', stream_sharding=None, official=False, kernel='blocks'
+) -> Llama:
+    """The network of a config; `official`: with what the Mix-LN authors' code computes under each name; `kernel`: of
+    attention.
 
     Raises UsageError for a `norm_position` that does not fit.
     """
@@ -122,7 +137,7 @@ def from_config(config: configs.Model, compute_dtype='bfloat16', stream_sharding
             f'config.model.norm_groups={config.norm_groups}'
         )
     layer_index = tuple(range(1, config.num_layers + 1))
-    return Llama(config, names, layer_index, config.num_layers, compute_dtype, stream_sharding)
+    return Llama(config, names, layer_index, config.num_layers, compute_dtype, stream_sharding, kernel)
 
 
 def num_params(config: configs.Model, params):

@@ -49,6 +49,7 @@ class Layer(nn.Module):
     stream_sharding: jax.sharding.NamedSharding | None
     capture: bool = False
     parts: Parts = Parts()
+    kernel: str = 'blocks'  # of attention
 
     @nn.compact
     def __call__(self, x, per_layer, angles, mask):
@@ -58,7 +59,7 @@ class Layer(nn.Module):
         norms of the stream before it and of what it adds, and the mean of the latter; else None.
         """
         branches = []
-        attend = self.parts.attention(self.config, self.dtype, self.placement.qkv_norm, name='attention')
+        attend = self.parts.attention(self.config, self.dtype, self.placement.qkv_norm, self.kernel, name='attention')
         mlp = self.parts.mlp(self.config, self.dtype, name='mlp')
         constants = per_layer['constants']
         if self.stream_sharding:
@@ -111,6 +112,7 @@ class Stack(nn.Module):
     depth: int
     stream_sharding: jax.sharding.NamedSharding | None = None
     parts: Parts = Parts()
+    kernel: str = 'blocks'  # of attention; see kernels/attention.py
 
     @nn.compact
     def __call__(self, x, angles, mask=None, keep=None, capture=False):
@@ -148,7 +150,17 @@ class Stack(nn.Module):
         )
         name = f'segment_{number}'
         return functools.partial(
-            loop, layer(self.config, self.dtype, placement, self.stream_sharding, capture, self.parts, name=name)
+            loop,
+            layer(
+                self.config,
+                self.dtype,
+                placement,
+                self.stream_sharding,
+                capture,
+                self.parts,
+                self.kernel,
+                name=name,
+            ),
         )
 
     def per_layer(self, placement, first, end, keep):

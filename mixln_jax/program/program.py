@@ -1,18 +1,16 @@
 """What runs on the devices: the functions of a run, jitted for a mesh, and the shapes they take."""
 
-import dataclasses
 import functools
-import re
 
 import jax
-import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax.data import layout
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.kernels import attention
 from mixln_jax.models import llama
 from mixln_jax.program import optim, step
 from mixln_jax.system.errors import UsageError
+from mixln_jax.tasks import language
 
 
 class Program:
@@ -20,7 +18,7 @@ class Program:
 
     `state` is the train state as ShapeDtypeStructs with their shardings. `init`: key -> State, made where it is to lie.
     `measure_factors`: (State, batch) -> State, before the first step where `model.measured()`. `train_step`: (State,
-    batch) -> (State, metrics), donates the state, as that does. `eval_step`: (params, batch) -> (sum, count).
+    batch) -> (State, metrics), donates the state, as that does. `eval_step`: (params, batch) -> sums; see step.py.
 
     Raises UsageError, naming the keys, for sizes that the mesh does not divide.
     """
@@ -30,33 +28,29 @@ class Program:
         _check_sizes(config, mesh)
         self._rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
         official = config.compat != 'none'
-        frozen_row = config.model.vocab_size - 1 if official else None  # their padding_idx is -1
         device = mesh.devices.flat[0] if isinstance(mesh, jax.sharding.Mesh) else None  # plans have none
-        sizes = dataclasses.replace(config.model, attention=attention_kernel(config, device))
-        self.model = llama.from_config(sizes, config.compute_dtype, self._rows, official)
+        kernel = attention_kernel(config, device)
+        self.model = llama.from_config(config.model, config.compute_dtype, self._rows, official, kernel)
+        self.task = language.of_config(config, self.model)
         optimizer = optim.optimizer(config.optim)
-        init = functools.partial(
-            step.init_state, self.model, optimizer, param_dtype=config.param_dtype, frozen_row=frozen_row
-        )
+        init = functools.partial(step.init_state, self.task, optimizer, param_dtype=config.param_dtype)
         shapes = jax.eval_shape(init, jax.random.key(0))
         shardings = meshes.state_shardings(mesh, shapes)
         self.state = jax.tree.map(_like, shapes, shardings)
         self.init = jax.jit(init, out_shardings=shardings)
         train_step = functools.partial(
             step.train_step,
-            model=self.model,
+            task=self.task,
             optimizer=optimizer,
             schedule=optim.schedule(config.optim, config.num_steps, official),
             clip_norm=config.optim.clip_norm,
             accumulate=config.accumulate,
             shardings=shardings.params,
-            micro_means=official,
-            frozen_row=frozen_row,
         )
         self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
         measure = functools.partial(step.measure_factors, model=self.model, accumulate=config.accumulate)
         self.measure_factors = jax.jit(measure, donate_argnums=0, out_shardings=shardings)
-        self.eval_step = jax.jit(functools.partial(step.eval_step, model=self.model), out_shardings=everywhere)
+        self.eval_step = jax.jit(functools.partial(step.eval_step, task=self.task), out_shardings=everywhere)
 
     def flops_per_position(self) -> int:
         """FLOPs of training on one position, by formula; a tied embedding counts as the head that it is too."""
@@ -68,10 +62,7 @@ class Program:
 
     def batch(self, size):
         """A batch of `size` rows as ShapeDtypeStructs."""
-        rows = np.zeros((size, self.config.seq_length + 1), layout.TOKEN)
-        of = layout.Layout(self.config.data.mode, 0, 0)
-        made = of.batch(of.block(rows))
-        return {name: _like(values, self._rows) for name, values in made.items()}
+        return {name: _like(values, self._rows) for name, values in self.task.batch_spec(size).items()}
 
     def compile(self):
         """`train_step` for batches of `batch_size`, `eval_step` for its micro-batches, compiled."""
@@ -96,19 +87,16 @@ def _check_sizes(config, mesh):
         )
 
 
-def attention_kernel(config, device):
-    """What `model.attention` comes to: `cudnn` where a device can do it and the config lets it, else `blocks`."""
-    major = re.match(r'\d+(?=\.\d)', str(getattr(device, 'compute_capability', '')))  # AMD's are called gfx942
-    can = (
-        major
-        and int(major[0]) >= 8
-        and config.compute_dtype == 'bfloat16'
-        and config.model.head_size % 8 == 0
-        and config.model.head_size <= 128
-        and config.seq_length % 2 == 0  # its masks have no odd sides
-        and not (config.deterministic and config.data.mode == 'pack')  # nor are they deterministic everywhere
+def attention_kernel(config: configs.Config, device: jax.Device | None) -> str:
+    """Returns the attention kernel of a run on a kind of device; see kernels/attention.py."""
+    return attention.choose_kernel(
+        device,
+        config.compute_dtype,
+        config.model.head_size,
+        config.seq_length,
+        wanted=config.model.attention,
+        deterministic_mask=config.deterministic and config.data.mode == 'pack',
     )
-    return 'cudnn' if can and config.model.attention == 'auto' else 'blocks'
 
 
 def _like(array, sharding):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import time
 
 import orjson
 import tensorboardX
@@ -39,7 +40,9 @@ class Metrics:
         self._digest = _digest(text for _, text in kept)
         self._file = self._path.open('a', encoding='utf-8')
         # purge_step makes TensorBoard forget what a cut line had shown.
-        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=first, write_to_disk=True)
+        # The names of event files count seconds: a run that goes on within one would write over its own.
+        suffix = f'.{time.time_ns()}'
+        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=first, filename_suffix=suffix)
 
     def add(self, step, values):
         """Puts `values` into the line of `step`."""
@@ -163,12 +166,14 @@ def _digest(texts, digest=None):
     return digest
 
 
-def progress_line(line, num_steps):
-    """The line that a person sees, of a metrics line with `train/*` and `perf/*`."""
+def progress_line(line: dict, num_steps: int, label: str, headline: str) -> str:
+    """Returns the line that a person sees, of a metrics line with `train/*` and `perf/*`.
+
+    `label` is the short name of the number `headline`, which is the task's."""
     shown = [
         f'step {line["step"]:>{len(str(num_steps))}}/{num_steps} {100 * line["step"] / num_steps:3.0f}%',
         f'loss {_number(line["train/loss"], ".4f")}',
-        f'ppl {_number(line["train/perplexity"], ".2f")}',
+        f'{label} {_number(line[f"train/{headline}"], ".2f")}',
         f'grad {_number(line["train/grad_norm"], ".3f")}',
         f'lr {line["train/learning_rate"]:.2e}',
         f'{_number(line["perf/tokens_per_sec_per_device"], ",.0f")} tok/s/device',
@@ -182,11 +187,12 @@ def progress_line(line, num_steps):
 def summary_table(line, norm_position):
     """What ends a run, of its last metrics line: the evaluation, and per layer the gradient norm and, where it was
     measured, the angular distance across the layer."""
-    shown = (_number(line[f'eval/{name}'], '.4g') for name in ('loss', 'perplexity', 'bits_per_byte'))
+    found = {name.removeprefix('eval/'): value for name, value in line.items() if name.startswith('eval/')}
+    shown = [f'{name.replace("_", " ")} {_number(found[name], ".4g")}' for name in found if name != 'tokens']
     grad_norms = line['layers/grad_norm']
     distances = line.get('analysis/angular_distance', [None] * len(norm_position))
     rows = [
-        'eval loss {}   perplexity {}   bits per byte {}'.format(*shown),
+        f'eval {"   ".join(shown)}',
         f'{"layer":>5}  {"placement":<10} {"gradient norm":<24} angular distance across it',
     ]
     for number, (name, grad, distance) in enumerate(zip(norm_position, grad_norms, distances, strict=True), 1):

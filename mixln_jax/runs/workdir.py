@@ -1,6 +1,5 @@
 """Work directories: which run a folder holds, and whether it may go on."""
 
-# ruff: noqa: E402
 import contextlib
 import os
 import pathlib

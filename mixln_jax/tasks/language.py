@@ -1,26 +1,118 @@
-"""Numbers that follow from losses, counts and times."""
+"""Language modelling: the next token of every real token."""
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixln_jax import config as configs
+from mixln_jax.data import layout
+from mixln_jax.kernels import cross_entropy
+from mixln_jax.tasks.task import Context, Losses, Task
+
+ENOUGH = 500_000  # tokens, for their frequencies
+EVALUATION = Context()
 
 
-def evaluation(loss_sum, tokens, num_bytes):
-    """`eval/*` of a sum of token losses (nats), the tokens and the bytes of text that they stand for."""
-    loss = loss_sum / tokens
-    return {
-        'eval/loss': loss,
-        'eval/perplexity': perplexity(loss),
-        'eval/tokens': tokens,
-        'eval/bits_per_byte': loss_sum / math.log(2) / num_bytes if num_bytes else None,
-    }
+class Language:
+    """Next-token prediction: the sum of the tokens' losses over their number, on every path."""
+
+    headline, label, metrics = 'perplexity', 'ppl', ('tokens',)
+
+    def __init__(self, model: Any, mode: str = 'pad', seq_length: int = 2):
+        """`mode` and `seq_length` say how rows are made; see data/layout.py."""
+        self.model, self._mode, self._seq_length = model, mode, seq_length
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        rows = layout.Layout(self._mode, 0, 0)
+        batch = rows.batch(rows.block(np.zeros((batch_size, self._seq_length + 1), layout.TOKEN)))
+        return {name: jax.ShapeDtypeStruct(values.shape, values.dtype) for name, values in batch.items()}
+
+    def initial(self, params: Any) -> Any:
+        return params
+
+    def losses(self, params: Any, batch: Mapping[str, jax.Array], context: Context = EVALUATION) -> Losses:
+        model = self.model
+        inputs = model.inputs(batch)
+        x, _ = model.apply({'params': self._read(params)}, **inputs, keep=context.layer_mask, method='trunk')
+        mesh = model.stream_sharding and model.stream_sharding.mesh
+        total, count, aux = cross_entropy.token_losses(
+            x, model.head_kernel(params), batch['targets'], batch['weights'], model.config.vocab_size, mesh=mesh
+        )
+        return Losses(total, count, aux['token_loss'].sum(-1), {'tokens': count})
+
+    def _read(self, params):
+        """Returns the parameters as the network reads them."""
+        return params
+
+    def summary(self, totals: Mapping[str, float]) -> dict[str, float | None]:
+        loss = totals['sum'] / totals['weight']
+        found = {'loss': loss, 'perplexity': perplexity(loss)}
+        if 'num_bytes' in totals:
+            num_bytes = totals['num_bytes']
+            found['bits_per_byte'] = totals['sum'] / math.log(2) / num_bytes if num_bytes else None
+        return found
+
+    def baseline(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
+        """Returns the entropy of the targets in nats, of as many batches as it takes."""
+        counts = np.zeros(self.model.config.vocab_size)
+        for batch in batches:
+            counts += np.bincount(batch['targets'][batch['weights'] > 0], minlength=len(counts))
+            if counts.sum() > ENOUGH:
+                break
+        return unigram_entropy(counts)
 
 
-def official_perplexity(sums, counts):
-    """What the Mix-LN authors' code reports of n batches: exp of the sum of the batches' mean losses over n + 1, for
-    its count starts at one (torchrun_main.py, evaluate_model). It is too low."""
-    means = [total / count for total, count in zip(sums, counts, strict=True) if count]
-    return perplexity(sum(means) / (len(means) + 1))
+class OfficialLanguage(Language):
+    """Language modelling as the Mix-LN authors' code has it (docs/official.md): the training loss is the mean of the
+    micro-batches' means, the embedding's last row is zero and stays so (torch's padding_idx of -1), and the evaluation
+    reports their perplexity too."""
+
+    def initial(self, params: Any) -> Any:
+        return self._with_last_row(params, jnp.zeros_like)
+
+    def losses(self, params: Any, batch: Mapping[str, jax.Array], context: Context = EVALUATION) -> Losses:
+        found = super().losses(params, batch, context)
+        mean = found.sum / jnp.maximum(found.weight, 1)
+        if context.train:
+            return found._replace(sum=mean, weight=jnp.float32(1))
+        counted = {'batch_means': mean, 'batches': (found.weight > 0).astype(jnp.float32)}
+        return found._replace(metrics=found.metrics | counted)
+
+    def _read(self, params):
+        return self._with_last_row(params, jax.lax.stop_gradient)
+
+    def _with_last_row(self, params, change):
+        table, row = params['embed']['embedding'], self.model.config.vocab_size - 1
+        return params | {'embed': {'embedding': table.at[row].set(change(table[row]))}}
+
+    def summary(self, totals: Mapping[str, float]) -> dict[str, float | None]:
+        found = super().summary(totals)
+        if 'batches' in totals:  # their count starts at one (torchrun_main.py, evaluate_model), so this is too low
+            found['perplexity_official'] = perplexity(totals['batch_means'] / (totals['batches'] + 1))
+        return found
 
 
-def perplexity(loss):
-    """exp(loss), infinite where that overflows."""
+def of_config(config: configs.Config, model: Any) -> Task:
+    """Returns the task of a run."""
+    kind = Language if config.compat == 'none' else OfficialLanguage
+    return kind(model, config.data.mode, config.seq_length)
+
+
+def perplexity(loss: float) -> float:
+    """Returns exp(loss), infinite where that overflows."""
     return math.exp(loss) if loss < 709 else math.inf
+
+
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Returns the entropy in nats of the tokens that were counted: the loss of a network that knows their frequencies
+    alone.
+
+    With Miller and Madow's correction for a small sample (Miller 1955): + (tokens seen at all - 1) / 2N.
+    """
+    counts = np.asarray(counts, np.float64)
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum() + (len(share) - 1) / (2 * counts.sum()))

@@ -1,24 +1,9 @@
 """Collapse: a network that knows the frequencies of tokens alone."""
 
-# ruff: noqa: E402
 import sys
 
-import numpy as np
-
-from mixln_jax.data import batches
 from mixln_jax.system import console
 from mixln_jax.system.errors import NumericsError
-from mixln_jax.training import collapse
-
-
-def unigram_entropy(counts):
-    """Entropy in nats of the tokens that were counted: the loss of a network that knows their frequencies alone.
-
-    With Miller and Madow's correction for a small sample (Miller 1955): + (tokens seen at all - 1) / 2N.
-    """
-    counts = np.asarray(counts, np.float64)
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum() + (len(share) - 1) / (2 * counts.sum()))
 
 
 class Collapse:
@@ -56,14 +41,3 @@ class Collapse:
                 raise NumericsError(problem)
             self._action = 'ignore'
             console.say(f'mixln_jax: warning: {problem}', file=sys.stderr)
-
-
-def data_entropy(rows, config):
-    """Of the first tokens of training, enough for frequencies, in nats."""
-    counts = np.zeros(config.model.vocab_size)
-    dataset = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size)
-    for batch in map(dataset.__getitem__, range(1000)):
-        counts += np.bincount(batch['targets'][batch['weights'] > 0], minlength=len(counts))
-        if counts.sum() > 500_000:
-            break
-    return collapse.unigram_entropy(counts)

@@ -1,58 +1,93 @@
-"""When something happens during training.
+"""What happens between the steps of training, and when."""
 
-A hook is (every, fn): fn(step, state) runs after every `every` steps (0: never) and after the last one.
-"""
-
+import dataclasses
 import math
 import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import jax
 
+from mixln_jax.program.step import State
+from mixln_jax.runs import checkpoint, log
 from mixln_jax.system import console
 from mixln_jax.system.errors import NumericsError
 
 
-def evaluation(every, evaluate, metrics):
-    """Evaluates the weights into the step's metrics line and prints one line."""
+class Hook(Protocol):
+    """Called with a step's number and the state after it, where that step is due."""
 
-    def run(step, state):
-        values = evaluate(state.params)
+    every: int
+
+    def due(self, step: int, last: int) -> bool:
+        """Returns whether it is called after `step`, of `last` in all."""
+
+    def __call__(self, step: int, state: State):
+        """Does it."""
+
+
+@dataclasses.dataclass
+class _Every:
+    """Due every `every` steps (0: never) and after the last one."""
+
+    every: int
+
+    def due(self, step: int, last: int) -> bool:
+        """Returns whether it is called after `step`, of `last` in all."""
+        return step == last or bool(self.every and step % self.every == 0)
+
+
+@dataclasses.dataclass
+class Evaluation(_Every):
+    """Evaluates the weights into the step's metrics line and prints one line. Raises NumericsError for a loss that is
+    not finite."""
+
+    evaluate: Callable[[Any], dict[str, float | None]]  # weights -> values of a metrics line
+    headline: str  # the number that people look at first
+    metrics: log.Metrics
+
+    def __call__(self, step: int, state: State):
+        values = self.evaluate(state.params)
         if not math.isfinite(values['eval/loss']):
             raise NumericsError(f'step {step}: the evaluation loss is not finite')
-        metrics.add(step, values)
+        self.metrics.add(step, values)
         console.say(
-            f'eval at step {step}: loss {values["eval/loss"]:.4f}  perplexity {values["eval/perplexity"]:.2f}  '
-            f'({values["eval/tokens"]:,} tokens)'
+            f'eval at step {step}: loss {values["eval/loss"]:.4f}  {self.headline} '
+            f'{values[f"eval/{self.headline}"]:.2f}  ({values["eval/tokens"]:,} tokens)'
         )
 
-    return every, run
+
+@dataclasses.dataclass
+class Analysis(_Every):
+    """Measures what each layer does into the step's metrics line."""
+
+    measure: Callable[[Any], dict[str, Any]]  # weights -> values of a metrics line
+    metrics: log.Metrics
+
+    def __call__(self, step: int, state: State):
+        self.metrics.add(step, self.measure(state.params))
 
 
-def analysis(every, analyse, metrics):
-    """Measures what each layer does, (params) -> values, into the step's metrics line."""
+@dataclasses.dataclass
+class Saving(_Every):
+    """Saves a checkpoint once the metrics up to its step are on disk."""
 
-    def run(step, state):
-        metrics.add(step, analyse(state.params))
+    checkpoints: checkpoint.Checkpoints
+    metrics: log.Metrics
+    about: Callable[[], dict[str, Any]]  # what a checkpoint holds besides the state
 
-    return every, run
-
-
-def saving(every, checkpoints, metrics, extra):
-    """Saves a checkpoint once the metrics up to it are on disk; `extra()` gives what goes with the state."""
-
-    def run(step, state, complete=True, wait=False):
+    def __call__(self, step: int, state: State, complete: bool = True, wait: bool = False):
+        """Saves `step` unless it is saved; `complete`: its metrics line is; `wait`: until everything is on disk."""
         if complete:
-            metrics.flush()
-        if checkpoints.latest() != step:
-            about = extra() | {'open_line': metrics.open_line, 'metrics': metrics.seal()}
-            checkpoints.save(step, state, about)
+            self.metrics.flush()
+        if self.checkpoints.latest() != step:
+            record = {'open_line': self.metrics.open_line, 'metrics': self.metrics.seal()}
+            self.checkpoints.save(step, state, self.about() | record)
         if wait:
-            checkpoints.wait()
-
-    return every, run
+            self.checkpoints.wait()
 
 
-def profiled(batches, first_step, start, steps, workdir):
+def profiled(batches: Iterator, first_step: int, start: int, steps: int, workdir: str | pathlib.Path) -> Iterator:
     """Passes `batches` on and records steps `start` to `start + steps - 1` with jax.profiler into workdir/profile.
 
     Close it, as any generator, when the run ends.

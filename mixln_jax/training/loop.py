@@ -18,11 +18,11 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
         state: State; donated.
         step: (state, batch) -> (state, metrics), compiled.
         batches: iterator of batches on devices, the first of them for step `first`.
-        hooks: [(every, fn)], in order; see hooks.py.
+        hooks: in order; see hooks.py.
         first, last: numbers of steps, from 1.
         meter: Meter, given each step's metrics.
         save: (step, state, complete), idempotent, for a stop outside the plan.
-        stop: exits.Stop.
+        stop: signals.Stop.
         resume_hooks: run the hooks of step `first - 1`, which a signal had cut short.
 
     Returns:
@@ -33,14 +33,12 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
     """
     alone = jax.process_count() == 1  # several save together: one that has an error by itself would wait for ever
 
-    def due(number):
-        return [hook for every, hook in hooks if number == last or (every and number % every == 0)]
-
     def run_hooks(number, state):
         with meter.paused():
             try:
-                for hook in due(number):
-                    hook(number, state)
+                for hook in hooks:
+                    if hook.due(number, last):
+                        hook(number, state)
             except NumericsError:  # weights that an update has ruined show here first
                 meter.debug(number, state)
                 raise
@@ -80,7 +78,7 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
             meter.add(*previous, state)
             meter.flush()
         previous = number, values, batch
-        if stop.reached(number) or due(number):
+        if stop.reached(number) or any(hook.due(number, last) for hook in hooks):
             meter.add(*previous, state)
             previous = None
             run_hooks(number, state)

@@ -14,7 +14,6 @@ from mixln_jax.distributed import mesh as meshes
 from mixln_jax.runs import log
 from mixln_jax.system import console, hardware
 from mixln_jax.system.errors import NumericsError
-from mixln_jax.tasks import language as formulas
 
 LONGEST_WAIT = 0.05  # share of the time; beyond it the input holds the device up
 PATIENCE = 30  # seconds of training before that is said
@@ -28,6 +27,7 @@ class Meter:
         metrics,
         workdir,
         *,
+        task,
         num_steps,
         log_every,
         log_also,
@@ -38,12 +38,13 @@ class Meter:
         collapse,
         save_debug,
     ):
-        """`log_also`: (step) -> whether a step off the rhythm of `log_every` has a line; `tokens`: seen before;
-        `first_line`: what only the first line says, such as the compile time; `collapse`: Collapse; `save_debug`:
-        (state), keeps it for debug/."""
+        """`task`: whose numbers the lines show; `log_also`: (step) -> whether a step off the rhythm of `log_every` has
+        a line; `tokens`: seen before; `first_line`: what only the first line says, such as the compile time;
+        `collapse`: Collapse; `save_debug`: (state), keeps it for debug/."""
         self._collapse, self._save_debug = collapse, save_debug
         self.tokens = tokens
         self._metrics, self._workdir = metrics, pathlib.Path(workdir)
+        self._task = task
         self._num_steps, self._log_every, self._log_also = num_steps, log_every, log_also
         self._flops_per_position, self._devices, self._first_line = flops_per_position, devices, first_line
         self._recent = []  # the last two batches, for debug/
@@ -68,14 +69,13 @@ class Meter:
         self._window_positions += positions
         self._collapse.see(step, float(values['loss']))
         if step % self._log_every == 0 or self._log_also(step):
-            loss, speed = float(values['loss']), self._speed()
+            speed = self._speed()
             self._warn_of_waiting(step, speed)
             self._metrics.add(
                 step,
                 {
                     'tokens': self.tokens,
-                    'train/loss': loss,
-                    'train/perplexity': formulas.perplexity(loss),
+                    **{f'train/{name}': value for name, value in self._summary(values).items()},
                     'train/grad_norm': float(values['grad_norm']),
                     'train/learning_rate': float(values['learning_rate']),
                     'train/tokens_per_step': tokens,
@@ -86,7 +86,16 @@ class Meter:
                 },
             )
             if step % self._log_every == 0 or step == self._num_steps:
-                console.say(log.progress_line(self._metrics.open_line, self._num_steps))
+                line = log.progress_line(
+                    self._metrics.open_line, self._num_steps, self._task.label, self._task.headline
+                )
+                console.say(line)
+
+    def _summary(self, values):
+        """What the task makes of a step's means."""
+        weight = max(float(values['weight']), 1.0)
+        means = {name: float(values[name]) / weight for name in self._task.metrics}
+        return self._task.summary(means | {'sum': float(values['loss']), 'weight': 1.0})
 
     def flush(self):
         """The line at hand is complete."""

@@ -1,6 +1,8 @@
-"""The whole job."""
+"""The whole job: from a configuration to trained weights, metrics and checkpoints in a work directory."""
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -10,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 from clu import parameter_overview
@@ -18,11 +21,13 @@ from mixln_jax import config as configs
 from mixln_jax.analysis import during
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
+from mixln_jax.data.rows import Rows
+from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.distributed import processes
-from mixln_jax.evaluation import loop as evaluation
 from mixln_jax.models import llama, placements
 from mixln_jax.program.program import Program
+from mixln_jax.program.step import State
 from mixln_jax.runs import checkpoint, environment, log
 from mixln_jax.runs.workdir import (
     check_metrics,
@@ -34,22 +39,23 @@ from mixln_jax.runs.workdir import (
 )
 from mixln_jax.system import console, files, outputs, signals
 from mixln_jax.training import hooks, loop
-from mixln_jax.training.collapse import Collapse, data_entropy
+from mixln_jax.training.collapse import Collapse
+from mixln_jax.training.feed import Feed
 from mixln_jax.training.meter import Meter
 from mixln_jax.training.start import first_state
 
 
-def run(values, workdir, stop=None, verbose=False):
-    """The whole job: trains, evaluates, saves; resumes what `workdir` holds.
+def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = None, verbose: bool = False):
+    """Trains, evaluates and saves; goes on with what `workdir` holds.
 
     Args:
         values: a ConfigDict or nested dict; see config.py.
         workdir: folder of the run, made if need be.
-        stop: an exits.Stop with handlers installed; None leaves signals alone, as a notebook wants it.
+        stop: with handlers installed; None leaves signals alone, as a notebook wants it.
         verbose: whether to list the parameters.
 
     Raises:
-        exits.Exit and its kinds, exits.Stopped.
+        errors.Exit and its kinds, errors.Stopped.
     """
     signals.end_if_imported()
     console.guard_files()
@@ -58,148 +64,181 @@ def run(values, workdir, stop=None, verbose=False):
     with contextlib.ExitStack() as closing:
         stop = stop or signals.Stop()
         with stop.may_interrupt():
-            joined = processes.joined(config.processes.timeout, _digest(config), config.processes.secret)
-            closing.enter_context(joined)
-            stop = processes.SharedStop() if jax.distributed.is_initialized() else stop
+            stop = _join_processes(config, stop, closing)
             mesh = _start_jax(config)
             config = configs.build(values, earlier_config(config, workdir))
             if jax.process_count() > 1:
-                who = f'process {jax.process_index()}/{jax.process_count()}'
-                console.say(f'mixln_jax: {who}, {len(mesh.local_devices)} local of {mesh.size} devices')
-            if jax.process_index():  # one of several speaks
-                nowhere = closing.enter_context(open(os.devnull, 'w', encoding='utf-8'))
-                closing.enter_context(contextlib.redirect_stdout(nowhere))
+                _leave_speaking_to_one(mesh, closing)
             program = Program(config, mesh)
-            model = program.model
-            resolved = resolved_config(config, model)
-            given, workdir = workdir, closing.enter_context(open_workdir(workdir, resolved))
-            processes.check_shared(workdir)
+            resolved = resolved_config(config, program.model)
+            shared = closing.enter_context(open_workdir(workdir, resolved))
+            processes.check_shared(shared)
             with stop.wait():
-                checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep)
+                checkpoints = checkpoint.Checkpoints(shared / 'checkpoints', config.checkpoint.keep)
                 closing.callback(checkpoints.close)
-            if is_finished(workdir, checkpoints, config.num_steps):
-                console.say(f'mixln_jax: {workdir} is already finished ({config.num_steps} steps)')
+            if is_finished(shared, checkpoints, config.num_steps):
+                console.say(f'mixln_jax: {shared} is already finished ({config.num_steps} steps)')
                 return
-            tokenizer, rows, eval_rows = _open_data(config)
-            _describe(config, program, rows, mesh, verbose)
-            state, about = first_state(program, resolved, checkpoints, rows.fingerprint, stop)
+            data = _open_data(config)
+            _describe(program, data.training, verbose)
+            state, about = first_state(program, resolved, checkpoints, data.training.fingerprint, stop)
             if checkpoints.latest() is not None:
-                check_metrics(workdir, about, config.num_steps)
-            shared = workdir
-            if jax.process_index():  # one of several writes the records
-                workdir = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
-            outputs.write_json(workdir / 'config.json', resolved)
-            seen = {'data': rows.fingerprint, 'eval_data': {'split': config.eval.split} | eval_rows.fingerprint}
-            outputs.write_json(workdir / 'environment.json', environment.environment(list(mesh.devices.flat)) | seen)
-            tokenizer.save(workdir / 'tokenizer')
-            lines = log.Metrics(workdir, about['step'], about['open_line'], during.PICTURES)
-            closing.callback(lines.close)
+                check_metrics(shared, about, config.num_steps)
+            records = _Records(shared, resolved, about, data, mesh, closing)
             start = time.perf_counter()
-            train_step, eval_step = program.compile()
+            compiled = program.compile()
             compile_sec = time.perf_counter() - start
-
-        def save_debug(state):
-            folder = shared / 'debug/checkpoints'
-            if not jax.process_index():
-                shutil.rmtree(folder, ignore_errors=True)
-            processes.meet('debug')
-            with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as kept:
-                kept.save(int(jax.device_get(state.step)), state, {'config': resolved})
-
-        sharding = meshes.batch_sharding(mesh)
-
-        def watched(reader):
-            reader, end = iter(reader), object()
-            while True:
-                processes.watch(config.processes.stall)
-                with stop.interruptible():  # reading may hang
-                    batch = next(reader, end)
-                if batch is end:
-                    return
-                yield batch
-
-        def checked(of_sample):
-            for batch in watched(of_sample):
-                stop.check()
-                yield batch
-
-        def evaluate_weights(params):
-            dataset = batches.evaluation(eval_rows, config.batch_size // config.accumulate, sized=True)
-            with contextlib.closing(batches.read(dataset, 0, workers=0)) as reader:
-                return evaluation.evaluate(
-                    eval_step,
-                    params,
-                    watched(reader),
-                    at_a_time=config.accumulate,
-                    num_tokens=config.eval.tokens,
-                    sharding=sharding,
-                    check=stop.check,
-                    official=config.compat != 'none',
-                )
-
-        measuring = [hooks.evaluation(config.eval.every, evaluate_weights, lines)]
-        if config.analysis.tokens:
-            analyses = during.Analyses(config, model, eval_rows, checked)
-            measuring.append(hooks.analysis(config.analysis.every, analyses, lines))
-        meter = Meter(
-            lines,
-            workdir,
-            num_steps=config.num_steps,
-            log_every=config.log_every,
-            log_also=lambda step: (
-                step == config.num_steps or any(every and step % every == 0 for every, _ in measuring)
-            ),
-            tokens=about['tokens'],
-            flops_per_position=program.flops_per_position(),
-            devices=list(mesh.devices.flat),
-            first_line={'perf/compile_sec': compile_sec},
-            collapse=Collapse(
-                config.collapse,
-                round(config.optim.warmup_ratio * config.num_steps),
-                lambda: data_entropy(rows, config),
-            ),
-            save_debug=save_debug,
+        job = _Job(program, compiled, data, checkpoints, records, about, stop)
+        state = job.train(state, compile_sec, closing)
+        processes.watch(0)
+        del state  # what is read back takes its room
+        checkpoints.read_back(config.num_steps, program.state)
+        console.say(log.summary_table(records.lines.lines[-1], program.model.norm_position))
+        console.say(
+            f'weights, metrics and configuration are in {workdir}',
+            f'next: python -m mixln_jax.report {shlex.quote(str(workdir))}',
         )
 
-        def about_state():
-            return {'tokens': meter.tokens, 'data': {'fingerprint': rows.fingerprint}, 'config': resolved}
 
-        saving = hooks.saving(config.checkpoint.every, checkpoints, lines, about_state)
-        done = about['step']
-        part = meshes.local_rows(sharding, config.batch_size)
-        dataset = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size, part=part)
-        reader = closing.enter_context(contextlib.closing(batches.read(dataset, done, config.data.workers)))
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """The tokenizer, the rows to train on and the rows to evaluate on."""
+
+    tokenizer: Tokenizer
+    training: Rows
+    evaluation: Rows
+
+
+class _Records:
+    """What a run writes besides checkpoints: into the work directory, of one of several processes; the others write
+    into a folder that is removed in the end."""
+
+    def __init__(self, shared, resolved, about, data, mesh, closing):
+        self.shared, self.resolved, self.folder = shared, resolved, shared
+        if jax.process_index():
+            self.folder = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
+        outputs.write_json(self.folder / 'config.json', resolved)
+        seen = {
+            'data': data.training.fingerprint,
+            'eval_data': {'split': resolved['eval']['split']} | data.evaluation.fingerprint,
+        }
+        devices = environment.environment(list(mesh.devices.flat))
+        outputs.write_json(self.folder / 'environment.json', devices | seen)
+        data.tokenizer.save(self.folder / 'tokenizer')
+        self.lines = log.Metrics(self.folder, about['step'], about['open_line'], during.PICTURES)
+        closing.callback(self.lines.close)
+
+    def save_debug(self, state: State):
+        """Keeps the state of a bad step in debug/; all processes call it."""
+        folder = self.shared / 'debug/checkpoints'
+        if not jax.process_index():
+            shutil.rmtree(folder, ignore_errors=True)
+        processes.meet('debug')
+        with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as kept:
+            kept.save(int(jax.device_get(state.step)), state, {'config': self.resolved})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A run that is ready to train."""
+
+    program: Program
+    compiled: tuple  # train step and evaluation step
+    data: _Data
+    checkpoints: checkpoint.Checkpoints
+    records: _Records
+    about: dict
+    stop: signals.Stop
+
+    def train(self, state: State, compile_sec: float, closing: contextlib.ExitStack) -> State:
+        """Returns the state after the last step, which is saved."""
+        config, program, first = self.program.config, self.program, self.about['step'] + 1
+        train_step, eval_step = self.compiled
+        feed = Feed(program, self.stop)
+        dataset, to_devices = feed.training(self.data.training)
+        reader = closing.enter_context(contextlib.closing(batches.read(dataset, first - 1, config.data.workers)))
         closing.callback(processes.watch, 0)
-        if not done and model.measured() and not config.init_from:  # given weights have theirs
-            state = program.measure_factors(state, meshes.place(dataset[0], sharding, config.batch_size))
-        stream = (meshes.place(batch, sharding, config.batch_size) for batch in watched(reader))
-        stream = hooks.profiled(stream, done + 1, config.profile.start, config.profile.steps, workdir)
+        if first == 1 and program.model.measured() and not config.init_from:  # given weights have theirs
+            state = program.measure_factors(state, to_devices(dataset[0]))
+        measuring = self._measuring(feed, eval_step)
+        meter = self._meter(measuring, compile_sec)
+        saving = hooks.Saving(
+            config.checkpoint.every,
+            self.checkpoints,
+            self.records.lines,
+            lambda: {
+                'tokens': meter.tokens,
+                'data': {'fingerprint': self.data.training.fingerprint},
+                'config': self.records.resolved,
+            },
+        )
+        stream = (to_devices(batch) for batch in feed.watched(reader))
+        stream = hooks.profiled(stream, first, config.profile.start, config.profile.steps, self.records.folder)
         with jax.transfer_guard('disallow'), contextlib.closing(stream):
             state = loop.fit(
                 state,
                 train_step,
                 stream,
                 [*measuring, saving],
-                first=done + 1,
+                first=first,
                 last=config.num_steps,
                 meter=meter,
-                save=saving[1],
-                stop=stop,
-                resume_hooks=about['open_line'] is not None,
+                save=saving,
+                stop=self.stop,
+                resume_hooks=self.about['open_line'] is not None,
             )
-            checkpoints.wait()
-        processes.watch(0)
-        del state  # what is read back takes its room
-        checkpoints.read_back(config.num_steps, program.state)
-        console.say(log.summary_table(lines.lines[-1], model.norm_position))
-        console.say(
-            f'weights, metrics and configuration are in {given}',
-            f'next: python -m mixln_jax.report {shlex.quote(str(given))}',
+            self.checkpoints.wait()
+        return state
+
+    def _measuring(self, feed, eval_step):
+        """Returns the hooks that put numbers into a step's line."""
+        config, program, lines = self.program.config, self.program, self.records.lines
+        evaluate = feed.evaluation(eval_step, self.data.evaluation)
+        found = [hooks.Evaluation(config.eval.every, evaluate, program.task.headline, lines)]
+        if config.analysis.tokens:
+            analyses = during.Analyses(config, program.model, self.data.evaluation, feed.checked)
+            found.append(hooks.Analysis(config.analysis.every, analyses, lines))
+        return found
+
+    def _meter(self, measuring, compile_sec):
+        config, program = self.program.config, self.program
+        training = batches.training(self.data.training, seed=config.data.seed, batch_size=config.batch_size)
+        seen = map(training.__getitem__, range(1000))
+        return Meter(
+            self.records.lines,
+            self.records.folder,
+            task=program.task,
+            num_steps=config.num_steps,
+            log_every=config.log_every,
+            log_also=lambda step: any(hook.due(step, config.num_steps) for hook in measuring),
+            tokens=self.about['tokens'],
+            flops_per_position=program.flops_per_position(),
+            devices=list(program.mesh.devices.flat),
+            first_line={'perf/compile_sec': compile_sec},
+            collapse=Collapse(
+                config.collapse,
+                round(config.optim.warmup_ratio * config.num_steps),
+                functools.partial(program.task.baseline, seen),
+            ),
+            save_debug=self.records.save_debug,
         )
 
 
-def _digest(config):
-    return hashlib.blake2b(json.dumps([configs.public(config), environment.versions()]).encode()).hexdigest()
+def _join_processes(config, stop, closing):
+    """Waits for the other processes of the run; returns the Stop of all of them."""
+    digest = hashlib.blake2b(json.dumps([configs.public(config), environment.versions()]).encode()).hexdigest()
+    closing.enter_context(processes.joined(config.processes.timeout, digest, config.processes.secret))
+    return processes.SharedStop() if jax.distributed.is_initialized() else stop
+
+
+def _leave_speaking_to_one(mesh, closing):
+    """Prints who this process is, and from then on lets process 0 alone print."""
+    who = f'process {jax.process_index()}/{jax.process_count()}'
+    console.say(f'mixln_jax: {who}, {len(mesh.local_devices)} local of {mesh.size} devices')
+    if jax.process_index():
+        nowhere = open(os.devnull, 'w', encoding='utf-8')  # noqa: SIM115
+        closing.enter_context(nowhere)
+        closing.enter_context(contextlib.redirect_stdout(nowhere))
 
 
 def _start_jax(config):
@@ -217,7 +256,7 @@ def _start_jax(config):
 
 
 def _open_data(config):
-    """(tokenizer, rows to train on, rows to evaluate on)."""
+    """Returns the data of a run; warns where it evaluates on text that it trains on."""
     tokenizer = data_rows.open_tokenizer(config.data)
     rows = [
         data_rows.open_rows(config.data, split, tokenizer, config.seq_length, config.model.vocab_size)
@@ -226,17 +265,17 @@ def _open_data(config):
     if config.data.split == config.eval.split or 'all' in (config.data.split, config.eval.split):
         keys = f'config.eval.split={config.eval.split} and config.data.split={config.data.split}'
         console.say(f'mixln_jax: warning: evaluates on text that it trains on ({keys})', file=sys.stderr)
-    return tokenizer, *rows
+    return _Data(tokenizer, *rows)
 
 
-def _describe(config, program, rows, mesh, verbose):
-    """The start line and what follows from the keys; with `verbose` a table of the parameters."""
-    model, params, analyses = program.model, program.state.params, config.analysis.tokens
+def _describe(program, rows, verbose):
+    """Prints the start line and what follows from the keys; with `verbose` a table of the parameters."""
+    config, mesh, model, params = program.config, program.mesh, program.model, program.state.params
     if verbose:
         console.say(parameter_overview.get_parameter_overview(params, include_stats=False))
     per_step = config.batch_size * config.seq_length
     numbers = {name: getattr(config.optim, name) for name in configs.PUBLISHED[config.optim.name]}
-    attention = '; attention by cuDNN' if model.config.attention == 'cudnn' else ''
+    attention = '; attention by cuDNN' if model.attention_kernel == 'cudnn' else ''
     console.say(
         f'{mesh.size} x {mesh.devices.flat[0].device_kind}{attention}'
         f'; placement {placements.spelled(model.norm_position)}\n'
@@ -245,7 +284,7 @@ def _describe(config, program, rows, mesh, verbose):
         f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows\n'
         f'optimiser {config.optim.name}: {", ".join(f"{name} {number:g}" for name, number in numbers.items()) or "-"}'
     )
-    if analyses:
+    if analyses := config.analysis.tokens:
         share = during.share(config, program.flops_per_position())
         console.say(f'analyses on {analyses:,} tokens: {share:.2%} of the FLOPs of training')
     for warning in placements.warnings(model.norm_position, config.model.init, config.optim.warmup_ratio):

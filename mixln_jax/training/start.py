@@ -1,6 +1,5 @@
 """The state that a run begins with."""
 
-# ruff: noqa: E402
 import contextlib
 
 import jax

@@ -20,7 +20,7 @@ from test_hf import KINDS, PLACEMENTS, edit, logits, network
 
 from mixln_jax.data import tokenizers
 from mixln_jax.models.hf import llama as hf_llama
-from mixln_jax.program import step
+from mixln_jax.tasks.language import Language
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 IDS = np.arange(10).reshape(2, 5)  # as `logits` takes them
@@ -82,7 +82,7 @@ def test_a_tied_head_is_trained_with_the_embedding(tmp_path, norm_position):
     assert found.lm_head.weight is found.model.embed_tokens.weight
     found(torch.asarray(IDS), labels=torch.asarray(IDS), use_cache=False).loss.backward()
     batch = {'inputs': IDS[:, :-1], 'targets': IDS[:, 1:], 'weights': np.ones((2, 4))}
-    grads = jax.grad(lambda params: step.batch_loss(model, params, batch)[0] / 8)(params)
+    grads = jax.grad(lambda params: Language(model).losses(params, batch).sum / 8)(params)
     expected = found.model.embed_tokens.weight.grad.numpy()
     np.testing.assert_allclose(grads['embed']['embedding'][:11], expected, rtol=0, atol=1e-4)
     assert np.abs(expected).max() > 0.1

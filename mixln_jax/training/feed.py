@@ -1,0 +1,76 @@
+"""Batches on their way to the devices, watched while they are read."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from mixln_jax.data import batches
+from mixln_jax.data.rows import Rows
+from mixln_jax.distributed import mesh as meshes
+from mixln_jax.distributed import processes
+from mixln_jax.evaluation.loop import evaluate
+from mixln_jax.program.program import Program
+from mixln_jax.system.signals import Stop
+
+Batch = dict[str, np.ndarray]
+
+
+class Feed:
+    """Reads batches of a run for as long as no signal stops it.
+
+    Reading may hang, so a signal interrupts it, and the stacks of all threads are shown where no batch comes within
+    `config.processes.stall` seconds.
+    """
+
+    def __init__(self, program: Program, stop: Stop):
+        self._config, self._stop, self._program = program.config, stop, program
+        self._sharding = meshes.batch_sharding(program.mesh)
+
+    def watched(self, reader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields what `reader` gives."""
+        reader, end = iter(reader), object()
+        while True:
+            processes.watch(self._config.processes.stall)
+            with self._stop.interruptible():
+                batch = next(reader, end)
+            if batch is end:
+                return
+            yield batch
+
+    def checked(self, reader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields what `reader` gives; raises Stopped between two batches where a signal has come."""
+        for batch in self.watched(reader):
+            self._stop.check()
+            yield batch
+
+    def training(self, rows: Rows) -> tuple[Any, Callable[[Batch], Any]]:
+        """Returns the data set of this process's part of every batch, and the function that puts a batch on the
+        devices."""
+        config, size = self._config, self._config.batch_size
+        part = meshes.local_rows(self._sharding, size)
+        dataset = batches.training(rows, seed=config.data.seed, batch_size=size, part=part)
+        return dataset, lambda batch: meshes.place(batch, self._sharding, size)
+
+    def evaluation(self, eval_step: Callable, rows: Rows) -> Callable[[Any], dict[str, float | None]]:
+        """Returns the function that evaluates weights on `rows`."""
+        config = self._config
+
+        def evaluate_weights(params: Any) -> dict[str, float | None]:
+            dataset = batches.evaluation(rows, config.batch_size // config.accumulate, sized=True)
+            reader = batches.read(dataset, 0, workers=0)
+            try:
+                return evaluate(
+                    eval_step,
+                    params,
+                    self.watched(reader),
+                    task=self._program.task,
+                    at_a_time=config.accumulate,
+                    num_tokens=config.eval.tokens,
+                    sharding=self._sharding,
+                    check=self._stop.check,
+                )
+            finally:
+                reader.close()
+
+        return evaluate_weights
