@@ -32,7 +32,7 @@ def picture() -> str:
 
 def modules() -> dict[pathlib.Path, ast.Module]:
     """Returns the syntax tree of every module of the package."""
-    return {path: ast.parse(path.read_text()) for path in sorted((ROOT / 'mixln_jax').rglob('*.py'))}
+    return {path: ast.parse(path.read_text(encoding='utf-8')) for path in sorted((ROOT / 'mixln_jax').rglob('*.py'))}
 
 
 def functions(tree: ast.Module, nested: bool = False) -> list[ast.FunctionDef]:
@@ -49,7 +49,7 @@ def functions(tree: ast.Module, nested: bool = False) -> list[ast.FunctionDef]:
 def sizes() -> str:
     """Returns a table of what makes a code base easy or hard to read."""
     trees = modules()
-    lines = {path: len(path.read_text().splitlines()) for path in trees}
+    lines = {path: len(path.read_text(encoding='utf-8').splitlines()) for path in trees}
     every = [(path, one) for path, tree in trees.items() for one in functions(tree)]
     long = sorted(
         f'{one.name} ({one.end_lineno - one.lineno + 1})' for _, one in every if one.end_lineno - one.lineno >= LONG
@@ -79,8 +79,8 @@ def between(text: str, name: str, content: str) -> str:
 
 def main():
     page = ROOT / 'docs/develop.md'
-    text = between(page.read_text(), 'rooms', picture())
-    page.write_text(between(text, 'sizes', sizes()))
+    text = between(page.read_text(encoding='utf-8'), 'rooms', picture())
+    page.write_text(between(text, 'sizes', sizes()), encoding='utf-8')
 
 
 if __name__ == '__main__':

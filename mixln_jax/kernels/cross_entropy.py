@@ -1,6 +1,11 @@
-"""What "loss" means: every loss returns (sum, count, aux), sums over real tokens, divided once, by the caller."""
+"""Losses and log-probabilities of tokens, computed without ever holding the logits of the whole batch.
+
+Every loss returns (sum, count, aux): sums over real tokens, divided once, by the caller. Positions are taken in chunks
+along T. Logits, softmax and sums are float32.
+"""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +18,18 @@ CHUNK = 2048  # positions whose logits are alive at a time on a device
 CHUNK_ON_CPU = 512  # faster there, with less memory: benchmarks/NOTES.md
 
 
-def token_losses(x, head_kernel, labels, weights, vocab_size, chunk=None, mesh=None):
-    """Cross-entropy of next tokens without ever holding the logits of the whole batch.
+class TokenLogProbs(NamedTuple):
+    """What `token_log_probs` returns; arrays [B,T], float32, in nats."""
 
-    Positions are taken in chunks along T; the gradient is made while a chunk's logits are there, so the backward pass
-    only scales it. Logits, softmax and sums are float32.
+    log_probs: jax.Array
+    entropy: jax.Array | None
+    log_normalizer: jax.Array | None
+
+
+def token_losses(x, head_kernel, labels, weights, vocab_size, chunk=None, mesh=None):
+    """Cross-entropy of next tokens.
+
+    The gradient is made while a chunk's logits are there, so the backward pass only scales it.
 
     Args:
         x: [B,T,D] after the final norm, in the compute type.
@@ -33,102 +45,272 @@ def token_losses(x, head_kernel, labels, weights, vocab_size, chunk=None, mesh=N
         sum of weighted losses (nats), sum of weights, {'token_loss': [B,T] weighted losses}.
     """
     weights = weights.astype(jnp.float32)
-    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
-    chunk = chunk or (CHUNK_ON_CPU if platform == 'cpu' else CHUNK)
     with jax.named_scope('head'):
-        total, losses = _losses(x, head_kernel, labels, weights, vocab_size, chunk, mesh)
+        total, losses = _losses(x, head_kernel, labels, weights, vocab_size, _chunk(chunk, mesh), mesh)
     return total, weights.sum(), {'token_loss': jax.lax.stop_gradient(losses)}
+
+
+def token_log_probs(
+    x: jax.Array,
+    head_kernel: jax.Array,
+    labels: jax.Array,
+    vocab_size: int,
+    *,
+    chunk: int | None = None,
+    mesh: Mesh | None = None,
+    entropy: bool = False,
+    log_normalizer: bool = False,
+) -> TokenLogProbs:
+    """Log-probability of each label, and on request entropy and log-normaliser of each position's distribution.
+
+    For losses that need more than the sum of token losses. Every output is differentiable with respect to `x` and
+    `head_kernel`. The backward pass computes the logits again, chunk by chunk, and sums the kernel's gradient in
+    float32. With logits z = x W, p = softmax(z) and log Z = log sum exp(z):
+
+        log_probs = z[label] - log Z    d log_probs / dz = onehot(label) - p
+        entropy H = -sum p log p        dH / dz = -p (log p + H)
+        log_normalizer = log Z          d log Z / dz = p
+
+    Args:
+        x: [B,T,D] after the final norm, in the compute type.
+        head_kernel: [D,Vp], Vp >= vocab_size; columns beyond vocab_size take no part.
+        labels: [B,T] int. Where one is outside [0, vocab_size) its log-probability is 0 and has no gradient; entropy
+            and log-normaliser do not depend on labels.
+        vocab_size: V.
+        chunk, mesh: as in `token_losses`; with a mesh, B divides by its row parts, D by `fsdp` and Vp by `tensor`.
+        entropy: whether to return the entropies; None in their place otherwise.
+        log_normalizer: the same for the log-normalisers.
+    """
+    with jax.named_scope('head'):
+        return _log_probs(x, head_kernel, labels, vocab_size, _chunk(chunk, mesh), mesh, entropy, log_normalizer)
+
+
+# --- Losses
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _losses(x, head_kernel, labels, weights, vocab_size, chunk, mesh):
     """Sum of losses and losses [B,T]; only the sum has a gradient."""
-    return _shared(False, x, head_kernel, labels, weights, vocab_size, chunk, mesh)
+    local = functools.partial(_local_losses, gradient=False, chunk=chunk)
+    total, losses, _ = _shared(local, x, head_kernel, (labels, weights), vocab_size, mesh, gradient=False)
+    return total, losses
 
 
-def _forward(x, head_kernel, labels, weights, vocab_size, chunk, mesh):
-    total, losses, d_x, d_kernel = _shared(True, x, head_kernel, labels, weights, vocab_size, chunk, mesh)
+def _losses_forward(x, head_kernel, labels, weights, vocab_size, chunk, mesh):
+    local = functools.partial(_local_losses, gradient=True, chunk=chunk)
+    total, losses, gradients = _shared(local, x, head_kernel, (labels, weights), vocab_size, mesh, gradient=True)
+    d_x, d_kernel = gradients
     return (total, losses), (d_x, d_kernel.astype(head_kernel.dtype))
 
 
-def _backward(vocab_size, chunk, mesh, gradients, cotangents):
+def _losses_backward(vocab_size, chunk, mesh, gradients, cotangents):
     del vocab_size, chunk, mesh
-    by, _ = cotangents
-    return *((gradient * by).astype(gradient.dtype) for gradient in gradients), None, None
+    scale, _ = cotangents
+    return *((gradient * scale).astype(gradient.dtype) for gradient in gradients), None, None
 
 
-_losses.defvjp(_forward, _backward)
+_losses.defvjp(_losses_forward, _losses_backward)
 
 
-def _shared(gradient, x, head_kernel, labels, weights, vocab_size, chunk, mesh):
-    """What `_local` gives, on one device or on each of a mesh with the parts put together."""
-    arguments = x, head_kernel.astype(x.dtype), labels, weights
-    padded = vocab_size if vocab_size < head_kernel.shape[1] else None
-    local = functools.partial(_local, gradient=gradient, padded_from=padded, chunk=chunk)
-    if mesh is None or mesh.size == 1:
-        return local(*arguments)
-    rows = P(meshes.ROWS)
+def _local_losses(head, x, rows, *, gradient, chunk):
+    """Sum of losses, losses [B,T] and, with `gradient`, the gradients of the sum."""
 
-    def shared(*axes):  # of one device alone some compilers make copies
+    def step(carry, arrays):
+        total, d_kernel = carry
+        x, (labels, weights) = arrays
+        logits = head.logits(x)
+        normalizer = head.log_normalizer(logits)
+        losses = (normalizer[..., 0] - head.label_logits(logits, labels)) * weights
+        total += losses.sum()
+        if not gradient:
+            return (total, d_kernel), (losses, None)
+        d_logits = (jnp.exp(logits - normalizer) - head.one_hot(labels)) * weights[..., None]
+        d_x, d_kernel = head.add_gradients(d_kernel, x, d_logits)
+        return (total, d_kernel), (losses, d_x)
+
+    start = jnp.float32(0), head.zeros() if gradient else None
+    (total, d_kernel), (losses, d_x) = _scan(step, start, (x, rows), chunk)
+    return total, losses, (d_x, d_kernel)
+
+
+# --- Log-probabilities
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
+def _log_probs(x, head_kernel, labels, vocab_size, chunk, mesh, entropy, log_normalizer):
+    return _log_probs_forward(x, head_kernel, labels, vocab_size, chunk, mesh, entropy, log_normalizer)[0]
+
+
+def _log_probs_forward(x, head_kernel, labels, vocab_size, chunk, mesh, entropy, log_normalizer):
+    local = functools.partial(_local_log_probs, entropy=entropy, chunk=chunk)
+    _, computed, _ = _shared(local, x, head_kernel, labels, vocab_size, mesh, gradient=False)
+    computed = computed._replace(log_probs=jnp.where(_known(labels, vocab_size), computed.log_probs, 0))
+    returned = computed if log_normalizer else computed._replace(log_normalizer=None)
+    return returned, (x, head_kernel, labels, computed._replace(log_probs=None))
+
+
+def _log_probs_backward(vocab_size, chunk, mesh, entropy, log_normalizer, saved, cotangents):
+    del entropy, log_normalizer
+    x, head_kernel, labels, computed = saved
+    cotangents = cotangents._replace(log_probs=jnp.where(_known(labels, vocab_size), cotangents.log_probs, 0))
+    local = functools.partial(_local_log_probs_gradients, chunk=chunk)
+    rows = labels, computed, cotangents
+    with jax.named_scope('head'):
+        *_, (d_x, d_kernel) = _shared(local, x, head_kernel, rows, vocab_size, mesh, gradient=True)
+    return d_x, d_kernel.astype(head_kernel.dtype), None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
+def _known(labels, vocab_size):
+    """Which labels are inside the vocabulary."""
+    return (labels >= 0) & (labels < vocab_size)
+
+
+def _local_log_probs(head, x, labels, *, entropy, chunk):
+    """TokenLogProbs with the log-normalisers, of labels inside the vocabulary; no sums and no gradients."""
+
+    def step(carry, arrays):
+        x, labels = arrays
+        logits = head.logits(x)
+        normalizer = head.log_normalizer(logits)
+        log_probs = head.label_logits(logits, labels) - normalizer[..., 0]
+        entropies = head.entropy(logits - normalizer) if entropy else None
+        return carry, TokenLogProbs(log_probs, entropies, normalizer[..., 0])
+
+    _, computed = _scan(step, None, (x, labels), chunk)
+    return (), computed, ()
+
+
+def _local_log_probs_gradients(head, x, rows, *, chunk):
+    """The gradients for rows (labels, what `_local_log_probs` computed, cotangents of TokenLogProbs)."""
+
+    def step(d_kernel, arrays):
+        x, (labels, *of_positions) = arrays
+        computed, cotangents = jax.tree.map(lambda a: a[..., None], of_positions)
+        log_p = head.logits(x) - computed.log_normalizer
+        p = jnp.exp(log_p)
+        d_logits = cotangents.log_probs * (head.one_hot(labels) - p)
+        if cotangents.log_normalizer is not None:
+            d_logits += cotangents.log_normalizer * p
+        if cotangents.entropy is not None:
+            d_logits -= cotangents.entropy * p * (_finite(log_p) + computed.entropy)
+        d_x, d_kernel = head.add_gradients(d_kernel, x, d_logits)
+        return d_kernel, d_x
+
+    d_kernel, d_x = _scan(step, head.zeros(), (x, rows), chunk)
+    return (), (), (d_x, d_kernel)
+
+
+def _finite(log_p):
+    """log_p with the least float32 for -inf, so that p log p is 0 where p = 0; NaN stays NaN."""
+    return jnp.maximum(log_p, jnp.finfo(jnp.float32).min)
+
+
+# --- Common parts
+
+
+class _Head(NamedTuple):
+    """A device's columns of the head's kernel, and what is computed from them for a chunk x [B,t,D]."""
+
+    kernel: jax.Array  # [D,V'], in the type of x
+    padded_from: int | None  # columns from this one of all on take no part; None: all do
+    axes: tuple  # names the mesh axis over which the columns are divided; gradients of x are then parts of a sum
+
+    def first(self):
+        return jax.lax.axis_index(self.axes) * self.kernel.shape[1] if self.axes else 0
+
+    def logits(self, x):
+        """[B,t,V'] float32, -inf where columns take no part."""
+        logits = jnp.einsum('btd,dv->btv', x, self.kernel, preferred_element_type=jnp.float32)
+        if self.padded_from:
+            column = jnp.arange(self.kernel.shape[1])
+            logits = jnp.where(column + self.first() < self.padded_from, logits, -jnp.inf)
+        return logits
+
+    def log_normalizer(self, logits):
+        """log sum exp over the vocabulary, [B,t,1]."""
+        largest = jax.lax.pmax(logits.max(axis=-1, keepdims=True), self.axes)
+        return largest + jnp.log(jax.lax.psum(jnp.exp(logits - largest).sum(-1, keepdims=True), self.axes))
+
+    def label_logits(self, logits, labels):
+        """The logits of labels [B,t], 0 for those that no device has."""
+        labels = labels - self.first()
+        here = (labels >= 0) & (labels < self.kernel.shape[1])
+        chosen = jnp.take_along_axis(logits, jnp.where(here, labels, 0)[..., None], axis=-1)[..., 0]
+        return jax.lax.psum(jnp.where(here, chosen, 0), self.axes)
+
+    def entropy(self, log_p):
+        """[B,t], of log-probabilities [B,t,V']."""
+        return jax.lax.psum(-(jnp.exp(log_p) * _finite(log_p)).sum(-1), self.axes)
+
+    def one_hot(self, labels):
+        return jnp.arange(self.kernel.shape[1]) == (labels - self.first())[..., None]
+
+    def zeros(self):
+        return jnp.zeros(self.kernel.shape, jnp.float32)
+
+    def add_gradients(self, d_kernel, x, d_logits):
+        """The gradient of x [B,t,D], and d_kernel [D,V'] float32 with that of the kernel added."""
+        d_logits = d_logits.astype(x.dtype)
+        d_kernel += jnp.einsum('btd,btv->dv', x, d_logits, preferred_element_type=jnp.float32)
+        return jnp.einsum('btv,dv->btd', d_logits, self.kernel), d_kernel
+
+
+def _chunk(chunk, mesh):
+    """The size of a chunk: that given, or what suits the devices."""
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    return chunk or (CHUNK_ON_CPU if platform == 'cpu' else CHUNK)
+
+
+def _scan(step, start, arrays, chunk):
+    """Scans chunks [B,t,...] of arrays [B,T,...] along T; returns the last carry and the outputs [B,T,...].
+
+    A chunk has `chunk` positions, B times t, or fewer, but at least B. Beyond T the arrays are 0.
+    """
+    B, T = arrays[0].shape[:2]
+    length = max(1, min(T, chunk // B))
+    count = -(-T // length)
+
+    def split(a):  # [B,T,...] -> [count,B,length,...]
+        a = jnp.pad(a, [(0, 0), (0, count * length - T)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(B, count, length, *a.shape[2:]), 1, 0)
+
+    def join(a):
+        return jnp.moveaxis(a, 0, 1).reshape(B, count * length, *a.shape[3:])[:, :T]
+
+    carry, outputs = jax.lax.scan(step, start, jax.tree.map(split, arrays))
+    return carry, jax.tree.map(join, outputs)
+
+
+def _shared(local, x, head_kernel, rows, vocab_size, mesh, gradient):
+    """What `local(head, x, rows)` returns, on one device or on each of a mesh with the parts put together.
+
+    rows: arrays [B,T] in a tree. `local` returns sums over positions, arrays [B,T] and, with `gradient`, those of x
+    and of the kernel.
+    """
+    kernel = head_kernel.astype(x.dtype)
+    padded_from = vocab_size if vocab_size < head_kernel.shape[1] else None
+
+    def present(*axes):  # of one device alone some compilers make copies
         return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
-    def on_device(*parts):
-        total, losses, *gradients = local(*parts, columns=shared('tensor'))
-        total = jax.lax.psum(total, shared(*meshes.ROWS))
-        if gradient:
-            d_x, d_kernel = gradients
-            d_kernel = jax.lax.psum(d_kernel, shared('data'))
-            if shared('fsdp'):
-                d_kernel = jax.lax.psum_scatter(d_kernel, 'fsdp', tiled=True)
-            gradients = jax.lax.psum(d_x, shared('tensor')), d_kernel
-        return total, losses, *gradients
-
-    specs = rows, P(None, 'tensor'), rows, rows
-    out = (P(), rows, rows, P('fsdp', 'tensor')) if gradient else (P(), rows)
-    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
-
-
-def _local(x, kernel, labels, weights, *, gradient, padded_from, chunk, columns=()):
-    """Sum of losses, losses [B,T] and, with `gradient`, those of x [B,T,D] and of the kernel [D,Vp] (float32).
-
-    `columns` names the mesh axis over which the kernel's columns lie; both gradients are then parts of a sum. Columns
-    from `padded_from` on take no part; None: all do.
-    """
-    T = x.shape[1]
-    stretch = max(1, min(T, chunk // x.shape[0]))
-    pieces = -(-T // stretch)
-
-    def cut(a):  # [B,T,...] -> [pieces, B, stretch, ...], weight 0 behind T
-        a = jnp.pad(a, [(0, 0), (0, pieces * stretch - T)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(a.shape[0], pieces, stretch, *a.shape[2:]), 1, 0)
-
-    def whole(a):  # the inverse
-        return jnp.moveaxis(a, 0, 1).reshape(x.shape[0], pieces * stretch, *a.shape[3:])[:, :T]
-
-    first = jax.lax.axis_index(columns) * kernel.shape[1] if columns else 0
-    column = jnp.arange(kernel.shape[1])
-
-    def piece(carry, of):
-        total, d_kernel = carry
-        x, labels, weights = of
-        labels = labels - first
-        logits = jnp.einsum('btd,dv->btv', x, kernel, preferred_element_type=jnp.float32)
-        if padded_from:
-            logits = jnp.where(column + first < padded_from, logits, -jnp.inf)
-        largest = jax.lax.pmax(logits.max(axis=-1, keepdims=True), columns)
-        normalizer = largest + jnp.log(jax.lax.psum(jnp.exp(logits - largest).sum(-1, keepdims=True), columns))
-        here = (labels >= 0) & (labels < kernel.shape[1])
-        chosen = jnp.take_along_axis(logits, jnp.where(here, labels, 0)[..., None], axis=-1)[..., 0]
-        losses = (normalizer[..., 0] - jax.lax.psum(jnp.where(here, chosen, 0), columns)) * weights
+    def on_device(x, kernel, rows):
+        sums, outputs, gradients = local(_Head(kernel, padded_from, present('tensor')), x, rows)
+        sums = jax.lax.psum(sums, present(*meshes.ROWS))
         if not gradient:
-            return (total + losses.sum(), d_kernel), (losses,)
-        d_logits = jnp.exp(logits - normalizer) - (column == labels[..., None])
-        d_logits = (d_logits * weights[..., None]).astype(x.dtype)
-        d_kernel += jnp.einsum('btd,btv->dv', x, d_logits, preferred_element_type=jnp.float32)
-        return (total + losses.sum(), d_kernel), (losses, jnp.einsum('btv,dv->btd', d_logits, kernel))
+            return sums, outputs, ()
+        d_x, d_kernel = gradients
+        d_kernel = jax.lax.psum(d_kernel, present('data'))
+        if present('fsdp'):
+            d_kernel = jax.lax.psum_scatter(d_kernel, 'fsdp', tiled=True)
+        return sums, outputs, (jax.lax.psum(d_x, present('tensor')), d_kernel)
 
     with jax.default_matmul_precision('highest' if x.dtype == jnp.float32 else None):
-        start = jnp.float32(0), jnp.zeros(kernel.shape, jnp.float32) if gradient else None
-        (total, d_kernel), out = jax.lax.scan(piece, start, (cut(x), cut(labels), cut(weights)))
-    losses, *d_x = map(whole, out)
-    return (total, losses, *d_x, d_kernel) if gradient else (total, losses)
+        if mesh is None or mesh.size == 1:
+            return local(_Head(kernel, padded_from, ()), x, rows)
+        split = P(meshes.ROWS)
+        out = P(), split, (split, P('fsdp', 'tensor')) if gradient else ()
+        specs = split, P(None, 'tensor'), split
+        return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(x, kernel, rows)
