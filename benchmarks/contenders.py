@@ -94,7 +94,7 @@ def ours(case, settings):
     kind = device.device_kind if device.platform != 'cpu' else f'CPU, {len(os.sched_getaffinity(0))} cores'
     return steps, memory, {
         'tokens': tokens, 'flops': tokens * program.flops_per_position(), 'device': kind,
-        'peak': hardware.PEAK_FLOPS.get(device.device_kind), 'matmul_peak': matmul,
+        'peak': getattr(hardware.DEVICES.get(device.device_kind), 'flops', None), 'matmul_peak': matmul,
     }  # fmt: skip
 
 

@@ -19,44 +19,63 @@ WORKERS = 1024
 LARGEST_VOCABULARY = 2**24
 
 
-def key(default, help, *, choices=None, at_least=None, above=None, at_most=None, below=None, secret=False):
-    """A configuration key: its default (which gives its type), its help, the values it may take, and whether its value
-    is never shown."""
+def key(
+    default,
+    help,
+    *,
+    choices=None,
+    at_least=None,
+    above=None,
+    at_most=None,
+    below=None,
+    secret=False,
+    may_change=False,
+    weights=False,
+):
+    """A configuration key: its default (which gives its type), its help and the values it may take.
+
+    `secret`: its value is never shown. `may_change`: it may differ when a run continues; any other key that differs
+    makes it another run. `weights`: two networks must agree in it to have the same weights and mean the same by them.
+    """
     ranges = {'at least': at_least, 'above': above, 'at most': at_most, 'below': below}
     ranges = {name: bound for name, bound in ranges.items() if bound is not None}
     metadata = {'help': help, 'choices': choices, 'ranges': ranges, 'secret': secret}
+    metadata |= {'may_change': may_change, 'weights': weights}
     return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
-def group(cls):
-    """A group of keys, `config.<group>.<key>`."""
-    return dataclasses.field(default_factory=cls)
+def group(cls, may_change=False):
+    """A group of keys, `config.<group>.<key>`; `may_change`: all of them may differ when a run continues."""
+    return dataclasses.field(default_factory=cls, metadata={'may_change': may_change})
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The network; `hidden_size` and the like are Hugging Face's names for LLaMA."""
 
-    family: str = key('llama', 'architecture', choices=('llama',))
-    vocab_size: int = key(32000, 'size of the vocabulary', at_least=2, at_most=LARGEST_VOCABULARY)
-    hidden_size: int = key(768, 'width D of the residual stream', at_least=1, at_most=2**18)
-    intermediate_size: int = key(2048, 'width of the MLP', at_least=1, at_most=2**20)
-    num_layers: int = key(12, 'number of layers L', at_least=1, at_most=10_000)
-    num_heads: int = key(12, 'number of query heads', at_least=1)
+    family: str = key('llama', 'architecture', choices=('llama',), weights=True)
+    vocab_size: int = key(32000, 'size of the vocabulary', at_least=2, at_most=LARGEST_VOCABULARY, weights=True)
+    hidden_size: int = key(768, 'width D of the residual stream', at_least=1, at_most=2**18, weights=True)
+    intermediate_size: int = key(2048, 'width of the MLP', at_least=1, at_most=2**20, weights=True)
+    num_layers: int = key(12, 'number of layers L', at_least=1, at_most=10_000, weights=True)
+    num_heads: int = key(12, 'number of query heads', at_least=1, weights=True)
     num_kv_heads: int = key(0, 'number of key and value heads; 0: as many as query heads', at_least=0)
     head_dim: int = key(0, 'features of a head; 0: hidden_size / num_heads', at_least=0, at_most=2**16)
-    attention_bias: bool = key(False, 'the matrices of attention have biases')
-    mlp_bias: bool = key(False, 'the matrices of the MLP have biases')
-    tie_word_embeddings: bool = key(False, 'the head is the embedding, transposed')
+    attention_bias: bool = key(False, 'the matrices of attention have biases', weights=True)
+    mlp_bias: bool = key(False, 'the matrices of the MLP have biases', weights=True)
+    tie_word_embeddings: bool = key(False, 'the head is the embedding, transposed', weights=True)
     norm_position: str = key(
         'mix', 'placement of the norms: a name for all layers, mix, or a list such as post*3,pre*9'
     )
     post_ratio: float = key(0.25, 'share of Post-LN layers under mix', at_least=0.0, at_most=1.0)
     norm_groups: int = key(4, 'groups of features in the norms of group_pre', at_least=1)
-    norm_eps: float = key(1e-6, 'epsilon of the norms', above=0.0)
-    rope_theta: float = key(10000.0, 'base of the rotary angles', above=1.0)
+    norm_eps: float = key(1e-6, 'epsilon of the norms', above=0.0, weights=True)
+    rope_theta: float = key(10000.0, 'base of the rotary angles', above=1.0, weights=True)
     rope_type: str = key(
-        'default', 'llama3: slow rotations are slowed further, as in Llama 3.1', choices=('default', 'llama3')
+        'default',
+        'llama3: slow rotations are slowed further, as in Llama 3.1',
+        choices=('default', 'llama3'),
+        weights=True,
     )
     rope_factor: float = key(8.0, 'llama3: by how much the slowest rotations are slowed', at_least=1.0)
     rope_low_freq_factor: float = key(1.0, 'llama3: fewer turns than this in a row: the slowest rotations', above=0.0)
@@ -69,23 +88,26 @@ class Model:
         choices=('auto', 'normal', 'scaled', 'deepnorm'),
     )
     init_std: float = key(0.02, 'standard deviation of the weights', above=0.0)
-    scale_embed: bool = key(False, 'embeddings are multiplied by sqrt(D)')
+    scale_embed: bool = key(False, 'embeddings are multiplied by sqrt(D)', weights=True)
     embed_std: float = key(0.02, 'standard deviation of the embedding', above=0.0)
     remat: str = key(
         'none',
         'what the backward pass recomputes: nothing, all but the matrix products (dots), or the whole layer (full)',
         choices=('none', 'dots', 'full'),
+        may_change=True,
     )
     scan_unroll: str = key(
         'auto',
         'layers unrolled in the compiled loop; all: a little faster, compiles longer, defeats remat; '
         'auto: all up to 12 layers without remat',
         choices=('auto', '1', 'all'),
+        may_change=True,
     )
     attention: str = key(
         'auto',
         "in blocks of queries, or auto: cuDNN's where it can be, on NVIDIA GPUs (from Ampere on) in bfloat16",
         choices=('auto', 'blocks'),
+        may_change=True,
     )
 
     @property
@@ -105,14 +127,20 @@ class Data:
 
     source: str = key('tfds', 'kind of source', choices=('tfds', 'tokens', 'jsonl', 'text', 'stdlib'))
     path: str = key(
-        '', 'files of a jsonl or text source: paths or globs, separated by commas; folder of prepared tokens'
+        '',
+        'files of a jsonl or text source: paths or globs, separated by commas; folder of prepared tokens',
+        may_change=True,
     )
     name: str = key('c4/en', 'name of a tfds data set')
-    data_dir: str = key('', 'folder or gs:// bucket that holds tfds data sets; empty: ~/tensorflow_datasets')
+    data_dir: str = key(
+        '', 'folder or gs:// bucket that holds tfds data sets; empty: ~/tensorflow_datasets', may_change=True
+    )
     split: str = key('train', 'split to train on: train, validation, or what a tfds data set has')
     tokenizer: str = key('sentencepiece', 'kind of tokenizer', choices=('sentencepiece', 'huggingface', 'bytes'))
     tokenizer_path: str = key(
-        '', 'file or URL of a sentencepiece model or a huggingface tokenizer.json; empty: the T5 vocabulary'
+        '',
+        'file or URL of a sentencepiece model or a huggingface tokenizer.json; empty: the T5 vocabulary',
+        may_change=True,
     )
     mode: str = key(
         'pad',
@@ -120,7 +148,9 @@ class Data:
         'concat: documents end to end',
         choices=('pad', 'pack', 'concat'),
     )
-    workers: int = key(0, 'processes that prepare batches; 0: threads of this process', at_least=0, at_most=WORKERS)
+    workers: int = key(
+        0, 'processes that prepare batches; 0: threads of this process', at_least=0, at_most=WORKERS, may_change=True
+    )
     seed: int = key(0, 'seed of the order of the rows', at_least=0, below=2**32)
 
 
@@ -252,11 +282,11 @@ class Config:
     batch_size: int = key(512, 'sequences in a batch, over all devices and accumulation', at_least=1, at_most=2**24)
     seq_length: int = key(256, 'tokens in a sequence T', at_least=2, at_most=LONGEST)
     num_steps: int = key(20_000, 'updates in the run', at_least=1, below=2**31)
-    accumulate: int = key(1, 'micro-batches that make one batch', at_least=1)
-    log_every: int = key(10, 'steps between progress lines', at_least=1)
+    accumulate: int = key(1, 'micro-batches that make one batch', at_least=1, may_change=True)
+    log_every: int = key(10, 'steps between progress lines', at_least=1, may_change=True)
     compute_dtype: str = key('bfloat16', 'type of activations', choices=('bfloat16', 'float32'))
     param_dtype: str = key('float32', 'type of weights and moments', choices=('float32', 'bfloat16'))
-    device: str = key('auto', 'kind of device', choices=('auto', 'cpu', 'gpu', 'tpu'))
+    device: str = key('auto', 'kind of device', choices=('auto', 'cpu', 'gpu', 'tpu'), may_change=True)
     deterministic: bool = key(False, 'bitwise repeatable also on GPU, at some cost')
     collapse: str = key(
         'warn',
@@ -270,18 +300,22 @@ class Config:
         'but weights and moments in bfloat16',
         choices=('none', 'official', 'official_float32'),
     )
-    init_from: str = key('', 'weights to start from: hf:FOLDER, or a run or checkpoint of ours; only the weights')
-    resume_from: str = key('', 'run or checkpoint of ours, whole state, to go on from in another work directory')
+    init_from: str = key(
+        '', 'weights to start from: hf:FOLDER, or a run or checkpoint of ours; only the weights', may_change=True
+    )
+    resume_from: str = key(
+        '', 'run or checkpoint of ours, whole state, to go on from in another work directory', may_change=True
+    )
     model: Model = group(Model)
     data: Data = group(Data)
     optim: Optim = group(Optim)
-    eval: Eval = group(Eval)
-    checkpoint: Checkpoint = group(Checkpoint)
-    mesh: Mesh = group(Mesh)
-    processes: Processes = group(Processes)
-    analysis: Analysis = group(Analysis)
-    profile: Profile = group(Profile)
-    expected: Expected = group(Expected)
+    eval: Eval = group(Eval, may_change=True)
+    checkpoint: Checkpoint = group(Checkpoint, may_change=True)
+    mesh: Mesh = group(Mesh, may_change=True)
+    processes: Processes = group(Processes, may_change=True)
+    analysis: Analysis = group(Analysis, may_change=True)
+    profile: Profile = group(Profile, may_change=True)
+    expected: Expected = group(Expected, may_change=True)
 
 
 class UnknownKey(KeyError):
@@ -502,6 +536,18 @@ def flatten(config, prefix=''):
     for name, value in config.items():
         flat.update(flatten(value, f'{prefix}{name}.') if isinstance(value, dict) else {prefix + name: value})
     return flat
+
+
+def may_change() -> set[str]:
+    """Returns the keys that may differ when a run continues, such as `eval.every`."""
+    groups = {f'{field.name}.' for field in dataclasses.fields(Config) if field.metadata.get('may_change')}
+    keys = [(path, field.metadata['may_change']) for path, field in all_fields(Config, '')]
+    return {path for path, alone in keys if alone or f'{path.partition(".")[0]}.' in groups}
+
+
+def same_weights() -> list[str]:
+    """Returns the keys of `model` in which two networks must agree to have the same weights."""
+    return [field.name for field in dataclasses.fields(Model) if field.metadata['weights']]
 
 
 def all_fields(cls, prefix):

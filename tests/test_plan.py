@@ -183,7 +183,8 @@ def test_more_devices_where_nothing_else_helps(tmp_path, capsys, monkeypatch):
         config, mesh=configs.Mesh(1, 16, 1), accumulate=4, model=dataclasses.replace(config.model, remat='full')
     )
     need = sum(memory.memory(abstract(least, 16)).values())
-    monkeypatch.setitem(hardware.HARDWARE, 'v5e', ('TPU v5 lite', need / memory.SPARE + 1))
+    small = dataclasses.replace(hardware.DEVICES['TPU v5 lite'], memory=need / memory.SPARE + 1)
+    monkeypatch.setitem(hardware.DEVICES, 'TPU v5 lite', small)
     assert plan.main(['--config', recipe(tmp_path), '--topology', 'v5e:2x4']) == 0
     shown = capsys.readouterr().out
     assert 'does not fit' in shown

@@ -19,7 +19,7 @@ from mixln_jax.plan.memory import abstract_mesh, fits, memory, proposal, topolog
 from mixln_jax.program.program import Program
 from mixln_jax.system import cli, console, hardware
 from mixln_jax.system.errors import DeviceError, UsageError, first_line
-from mixln_jax.system.hardware import CLOCK, HARDWARE
+from mixln_jax.system.hardware import DEVICES, KINDS
 
 
 def compiled(config, topology):
@@ -51,13 +51,13 @@ def needed(executable):
 def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
     """Prints the plan. Raises UsageError for sizes that do not fit together, DeviceError where nothing can compile."""
     kind, count = topology_size(topology)
-    device, capacity = HARDWARE[kind]
+    device, capacity = KINDS[kind], DEVICES[KINDS[kind]].memory
     program = Program(config, abstract_mesh(config.mesh, count))
     sizes, params = config.model, program.state.params
     number = llama.num_params(sizes, params)
     positions = config.batch_size * config.seq_length
     a_position = program.flops_per_position()
-    seconds = a_position * positions / (mfu * hardware.PEAK_FLOPS[device] * count)
+    seconds = a_position * positions / (mfu * DEVICES[device].flops * count)
     hours = seconds * config.num_steps / 3600
     parts = memory(program)
     total = sum(parts.values())
@@ -104,7 +104,7 @@ def say_expected(cycles, device, flops):
         device: as JAX names it.
         flops: of a step on a device, by formula.
     """
-    clock = CLOCK.get(device)
+    clock = DEVICES[device].clock if device in DEVICES else None
     if cycles and clock:
         seconds = sum(cycles.values()) / clock
         utilisation = hardware.mfu(flops / seconds, device, 1)
@@ -129,7 +129,7 @@ def main(argv):
         '--config', required=True, metavar='FILE[:ARG]', help='a recipe; --config.KEY=VALUE as for main'
     )
     parser.add_argument(
-        '--topology', required=True, metavar='KIND:SHAPE', help=f'{", ".join(HARDWARE)}, such as v5e:8x8'
+        '--topology', required=True, metavar='KIND:SHAPE', help=f'{", ".join(sorted(KINDS))}, such as v5e:8x8'
     )
     parser.add_argument('--mfu', type=float, default=0.4, metavar='X', help='model FLOPs utilisation to expect [0.4]')
     parser.add_argument('--compile', action='store_true', help='compile the train step for the TPU topology')

@@ -13,7 +13,7 @@ from mixln_jax.distributed import mesh as meshes
 from mixln_jax.kernels import attention, cross_entropy
 from mixln_jax.program.program import Program
 from mixln_jax.system.errors import UsageError
-from mixln_jax.system.hardware import HARDWARE
+from mixln_jax.system.hardware import KINDS
 
 SPARE = 0.95  # of the memory; the rest is the runtime's
 
@@ -21,8 +21,8 @@ SPARE = 0.95  # of the memory; the rest is the runtime's
 def topology_size(topology: str) -> tuple[str, int]:
     """('v5e', 64) of 'v5e:8x8', ('h100', 8) of 'h100:8'. Raises UsageError."""
     kind, _, shape = topology.partition(':')
-    if kind not in HARDWARE or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape):
-        raise UsageError(f'--topology {topology}: KIND:SHAPE such as v5e:8x8 or h100:8, of {", ".join(HARDWARE)}')
+    if kind not in KINDS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape):
+        raise UsageError(f'--topology {topology}: KIND:SHAPE such as v5e:8x8 or h100:8, of {", ".join(sorted(KINDS))}')
     return kind, math.prod(map(int, shape.split('x')))
 
 

@@ -23,11 +23,6 @@ from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
 EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
-# Keys of config.model in which two networks must agree to have the same weights, and mean the same by them.
-SAME = (
-    *('family', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads', 'norm_eps', 'scale_embed'),
-    *('rope_theta', 'rope_type', *hf_config.SWITCHES),
-)
 
 
 class Removed(UsageError):
@@ -291,7 +286,7 @@ def _check_same(model, found, stated=True):
     """Raises UsageError where weights belong to another network than `model`; `stated`: whether they say placements."""
 
     def facts(of):
-        found = {name: getattr(of.config, name) for name in SAME}
+        found = {name: getattr(of.config, name) for name in configs.same_weights()}
         found |= {'num_kv_heads': of.config.kv_heads, 'head_dim': of.config.head_size}
         if of.config.rope_type == 'llama3':
             found |= {name: getattr(of.config, name) for name in hf_config.ROPE}

@@ -25,13 +25,6 @@ def names(folders):
     return ['/'.join(name(of)) for of in parts]
 
 
-# What may differ when a run goes on; everything else would make it another run.
-MAY_CHANGE = (
-    *('device', 'accumulate', 'log_every', 'model.scan_unroll', 'model.remat', 'model.attention'),
-    *('eval.', 'checkpoint.', 'mesh.', 'processes.', 'analysis.', 'profile.', 'expected.'),
-    *('data.workers', 'data.path', 'data.data_dir', 'data.tokenizer_path'),  # to the same content
-    *('init_from', 'resume_from'),  # where a run begins; once it has a checkpoint they are not even read
-)
 ANOTHER = 'give another --workdir'
 WRITTEN = 'metrics.jsonl', 'tokenizer/*', 'environment.json', 'debug/*', 'profile/*'  # by a run, after config.json
 
@@ -154,11 +147,11 @@ def check_same_run(where, before, now, way_out):
     """Raises UsageError, naming the keys and the way out, where two resolved configs are not of one run."""
     before, now = configs.flatten(configs.Config()) | configs.flatten(before), configs.flatten(now)
     # The authors' mean of the micro-batches' means depends on how many they are.
-    may_change = tuple(name for name in MAY_CHANGE if name != 'accumulate' or now['compat'] == 'none')
+    may_change = configs.may_change() - ({'accumulate'} if now['compat'] != 'none' else set())
     differ = [
         f'{name} (was {before.get(name)}, is {now.get(name)})'
         for name in sorted(before | now)
-        if before.get(name) != now.get(name) and name not in may_change and f'{name.split(".")[0]}.' not in may_change
+        if before.get(name) != now.get(name) and name not in may_change
     ]
     if differ:
         raise UsageError(f'{where} holds a run of another configuration: {", ".join(differ)}; {way_out}')

@@ -1,35 +1,36 @@
-"""What is known of devices: peak speed."""
+"""What datasheets state of accelerators: peak speed, memory, clock."""
 
-# Datasheet peaks in dense bfloat16 FLOP/s of one device, by what JAX calls it.
-PEAK_FLOPS = {
-    'NVIDIA H200': 989e12,
-    'NVIDIA H100 80GB HBM3': 989e12,
-    'NVIDIA H100 PCIe': 756e12,
-    'NVIDIA A100-SXM4-80GB': 312e12,
-    'NVIDIA A100-SXM4-40GB': 312e12,
-    'TPU v3': 61.5e12,  # a device is a core, half a chip
-    'TPU v4': 275e12,
-    'TPU v5 lite': 197e12,
-    'TPU v5': 459e12,
-    'TPU v6 lite': 918e12,
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device: `flops` per second in dense bfloat16, bytes of `memory`, `clock` in cycles per second (the peak over
+    what all matrix units do in a cycle), and its `name` in a topology such as v5e:8x8; None: not known, or not used."""
+
+    flops: float
+    memory: int | None = None
+    clock: float | None = None
+    name: str | None = None
+
+
+GIB = 2**30
+DEVICES = {  # by what JAX calls them
+    'NVIDIA H200': Device(989e12, 141 * 10**9, name='h200'),
+    'NVIDIA H100 80GB HBM3': Device(989e12, 80 * GIB, name='h100'),
+    'NVIDIA H100 PCIe': Device(756e12),
+    'NVIDIA A100-SXM4-80GB': Device(312e12, 80 * GIB, name='a100'),
+    'NVIDIA A100-SXM4-40GB': Device(312e12),
+    'TPU v3': Device(61.5e12),  # a device is a core, half a chip
+    'TPU v4': Device(275e12, 32 * GIB, 1.05e9, 'v4'),
+    'TPU v5 lite': Device(197e12, 16 * GIB, 1.5e9, 'v5e'),
+    'TPU v5': Device(459e12, 95 * GIB, 1.75e9, 'v5p'),
+    'TPU v6 lite': Device(918e12, 32 * GIB, 1.75e9, 'v6e'),
 }
+KINDS = {device.name: kind for kind, device in DEVICES.items() if device.name}  # what `plan --topology` knows
 
 
-def mfu(flops_per_sec, device_kind, devices):
-    """Model FLOPs utilisation against the datasheet's peak; None where that is unknown."""
-    peak = PEAK_FLOPS.get(device_kind)
-    return flops_per_sec / (peak * devices) if peak else None
-
-
-# Kind of device as JAX names it, its memory in bytes (datasheets).
-HARDWARE = {
-    'v4': ('TPU v4', 32 * 2**30),
-    'v5e': ('TPU v5 lite', 16 * 2**30),
-    'v5p': ('TPU v5', 95 * 2**30),
-    'v6e': ('TPU v6 lite', 32 * 2**30),
-    'a100': ('NVIDIA A100-SXM4-80GB', 80 * 2**30),
-    'h100': ('NVIDIA H100 80GB HBM3', 80 * 2**30),
-    'h200': ('NVIDIA H200', 141 * 10**9),
-}
-# Cycles a second (datasheets: the peak over what all matrix units do in a cycle).
-CLOCK = {'TPU v4': 1.05e9, 'TPU v5 lite': 1.5e9, 'TPU v5': 1.75e9, 'TPU v6 lite': 1.75e9}
+def mfu(flops_per_sec: float, device_kind: str, devices: int) -> float | None:
+    """Returns the model FLOPs utilisation against the datasheet's peak; None for a device that is not listed."""
+    device = DEVICES.get(device_kind)
+    return flops_per_sec / (device.flops * devices) if device else None
