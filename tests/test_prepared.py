@@ -248,9 +248,9 @@ FLIPS = ['train-00000-of-00002.bin', 'train-00001-of-00002.rows', 'validation-00
 
 
 def flip(path, place=-1):
-    """Changes one bit."""
+    """Changes one bit; from the end it counts before the seal."""
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[place - prepared.SEAL * (path.suffix == '.rows' and place < 0)] ^= 1
     path.write_bytes(content)
 
 

@@ -2,21 +2,22 @@
 
     tokens.json                 what the rows are, and every shard with its rows and a digest of its bytes
     train-00000-of-00008.bin    rows of T+1 ids, uint16 or uint32 little-endian, nothing else
-    train-00000-of-00008.rows   a NOTE of each row, see `note`
+    train-00000-of-00008.rows   a note of each row, see `note`, and the SEAL of the shard, see `seal`
     validation-...
     tokenizer/                  the tokenizer that made the ids
 
 tokens.json is written last: without it a folder is not a data set. Folders of version 0.1 have no .rows: theirs can be
-read where the ids alone say which of them are real, without bytes of text, and data.prepare adds what is missing.
+read where the ids alone say which of them are real, without bytes of text, and data.prepare adds what is missing. The
+.rows of later folders may have no seal; data.prepare adds it.
 """
 
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
 
 import numpy as np
+import xxhash
 from isal import isal_zlib
 
 from mixln_jax import config
@@ -28,38 +29,74 @@ from mixln_jax.system.errors import DataError, reading
 DESCRIPTION = 'tokens.json'
 WORK = '.prepare'  # folder with the plan of data.prepare and one file a finished shard
 NOT_OURS = 'not what data.prepare writes'
+NOT_THIS_SHARD = 'damaged, or the notes of another shard: its seal is another'
+SEAL = 16  # bytes
+AT_ONCE = 2**14  # notes that are sealed in one go
 
 
 def note(seq_length: int) -> np.dtype:
     """Returns the type of what a .rows file holds of each row: where documents end (a bit for each of T+1 ids), the
-    bytes of text that its targets stand for, and a checksum (CRC-32) of the row's ids and these."""
+    bytes of text that its targets stand for, and a checksum: the CRC-32 of the row's ids and these, combined with the
+    row's salt where the file has a seal (see `salts`)."""
     return np.dtype([('ends', 'u1', -(-(seq_length + 1) // 8)), ('num_bytes', '<u4'), ('crc', '<u4')])
 
 
 def notes(block: Block, dtype: np.dtype) -> np.ndarray:
-    """Returns the notes [n] on rows whose ids are kept as `dtype`."""
+    """Returns the notes [n], not sealed yet, on rows whose ids are kept as `dtype`."""
     made = np.zeros(len(block.ids), note(block.ids.shape[1] - 1))
     made['ends'], made['num_bytes'] = np.packbits(block.ends, axis=1), block.num_bytes
-    rows = zip(block.ids.astype(dtype), made, strict=True)
-    made['crc'] = [_checksum(ids.tobytes(), of_row.tobytes()) for ids, of_row in rows]
+    made['crc'] = _checksums([ids.tobytes() for ids in block.ids.astype(dtype)], [of_row.tobytes() for of_row in made])
     return made
 
 
-def _checksum(ids, of_row):
-    """The checksum that the note of a row should have, both as bytes."""
-    return isal_zlib.crc32(ids + of_row[:-4])
+def _checksums(rows, notes, crc32=isal_zlib.crc32):  # as a local: it is called for every row
+    """Returns the CRC-32 [n] of rows and their notes, both lists of bytes, as it is while the notes are not sealed."""
+    return np.array([crc32(ids + of_row[:-4]) for ids, of_row in zip(rows, notes, strict=True)], np.uint32)
 
 
-def _is_whole(ids, of_row, crc32=isal_zlib.crc32, number=int.from_bytes):  # as locals: it is called for every row
-    return crc32(ids + of_row[:-4]) == number(of_row[-4:], 'little')
+def wrong(rows: list[bytes], notes: list[bytes], salts: np.ndarray) -> np.ndarray:
+    """Returns the indices of the rows that are damaged, or whose notes are, or that are not the rows of these `salts`
+    [n]; zeros stand for notes without a seal."""
+    said = np.frombuffer(b''.join(of_row[-4:] for of_row in notes), '<u4')
+    return np.flatnonzero(_checksums(rows, notes) ^ salts != said)
 
 
-def wrong(rows: bytes, size: int, said: bytes, size_of_note: int) -> Iterator[int]:
-    """Which of these rows of `size` bytes are damaged, or their notes are."""
-    notes = [said[start : start + size_of_note] for start in range(0, len(said), size_of_note)]
-    for i, of_row in enumerate(notes):
-        if not _is_whole(rows[i * size : (i + 1) * size], of_row):
-            yield i
+def seal(file: str, digest: str) -> bytes:
+    """Returns what the .rows of a shard end with and what its checksums are salted with, which follows from the name of
+    the shard and the digest of its content: rows that are not those of this very shard do not pass for them."""
+    return xxhash.xxh3_128(f'{pathlib.PurePath(file).name} {digest}'.encode(errors='backslashreplace')).digest()
+
+
+def salts(seeds: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Returns what the checksums of rows are combined with, by exclusive or, so that a row passes in its place alone
+    (elsewhere with a chance of 2^-32): SplitMix64 (Steele, Lea and Flood 2014), its upper half.
+
+    Args:
+        seeds: uint64 [n], the first eight bytes of the seals of the rows' shards.
+        numbers: [n], of the rows in their shards.
+    """
+    mixed = seeds + (np.asarray(numbers).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return ((mixed ^ mixed >> np.uint64(31)) >> np.uint64(32)).astype(np.uint32)
+
+
+def shard_salts(seal: bytes, numbers: np.ndarray) -> np.ndarray:
+    """Returns the `salts` [n] of rows of one shard."""
+    return salts(np.frombuffer(seal, '<u8', 1), numbers)
+
+
+def add_seal(path: str | os.PathLike, noted: np.dtype, seal: bytes):
+    """Seals a .rows file that has a note of each row, and no seal."""
+    with open(path, 'r+b') as file:
+        first = 0
+        while content := file.read(AT_ONCE * noted.itemsize):
+            made = np.frombuffer(content, noted).copy()
+            made['crc'] ^= shard_salts(seal, first + np.arange(len(made)))
+            file.seek(first * noted.itemsize)
+            file.write(made.tobytes())
+            first += len(made)
+        file.write(seal)
 
 
 def notes_file(shard: str) -> str:
@@ -90,8 +127,16 @@ class Prepared:
             'seq_length': about['seq_length'],
         }
         self._note = note(self._width - 1) if all('notes' in shard for shard in shards) else None
-        for file, shard in zip(self._files, shards, strict=True):
-            check_sizes(file, shard['rows'], self._width * self._dtype.itemsize, self._note)
+        self._rows = [shard['rows'] for shard in shards]
+        self._seals = [seal(shard['file'], shard['digest']) for shard in shards]
+        self._seeds = np.frombuffer(b''.join(self._seals), '<u8')[::2]
+        self._sealed = np.array(
+            [
+                check_sizes(file, shard, self._width * self._dtype.itemsize, self._note)
+                for file, shard in zip(self._files, shards, strict=True)
+            ],
+            bool,
+        )
         if not len(self):
             raise DataError(f'{folder}: no rows in split {split}')
         if not self._note:
@@ -104,8 +149,8 @@ class Prepared:
 
     def read(self, indices, sized=False):
         shards = np.searchsorted(self._ends, indices, side='right')
-        at = (np.asarray(indices) - np.concatenate([[0], self._ends])[shards]).tolist()
-        wanted = list(zip(indices, shards.tolist(), at, strict=True))
+        numbers = np.asarray(indices) - np.concatenate([[0], self._ends])[shards]
+        wanted = list(zip(indices, shards.tolist(), numbers.tolist(), strict=True))
         rows = self._read(wanted, self._files, self._width * self._dtype.itemsize)
         ids = np.frombuffer(b''.join(rows), self._dtype).reshape(len(rows), self._width)
         if ids.max(initial=0) >= self._vocab_size:
@@ -114,12 +159,12 @@ class Prepared:
         if not self._note:
             return Block(ids, _ends_by_ids(ids, self.layout), None)
         said = self._read(wanted, self._notes, self._note.itemsize)
-        for i, row, of_row in zip(indices, rows, said, strict=True):
-            if not _is_whole(row, of_row):
-                raise DataError(
-                    f'{self.origin(i)}: damaged: its checksum is another; the command that made the folder, run once '
-                    'more, writes damaged shards again'
-                )
+        salted = salts(self._seeds[shards], numbers) * self._sealed[shards]
+        for bad in wrong(rows, said, salted)[:1]:
+            raise DataError(
+                f'{self.origin(indices[bad])}: damaged, or not the row that belongs here: its checksum is another; the '
+                'command that made the folder, run once more, writes such shards again'
+            )
         said = np.frombuffer(b''.join(said), self._note)
         ends = np.unpackbits(said['ends'], axis=1, count=self._width).view(bool)
         return Block(ids, ends, said['num_bytes'].astype(np.int64))
@@ -130,7 +175,7 @@ class Prepared:
         found = []
         for i, shard, row in wanted:
             try:
-                content = os.pread(self._handles.get(names[shard]) or self._open(names[shard]), size, row * size)
+                content = os.pread(self._handles.get(names[shard]) or self._open(names, shard), size, row * size)
             except OSError as error:
                 raise DataError(f'{self.origin(i)}: cannot be read: {error.strerror}') from error
             if len(content) != size:
@@ -138,11 +183,26 @@ class Prepared:
             found.append(content)
         return found
 
-    def _open(self, file):
+    def _open(self, names, shard):
+        file = names[shard]
         handle = os.open(file, os.O_RDONLY)
+        if names is self._notes:
+            self._check_seal(shard, handle)
         if self._handles.setdefault(file, handle) != handle:  # another thread was faster
             os.close(handle)
         return self._handles[file]
+
+    def _check_seal(self, shard, handle):
+        """Raises DataError for a .rows file of another shard."""
+        found = os.pread(handle, SEAL, self._rows[shard] * self._note.itemsize)
+        if found or self._sealed[shard]:  # data.prepare may have added it since
+            self._sealed[shard] = True
+            if found != self._seals[shard]:
+                os.close(handle)
+                raise DataError(
+                    f'{self._notes[shard]}: {NOT_THIS_SHARD}; the command that made the folder, run once more, writes '
+                    'such shards again'
+                )
 
     def origin(self, i):
         i = range(len(self))[i]
@@ -161,11 +221,22 @@ class Prepared:
         text_files.allow_open(4 * len(self._files))
 
 
-def check_sizes(file: str, rows: int, size: int, noted: np.dtype | None):
-    """Raises DataError where a shard of so many rows of `size` bytes, or its notes, are missing or cut short."""
-    _check_size(file, rows * size)
-    if noted:
-        _check_size(notes_file(file), rows * noted.itemsize)
+def check_sizes(file: str, shard: dict, size: int, noted: np.dtype | None) -> bool:
+    """Returns whether the notes of a shard are sealed. Raises DataError where the shard, whose rows have `size` bytes,
+    or its notes are missing or cut short.
+
+    Args:
+        file: its path.
+        shard: what tokens.json says of it.
+        size: bytes of a row.
+        noted: the type of its notes; None: it has none.
+    """
+    _check_size(file, [shard['rows'] * size])
+    if not noted:
+        return False
+    sealed = shard['rows'] * noted.itemsize + SEAL
+    # While data.prepare seals a folder, tokens.json does not know it yet.
+    return _check_size(notes_file(file), [sealed] if 'sealed' in shard else [sealed - SEAL, sealed]) == sealed
 
 
 def _check_size(file, wanted):
@@ -173,8 +244,9 @@ def _check_size(file, wanted):
         found = files.regular(file, DataError).st_size
     except FileNotFoundError:
         found = None
-    if found != wanted:
-        raise DataError(f'{file}: {"missing" if found is None else f"{found} bytes, not {wanted}"}')
+    if found not in wanted:
+        raise DataError(f'{file}: {"missing" if found is None else f"{found} bytes, not {wanted[0]}"}')
+    return found
 
 
 def _check_ids_tell(folder, layout):
@@ -234,6 +306,10 @@ def _check(about):
         check_counts(shard)
     if len({shard['file'] for shard in shards}) != len(shards):
         raise ValueError('it names a file twice')
+    for split, of_split in about['splits'].items():
+        for shard in of_split:
+            if not shard['file'].startswith(f'{split}-'):
+                raise ValueError(f'splits.{split} names {shard["file"]}, which is of another split')
 
 
 def check_counts(shard: dict):
@@ -244,6 +320,8 @@ def check_counts(shard: dict):
     _need(shard, 'digest', lambda value: isinstance(value, str))
     if 'notes' in shard:
         _need(shard, 'notes', _whole(0, 2**60))
+    if 'sealed' in shard:
+        _need(shard, 'sealed', lambda value: value is True)
 
 
 def _need(group, key, good, above=''):

@@ -23,9 +23,9 @@ def check_shard(file: str, shard: dict, seq_length: int, dtype: np.dtype):
 
     Raises DataError, naming the file that is damaged and, where that is known, the row.
     """
-    noted = prepared.note(seq_length) if 'notes' in shard else None
-    prepared.check_sizes(file, shard['rows'], (seq_length + 1) * dtype.itemsize, noted)
     size, digest, bad = (seq_length + 1) * dtype.itemsize, xxhash.xxh3_128(), None
+    noted = prepared.note(seq_length) if 'notes' in shard else None
+    sealed, seal = prepared.check_sizes(file, shard, size, noted), prepared.seal(file, shard['digest'])
     with contextlib.ExitStack() as opened, reading(file, DataError):
         rows = opened.enter_context(open(file, 'rb'))
         notes = opened.enter_context(open(prepared.notes_file(file), 'rb')) if noted else None
@@ -34,13 +34,23 @@ def check_shard(file: str, shard: dict, seq_length: int, dtype: np.dtype):
             block = rows.read(step * size)
             digest.update(block)
             if noted and bad is None:
-                said = notes.read(step * noted.itemsize)
-                bad = next((first + row for row in prepared.wrong(block, size, said, noted.itemsize)), None)
+                numbers = np.arange(first, min(first + step, shard['rows']))
+                said = _cut(notes.read(len(numbers) * noted.itemsize), noted.itemsize)
+                salts = prepared.shard_salts(seal, numbers) * np.uint32(sealed)
+                bad = next((first + row for row in prepared.wrong(_cut(block, size), said, salts)), None)
+        ends_well = not sealed or bad is not None or notes.read() == seal
     same = digest.hexdigest() == shard['digest']
     if bad is not None or not same:
         name = prepared.notes_file(file) if same else file
         what = 'damaged: its digest is another' if bad is None else f'row {bad}: damaged: its checksum is another'
         raise DataError(f'{name}{": " if bad is None else ", "}{what}')
+    if not ends_well:
+        raise DataError(f'{prepared.notes_file(file)}: {prepared.NOT_THIS_SHARD}')
+
+
+def _cut(content, size):
+    """Returns pieces of `size` bytes."""
+    return [content[start : start + size] for start in range(0, len(content), size)]
 
 
 def damages(folder: str) -> Iterator[tuple[str, int, list[str]]]:
@@ -74,5 +84,12 @@ def _compare(folder: pathlib.Path, about: dict):
     for file in counts:
         found = files.read_json(file, DataError)
         for split in about['splits'].keys() & found.keys():
-            if found[split] not in about['splits'][split]:
+            if _rows_of(found[split]) not in map(_rows_of, about['splits'][split]):
                 raise DataError(f'{path}: a shard of {split} is not what {file} says of it')
+
+
+def _rows_of(shard):
+    """What is said of a shard but for its notes: those that `data.prepare` has added are in tokens.json in the end."""
+    if not isinstance(shard, dict):
+        return shard
+    return {name: value for name, value in shard.items() if name not in ('notes', 'sealed')}

@@ -80,7 +80,7 @@ def prepare(
         workers = min(workers, len(pending))
         _check_room(job, pending)
         if job.lack_notes_alone(pending):
-            console.say(f'adds to the rows in {folder} where documents end, bytes of text and checksums')
+            console.say(f'writes the .rows files in {folder}: where documents end, bytes of text and checksums')
         elif not job.repeats(pending):
             job.begin()
         console.say(f'{len(pending)} of {len(units)} shards to prepare into {folder}, {workers} processes')

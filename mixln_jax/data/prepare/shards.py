@@ -66,7 +66,7 @@ class Job:
         outputs.write_json(path, plan)
 
     def lack_notes_alone(self, pending):
-        """Whether the rows of all these units are there, without their notes: made by version 0.1."""
+        """Whether the rows of all these units are there, without their notes, or those without a seal: made before."""
         return all(self.result(unit, notes=False) for unit in pending)
 
     def repeats(self, pending: list[units.Unit]) -> bool:
@@ -94,7 +94,7 @@ class Job:
 
     def result(self, unit, notes=True):
         """What a finished unit counted; None where its input is another since, or a shard is not whole; without `notes`
-        no matter whether it has any (prepared.py)."""
+        no matter whether it has any, or sealed ones (prepared.py)."""
         result = self.counted(unit)
         if not result or result.get('damaged'):
             return None
@@ -102,7 +102,8 @@ class Job:
         for split in unit.splits:
             sizes[result[split]['file']] = result[split]['size']
             if notes and self.format == 'tokens':
-                sizes[prepared.notes_file(result[split]['file'])] = result[split].get('notes')
+                sealed = 'sealed' in result[split]
+                sizes[prepared.notes_file(result[split]['file'])] = result[split].get('notes') if sealed else None
         try:
             whole = all(pathlib.Path(self.folder, file).stat().st_size == size for file, size in sizes.items())
         except OSError:
@@ -348,8 +349,10 @@ class _Tokens(_Shard):
         digest = self._digest.hexdigest()
         if self._before and self._before['digest'] != digest:
             raise UsageError(f'{self._path} holds other rows than its text gives today; take another --out')
-        size = _finish(self._notes_partial)
-        return self._there | {'notes': size} if self._there else self._close(rows=self._rows, digest=digest, notes=size)
+        noted = prepared.note(self._job.seq_length)
+        prepared.add_seal(self._notes_partial, noted, prepared.seal(self._path.name, digest))
+        made = {'notes': _finish(self._notes_partial), 'sealed': True}
+        return self._there | made if self._there else self._close(rows=self._rows, digest=digest, **made)
 
     def __exit__(self, *error):
         self._files.close()
