@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import gzip
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -332,28 +333,55 @@ class TestBadInput:
         written = sum(map(len, contents(tmp_path / 'out').values())) / 1e6
         assert float(words[1]) == pytest.approx(1.1 * written, rel=0.25)
 
-    def test_a_shard_that_another_process_writes(self, corpus, tmp_path):
-        """Is refused, and what that one has written so far stays."""
-        of = data(corpus / '*0-of*')
-        [unit] = units.list_units(of, '')
-        job = shards.Job(of, 'tokens', '', str(tmp_path), tokenizers.Bytes(), 32, 2**60, 0)
-        partial = tmp_path / 'train-00000-of-00001.bin.partial'
+    @pytest.mark.parametrize('format', ['tokens', 'tfds'])
+    @pytest.mark.parametrize(
+        'first, second', [(':', ':'), (':', '2:'), ('1:2', ':'), ('0:2', '1:3'), ('2:', '0:9'), ('0:1', '0:1')]
+    )
+    @pytest.mark.parametrize('state', ['new', 'complete', 'damaged'])
+    def test_shards_that_another_process_prepares(self, corpus, tmp_path, capsys, format, first, second, state):
+        """Are refused before anything is written, also where they are finished; the first is not disturbed."""
+        words = ['--source', 'jsonl', '--path', f'{corpus}/*.gz', '--tokenizer', 'bytes', '--workers', '1']
+        words += ['--out', str(tmp_path), '--format', format]
+        if state != 'new':
+            assert prepare.main(words) == 0
+            for path in [*tmp_path.rglob('*-00001-of-*')] if state == 'damaged' else ():
+                path.write_bytes(path.read_bytes()[:-1])
+        of = data(corpus / '*.gz')
+        folder = shards.folder(str(tmp_path), format, of.name)
+        job = shards.Job(of, format, str(tmp_path), str(folder), tokenizers.Bytes(), 32, 2**60, 0)
+        (folder / prepared.WORK).mkdir(parents=True, exist_ok=True)
+        wanted = units.list_units(of, '')[slice(*(int(end) if end else None for end in first.split(':')))]
+        partial = folder / f'{job.file(wanted[0], "train")}.partial'
         partial.touch()
-        with shards._locked(tmp_path / prepared.WORK, unit.name):
-            with pytest.raises(UsageError, match='another process'):
-                shards.write(job, unit, lambda *_: None)
-            job.clean(unit)
-            assert partial.exists()
-        job.clean(unit)
-        assert not partial.exists()
+        before = contents(tmp_path)
+        capsys.readouterr()
+        with job.claimed(wanted):
+            assert prepare.main([*words, '--shards', second]) == 2
+            error = capsys.readouterr().err
+            assert re.search(rf'{folder}/.prepare/both-0000\d.lock: another process prepares this shard', error)
+            assert error.count('\n') == 1 and contents(tmp_path) == before
+        partial.unlink()
+        assert prepare.main(words) == 0 and not [*tmp_path.rglob('*.lock')]
+
+    @pytest.mark.parametrize('first, second', [('0:1', '1:3'), ('1:3', '0:1'), ('1:2', '2:'), ('2:', ':2')])
+    def test_other_shards_than_those_of_another_process(self, corpus, tmp_path, first, second):
+        of = data(corpus / '*.gz')
+        job = shards.Job(of, 'tokens', '', str(tmp_path), tokenizers.Bytes(), 32, 2**60, 0)
+        (tmp_path / prepared.WORK).mkdir()
+        one, other = (slice(*(int(end) if end else None for end in part.split(':'))) for part in (first, second))
+        (tmp_path / prepared.WORK / 'both-00001.lock').touch()  # of a process that was killed
+        with job.claimed(units.list_units(of, '')[one]):
+            assert not prepare.prepare(of, str(tmp_path), format='tokens', only=other)
+            assert {int(path.name[6:11]) for path in tmp_path.glob('train-*.bin')} == {*range(3)[other]}
 
     def test_a_file_system_without_locks(self, corpus, tmp_path, monkeypatch, capsys):
         def flock(*_):
             raise OSError(errno.ENOLCK, 'No locks available')
 
         monkeypatch.setattr(outputs.fcntl, 'flock', flock)
-        prepare.prepare(data(corpus / '*0-of*'), str(tmp_path), format='tokens')
-        assert 'cannot be locked ([Errno' in capsys.readouterr().err and list(tmp_path.glob('train-*.bin'))
+        prepare.prepare(data(corpus / '*.gz'), str(tmp_path), format='tokens')
+        told = capsys.readouterr().err.count('.lock cannot be locked ([Errno')
+        assert told == 1 and len(list(tmp_path.glob('train-*.bin'))) == 3
 
     def test_files_for_both_splits(self, corpus, tmp_path):
         with pytest.raises(UsageError, match='--path and --validation both name .*00001-of'):

@@ -91,6 +91,29 @@ def test_killed_and_run_again(large, tmp_path, format):
     assert contents(tmp_path / 'whole') == contents(out)
 
 
+@pytest.mark.parametrize('words', [(), ('--shards', '5:'), ('--shards', '0:1', '--workers', '1')])
+def test_two_at_once(large, tmp_path, words):
+    """The second is refused, and the first ends as if it had been alone."""
+    out = tmp_path / 'out'
+    first = start(large, out, '--workers', '2')
+    until(lambda: partial(out))
+    second = start(large, out, *words)
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert b'another process prepares this shard' in errors and errors.count(b'\n') == 1
+    assert first.wait(120) == 0
+    assert start(large, out, *words).wait(120) == 0  # there is nothing left to do
+    assert start(large, tmp_path / 'alone', '--workers', '2').wait(120) == 0
+    assert contents(out) == contents(tmp_path / 'alone') and not list(out.rglob('*.lock'))
+
+
+def test_hosts_at_once(large, tmp_path):
+    parts = [start(large, tmp_path / 'out', '--workers', '1', '--shards', part) for part in ('0:3', '3:6')]
+    assert [process.wait(120) for process in parts] == [0, 0]
+    assert start(large, tmp_path / 'alone', '--workers', '2').wait(120) == 0
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'alone')
+
+
 def test_sigterm(large, tmp_path):
     process = start(large, tmp_path / 'out', '--workers', '2')
     until(lambda: partial(tmp_path / 'out'))

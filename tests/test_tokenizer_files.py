@@ -333,6 +333,28 @@ def test_train_repeats_itself(corpus, tmp_path):
     assert one.fingerprint == two.fingerprint and not (tmp_path / 'tokenizer_config.json').exists()
 
 
+@pytest.mark.parametrize('name', ['one.json', 'folder'])
+def test_two_trainings_at_once(corpus, tmp_path, capsys, monkeypatch, name):
+    """Into one --out, or into one that a link leads to: the second is refused, and changes nothing."""
+    out, original = tmp_path / 'outs' / name, train_tokenizer.train
+    (tmp_path / 'link').symlink_to(tmp_path / 'outs')
+    words = ['--source', 'text', '--path', corpus, '--vocab-size', '500', '--out']
+
+    def second(*arguments):
+        monkeypatch.setattr(train_tokenizer, 'train', original)
+        before = sorted(tmp_path.rglob('*'))
+        for place in (out, tmp_path / 'link' / name):
+            assert train(*words, place) == 2
+            error = capsys.readouterr().err
+            assert 'another process is writing into it' in error and error.count('\n') == 1
+        assert sorted(tmp_path.rglob('*')) == before
+        return original(*arguments)
+
+    monkeypatch.setattr(train_tokenizer, 'train', second)
+    assert train(*words, out) == 0
+    assert train(*words, out) == 0 and open_file(out if out.is_file() else out / 'tokenizer.json').vocab_size == 500
+
+
 def test_train_on_too_little_text(corpus, tmp_path, capsys):
     assert train('--source', 'text', '--path', corpus, '--vocab-size', 50_000, '--out', tmp_path / 'out') == 0
     said = capsys.readouterr()

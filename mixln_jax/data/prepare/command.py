@@ -55,7 +55,7 @@ def prepare(
     """Prepares `data` into `out`; see the command's help for the arguments. Whether the data set is complete now.
 
     Raises:
-        UsageError: `out` holds another preparation, is being prepared, or has no room.
+        UsageError: `out` holds another preparation, another process prepares one of these shards, or there is no room.
         DataError: as sources and tokenizers do.
         MemoryExhausted, UsageError, Exit: a worker process has ended, as `workers.ended` says.
     """
@@ -74,22 +74,28 @@ def prepare(
     ]
     if not mine:
         raise UsageError(f'--shards {only.start or 0}:{only.stop or ""}: there are only {units[0].count} shards')
+    with job.claimed(mine):
+        return _complete(job, units, mine, workers)
+
+
+def _complete(job, units, mine, workers):
+    """Prepares those of the units that are `mine`. Whether all are there now, and so a data set."""
     _verify(job, [unit for unit in mine if job.result(unit, notes=False)])
     pending = [unit for unit in mine if not job.result(unit)]
     if pending:
         workers = min(workers, len(pending))
         _check_room(job, pending)
         if job.lack_notes_alone(pending):
-            console.say(f'writes the .rows files in {folder}: where documents end, bytes of text and checksums')
+            console.say(f'writes the .rows files in {job.folder}: where documents end, bytes of text and checksums')
         elif not job.repeats(pending):
             job.begin()
-        console.say(f'{len(pending)} of {len(units)} shards to prepare into {folder}, {workers} processes')
+        console.say(f'{len(pending)} of {len(units)} shards to prepare into {job.folder}, {workers} processes')
         _write_all(job, pending, workers)
     results = [job.result(unit) for unit in units]
     missing = [unit.name for unit, result in zip(units, results, strict=True) if not result]
     if missing:
         named = ', '.join(missing[:8] + ['...'] * (len(missing) > 8))
-        console.say(f'mixln_jax: {folder} still lacks {len(missing)} of {len(units)} shards: {named}')
+        console.say(f'mixln_jax: {job.folder} still lacks {len(missing)} of {len(units)} shards: {named}')
         return False
     job.finish(results)
     _summarise(job, results)

@@ -78,12 +78,23 @@ class Job:
         description = 'dataset_info.json' if self.format == 'tfds' else prepared.DESCRIPTION
         pathlib.Path(self.folder, description).unlink(missing_ok=True)
 
+    @contextlib.contextmanager
+    def claimed(self, wanted: list[units.Unit]):
+        """Inside, no other process prepares one of these units. Raises UsageError where one has claimed any of them."""
+        text_files.allow_open(len(wanted))
+        with contextlib.ExitStack() as claims:
+            for unit in wanted:
+                path = pathlib.Path(self.folder, prepared.WORK, f'{unit.name}.lock')
+                busy = f'{path}: another process prepares this shard; wait for it, or share the work by --shards'
+                if not claims.enter_context(outputs.locked(path, busy)):
+                    break  # this file system has no locks, which one warning has told
+            yield
+
     def clean(self, unit):
-        """Removes what a killed process left of a unit, unless another one is writing it."""
-        with contextlib.suppress(UsageError), _locked(pathlib.Path(self.folder, prepared.WORK), unit.name):
-            for split in unit.splits:
-                for file in (self.file(unit, split), prepared.notes_file(self.file(unit, split))):
-                    pathlib.Path(self.folder, f'{file}.partial').unlink(missing_ok=True)
+        """Removes what a killed worker left of a unit that this process has claimed."""
+        for split in unit.splits:
+            for file in (self.file(unit, split), prepared.notes_file(self.file(unit, split))):
+                pathlib.Path(self.folder, f'{file}.partial').unlink(missing_ok=True)
 
     def file(self, unit, split):
         """The name of a unit's shard of `split`."""
@@ -197,7 +208,7 @@ def folder(out: str, format: str, name: str) -> pathlib.Path:
 
 
 def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None) -> dict:
-    """Writes the shards of a unit and returns what it counted.
+    """Writes the shards of a unit, which the process, or the one that started it, has claimed; returns what it counted.
 
     Every shard is written under another name, then renamed; the counts, written last, make the unit finished.
 
@@ -206,50 +217,41 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
         limit: bytes of text after which to stop, for a sample.
 
     Raises:
-        DataError as the source does; UsageError where another process writes the same unit.
+        DataError as the source does; UsageError where the rows are others than were finished before.
     """
-    with _locked(pathlib.Path(job.folder, prepared.WORK), unit.name):
-        if result := job.result(unit):
-            return result
-        documents = units.read(job.data, unit, job.skip_bad, job.max_document)
-        num_documents = num_bytes = 0
-        reported = 0, 0, 0
+    documents = units.read(job.data, unit, job.skip_bad, job.max_document)
+    num_documents = num_bytes = 0
+    reported = 0, 0, 0
 
-        def tell():
-            nonlocal reported
-            now = documents.position, num_documents, num_bytes
-            report(*(a - b for a, b in zip(now, reported, strict=True)))
-            reported = now
+    def tell():
+        nonlocal reported
+        now = documents.position, num_documents, num_bytes
+        report(*(a - b for a, b in zip(now, reported, strict=True)))
+        reported = now
 
-        with contextlib.ExitStack() as closing:
-            there, before = job.result(unit, notes=False) or {}, job.counted(unit) or {}
-            writers = {}
-            for split in unit.splits:
-                path = pathlib.Path(job.folder, job.file(unit, split))
-                writer = _WRITERS[job.format](job, path, there.get(split), before.get(split))
-                writers[split] = closing.enter_context(writer)
-            for decides, document in documents:
-                split = unit.split or ('validation' if rank(decides.encode()) < job.first else 'train')
-                writers[split].add(document)
-                num_documents += 1
-                num_bytes += len(document['text'])
-                if num_bytes - reported[2] >= REPORT:
-                    tell()
-                if limit and num_bytes > limit:
-                    break
-            result = {split: writer.finish() for split, writer in writers.items()}
-        result |= {'input': unit.digest} | {
-            name: getattr(documents, name) for name in ('empty', 'bad', 'skipped', 'position')
-        }
-        tell()
-        outputs.write_json(job.counts(unit), result)
-        return result
-
-
-def _locked(notes, name):
-    notes.mkdir(exist_ok=True)
-    path = notes / f'{name}.lock'
-    return outputs.locked(path, f'{path}: another process prepares this shard')
+    with contextlib.ExitStack() as closing:
+        there, before = job.result(unit, notes=False) or {}, job.counted(unit) or {}
+        writers = {}
+        for split in unit.splits:
+            path = pathlib.Path(job.folder, job.file(unit, split))
+            writer = _WRITERS[job.format](job, path, there.get(split), before.get(split))
+            writers[split] = closing.enter_context(writer)
+        for decides, document in documents:
+            split = unit.split or ('validation' if rank(decides.encode()) < job.first else 'train')
+            writers[split].add(document)
+            num_documents += 1
+            num_bytes += len(document['text'])
+            if num_bytes - reported[2] >= REPORT:
+                tell()
+            if limit and num_bytes > limit:
+                break
+        result = {split: writer.finish() for split, writer in writers.items()}
+    result |= {'input': unit.digest} | {
+        name: getattr(documents, name) for name in ('empty', 'bad', 'skipped', 'position')
+    }
+    tell()
+    outputs.write_json(job.counts(unit), result)
+    return result
 
 
 class _Shard:
