@@ -39,8 +39,11 @@ class Job:
 
     def check_plan(self, all_units):
         """Makes the folder. Raises UsageError where it holds another preparation, naming what differs, or no
-        preparation but something else."""
+        preparation but something else, or is inside of another preparation."""
         notes = pathlib.Path(self.folder, prepared.WORK)
+        for above in notes.parent.parents:
+            if any((above / name).is_file() for name in (prepared.DESCRIPTION, f'{prepared.WORK}/plan.json')):
+                raise UsageError(f'--out {self.out}: {above} holds another preparation; take another --out')
         if not notes.exists() and os.path.isdir(self.folder) and (there := sorted(os.listdir(self.folder))):
             raise UsageError(f'{self.folder} holds what no preparation made: {there[0]}; take another --out')
         notes.mkdir(parents=True, exist_ok=True)
