@@ -98,6 +98,55 @@ class TestRead:
         with pytest.raises(DataError, match=rf'bad\.json:? .*{message}'):
             squad.read(write_json(tmp_path / 'bad.json', content))
 
+    @pytest.mark.parametrize('text', ['cat', 'big cat', CONTEXT, 'The', 'ran.', 'red cat,\nsat'])
+    @pytest.mark.parametrize('shift', [-2, 0, 1, 2])
+    def test_answers_where_they_stand(self, tmp_path, text, shift):
+        """Or nearly."""
+        start = min(max(CONTEXT.index(text) + shift, 0), len(CONTEXT) - 1)
+        content = copy.deepcopy(THREE)
+        content['data'][0]['paragraphs'][0]['qas'][1]['answers'] = [{'text': text, 'answer_start': start}]
+        assert squad.read(write_json(tmp_path / 'good.json', content))[1].answers == (text,)
+
+    @pytest.mark.parametrize(
+        'answer, message',
+        [
+            (
+                {'text': 'cat', 'answer_start': 12},
+                "the answer 'cat' does not stand in the context at its answer_start, 12",
+            ),
+            (
+                {'text': 'cow', 'answer_start': 8},
+                "the answer 'cow' does not stand in the context at its answer_start, 8",
+            ),
+            ({'text': 'Cat', 'answer_start': 8}, "the answer 'Cat' does not"),
+            ({'text': 'cat', 'answer_start': -3}, f'answer_start is -3, the context has {len(CONTEXT)} characters'),
+            ({'text': 'cat', 'answer_start': len(CONTEXT)}, f'answer_start is {len(CONTEXT)}, the context has'),
+            ({'text': 'cat', 'answer_start': 10**9}, 'answer_start is 1000000000, '),
+            ({'text': 'cat', 'answer_start': '8'}, "answer_start is '8', "),
+            ({'text': 'cat', 'answer_start': 8.0}, 'answer_start is 8.0, '),
+            ({'text': 'The', 'answer_start': False}, 'answer_start is False, '),
+            ({'text': CONTEXT + '!', 'answer_start': 0}, 'does not stand in the context'),
+            ({'text': '', 'answer_start': 0}, 'the text of an answer is empty'),
+            ({'text': ''}, 'the text of an answer is empty'),
+            ({'text': ' \n', 'answer_start': 23}, 'the text of an answer is empty'),
+        ],
+    )
+    @pytest.mark.parametrize('others', [[], [{'text': 'cat', 'answer_start': 8}]])
+    def test_answers_that_are_not_in_the_context(self, tmp_path, answer, message, others):
+        content = copy.deepcopy(THREE)
+        content['data'][0]['paragraphs'][0]['qas'][1]['answers'] = [*others, answer]
+        with pytest.raises(DataError) as caught:
+            squad.read(write_json(tmp_path / 'bad.json', content))
+        said = str(caught.value)
+        assert said.startswith(f'{tmp_path}/bad.json: question ran: ') and message in said and '\n' not in said
+
+    @pytest.mark.parametrize('context', ['', ' ', '\n\t '])
+    def test_an_empty_context(self, tmp_path, context):
+        content = copy.deepcopy(THREE)
+        content['data'][0]['paragraphs'][0]['context'] = context
+        with pytest.raises(DataError, match=r'bad\.json: data\[0\]\.paragraphs\[0\]\.context is empty$'):
+            squad.read(write_json(tmp_path / 'bad.json', content))
+
     def test_json_lines(self, tmp_path):
         (tmp_path / 'a.jsonl').write_text(f'{json.dumps(THREE)}\n' * 2)
         with pytest.raises(DataError, match=r'a\.jsonl: not .*; a file of SQuAD is one object, not one a line$'):

@@ -52,13 +52,15 @@ class Features:
             yield batch | {'weights': batch['weights'] * real[:, None].astype(np.float32)}
 
 
+SHIFT = 2  # characters by which an `answer_start` may be off, as some are in files that people made
 _KINDS = {list: 'a list', str: 'a text', bool: 'true or false'}  # what a value of a SQuAD file may be
 
 
 def read(path):
     """The questions of a SQuAD file, v1.1 or v2.0, as a list of Examples.
 
-    Raises DataError: missing, not JSON, or not of this form, naming the place.
+    Raises DataError: missing, not JSON, or not of this form, naming the place; a context or an answer that is empty; an
+    answer that the context does not have at its `answer_start`, where it has one, naming the question.
     """
     path = pathlib.Path(path)
     with reading(path, DataError, 'not readable JSON'):
@@ -81,6 +83,8 @@ def read(path):
         for p, paragraph in enumerate(take(article, 'paragraphs', list, f'data[{a}].')):
             inside = f'data[{a}].paragraphs[{p}].'
             context = take(paragraph, 'context', str, inside)
+            if not context.strip():
+                raise DataError(f'{path}: {inside}context is empty')
             for q, asked in enumerate(take(paragraph, 'qas', list, inside)):
                 where = f'{inside}qas[{q}].'
                 name, question = (take(asked, key, str, where) for key in ('id', 'question'))
@@ -90,6 +94,9 @@ def read(path):
                 if bool(lacks) == bool(texts):
                     says = 'is impossible, but has answers' if lacks else 'has no answer, but is not is_impossible'
                     raise DataError(f'{path}: question {name} {says}')
+                for answer in answers:
+                    if problem := _problem(answer, context):
+                        raise DataError(f'{path}: question {name}: {problem}')
                 if name in seen:
                     raise DataError(f'{path}: two questions have the id {name}')
                 seen.add(name)
@@ -97,6 +104,20 @@ def read(path):
     if not examples:
         raise DataError(f'{path} has no questions')
     return examples
+
+
+def _problem(answer, context):
+    """Returns why this is no answer from the context, or None."""
+    text, start = answer['text'], answer.get('answer_start')
+    if not text.strip():
+        return 'the text of an answer is empty'
+    if start is None:
+        return None
+    if type(start) is not int or not 0 <= start < len(context):
+        return f'answer_start is {start!r:.80}, the context has {len(context):,} characters'
+    if text not in context[max(start - SHIFT, 0) : start + len(text) + SHIFT]:
+        return f'the answer {text!r:.80} does not stand in the context at its answer_start, {start}'
+    return None
 
 
 def open_tokenizer(folder):
