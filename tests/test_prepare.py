@@ -446,9 +446,54 @@ class TestBadInput:
         with pytest.raises(UsageError, match='--shards 7:9: there are only 3 shards'):
             prepare.prepare(data(corpus / '*.gz'), str(tmp_path), format='tokens', only=slice(7, 9))
 
-    def test_one_document(self, tmp_path):
-        with pytest.raises(DataError, match='one document only'):
-            prepare.prepare(data(write(tmp_path / 'a.jsonl', ['x'])), str(tmp_path / 'out'), format='tokens')
+    @pytest.mark.parametrize(
+        'name, content, holds',
+        [
+            ('a.jsonl', '{"text": "x"}\n', 'one document only'),
+            ('a.txt', 'x\n\n' * 9, 'one document only'),
+            ('a.jsonl,b.jsonl', '{"text": "x"}\n', '2 documents, all of the same text'),
+            ('a.jsonl', '{"text": "x"}\n' * 50, '50 documents, all of the same text'),
+            ('a.jsonl,b.jsonl', '{"text": "x"}\n' * 2500, '5,000 documents, all of the same text'),
+        ],
+    )
+    @pytest.mark.parametrize('format', ['tokens', 'tfds'])
+    def test_one_document(self, tmp_path, capsys, monkeypatch, name, content, holds, format):
+        """However often it comes: the option is named, and the reason."""
+        monkeypatch.chdir(tmp_path)
+        for file in name.split(','):
+            pathlib.Path(file).write_text(content)
+        words = ['--source', 'text' if 'txt' in name else 'jsonl', '--path', name, '--tokenizer', 'bytes']
+        assert prepare.main([*words, '--format', format, '--out', 'out']) == 4
+        needed = 'two different ones are needed, one to validate on, or --validation FILES'
+        assert capsys.readouterr().err == f'mixln_jax: --path holds {holds}; {needed}\n'
+        assert not pathlib.Path('out').exists()
+
+    @pytest.mark.parametrize('description', ['both', 'tokens.json', '.prepare'])
+    @pytest.mark.parametrize('format, below', [('tfds', ''), ('tfds', 'a'), ('tokens', 'a'), ('tokens', 'a/b')])
+    def test_inside_of_another_preparation(self, corpus, tmp_path, capsys, description, format, below):
+        """No data set goes into a folder of rows, as no rows go into one of a data set."""
+        words = ['--source', 'jsonl', '--path', f'{corpus}/*0-of*', '--tokenizer', 'bytes', '--workers', '1']
+        out = tmp_path / 'rows'
+        assert prepare.main([*words, '--format', 'tokens', '--out', str(out)]) == 0
+        if description == 'tokens.json':
+            shutil.rmtree(out / prepared.WORK)
+        elif description == '.prepare':
+            (out / 'tokens.json').unlink()
+        before = contents(tmp_path)
+        capsys.readouterr()
+        assert prepare.main([*words, '--format', format, '--out', str(out / below)]) == 2
+        error = capsys.readouterr().err
+        assert f'{out} holds another preparation' in error and error.count('\n') == 1
+        assert contents(tmp_path) == before and not (out / 'a').exists() and not (out / 'c4').exists()
+
+    def test_rows_beside_and_inside_of_the_folder_of_data_sets(self, corpus, tmp_path):
+        """As in docs/c4.md; but not inside of a data set."""
+        of = data(corpus / '*0-of*')
+        for name, format in {'': 'tfds', 'c4-64': 'tokens', 'c4-32': 'tokens'}.items():
+            assert prepare.prepare(of, str(tmp_path / 'data' / name), format=format)
+        for place in ('c4/en/3.1.0', 'c4/en/3.1.0/rows'):
+            with pytest.raises(UsageError, match='another preparation'):
+                prepare.prepare(of, str(tmp_path / 'data' / place), format='tokens')
 
     def test_a_long_document(self, tmp_path):
         long = 'word ' * 4_000_000

@@ -511,10 +511,13 @@ class TestSplit:
         train, validation = documents(data, 'train'), documents(data, 'validation')
         assert not set(train) & set(validation) and len(train) == len(validation) == 50
 
-    @pytest.mark.parametrize('texts', [['one'], ['same', 'same']])
-    def test_equal_documents_cannot_be_split(self, tmp_path, texts):
-        with pytest.raises(DataError, match='one document only'):
-            sources.open_source(options(write(tmp_path / 'a.jsonl', texts)), 'train')
+    @pytest.mark.parametrize(
+        'count, holds',
+        [(1, 'one document only'), (2, '2 documents, all of the same text'), (5000, '5,000 documents, all')],
+    )
+    def test_equal_documents_cannot_be_split(self, tmp_path, count, holds):
+        with pytest.raises(DataError, match=f'^config.data.path holds {holds}.*; two different ones are needed'):
+            sources.open_source(options(write(tmp_path / 'a.jsonl', ['same'] * count)), 'train')
 
 
 class TestTexts:

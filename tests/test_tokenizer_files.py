@@ -333,6 +333,19 @@ def test_train_repeats_itself(corpus, tmp_path):
     assert one.fingerprint == two.fingerprint and not (tmp_path / 'tokenizer_config.json').exists()
 
 
+@pytest.mark.parametrize('count, holds', [(1, 'one document only'), (50, '50 documents, all of the same text')])
+def test_train_on_one_document(tmp_path, capsys, count, holds):
+    (tmp_path / 'a.jsonl').write_text('{"text": "a b c"}\n' * count)
+    words = ['--source', 'jsonl', '--vocab-size', 500, '--out', tmp_path / 'out', '--path']
+    for path, line in (
+        (tmp_path / 'a.jsonl', f' holds {holds}; two '),
+        (tmp_path / 'b', f': there is no file {tmp_path}/b'),
+    ):
+        assert train(*words, path) == 4
+        error = capsys.readouterr().err
+        assert error.startswith(f'mixln_jax: --path{line}') and error.count('\n') == 1
+
+
 @pytest.mark.parametrize('name', ['one.json', 'folder'])
 def test_two_trainings_at_once(corpus, tmp_path, capsys, monkeypatch, name):
     """Into one --out, or into one that a link leads to: the second is refused, and changes nothing."""

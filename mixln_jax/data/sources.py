@@ -151,13 +151,15 @@ def rank(unit: bytes) -> int:
     return xxhash.xxh3_64_intdigest(unit)
 
 
-def first_for_training(ranks: Iterable[int], one_in: int) -> int:
+def first_for_training(ranks: Iterable[int], one_in: int, key: str = 'config.data.path', way: str = '') -> int:
     """The rank below which documents are for validation: one in `one_in`, but at least 20, or half of fewer than 40.
 
-    Reads no further than the answer needs. Raises DataError for fewer than two different ranks.
+    Reads no further than the answer needs. Raises DataError for fewer than two different ranks, naming the `key` that
+    names the files and, where there is one, another `way` out.
     """
-    share, smallest = 2**64 // one_in, []
+    share, smallest, count = 2**64 // one_in, [], 0
     for number in ranks:
+        count += 1
         at = bisect.bisect_left(smallest, number)
         if at < 40 and smallest[at : at + 1] != [number]:
             smallest.insert(at, number)
@@ -165,6 +167,7 @@ def first_for_training(ranks: Iterable[int], one_in: int) -> int:
             if len(smallest) >= 20 and smallest[19] < share:
                 return share
     if len(smallest) < 2:
-        raise DataError('config.data.path holds one document only; two different ones are needed, one to validate on')
+        documents = 'one document only' if count == 1 else f'{count:,} documents, all of the same text'
+        raise DataError(f'{key} holds {documents}; two different ones are needed, one to validate on{way}')
     held_out = max(bisect.bisect_left(smallest, share), min(20, len(smallest) // 2))
     return smallest[min(held_out, len(smallest) - 1) - 1] + 1

@@ -17,7 +17,7 @@ from mixln_jax import config
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer
 from mixln_jax.system import cli, console, files, outputs
-from mixln_jax.system.errors import UsageError, reading
+from mixln_jax.system.errors import DataError, UsageError, reading
 
 SPECIALS = ['<pad>', '</s>', '<s>']  # 0, 1, 2; bytes need no token for the unknown
 FILES = 'tokenizer.json', 'tokenizer_config.json', 'fingerprint.json'
@@ -64,7 +64,11 @@ def run(options):
     path = out if out.suffix == '.json' else out / 'tokenizer.json'
     with outputs.writing_into(path.parent):  # or fails before the work, not after it
         _check_replaceable(out)
-        _train(open_source(data, 'train'), out, path, options)
+        try:
+            source = open_source(data, 'train')
+        except DataError as error:
+            raise DataError(str(error).replace('config.data.path', '--path')) from None
+        _train(source, out, path, options)
 
 
 def _check_replaceable(out):

@@ -106,7 +106,7 @@ def _first_for_training(units, data, skip_bad, max_document):
     """Reads as far as is needed to know: for C4 some thousand documents."""
     documents = (pair for unit in units for pair in read(data, unit, skip_bad, max_document))
     ranks = (rank(decides.encode()) for decides, _ in documents)
-    return first_for_training(ranks, HELD_OUT[data.source])
+    return first_for_training(ranks, HELD_OUT[data.source], '--path', ', or --validation FILES')
 
 
 def _verify(job, finished):
