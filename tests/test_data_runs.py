@@ -13,7 +13,7 @@ from corpora import write
 from mixln_jax import config as configs
 from mixln_jax import evaluate, main, recipes
 from mixln_jax.analysis import angular
-from mixln_jax.data import batches, datasets, inspect, sources, train_tokenizer
+from mixln_jax.data import batches, datasets, inspect, prepared, sources, train_tokenizer
 from mixln_jax.data.prepare import command as prepare
 from mixln_jax.runs import log
 from mixln_jax.system import signals
@@ -288,6 +288,53 @@ class TestMovedData:
             if codes[-1]:
                 assert f'the data is not what the run in {run} saw: source differs' in capsys.readouterr().err
         assert codes == {'validation': [0, 4, 4], 'train': [4, 0, 0]}.get(changed, [4, 4, 4])
+
+
+def reverse(folder):
+    """All rows of the folder, and their notes, in the order from the last to the first; each is whole."""
+    for shards in prepared.description(str(folder))['splits'].values():
+        for shard in shards:
+            for name, size in (
+                (shard['file'], 2 * 17),
+                (prepared.notes_file(shard['file']), prepared.note(16).itemsize),
+            ):
+                content = (folder / name).read_bytes()
+                end = shard['rows'] * size
+                rows = [content[start : start + size] for start in range(0, end, size)]
+                (folder / name).write_bytes(b''.join(reversed(rows)) + content[end:])
+
+
+def exchange(folder):
+    """The files of training and of validation, cut to equal sizes; tokens.json says that these sizes are right."""
+    about = prepared.description(str(folder))
+    [train], [validation] = about['splits'].values()
+    number = train['rows'] = validation['rows']
+    for name, size in (('bin', 2 * 17), ('rows', prepared.note(16).itemsize)):
+        one, other = (folder / f'{split}-00000-of-00001.{name}' for split in ('train', 'validation'))
+        seal = one.read_bytes()[-prepared.SEAL :] if name == 'rows' else b''
+        content = one.read_bytes()[: number * size] + seal
+        one.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    (folder / 'tokens.json').write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize('harm', [reverse, exchange])
+def test_rows_in_the_place_of_others_are_refused_by_all(corpus, tmp_path, capsys, harm):
+    made = tokens(corpus, tmp_path / 'tokens', 'pad')
+    config = recipe(**{'data.source': 'tokens', 'data.path': str(made), 'eval.tokens': 100})
+    stop_at(3, config, tmp_path / 'run')
+    harm(made)
+    with pytest.raises(DataError, match=r'/tokens/train-.*\.(bin, row \d+|rows): damaged, or '):
+        main.run(config, tmp_path / 'run')
+    capsys.readouterr()
+    for command, words in TestMovedData.commands(tmp_path / 'run', tmp_path).items():
+        assert command(words) == 4
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert 'damaged, or ' in error and 'run once more' in error
+    tokens(corpus, made, 'pad')
+    main.run(config, tmp_path / 'run')
+    main.run(config, tmp_path / 'whole')
+    assert lines_of(tmp_path / 'run') == lines_of(tmp_path / 'whole')
 
 
 class TestInspect:

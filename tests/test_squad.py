@@ -118,6 +118,8 @@ class TestRead:
                 {'text': 'cow', 'answer_start': 8},
                 "the answer 'cow' does not stand in the context at its answer_start, 8",
             ),
+            ({'text': 'cat', 'answer_start': 11}, 'does not stand in the context at its answer_start, 11'),
+            ({'text': 'cat', 'answer_start': 5}, 'does not stand in the context at its answer_start, 5'),
             ({'text': 'Cat', 'answer_start': 8}, "the answer 'Cat' does not"),
             ({'text': 'cat', 'answer_start': -3}, f'answer_start is -3, the context has {len(CONTEXT)} characters'),
             ({'text': 'cat', 'answer_start': len(CONTEXT)}, f'answer_start is {len(CONTEXT)}, the context has'),
