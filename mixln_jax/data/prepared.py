@@ -54,11 +54,10 @@ def _checksums(rows, notes, crc32=isal_zlib.crc32):  # as a local: it is called 
     return np.array([crc32(ids + of_row[:-4]) for ids, of_row in zip(rows, notes, strict=True)], np.uint32)
 
 
-def wrong(rows: list[bytes], notes: list[bytes], salts: np.ndarray) -> np.ndarray:
-    """Returns the indices of the rows that are damaged, or whose notes are, or that are not the rows of these `salts`
-    [n]; zeros stand for notes without a seal."""
-    said = np.frombuffer(b''.join(of_row[-4:] for of_row in notes), '<u4')
-    return np.flatnonzero(_checksums(rows, notes) ^ salts != said)
+def wrong(rows: list[bytes], notes: list[bytes], noted: np.dtype, salts: np.ndarray) -> np.ndarray:
+    """Returns the indices of the rows that are damaged, or whose notes, of the type `noted`, are, or that are not the
+    rows of these `salts` [n]; zeros stand for notes without a seal."""
+    return np.flatnonzero(_checksums(rows, notes) ^ salts != np.frombuffer(b''.join(notes), noted)['crc'])
 
 
 def seal(file: str, digest: str) -> bytes:
@@ -160,7 +159,7 @@ class Prepared:
             return Block(ids, _ends_by_ids(ids, self.layout), None)
         said = self._read(wanted, self._notes, self._note.itemsize)
         salted = salts(self._seeds[shards], numbers) * self._sealed[shards]
-        for bad in wrong(rows, said, salted)[:1]:
+        for bad in wrong(rows, said, self._note, salted)[:1]:
             raise DataError(
                 f'{self.origin(indices[bad])}: damaged, or not the row that belongs here: its checksum is another; the '
                 'command that made the folder, run once more, writes such shards again'

@@ -37,7 +37,7 @@ def check_shard(file: str, shard: dict, seq_length: int, dtype: np.dtype):
                 numbers = np.arange(first, min(first + step, shard['rows']))
                 said = _cut(notes.read(len(numbers) * noted.itemsize), noted.itemsize)
                 salts = prepared.shard_salts(seal, numbers) * np.uint32(sealed)
-                bad = next((first + row for row in prepared.wrong(_cut(block, size), said, salts)), None)
+                bad = next((first + row for row in prepared.wrong(_cut(block, size), said, noted, salts)), None)
         ends_well = not sealed or bad is not None or notes.read() == seal
     same = digest.hexdigest() == shard['digest']
     if bad is not None or not same:
