@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -151,7 +152,10 @@ COMMANDS = {
 def test_every_command_answers_a_signal_in_its_imports(name, number, tmp_path):
     command = ['env', '--default-signal=INT,HUP', sys.executable, '-m', f'mixln_jax.{name}', *COMMANDS[name]]
     process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)}, stderr=-1, text=True)
-    time.sleep(0.4)  # imports take seconds
+    taken_over = 1 << signal.SIGTERM - 1
+    status = pathlib.Path(f'/proc/{process.pid}/status')
+    while not int(re.search(r'SigCgt:\s*(\w+)', status.read_text())[1], 16) & taken_over:
+        time.sleep(0.01)  # before that Python itself starts; the imports that come now take seconds
     process.send_signal(number)
     _, shown = process.communicate(timeout=60)
     assert process.returncode == 75, shown
