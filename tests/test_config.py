@@ -484,3 +484,13 @@ class TestSchedules:
 
     def test_no_warm_up(self):
         assert self.rates(warmup_ratio=0.0, schedule='linear')[0] == pytest.approx(2 - 0.018)
+
+
+@pytest.mark.parametrize('stall, good', [(0, True), (1, True), (0.999, False), (1e-9, False)])
+def test_stacks_are_not_shown_more_often_than_every_second(stall, good):
+    """More often Python itself crashes."""
+    if good:
+        assert configs.build({'processes': {'stall': stall}}).processes.stall == stall
+        return
+    with pytest.raises(UsageError, match='config.processes.stall=.* must be 0 or at least 1 second'):
+        configs.build({'processes': {'stall': stall}})
