@@ -18,7 +18,7 @@ def named_leaves(tree):
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def segments(params):
+def layer_runs(params):
     """The stacked segments of a parameter tree, in layer order."""
     stack = params[STACKED]
     return [stack[f'segment_{number}'] for number in range(len(stack))]
@@ -36,7 +36,7 @@ def layer_norms(tree):
     squares = jax.tree.map(lambda leaf: jnp.square(leaf.astype(jnp.float32)), tree)
     layers = [
         sum(leaf.sum(axis=range(1, leaf.ndim)) for leaf in jax.tree.leaves(segment))
-        for segment in trees.segments(squares)
+        for segment in trees.layer_runs(squares)
     ]
     by_layer = jnp.concatenate(layers)
     rest = sum(leaf.sum() for name, leaf in trees.named_leaves(squares) if not name.startswith(f'{trees.STACKED}/'))
