@@ -53,7 +53,7 @@ def group(cls, may_change=False):
 class Model:
     """The network; `hidden_size` and the like are Hugging Face's names for LLaMA."""
 
-    family: str = key('llama', 'architecture', choices=('llama',), weights=True)
+    family: str = key('llama', 'architecture', choices=('llama', 'bert'), weights=True)
     vocab_size: int = key(32000, 'size of the vocabulary', at_least=2, at_most=LARGEST_VOCABULARY, weights=True)
     hidden_size: int = key(768, 'width D of the residual stream', at_least=1, at_most=2**18, weights=True)
     intermediate_size: int = key(2048, 'width of the MLP', at_least=1, at_most=2**20, weights=True)
@@ -81,6 +81,8 @@ class Model:
     rope_low_freq_factor: float = key(1.0, 'llama3: fewer turns than this in a row: the slowest rotations', above=0.0)
     rope_high_freq_factor: float = key(4.0, 'llama3: more turns than this in a row: rotations that stay', above=0.0)
     rope_original_length: int = key(8192, 'llama3: tokens of the row in which turns are counted', at_least=1)
+    num_positions: int = key(512, 'bert: rows of its table of positions', at_least=2, at_most=LONGEST, weights=True)
+    num_types: int = key(2, 'bert: kinds of tokens', at_least=1, at_most=2**16, weights=True)
     init: str = key(
         'auto',
         'initialisation: normal (init_std), scaled (attention and MLP outputs divided by sqrt(2L)), deepnorm, '
@@ -119,6 +121,24 @@ class Model:
     def kv_heads(self) -> int:
         """Number of key and value heads."""
         return self.num_kv_heads or self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is learned."""
+
+    name: str = key(
+        'language',
+        'language: the next token; masked_language: tokens that are hidden, as BERT does',
+        choices=('language', 'masked_language'),
+    )
+    mask_rate: float = key(0.15, 'masked_language: share of the tokens that are hidden', above=0.0, at_most=1.0)
+    mask_id: int = key(
+        -1,
+        'masked_language: the token that hides others; -1: the last of config.model.vocab_size',
+        at_least=-1,
+        below=LARGEST_VOCABULARY,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +327,7 @@ class Config:
         '', 'run or checkpoint of ours, whole state, to go on from in another work directory', may_change=True
     )
     model: Model = group(Model)
+    task: Task = group(Task)
     data: Data = group(Data)
     optim: Optim = group(Optim)
     eval: Eval = group(Eval, may_change=True)

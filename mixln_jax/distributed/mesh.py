@@ -38,7 +38,7 @@ RULES = (
     (r'/(projector|base_optimizer_state)/', P('fsdp', None), P(None, 'fsdp'), P()),  # of galore: of a small rank
     (r'/embedding$', P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor'))),
     (r'/head/kernel$', P('fsdp', 'tensor')),
-    (r'/(q|k|v|gate|up)/kernel$', P('fsdp', 'tensor'), P(('fsdp', 'tensor'), None)),
+    (r'/(q|k|v|gate|up|transform)/kernel$', P('fsdp', 'tensor'), P(('fsdp', 'tensor'), None)),
     (r'/(o|down)/kernel$', P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor'))),
     (r'((norm\w*/|_)scale|/bias|/span/kernel)$', P()),
 )
