@@ -35,7 +35,7 @@ def _text(found, options):
 
 def _place(out):
     """Where to write results. Raises UsageError for a file that is there and holds none."""
-    path = outputs.place(out)
+    path = outputs.resolve(out)
     try:
         ours = not path.exists() or {'checkpoint', 'step'} <= {*files.read_json(path, UsageError)}
     except UsageError:

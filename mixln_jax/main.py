@@ -35,7 +35,7 @@ def parse(argv):
     parser.add_argument('--workdir', metavar='DIR', help='folder of the run [runs/<name of the recipe>]')
     parser.add_argument('--verbose', action='store_true', help='list the parameters at the start')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
-    options, rest = cli.parse(parser, argv, known=True)
+    options, rest = cli.parse_known(parser, argv)
     config = recipes.load(options.config, recipes.overrides(rest)) if options.config else None
     if options.help:
         shown = "with the Mix-LN paper's C4 recipe as defaults"

@@ -141,7 +141,7 @@ def test_numbers_of_options(capsys):
     for option, text in (('tokens', '1e3.5'), ('tokens', '1.5'), ('tokens', 'inf'), ('mfu', 'nan'), ('mfu', 'inf')):
         with pytest.raises(UsageError, match=f'--{option}: invalid .* value: .{text}'):
             cli.parse(parser, [f'--{option}', text])
-    assert cli.listed(' a, b ,,c') == ['a', 'b', 'c'] and not cli.listed(' , ')
+    assert cli.split_list(' a, b ,,c') == ['a', 'b', 'c'] and not cli.split_list(' , ')
 
 
 @pytest.mark.parametrize(

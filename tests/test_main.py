@@ -527,7 +527,7 @@ class TestBadInput:
         words = {'other': 'is not what the run has written', 'twice': r':3 is step', 'reversed': r':2 is step'}
         words = words.get(change, r' has \d lines before step')
         with pytest.raises(
-            errors.CheckpointError, match=rf'metrics\.jsonl.*{words}.*; put back the file .*resume_from'
+            errors.CheckpointError, match=rf'metrics\.jsonl.*{words}.*; put the file back .*resume_from'
         ):
             main.run(recipe(corpus), workdir)
         left = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob('*') if path.is_file())

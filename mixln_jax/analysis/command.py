@@ -43,7 +43,7 @@ def by_row(compiled, model, batches):
     """
     sums, counts = [], []
     for batch in batches:
-        sums.append(jax.device_get(compiled(meshes.place(batch, model.stream_sharding))))
+        sums.append(jax.device_get(compiled(meshes.to_devices(batch, model.stream_sharding))))
         counts.append(batch['weights'].sum(-1))
     return jax.tree.map(lambda *of_batches: np.concatenate(of_batches), *sums), np.concatenate(counts)
 
@@ -134,14 +134,14 @@ def _check(options):
     for name in ('text', 'split', 'mode', 'norm_position', 'data_path'):
         if options.squad and getattr(options, name) is not None:
             raise UsageError(f'--{name} has no meaning with --squad')
-    if options.text and options.data_path and subjects.INITIAL not in cli.listed(options.steps or ''):
+    if options.text and options.data_path and subjects.INITIAL not in cli.split_list(options.steps or ''):
         raise UsageError("--data_path is where the run's own text is; it has no meaning with --text")
 
 
 def _folder(job, options, place):
     """Where the results of a checkpoint go."""
     if options.out is not None:
-        return outputs.place(options.out)
+        return outputs.resolve(options.out)
     if not place.run:
         raise UsageError(f'{place.folder} is not a run of ours, which would keep its results; give --out DIR')
     return place.run / 'analysis' / job.NAME

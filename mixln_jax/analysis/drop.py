@@ -61,7 +61,7 @@ def measure(model, params, batches, blocks=(1,)):
     L = len(model.norm_position)
     removed = [masks(L, block) for block in blocks]
     keeps = np.concatenate([np.ones((1, L), bool), *removed])
-    keeps = meshes.place(keeps, meshes.replicated(model.stream_sharding.mesh))
+    keeps = meshes.to_devices(keeps, meshes.replicated(model.stream_sharding.mesh))
     sums, counts = command.by_row(lambda at: _losses(params, at, keeps, model=model), model, batches)
     found = statistics.drops(sums, counts)
     return {name: metric | {'drop': _by_block(metric['drop'], blocks, L)} for name, metric in found.items()}
@@ -159,7 +159,7 @@ def add_options(add):
 
 def _blocks(text):
     """The numbers of --blocks."""
-    blocks = [cli.digits(part) or 0 for part in cli.listed(text)]
+    blocks = [cli.parse_decimal(part) or 0 for part in cli.split_list(text)]
     if min(blocks, default=0) < 1 or len(set(blocks)) < len(blocks):
         raise UsageError(f'--blocks {text}: different numbers from 1 are needed')
     return blocks

@@ -490,7 +490,8 @@ def _summary(tokenizer):
 
 def _fetch(kind, url):
     """The tokenizer at a URL. Only what has been opened goes into the cache, so a login page sent for it never does."""
-    cache = files.cache() / 'tokenizers' / hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
+    cache = files.cache_folder() / 'tokenizers' / digest
     with contextlib.suppress(DataError):  # absent or damaged: fetched anew
         return load(cache)
     if url.startswith('http:'):

@@ -173,7 +173,7 @@ class Harness(TemplateLM):
             ids = np.zeros((self.batch_size, length + 1), np.int32)  # attention is causal: nothing sees the padding
             for padded, number in zip(ids, numbers, strict=False):
                 padded[: len(rows[number])] = rows[number]
-            found = jax.device_get(self._predict(self._params, meshes.place(ids, self._sharding), self.keep))
+            found = jax.device_get(self._predict(self._params, meshes.to_devices(ids, self._sharding), self.keep))
             for number, *of_row in zip(numbers, *found, strict=False):
                 made[number] = [values[: len(rows[number]) - 1] for values in of_row]
         return made

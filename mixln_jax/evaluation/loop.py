@@ -52,7 +52,7 @@ def evaluate(
         if num_bytes is not None:
             num_bytes = num_bytes + int(batch['num_bytes'].sum()) if 'num_bytes' in batch else None
         batch = {name: values for name, values in batch.items() if name != 'num_bytes'}
-        sums.append(eval_step(params, meshes.place(batch, sharding)))
+        sums.append(eval_step(params, meshes.to_devices(batch, sharding)))
         tokens += int(batch['weights'].sum())
         if len(sums) > 1:
             sums[-2] = jax.device_get(sums[-2])  # the batch before: keeps the device busy and its queue short

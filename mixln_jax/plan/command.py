@@ -136,7 +136,7 @@ def main(argv):
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
     def job():
-        options, rest = cli.parse(parser, argv, known=True)
+        options, rest = cli.parse_known(parser, argv)
         if not 0 < options.mfu <= 1:
             raise UsageError('--mfu must be above 0 and at most 1')
         jax.config.update('jax_platforms', 'cpu')

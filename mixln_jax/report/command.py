@@ -45,7 +45,7 @@ def main(argv):
 
     def job():
         options = cli.parse(parser, argv)
-        out = outputs.place(options.out)
+        out = outputs.resolve(options.out)
         runs, problems, others = read(options.runs)
         skipped = f'{", ".join(others)} (no config.json of a run)'
         if runs:

@@ -50,7 +50,7 @@ class Feed:
         config, size = self._config, self._config.batch_size
         part = meshes.local_rows(self._sharding, size)
         dataset = batches.training(rows, seed=config.data.seed, batch_size=size, part=part)
-        return dataset, lambda batch: meshes.place(batch, self._sharding, size)
+        return dataset, lambda batch: meshes.to_devices(batch, self._sharding, size)
 
     def evaluation(self, eval_step: Callable, rows: Rows) -> Callable[[Any], dict[str, float | None]]:
         """Returns the function that evaluates weights on `rows`."""

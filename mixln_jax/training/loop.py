@@ -5,7 +5,7 @@ import sys
 import jax
 
 from mixln_jax.system import console
-from mixln_jax.system.errors import NumericsError, Stopped, known, one_line
+from mixln_jax.system.errors import NumericsError, Stopped, one_line, to_exit
 
 
 def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_hooks=False):
@@ -57,7 +57,7 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
             save(number, state, wait=True, **options)
             console.say(f'step {number} is saved')
         except Exception as error:
-            problem = one_line(known(error))
+            problem = one_line(to_exit(error))
             console.say(f'mixln_jax: warning: step {number} cannot be saved: {problem}', file=sys.stderr)
 
     if resume_hooks:

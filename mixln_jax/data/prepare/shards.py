@@ -203,7 +203,7 @@ def dataset_name(name):
 def folder(out: str, format: str, name: str) -> pathlib.Path:
     """Where the shards lie: tokens in `out`, a data set in TFDS's layout below it, as version 3.1.0 if none is named
     (C4's, under which TFDS knows it)."""
-    out = outputs.place(out)
+    out = outputs.resolve(out)
     if format == 'tfds' and not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?(:\d+\.\d+\.\d+)?', name):
         raise UsageError(f'--name {name!r} is not NAME, NAME/CONFIG or NAME/CONFIG:1.2.3')
     name, _, version = name.partition(':')
