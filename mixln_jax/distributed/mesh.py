@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from mixln_jax import config as configs
@@ -114,23 +114,23 @@ def make_mesh(sizes: configs.Mesh, available: Sequence[jax.Device]) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of arrays of which every device holds a full copy."""
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of a batch's arrays `[B, ...]` and of activations: rows are split over `data` and `fsdp`."""
     return NamedSharding(mesh, P(ROWS))
 
 
-def local_rows(sharding: NamedSharding, size: int) -> np.ndarray:
+def local_rows(sharding: Sharding, size: int) -> np.ndarray:
     """Returns the numbers of the rows that this process's devices hold, of a batch of `size` rows."""
     parts = sharding.addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
 
 
-def to_devices(batch: Any, sharding: NamedSharding, size: int | None = None) -> Any:
+def to_devices(batch: Any, sharding: Sharding, size: int | None = None) -> Any:
     """Copies numpy arrays to the devices of a sharding.
 
     Args:
@@ -146,7 +146,7 @@ def to_devices(batch: Any, sharding: NamedSharding, size: int | None = None) -> 
         rows = np.arange(len(values)) if size is None else local_rows(sharding, size)
         shape = (size or len(values), *values.shape[1:])
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             return values[np.searchsorted(rows, np.arange(shape[0])[index[0]])]
 
         return jax.make_array_from_callback(shape, sharding, shard)
@@ -160,12 +160,12 @@ def fetch(batch: Any) -> Any:
     return jax.device_get(batch) if jax.process_count() == 1 else multihost_utils.process_allgather(batch, tiled=True)
 
 
-def row_parts(mesh: Mesh) -> int:
+def row_parts(mesh: Mesh | AbstractMesh) -> int:
     """Returns into how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def state_shardings(mesh: Mesh, state: Any) -> Any:
+def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     """Returns the sharding of every leaf of a train state, or of a part of one, by RULES.
 
     Raises UsageError, naming leaf, dimension and key, if no spec of its rule can split a leaf; ValueError for a leaf
@@ -178,7 +178,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
+def _spec(mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...]) -> P:
     stacked = f'/{trees.STACKED}/' in name
     specs = next((specs for pattern, specs in RULES if re.search(pattern, name)), None)
     if specs is None:
@@ -195,7 +195,7 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     raise UsageError(f'{name[1:]} {list(shape)}: {shape[dimension]} (dimension {dimension}) is not divisible by {keys}')
 
 
-def _indivisible(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
+def _indivisible(mesh: Mesh | AbstractMesh, spec: P, shape: tuple[int, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yields every dimension that cannot be split evenly, and the axes that it would be split over."""
     for dimension, entry in enumerate(spec):
         axes = (entry,) if isinstance(entry, str) else entry or ()
