@@ -113,8 +113,8 @@ def _measure_all(job, work, options, by_folder):
         for place in places:
             try:
                 results.append(_result(job, place, options, work))
-            except (NumericsError, weights.Removed) as problem:
-                problems.append(problem)
+            except (NumericsError, weights.Removed) as error:
+                problems.append(error)
                 continue
             _write(job, folder, results, options)
             console.say(*_table(results[-1], job.columns(results[-1])), '')

@@ -56,7 +56,8 @@ def places(checkpoints, steps=None) -> list[Place]:
     Raises:
         UsageError: nothing there, a step that is not kept, or steps of what is not a run.
     """
-    found = {}  # (folder, initial) -> (folder, run, initial, what is said after the run's name, whether the newest)
+    # (folder, initial) -> (folder, run, initial, what is said after the run's name, whether the newest)
+    found: dict[Any, Any] = {}
     for path in checkpoints:
         folder, of_run = weights.find(path)
         run = folder.parents[1] if of_run else None

@@ -7,7 +7,8 @@ s alone, so the place in the data is one integer, whatever reads ahead.
 import atexit
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
+from typing import Any
 
 import grain
 import numpy as np
@@ -80,7 +81,7 @@ def evaluation(rows: Rows, batch_size: int, seed: int | None = None, sized: bool
     return grain.MapDataset.range(-(-len(rows) // batch_size)).map(batch)
 
 
-def read(dataset: grain.MapDataset, start: int, workers: int) -> Iterator[Batch]:
+def read(dataset: grain.MapDataset, start: int, workers: int) -> Generator[Batch]:
     """The batches from step `start` on, read ahead by threads or by `workers` processes; the same ones either way.
 
     Each process holds a copy of the rows. Close the iterator (`.close()`) to end threads and processes; collecting it
@@ -130,7 +131,7 @@ def _first(batches):
     return next(batches)
 
 
-_reading = weakref.WeakSet()
+_reading: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @atexit.register

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: Sequence[int], sized: bool = False) -> Block:
+    def read(self, indices: Sequence[int] | np.ndarray, sized: bool = False) -> Block:
         """Returns the rows [n, T+1]; bytes of text, where they take time to find, only if `sized` asks for them.
 
         Raises DataError, naming the record, for a row that cannot be read.
@@ -77,7 +77,7 @@ class InMemory:
         blocks = []
         dtype = layout.dtype_for(tokenizer.vocab_size)
         kept = lambda block: Block(block.ids.astype(dtype), np.packbits(block.ends, 1), block.num_bytes)  # noqa: E731
-        fill = layout.FILL[mode](seq_length, self.layout, lambda block: blocks.append(kept(block)))
+        fill: Any = layout.FILL[mode](seq_length, self.layout, lambda block: blocks.append(kept(block)))
         for i in range(len(source)):
             fill.add(tokenized(source[i], tokenizer, self.layout))
         fill.close()
@@ -178,7 +178,7 @@ def open_rows_of_run(
             said += '; --data_path says where the data is now'
         raise type(error)(said) from None
     chosen = ('split', 'mode', 'seq_length')
-    if differ := [part for part in seen or () if part not in chosen and found.get(part) != seen[part]]:
+    if differ := [part for part, value in (seen or {}).items() if part not in chosen and found.get(part) != value]:
         known = ' (the text that comes with Python is another in other versions)' if data.source == 'stdlib' else ''
         raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs{known}')
     return rows
@@ -204,7 +204,8 @@ def moved(data: config.Data, path: str) -> config.Data:
         raise UsageError('--data_path is empty')
     if data.source == 'stdlib':
         raise UsageError('--data_path has no meaning for data.source=stdlib, the text that comes with Python')
-    return dataclasses.replace(data, **{_place(data): path})
+    change: dict[str, Any] = {_place(data): path}
+    return dataclasses.replace(data, **change)
 
 
 def _place(data):

@@ -66,8 +66,8 @@ class Harness(TemplateLM):
         self._where = weights.where
         if isinstance(weights.model, Bert):
             raise UsageError(f'{self._where} is a BERT, which does not predict next tokens')
-        if weights.config:
-            self._tokenizer = weights.tokenizer
+        if weights.config and weights.tokenizer:
+            self._tokenizer: tokenizers.Tokenizer = weights.tokenizer
             self.prefix_token_id = self._tokenizer.eos_id
             self._start = [self._tokenizer.eos_id] if weights.config.data.mode == 'concat' else []
         else:

@@ -46,7 +46,8 @@ def evaluate(
     Returns:
         What the task's `summary` gives and `tokens`, each name with `eval/` before it.
     """
-    sums, tokens, num_bytes = [], 0, 0
+    sums, tokens = [], 0
+    num_bytes: int | None = 0
     for batch in batches:
         check()
         if num_bytes is not None:
@@ -60,7 +61,8 @@ def evaluate(
             break
     sums = jax.device_get(sums)
     totals = {name: sum(float(batch[name]) for batch in sums) for name in sums[0]}
-    counted = {'weight': tokens, 'tokens': tokens, 'num_bytes': num_bytes}  # in whole numbers, beyond float32
+    # In whole numbers, beyond float32.
+    counted: dict[str, Any] = {'weight': tokens, 'tokens': tokens, 'num_bytes': num_bytes}
     values = task.summary(totals | counted) | {'tokens': tokens}
     return {f'eval/{name}': value for name, value in values.items()}
 
@@ -83,7 +85,7 @@ def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size
         NumericsError: the loss is not finite.
     """
     config = found.config
-    if not config:
+    if not (config and found.workdir and found.tokenizer):
         raise UsageError(f'{found.where} is a Hugging Face folder, which names no text to evaluate on; give --tasks')
     batch_size = batch_size or config.batch_size // config.accumulate
     if config.batch_size % batch_size:
@@ -103,6 +105,7 @@ def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size
             num_tokens=num_tokens or config.eval.tokens,
             sharding=meshes.batch_sharding(mesh),
         )
-    if not math.isfinite(values['eval/loss']):
+    loss = values['eval/loss']
+    if loss is None or not math.isfinite(loss):
         raise NumericsError(f'{found.where}: the evaluation loss is not finite')
     return values

@@ -51,7 +51,7 @@ def needed(executable):
 def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
     """Prints the plan. Raises UsageError for sizes that do not fit together, DeviceError where nothing can compile."""
     kind, count = topology_size(topology)
-    device, capacity = KINDS[kind], DEVICES[KINDS[kind]].memory
+    device, capacity = KINDS[kind], DEVICES[KINDS[kind]].memory or 0
     program = Program(config, abstract_mesh(config.mesh, count))
     sizes, params = config.model, program.state.params
     number = llama.num_params(sizes, params)

@@ -89,7 +89,8 @@ def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weigh
     if bert and hf_bert.is_bert(path):
         if norm_position:
             raise UsageError(f'--norm_position: {path} is a BERT, which has Post-LN')
-        return Weights(*hf_bert.load(path, compute_dtype), str(path))
+        model, params = hf_bert.load(path, compute_dtype)
+        return Weights(model, params, str(path))
     if not of_run:
         model, params = hf_llama.load(path, norm_position, compute_dtype)
         tokenizer = None

@@ -20,7 +20,8 @@ EVALUATION = Context()
 class Language:
     """Next-token prediction: the sum of the tokens' losses over their number, on every path."""
 
-    headline, label, metrics = 'perplexity', 'ppl', ('tokens',)
+    headline, label = 'perplexity', 'ppl'
+    metrics: tuple[str, ...] = ('tokens',)
 
     def __init__(self, model: Any, mode: str = 'pad', seq_length: int = 2):
         """`mode` and `seq_length` say how rows are made; see data/layout.py."""
@@ -50,7 +51,7 @@ class Language:
 
     def summary(self, totals: Mapping[str, float]) -> dict[str, float | None]:
         loss = totals['sum'] / totals['weight']
-        found = {'loss': loss, 'perplexity': perplexity(loss)}
+        found: dict[str, float | None] = {'loss': loss, 'perplexity': perplexity(loss)}
         if 'num_bytes' in totals:
             num_bytes = totals['num_bytes']
             found['bits_per_byte'] = totals['sum'] / math.log(2) / num_bytes if num_bytes else None

@@ -29,12 +29,12 @@ class Feed:
 
     def watched(self, reader: Iterable[Batch]) -> Iterator[Batch]:
         """Yields what `reader` gives."""
-        reader, end = iter(reader), object()
+        remaining = iter(reader)
         while True:
             processes.watch(self._config.processes.stall)
             with self._stop.interruptible():
-                batch = next(reader, end)
-            if batch is end:
+                batch = next(remaining, None)
+            if batch is None:
                 return
             yield batch
 
