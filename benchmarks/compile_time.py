@@ -32,7 +32,7 @@ def compile_seconds(num_layers, scan_unroll, norm_position='mix'):
     )
     model, optimizer = llama.from_config(sizes), optim.optimizer(config.Optim())
     state = jax.eval_shape(functools.partial(step.init_state, Language(model), optimizer), jax.random.key(0))
-    types = {'inputs': jnp.int32, 'targets': jnp.int32, 'weights': jnp.float32}
+    types = {'inputs': jnp.int32, 'targets': jnp.int32, 'loss_mask': jnp.float32}
     batch = {name: jax.ShapeDtypeStruct((8, 256), dtype) for name, dtype in types.items()}
     update = functools.partial(step.train_step, task=Language(model), optimizer=optimizer, schedule=lambda _: 1e-3)
     start = time.perf_counter()

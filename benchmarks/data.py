@@ -86,7 +86,7 @@ def measure(options, folder):
         made = rows.open_rows(of, 'train', tokenizer, LENGTH, tokenizer.vocab_size)
         dataset, steps = batches.training(made, seed=0, batch_size=BATCH), 200 if of.source == 'tokens' else 8
         jobs[name] = lambda dataset=dataset, steps=steps: [dataset[s] for s in range(steps)]
-        counts[name] = int(sum(dataset[s]['weights'].sum() for s in range(steps)))
+        counts[name] = int(sum(dataset[s]['loss_mask'].sum() for s in range(steps)))
     table(bare, count, jobs, counts, options.rounds)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax import trees
+from mixln_jax.data import layout
 from mixln_jax.kernels import cross_entropy
 from mixln_jax.models import llama
 from mixln_jax.program import step
@@ -68,21 +69,22 @@ def _check_complete(folder, batches):
 def read_batch(path: pathlib.Path, config: configs.Config) -> dict[str, np.ndarray]:
     """The arrays [B,T] of a stored batch. Raises CheckpointError, naming file and array, for what is no batch of this
     configuration."""
-    names = 'inputs', 'targets', 'weights', *(('segments', 'positions') if config.data.mode == 'pack' else ())
+    names = 'inputs', 'targets', 'loss_mask', *(('segment_ids', 'positions') if config.data.mode == 'pack' else ())
     shape = config.batch_size, config.seq_length
     try:
         files.regular(path, CheckpointError)
     except FileNotFoundError as error:
         raise CheckpointError(f'{path}: not a batch: {error.strerror}') from error
     with reading(path, CheckpointError, 'not a batch'), zipfile.ZipFile(path), np.load(path) as stored:
-        if {*stored.files} != {*names}:
+        renamed = {name: layout.FORMER_NAMES.get(name, name) for name in stored.files}
+        if {*renamed.values()} != {*names}:
             raise ValueError(f'it holds {", ".join(stored.files)}, not {", ".join(names)}')
         for member in stored.zip.infolist():  # before it is unpacked
             if member.file_size > np.prod(shape) * 8 + 2**16:
                 raise ValueError(f'{member.filename} has {member.file_size:,} bytes, more than {shape} numbers')
-        batch = {name: stored[name] for name in names}
+        batch = {name: stored[former] for former, name in renamed.items()}
         for name, values in batch.items():
-            if values.shape != shape or values.dtype.kind != ('f' if name == 'weights' else 'i'):
+            if values.shape != shape or values.dtype.kind != ('f' if name == 'loss_mask' else 'i'):
                 raise ValueError(f'{name} is {values.dtype} {list(values.shape)}, not numbers {list(shape)}')
         if not all(0 <= batch[name].min() <= batch[name].max() < config.model.vocab_size for name in names[:2]):
             raise ValueError(f'an id is not in 0..{config.model.vocab_size - 1}')
@@ -93,10 +95,10 @@ def _look(model, params, batch):
     """Loss of every row (nats a token), and per layer the largest norms of stream and branches and the gradient's."""
 
     def loss(params):
-        x, out = model.apply({'params': params}, **model.inputs(batch), capture=True, method='trunk')
+        x, out = model.apply({'params': params}, batch, capture=True, method='backbone')
         kernel, size = model.head_kernel(params), model.config.vocab_size
-        total, count, aux = cross_entropy.token_losses(x, kernel, batch['targets'], batch['weights'], size)
-        rows = aux['token_loss'].sum(-1) / jnp.maximum(batch['weights'].sum(-1), 1)
+        total, count, aux = cross_entropy.token_losses(x, kernel, batch['targets'], batch['loss_mask'], size)
+        rows = aux['token_loss'].sum(-1) / jnp.maximum(batch['loss_mask'].sum(-1), 1)
         return total / jnp.maximum(count, 1), (rows, out['branches'], jnp.linalg.norm(out['hidden'][1:], axis=-1))
 
     grads, (rows, branches, stream) = jax.grad(loss, has_aux=True)(params)

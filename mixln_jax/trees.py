@@ -18,8 +18,8 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def segments(params: Any) -> list[Any]:
-    """Returns the stacked segments of a parameter tree, in layer order."""
+def layer_runs(params: Any) -> list[Any]:
+    """Returns the stacked runs of equal layers of a parameter tree, in layer order."""
     stack = params[STACKED]
     return [stack[f'segment_{number}'] for number in range(len(stack))]
 
@@ -31,7 +31,7 @@ def layer_norms(tree: Any) -> tuple[jax.Array, jax.Array]:
     """
     squares = jax.tree.map(lambda leaf: jnp.square(leaf.astype(jnp.float32)), tree)
     layers = [
-        sum(leaf.sum(axis=range(1, leaf.ndim)) for leaf in jax.tree.leaves(segment)) for segment in segments(squares)
+        sum(leaf.sum(axis=range(1, leaf.ndim)) for leaf in jax.tree.leaves(segment)) for segment in layer_runs(squares)
     ]
     by_layer = jnp.concatenate(layers)
     rest = sum(leaf.sum() for name, leaf in named_leaves(squares) if not name.startswith(f'{STACKED}/'))

@@ -196,7 +196,7 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
     tokenizer = vocabularies.byte_level()
     saved = {name: body for name, body in rows.items() if name.startswith('tokenizer/')}
     of_run = config.Config(batch_size=8, seq_length=5)
-    batch = {name: np.ones((8, 5), np.int32) for name in ('inputs', 'targets')} | {'weights': np.ones((8, 5), 'f4')}
+    batch = {name: np.ones((8, 5), np.int32) for name in ('inputs', 'targets')} | {'loss_mask': np.ones((8, 5), 'f4')}
     stored, network = io.BytesIO(), json.dumps(_network()).encode()
     np.savez(stored, **batch)
     run = json.dumps(_run()).encode()

@@ -101,7 +101,7 @@ class TestByHand:
 def test_numbers_are_those_of_the_reference(norm_position):
     model, params, weights = network(norm_position)
     batch = text(np.random.default_rng(2))
-    rows, heads = [batch[key] for key in ('inputs', 'targets', 'weights')], {'heads': 4, 'kv_heads': 2}
+    rows, heads = [batch[key] for key in ('inputs', 'targets', 'loss_mask')], {'heads': 4, 'kv_heads': 2}
     hidden, _ = reference.forward(weights, rows[0], model.norm_position, **heads)
     real = rows[2].astype(bool)
     matrix = [[reference.angular_distance(a, b)[real].mean() for b in hidden] for a in hidden]
@@ -140,7 +140,7 @@ def test_the_authors_hidden_states(name):
     cosines = np.einsum('abtd,cbtd->acbt', states, states)
     matrix = (np.arccos(np.clip(cosines, -1, 1)) / np.pi)[:, :, real].mean(-1)
     model, params = hf_llama.load(GOLDEN / name, name)
-    batch = {'inputs': expected['input_ids'], 'targets': expected['input_ids'], 'weights': real.astype(np.float32)}
+    batch = {'inputs': expected['input_ids'], 'targets': expected['input_ids'], 'loss_mask': real.astype(np.float32)}
     found = angular.measure(on(model), params, [batch])['distance']['mean'][:-1, :-1]
     np.testing.assert_allclose(found, matrix, rtol=0, atol=1e-5)
     assert np.abs(found - np.roll(matrix, 1, 0)).max() > 1e-2  # it could fail
@@ -153,7 +153,7 @@ class TestIndependence:
     def batch(self):
         rng = np.random.default_rng(5)
         batch = text(rng, B=6, T=7)
-        batch['weights'][2, 3:] = 0
+        batch['loss_mask'][2, 3:] = 0
         return batch
 
     @pytest.mark.parametrize('name', EACH)
@@ -174,13 +174,13 @@ class TestIndependence:
     def test_padding(self, batch, name):
         model, params, _ = network('mix')
         longer = {key: np.pad(values, [(0, 0), (0, 5)], constant_values=3) for key, values in batch.items()}
-        longer['weights'][:, 7:] = 0
+        longer['loss_mask'][:, 7:] = 0
         longer['inputs'][2, 3:] = 9  # no real token sees it
         assert_equal(EACH[name](model, params, [longer]), EACH[name](model, params, [batch]))
 
     def test_it_could_fail(self, batch):
         model, params, _ = network('mix')
-        counted = batch | {'weights': np.ones_like(batch['weights'])}
+        counted = batch | {'loss_mask': np.ones_like(batch['loss_mask'])}
         for name in EACH:
             with pytest.raises(AssertionError):
                 assert_equal(EACH[name](model, params, [counted]), EACH[name](model, params, [batch]))
@@ -192,7 +192,7 @@ def test_gradients_of_several_batches():
     model, params, _ = network('pre')
     batch = text(np.random.default_rng(6), B=8)
     first, second = (gradients.measure(model, params, batched(batch, 3)[at : at + 1]) for at in (0, 1))
-    tokens = batch['weights'][:6].sum()
+    tokens = batch['loss_mask'][:6].sum()
     for size in (1, 3):
         found = gradients.measure(model, params, batched(batch, size), rows=3)
         about = [found[name] for name in ('gradients', 'rows_per_gradient', 'rows', 'tokens')]
@@ -229,18 +229,18 @@ def test_a_sample_of_rows(corpus_rows):
     one, three = (samples.sample(samples.rows_of_text(corpus_rows), 100, size) for size in (1, 3))
     rows = np.concatenate([batch['inputs'] for batch in one])
     np.testing.assert_array_equal(np.concatenate([batch['inputs'] for batch in three])[: len(rows)], rows)
-    counts = np.concatenate([batch['weights'].sum(-1) for batch in three])
+    counts = np.concatenate([batch['loss_mask'].sum(-1) for batch in three])
     assert counts[: len(rows)].sum() >= 100 > counts[: len(rows) - 1].sum() and not counts[len(rows) :].any()
     in_order = corpus_rows.read(range(len(rows))).ids[:, :-1]
     assert not np.array_equal(in_order, rows)
     last = np.concatenate(
-        [batch['weights'] for batch in samples.sample(samples.rows_of_text(corpus_rows), 100, 1, last=True)]
+        [batch['loss_mask'] for batch in samples.sample(samples.rows_of_text(corpus_rows), 100, 1, last=True)]
     )
-    real = np.concatenate([batch['weights'] for batch in one])
+    real = np.concatenate([batch['loss_mask'] for batch in one])
     assert (last.sum(-1) == 1).all()
     assert [np.flatnonzero(row)[-1] for row in real] == last.argmax(-1).tolist()
     everything = samples.sample(samples.rows_of_text(corpus_rows), 10**9, 4)
-    assert sum((batch['weights'].sum(-1) > 0).sum() for batch in everything) == len(corpus_rows)
+    assert sum((batch['loss_mask'].sum(-1) > 0).sum() for batch in everything) == len(corpus_rows)
 
 
 @pytest.fixture(scope='module')

@@ -131,8 +131,8 @@ def test_analyses_in_float32_do_without(monkeypatch):
 def test_turning_on_tpus_is_the_same(dtype, monkeypatch):
     """Bit for bit, its gradient included; the turn is that of complex numbers."""
     x, dy = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 5, 3, 8)), dtype)
-    frequency = rope.rotary_frequencies(configs.Model(hidden_size=8, num_heads=1, rope_theta=100.0))
-    angles = rope.rotary_angles(jnp.arange(5), frequency)
+    frequency = rope.rope_frequencies(configs.Model(hidden_size=8, num_heads=1, rope_theta=100.0))
+    angles = rope.rope_cos_sin(jnp.arange(5), frequency)
 
     def turned(x, dy):
         y, pull = jax.vjp(lambda x: rope.rotate(x, angles), x)

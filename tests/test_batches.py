@@ -157,9 +157,9 @@ class TestEvaluation:
         made = [dataset[i] for i in range(len(dataset))]
         assert len(made) == -(-count // batch_size)
         assert {values.shape for batch in made for values in batch.values()} == {(batch_size, T)}
-        assert {batch['weights'].dtype for batch in made} == {np.dtype(np.float32)}
+        assert {batch['loss_mask'].dtype for batch in made} == {np.dtype(np.float32)}
         assert np.concatenate([numbers(batch) for batch in made])[:count].tolist() == list(range(count))
-        weights = np.concatenate([batch['weights'] for batch in made])
+        weights = np.concatenate([batch['loss_mask'] for batch in made])
         assert (weights[:count] == 1).all() and not weights[count:].any()
 
     def test_bytes_of_text_are_counted_once(self):
@@ -171,7 +171,7 @@ class TestEvaluation:
     def test_weights_are_the_rows_own(self):
         made = rows.Documents(Texts(['abc', 'defgh', 'i']), tokenizers.Bytes(), T)
         [batch] = batches.evaluation(made, 4)
-        assert batch['weights'].sum(1).tolist() == [3, 5, 1, 0]
+        assert batch['loss_mask'].sum(1).tolist() == [3, 5, 1, 0]
 
 
 class TestRead:

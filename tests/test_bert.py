@@ -23,7 +23,8 @@ SIZES = dict(
 IDS = np.random.default_rng(1).integers(0, V, (2, 6))
 TYPES = np.array([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0]])
 WEIGHTS = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-REAL, MASK = WEIGHTS.astype(bool), WEIGHTS.astype(bool)[:, None, None, :]
+REAL = WEIGHTS.astype(bool)
+BATCH = {'inputs': IDS, 'types': TYPES, 'token_mask': WEIGHTS}
 
 
 def random_tensors():
@@ -102,12 +103,12 @@ def network(tmp_path_factory):
 
 @functools.partial(jax.jit, static_argnums=0)
 def spans(model, params, keep=None):
-    return jnp.stack(model.apply({'params': params}, IDS, TYPES, MASK, keep))
+    return jnp.stack(model.apply({'params': params}, BATCH, keep))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def trunk(model, params, keep=None):
-    return model.apply({'params': params}, IDS, TYPES, MASK, keep, capture=True, method='trunk')
+def backbone(model, params, keep=None):
+    return model.apply({'params': params}, BATCH, keep, capture=True, method='backbone')
 
 
 def random_network(*norm_position, **changes):
@@ -120,7 +121,7 @@ def random_network(*norm_position, **changes):
 @pytest.mark.parametrize('keep', [None, (True, False, True), (False, True, True), (False, False, False)])
 def test_the_reference(network, keep):
     hidden, *expected = reference(TENSORS, IDS, TYPES, WEIGHTS, keep or (True,) * L)
-    x, out = trunk(*network, None if keep is None else np.array(keep))
+    x, out = backbone(*network, None if keep is None else np.array(keep))
     np.testing.assert_allclose(out['hidden'][:, REAL], hidden[:, REAL], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(x, out['hidden'][-1])  # no final norm
     found = spans(*network, None if keep is None else np.array(keep))
@@ -139,7 +140,7 @@ def test_every_tensor_matters(network, tmp_path):
 
 def test_branches(network):
     """What is captured of sub-layers: the stream before attention is what the layer sees."""
-    _, out = trunk(*network)
+    _, out = backbone(*network)
     assert {name: leaf.shape for name, leaf in out['branches'].items()} == dict.fromkeys(
         ('stream_norm', 'norm', 'mean'), (L, 2, *IDS.shape)
     )
@@ -150,10 +151,11 @@ def test_branches(network):
 
 def test_padding_does_not_matter(network):
     model, params = network
-    find = jax.jit(lambda *seen: jnp.stack(model.apply({'params': params}, *seen)))
-    alone, ids = find(IDS[1:, :4], TYPES[1:, :4]), np.where(REAL, IDS, 7)
-    np.testing.assert_allclose(find(ids, TYPES, MASK)[:, 1:, :4], alone, rtol=0, atol=1e-5)
-    assert np.abs(find(ids, TYPES)[:, 1:, :4] - alone).max() > 1e-3
+    find = jax.jit(lambda **batch: jnp.stack(model.apply({'params': params}, batch)))
+    alone, ids = find(inputs=IDS[1:, :4], types=TYPES[1:, :4]), np.where(REAL, IDS, 7)
+    padded = find(inputs=ids, types=TYPES, token_mask=WEIGHTS)
+    np.testing.assert_allclose(padded[:, 1:, :4], alone, rtol=0, atol=1e-5)
+    assert np.abs(find(inputs=ids, types=TYPES)[:, 1:, :4] - alone).max() > 1e-3
 
 
 def test_one_program_for_every_layer_that_is_removed(network):
@@ -167,7 +169,7 @@ def test_one_program_for_every_layer_that_is_removed(network):
 def test_placements(name):
     """All of them make a network: after three layers the stream is one of numbers."""
     model, params = random_network(*[name] * L, norm_groups=2, scan_unroll='1')
-    _, out = trunk(model, params)
+    _, out = backbone(model, params)
     assert out['hidden'].shape == (L + 1, *IDS.shape, D)
     assert np.isfinite(out['hidden']).all()
 
@@ -176,8 +178,8 @@ def test_segments_loops_and_recomputation():
     names = 'post', 'pre', 'post'
     model, params = random_network(*names)
     assert list(params['layers']) == ['segment_0', 'segment_1', 'segment_2']
-    x, _ = trunk(model, params)
-    looped, _ = trunk(random_network(*names, scan_unroll='1', remat='full')[0], params)
+    x, _ = backbone(model, params)
+    looped, _ = backbone(random_network(*names, scan_unroll='1', remat='full')[0], params)
     np.testing.assert_allclose(looped, x, rtol=1e-5, atol=1e-5)
 
 
@@ -257,9 +259,9 @@ def test_shards(network, tmp_path):
 def test_a_trunk_alone(network, tmp_path):
     """BertModel has no head; a folder that says it has one and lacks it is refused."""
     tensors = {name: tensor for name, tensor in TENSORS.items() if not name.startswith('qa')}
-    folder = write(tmp_path / 'trunk', tensors, architectures=['BertModel'])
+    folder = write(tmp_path / 'backbone', tensors, architectures=['BertModel'])
     model, params = hf_bert.load(folder)
-    np.testing.assert_array_equal(trunk(model, params)[0], trunk(*network)[0])
+    np.testing.assert_array_equal(backbone(model, params)[0], backbone(*network)[0])
     with pytest.raises(UsageError, match=r'no head that finds spans \(qa_outputs\)'):
         model.apply({'params': params}, IDS)
     edit(folder, architectures=['BertForQuestionAnswering'])

@@ -156,7 +156,7 @@ def test_spans_of_long_texts_go_on_from_piece_to_piece(name, opened, monkeypatch
 def bits_per_byte(made, batch_size=3):
     """Of a network that is wrong by one bit a token."""
     seen = evaluation.evaluate(
-        lambda params, batch: {'sum': np.log(2) * np.asarray(batch['weights']).sum()},
+        lambda params, batch: {'sum': np.log(2) * np.asarray(batch['loss_mask']).sum()},
         None,
         batches.evaluation(made, batch_size, sized=True),
         task=Language(None),
@@ -265,7 +265,7 @@ class TestNotes:
         data = dataclasses.replace(two_files(tmp_path), path=str(write(tmp_path / 'c.jsonl', texts)), **keys)
         keys = prepare_to(tmp_path / 'out', data, mode)
         made = open_(keys)
-        assert made.layout.batch(made.read(range(len(made))))['weights'].sum() == 5 * 4  # of each text all but cat
+        assert made.layout.batch(made.read(range(len(made))))['loss_mask'].sum() == 5 * 4  # of each text all but cat
         self.age(tmp_path / 'out')
         if pad == '<pad>':
             assert len(open_(keys)) == len(made)

@@ -360,7 +360,7 @@ class TestInspect:
         main.run(config, tmp_path / 'run')
         counts = set()
         for row in inspect.inspect(tmp_path / 'run', 1):
-            ids, segments = np.array([row['inputs'], row['segments']])
+            ids, segments = np.array([row['inputs'], row['segment_ids']])
             numbers = range(1, segments.max() + 1)
             assert row['text'] == [bytes(ids[(segments == n) & (ids < 256)].tolist()).decode() for n in numbers]
             counts.add(len(row['text']))

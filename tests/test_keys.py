@@ -204,7 +204,7 @@ def expected(config, projectors):
     sizes |= {'eps': config.model.norm_eps, 'theta': config.model.rope_theta}
     lrs, new = rates(optim, config.num_steps), weights
     for batch in BATCHES:
-        rows = (batch[name] for name in ('inputs', 'targets', 'weights'))
+        rows = (batch[name] for name in ('inputs', 'targets', 'loss_mask'))
         with unittest.mock.patch.dict(reference.PLACEMENTS, group_pre=grouped):
             grads = reference.gradients(new, *rows, names, **sizes)
         norm = np.sqrt(sum(np.square(grad).sum() for grad in jax.tree.leaves(grads)))
@@ -301,7 +301,7 @@ def test_when_a_run_does_what(corpus, tmp_path, monkeypatch):
     class Analyses(during.Analyses):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            samples.append(sum(batch['weights'].sum() for batch in self._batches))
+            samples.append(sum(batch['loss_mask'].sum() for batch in self._batches))
 
         def __call__(self, params):
             return {'analysis/variance': [1.0, 1.0]}

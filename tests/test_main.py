@@ -361,8 +361,8 @@ class TestBadSteps:
         def poisoned(dataset, start, workers):
             for step, batch in enumerate(read(dataset, start, workers), start + 1):
                 if step == 2:
-                    batch = batch | {'weights': batch['weights'].copy()}
-                    batch['weights'][5, 0] = np.nan
+                    batch = batch | {'loss_mask': batch['loss_mask'].copy()}
+                    batch['loss_mask'][5, 0] = np.nan
                 yield batch
 
         monkeypatch.setattr(batches, 'read', poisoned)

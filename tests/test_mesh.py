@@ -68,7 +68,7 @@ def batches(config):
         yield {
             'inputs': tokens[:, :-1].astype(np.int32),
             'targets': tokens[:, 1:].astype(np.int32),
-            'weights': weights.astype(np.float32),
+            'loss_mask': weights.astype(np.float32),
         }
 
 

@@ -98,7 +98,7 @@ def text(rng, B=2, T=5, V=11):
     ids = rng.integers(0, V, (B, T + 1))
     weights = np.ones((B, T))
     weights[-1, -2:] = 0
-    return {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'weights': weights}
+    return {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'loss_mask': weights}
 
 
 def mean_loss(model, params, batch):
@@ -125,7 +125,7 @@ def test_forward_and_gradient_equal_the_float64_reference(norm_position, kind):
     weights = reference.init(rng, LISTS[norm_position], **SIZES, **sizes)
     model, batch = make(norm_position, **changes), text(rng)
     assert model.norm_position == LISTS[norm_position]
-    arguments = batch['inputs'], batch['targets'], batch['weights'], LISTS[norm_position]
+    arguments = batch['inputs'], batch['targets'], batch['loss_mask'], LISTS[norm_position]
     heads = dict(heads=4, kv_heads=2) | scaling
 
     @jax.jit
@@ -201,7 +201,7 @@ def test_what_the_backward_pass_keeps():
     model = make('pre', L, hidden_size=D, intermediate_size=F, num_heads=H, num_kv_heads=H)
     ids = np.zeros((B, T), np.int32)
     params = model.init(jax.random.key(0))['params']
-    _, pull = jax.vjp(lambda params: model.apply({'params': params}, ids, method='trunk')[0], params)
+    _, pull = jax.vjp(lambda params: model.apply({'params': params}, ids, method='backbone')[0], params)
     kept = [leaf.size for leaf in jax.tree.leaves(pull) if leaf.shape[:2] == (L, B)]
     assert sum(kept) == L * B * T * (9 * D + 3 * F + H)  # H: the logarithms of the sums
 
@@ -213,7 +213,7 @@ def test_remat_of_dots_keeps_no_turned_heads(monkeypatch):
         model = make('pre', 3, remat='dots')
         params = model.init(jax.random.key(0))['params']
         ids = np.zeros((2, 16), np.int32)
-        _, pull = jax.vjp(lambda params: model.apply({'params': params}, ids, method='trunk')[0], params)
+        _, pull = jax.vjp(lambda params: model.apply({'params': params}, ids, method='backbone')[0], params)
         return sum(leaf.size for leaf in jax.tree.leaves(pull) if leaf.shape[:2] == (3, 2))
 
     monkeypatch.setattr(jax.lax, 'platform_dependent', lambda x, tpu, default: default(x))
@@ -245,12 +245,12 @@ def test_golden(name):
     expected = np.load(GOLDEN / name / 'expected.npz')
     real = expected['attention_mask'].astype(bool)
     ids = expected['input_ids']
-    batch = {'inputs': ids, 'targets': np.roll(ids, -1, axis=1), 'weights': np.pad(real[:, 1:], ((0, 0), (0, 1)))}
+    batch = {'inputs': ids, 'targets': np.roll(ids, -1, axis=1), 'loss_mask': np.pad(real[:, 1:], ((0, 0), (0, 1)))}
 
     @jax.jit
     def ours(params):
         logits, out = model.apply({'params': params}, ids, capture=True)
-        x, _ = model.apply({'params': params}, ids, method='trunk')
+        x, _ = model.apply({'params': params}, ids, method='backbone')
         return logits, [*out['hidden'][:-1], x], jax.value_and_grad(lambda p: mean_loss(model, p, batch))(params)
 
     def check_forward(logits, hidden, loss):  # their last hidden state is after the final norm
@@ -298,7 +298,7 @@ def test_thirty_updates_follow_the_authors(name, clip_norm):
         for ids in stored['batches']:
             weights = np.ones(ids.shape, np.float32)
             weights[:, -1] = 0
-            batch = {'inputs': ids, 'targets': np.roll(ids, -1, axis=1), 'weights': weights}
+            batch = {'inputs': ids, 'targets': np.roll(ids, -1, axis=1), 'loss_mask': weights}
             state, metrics = update(state, batch, rates)
             found.append((metrics['loss'], metrics['grad_norm']))
         return np.array(found).T
@@ -389,7 +389,7 @@ class TestPlacements:
 
     def test_lists(self):
         assert placements.resolve(' post * 2, pre,lns', 4) == ('post', 'post', 'pre', 'lns')
-        assert placements.segments(('post', 'post', 'pre', 'lns', 'lns')) == [
+        assert placements.layer_runs(('post', 'post', 'pre', 'lns', 'lns')) == [
             ('post', 0, 2),
             ('pre', 2, 3),
             ('lns', 3, 5),
@@ -505,7 +505,7 @@ def test_bfloat16_stays_near_float32():
     params = to_jax(model, reference.init(rng, model.norm_position, **SIZES))
     loss = jax.jit(lambda p: mean_loss(model, p, batch))(params)
     half = model.clone(compute_dtype='bfloat16')
-    x, _ = jax.eval_shape(lambda p: half.apply({'params': p}, batch['inputs'], method='trunk'), params)
+    x, _ = jax.eval_shape(lambda p: half.apply({'params': p}, batch['inputs'], method='backbone'), params)
     assert x.dtype == jnp.bfloat16
     near = jax.jit(lambda p: mean_loss(half, p, batch))(params)
     np.testing.assert_allclose(near, loss, rtol=2e-2)

@@ -68,7 +68,7 @@ def test_frozen_row():
         for ids in stored['batches']:
             weights = np.ones(ids.shape, np.float32)
             weights[:, -1] = 0
-            state, values = update(state, {'inputs': ids, 'targets': np.roll(ids, -1, axis=1), 'weights': weights})
+            state, values = update(state, {'inputs': ids, 'targets': np.roll(ids, -1, axis=1), 'loss_mask': weights})
             found.append((values['loss'], values['grad_norm']))
         return np.array(found).T
 
@@ -85,14 +85,14 @@ def test_frozen_row_of_a_tied_head():
     model, batch = make('mix', tie_word_embeddings=True), text(rng)
     weights = reference.init(rng, model.norm_position, **SIZES, tied=True)
     batch['inputs'][0, :2] = 10
-    arguments = batch['inputs'], batch['targets'], batch['weights'], model.norm_position
+    arguments = batch['inputs'], batch['targets'], batch['loss_mask'], model.norm_position
     untied = reference.gradients(weights | {'head': weights['embed'].T}, *arguments, heads=4, kv_heads=2)
     both = untied['embed'] + untied['head'].T
     frozen = both.copy()
     frozen[10] = untied['head'].T[10]
     assert np.abs(both - frozen).max() > 1e-3
     for kind, expected in ((language.Language, both), (language.OfficialLanguage, frozen)):
-        total = lambda params, kind=kind: kind(model).losses(params, batch).sum / batch['weights'].sum()  # noqa: E731
+        total = lambda params, kind=kind: kind(model).losses(params, batch).sum / batch['loss_mask'].sum()  # noqa: E731
         grads = jax.jit(jax.grad(total))(to_jax(model, weights))
         np.testing.assert_allclose(grads['embed']['embedding'][:11], expected, rtol=0, atol=1e-5 * np.abs(both).max())
 
@@ -111,7 +111,7 @@ def batch():
     return {
         'inputs': rng.integers(0, 11, (4, 6)).astype(np.int32),
         'targets': rng.integers(0, 11, (4, 6)).astype(np.int32),
-        'weights': (np.arange(6) < lengths[:, None]).astype(np.float32),
+        'loss_mask': (np.arange(6) < lengths[:, None]).astype(np.float32),
     }
 
 

@@ -32,20 +32,20 @@ def packed_and_alone(rng, V=11):
     packed, alone = (
         {key: rng.integers(0, V, (B, T)) for key in ('inputs', 'targets')} for B in (len(ROWS), len(lengths))
     )
-    packed['weights'] = ((segments > 0) & (rng.random(segments.shape) < 0.8)).astype(np.float32)
-    alone['weights'] = np.zeros((len(lengths), T), np.float32)
+    packed['loss_mask'] = ((segments > 0) & (rng.random(segments.shape) < 0.8)).astype(np.float32)
+    alone['loss_mask'] = np.zeros((len(lengths), T), np.float32)
     there = np.arange(T) < lengths[:, None]
     for key in alone:
         alone[key][there] = packed[key][segments > 0]
-    return packed | {'positions': positions, 'segments': segments}, alone, there
+    return packed | {'positions': positions, 'segment_ids': segments}, alone, there
 
 
 def forward_and_gradient(model):
     @jax.jit
     def of(params, batch):
-        logits, out = model.apply({'params': params}, **model.inputs(batch), capture=True)
+        logits, out = model.apply({'params': params}, batch, capture=True)
         loss, grads = jax.value_and_grad(lambda p: Language(model).losses(p, batch).sum)(params)
-        distances = statistics.distance_matrix(out['hidden'], batch['weights']).sum(0)
+        distances = statistics.distance_matrix(out['hidden'], batch['loss_mask']).sum(0)
         return out['hidden'], logits, loss, grads, distances
 
     return of
@@ -63,7 +63,7 @@ def forward_and_gradient(model):
 def test_packed_documents_are_as_alone(norm_position, remat):
     rng = np.random.default_rng(0)
     packed, alone, there = packed_and_alone(rng)
-    real = packed['segments'] > 0
+    real = packed['segment_ids'] > 0
     model = make(norm_position, remat=remat)
     params = to_jax(model, reference.init(rng, model.norm_position, **SIZES))
     of = forward_and_gradient(model)
@@ -80,7 +80,7 @@ def test_packed_documents_are_as_alone(norm_position, remat):
         assert_gradients(got[3], grads, 2e-5)
 
     got = of(params, packed)
-    joined = of(params, packed | {'segments': np.ones_like(packed['segments'])})
+    joined = of(params, packed | {'segment_ids': np.ones_like(packed['segment_ids'])})
     for check in (check_forward, check_gradient):
         check(got)
         with pytest.raises(AssertionError):  # the comparison must be able to fail
@@ -95,12 +95,12 @@ def test_positions_and_segments_equal_the_float64_reference():
     model = make('mix')
     weights = reference.init(rng, model.norm_position, **SIZES)
     of, params = forward_and_gradient(model), to_jax(model, weights)
-    places = dict(heads=4, kv_heads=2, positions=batch['positions'], segments=batch['segments'])
+    places = dict(heads=4, kv_heads=2, positions=batch['positions'], segments=batch['segment_ids'])
     hidden, logits = reference.forward(weights, batch['inputs'], model.norm_position, **places)
-    arguments = batch['inputs'], batch['targets'], batch['weights'], model.norm_position
-    loss = reference.loss(weights, *arguments, **places) * batch['weights'].sum()
+    arguments = batch['inputs'], batch['targets'], batch['loss_mask'], model.norm_position
+    loss = reference.loss(weights, *arguments, **places) * batch['loss_mask'].sum()
     grads = to_jax(model, reference.gradients(weights, *arguments, **places))
-    grads = jax.tree.map(lambda leaf: leaf * batch['weights'].sum(), grads)
+    grads = jax.tree.map(lambda leaf: leaf * batch['loss_mask'].sum(), grads)
 
     def check(batch):
         got = of(params, batch)
@@ -110,7 +110,7 @@ def test_positions_and_segments_equal_the_float64_reference():
         assert_gradients(got[3], grads, 2e-5)
 
     check(batch)
-    for left_out in ('positions', 'segments'):
+    for left_out in ('positions', 'segment_ids'):
         with pytest.raises(AssertionError):
             check({key: leaf for key, leaf in batch.items() if key != left_out})
 
@@ -121,8 +121,8 @@ def test_positions_from_zero_round_as_alone():
     packed, alone, there = packed_and_alone(rng)
     model = make('mix').clone(compute_dtype='bfloat16')
     params = to_jax(model, reference.init(rng, model.norm_position, **SIZES))
-    logits = jax.jit(lambda batch: model.apply({'params': params}, **model.inputs(batch))[0])
-    real, expected = packed['segments'] > 0, logits(alone)[there]
+    logits = jax.jit(lambda batch: model.apply({'params': params}, batch)[0])
+    real, expected = packed['segment_ids'] > 0, logits(alone)[there]
     error = np.abs(logits(packed)[real] - expected).max()
     del packed['positions']
     assert 10 * error < np.abs(logits(packed)[real] - expected).max()
@@ -134,10 +134,10 @@ def test_nothing_passes_between_documents():
     batch = packed_and_alone(rng)[0]
     model = make('mix')
     params = to_jax(model, reference.init(rng, model.norm_position, **SIZES))
-    logits = jax.jit(lambda batch: model.apply({'params': params}, **model.inputs(batch))[0])
+    logits = jax.jit(lambda batch: model.apply({'params': params}, batch)[0])
     before = logits(batch)
     for number in range(4):
-        inside = batch['segments'] == number
+        inside = batch['segment_ids'] == number
         after = logits(batch | {'inputs': np.where(inside, 10 - batch['inputs'], batch['inputs'])})
         np.testing.assert_array_equal(after[~inside], before[~inside])
         assert not np.array_equal(after[inside], before[inside])
@@ -152,7 +152,7 @@ def test_accumulation_and_devices_on_packed_rows():
     other, others = parts(
         jax.device_put(state, meshes.replicated(two)), jax.device_put(packed, meshes.batch_sharding(two))
     )
-    assert metrics['tokens'] == others['tokens'] == packed['weights'].sum()
+    assert metrics['tokens'] == others['tokens'] == packed['loss_mask'].sum()
     np.testing.assert_allclose(others['loss'], metrics['loss'], rtol=1e-6)
     np.testing.assert_allclose(others['layer_grad_norm'], metrics['layer_grad_norm'], rtol=1e-5)
     first, moments = ({name: leaf for name, leaf in trees.named_leaves(state.opt_state) if '/mu/' in name}
@@ -161,7 +161,7 @@ def test_accumulation_and_devices_on_packed_rows():
     for name, leaf in first.items():
         np.testing.assert_allclose(moments[name], leaf, rtol=0, atol=2e-6 * np.abs(leaf).max(), err_msg=name)
     # The step looks at the segments.
-    _, joined = whole(state, packed | {'segments': np.ones_like(packed['segments'])})
+    _, joined = whole(state, packed | {'segment_ids': np.ones_like(packed['segment_ids'])})
     assert abs(joined['loss'] / metrics['loss'] - 1) > 1e-3
 
 

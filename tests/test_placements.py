@@ -71,8 +71,8 @@ def test_what_every_sublayer_adds(monkeypatch, names):
         np.testing.assert_allclose(got['mean'][at // 2, at % 2], added.mean(-1), rtol=0, atol=2e-5)
     for l in range(3):
         np.testing.assert_allclose(got['stream_norm'][l, 0], np.linalg.norm(hidden[l], axis=-1), rtol=2e-5)
-    real = batch['weights'].astype(bool)
-    variances = transformer.branch_variances(got, batch['weights'], 8)
+    real = batch['loss_mask'].astype(bool)
+    variances = transformer.branch_variances(got, batch['loss_mask'], 8)
     np.testing.assert_allclose(variances, [added[real].var() for added in found], rtol=1e-4)
 
 
@@ -87,7 +87,7 @@ def test_omega_is_what_admin_measures(monkeypatch, accumulate):
     state = step.State(np.int32(0), to_jax(model, weights), {}, np.int32(0))
     after = jax.jit(functools.partial(step.measure_factors, model=model, accumulate=accumulate))(state, batch)
     _, found = branches(monkeypatch, weights, batch['inputs'], names)
-    sums = np.cumsum([added[batch['weights'].astype(bool)].var() for added in found])
+    sums = np.cumsum([added[batch['loss_mask'].astype(bool)].var() for added in found])
     omega = np.sqrt([1, *sums[:-1]])
     for layer in (1, 2):
         weights['layers'][layer]['attention_residual'] = np.full(8, omega[2 * layer])
@@ -149,7 +149,7 @@ def test_a_mesh_changes_no_number(placement):
     rng, found = np.random.default_rng(0), []
     tokens = (rng.integers(0, 100, (16, 1)) + 2 * np.arange(13)) % 101
     weights = (np.arange(12) < rng.integers(1, 13, (16, 1))).astype(np.float32)
-    batch = {'inputs': tokens[:, :-1].astype(np.int32), 'targets': tokens[:, 1:].astype(np.int32), 'weights': weights}
+    batch = {'inputs': tokens[:, :-1].astype(np.int32), 'targets': tokens[:, 1:].astype(np.int32), 'loss_mask': weights}
     for shape in ((1, 1, 1), (2, 2, 2)):
         config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, norm_position=placement))
         program = Program(config, meshes.make_mesh(configs.Mesh(*shape), jax.devices('cpu')))
@@ -172,7 +172,7 @@ def test_optimisers_on_a_mesh(name):
     rng, found = np.random.default_rng(0), []
     tokens = (rng.integers(0, 100, (16, 1)) + 2 * np.arange(13)) % 101
     batch = {'inputs': tokens[:, :-1].astype(np.int32), 'targets': tokens[:, 1:].astype(np.int32)}
-    batch['weights'] = np.ones((16, 12), np.float32)
+    batch['loss_mask'] = np.ones((16, 12), np.float32)
     for shape in ((1, 1, 1), (2, 2, 2)):
         optimiser = configs.Optim(name=name, learning_rate=1e-3, galore_rank=4, warmup_ratio=0.0)
         program = Program(

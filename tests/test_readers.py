@@ -238,7 +238,7 @@ def fails_well(what, read, path, codes):
 
 
 CONFIG_OF_BATCH = configs.Config(batch_size=2, seq_length=3, accumulate=1)
-BATCH = {'inputs': np.zeros((2, 3), 'i4'), 'targets': np.zeros((2, 3), 'i4'), 'weights': np.ones((2, 3), 'f4')}
+BATCH = {'inputs': np.zeros((2, 3), 'i4'), 'targets': np.zeros((2, 3), 'i4'), 'loss_mask': np.ones((2, 3), 'f4')}
 
 
 def stored(**arrays):

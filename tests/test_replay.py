@@ -54,7 +54,7 @@ def replayed(tmp_path, capsys):
 
 def losses(weights, batch):
     """Of every row alone."""
-    rows = [[batch[name][row : row + 1] for name in ('inputs', 'targets', 'weights')] for row in range(8)]
+    rows = [[batch[name][row : row + 1] for name in ('inputs', 'targets', 'loss_mask')] for row in range(8)]
     return np.array([reference.loss(weights, *row, NAMES, **HEADS) for row in rows])
 
 
@@ -74,7 +74,7 @@ def test_a_step_that_was_good(weights, batch, replayed, monkeypatch):
     # Micro-batches are rows 0, 2, 4, 6 and 1, 3, 5, 7; of each number the larger one is told, which is in either.
     norms = []
     for rows in (slice(0, None, 2), slice(1, None, 2)):
-        micro = [batch[name][rows] for name in ('inputs', 'targets', 'weights')]
+        micro = [batch[name][rows] for name in ('inputs', 'targets', 'loss_mask')]
         grads = reference.gradients(weights, *micro, NAMES, **HEADS)['layers']
         norms.append([np.sqrt(sum(np.square(leaf).sum() for leaf in layer.values())) for layer in grads])
     hidden, added = branches(monkeypatch, weights, batch['inputs'], NAMES)
@@ -88,8 +88,8 @@ def test_a_step_that_was_good(weights, batch, replayed, monkeypatch):
 
 @pytest.mark.parametrize('rows', [[5], [2, 7]])
 def test_poisoned_rows_are_named(weights, batch, replayed, rows):
-    poisoned = batch | {'weights': batch['weights'].copy()}
-    poisoned['weights'][rows, 1] = np.nan
+    poisoned = batch | {'loss_mask': batch['loss_mask'].copy()}
+    poisoned['loss_mask'][rows, 1] = np.nan
     shown, expected = replayed(weights, poisoned), losses(weights, batch)
     assert f'batch 5: loss not finite in rows {", ".join(map(str, rows))}\n' in shown
     expected[rows] = -np.inf

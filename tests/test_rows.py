@@ -79,7 +79,7 @@ def letters(lengths, seed=0):
 
 def expected(row):
     """The batch of a row of pieces, token by token."""
-    made = {name: [0] * T for name in ('inputs', 'targets', 'weights', 'segments', 'positions')}
+    made = {name: [0] * T for name in ('inputs', 'targets', 'loss_mask', 'segment_ids', 'positions')}
     tokens = [token for piece in row for token in piece]
     tokens += [PAD] * (T + 1 - len(tokens))
     made['inputs'], made['targets'] = tokens[:-1], tokens[1:]
@@ -87,15 +87,15 @@ def expected(row):
     for segment, piece in enumerate(row, 1):
         for position in range(len(piece)):
             if at < T:  # the last token of all is a target only
-                made['segments'][at], made['positions'][at] = segment, position
-                made['weights'][at] = float(position + 1 < len(piece))
+                made['segment_ids'][at], made['positions'][at] = segment, position
+                made['loss_mask'][at] = float(position + 1 < len(piece))
             at += 1
     return made
 
 
 def pairs(batch):
     """All (input, target) that count, sorted."""
-    real = batch['weights'] == 1
+    real = batch['loss_mask'] == 1
     return sorted(zip(batch['inputs'][real].tolist(), batch['targets'][real].tolist(), strict=True))
 
 
@@ -110,7 +110,7 @@ class TestLayout:
         wanted = kept + [pad_id] * (T + 1 - len(kept))
         assert block.ids.tolist() == [wanted]
         weights = [[1.0] * (len(kept) - 1) + [0.0] * (T - len(kept) + 1)]
-        assert_same(of.batch(block), {'inputs': [wanted[:-1]], 'targets': [wanted[1:]], 'weights': weights})
+        assert_same(of.batch(block), {'inputs': [wanted[:-1]], 'targets': [wanted[1:]], 'loss_mask': weights})
 
     @pytest.mark.parametrize('num_open', [1, 3, layout.OPEN_ROWS])
     @pytest.mark.parametrize('seed', range(3))
@@ -178,14 +178,14 @@ class TestLayout:
         assert fill('concat', documents).ids.tolist() == wanted and len(wanted) > layout.BLOCK
         got = batch('concat', documents)
         assert pairs(got) == sorted(zip(stream, stream[1 : T * len(wanted) + 1], strict=False))
-        assert got.keys() == {'inputs', 'targets', 'weights'} and (got['weights'] == 1).all()
+        assert got.keys() == {'inputs', 'targets', 'loss_mask'} and (got['loss_mask'] == 1).all()
 
     @pytest.mark.parametrize('mode', layout.FILL)
     def test_types(self, mode):
         block = fill(mode, distinct([5, 20]))
         made = Layout(mode, PAD, EOS).batch(block._replace(ids=block.ids.astype('<u2')))
         types = {name: (values.dtype, values.shape) for name, values in made.items()}
-        assert types.pop('weights') == (np.float32, (len(block.ids), T))
+        assert types.pop('loss_mask') == (np.float32, (len(block.ids), T))
         assert set(types.values()) == {(np.dtype(np.int32), (len(block.ids), T))}
 
     @pytest.mark.parametrize('mode', layout.FILL)

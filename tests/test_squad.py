@@ -205,8 +205,8 @@ class TestFeatures:
         np.testing.assert_array_equal(features.context[0], [0] * 5 + [1] * 18 + [0])
         np.testing.assert_array_equal(features.begins, features.context)
         assert [CONTEXT[a:b].lower() for a, b in features.offsets[0, 5:23]] == TOKENS
-        assert {name: getattr(features, name).dtype for name in ('inputs', 'types', 'weights')} == {
-            **{'inputs': np.int32, 'types': np.int32, 'weights': np.float32}
+        assert {name: getattr(features, name).dtype for name in ('inputs', 'types', 'token_mask')} == {
+            **{'inputs': np.int32, 'types': np.int32, 'token_mask': np.float32}
         }
 
     def test_windows(self, folder, three):
@@ -220,7 +220,7 @@ class TestFeatures:
             'on the mat . then the dog ran',
             '. then the dog ran . [SEP] [PAD]',
         ]
-        np.testing.assert_array_equal(features.weights[4], [1] * 11 + [0] * 2)
+        np.testing.assert_array_equal(features.token_mask[4], [1] * 11 + [0] * 2)
         np.testing.assert_array_equal(features.context[4], [0] * 4 + [1] * 6 + [0] * 3)
         # Token 5 has two tokens at its narrower side in both of the first two windows, so the first has it; token 6 has
         # one in the first, three in the second.
@@ -238,7 +238,7 @@ class TestFeatures:
         first, last = features.batches(2)
         assert {name: array.shape for name, array in last.items()} == dict.fromkeys(first, (2, 24))
         np.testing.assert_array_equal(first['inputs'], features.inputs[:2])
-        np.testing.assert_array_equal(last['weights'].sum(axis=1), [24, 0])
+        np.testing.assert_array_equal(last['token_mask'].sum(axis=1), [24, 0])
 
     def test_a_text_without_tokens_has_a_row_still(self, folder):
         features = squad.make_features(
@@ -374,10 +374,10 @@ class TestGolden:
     @pytest.mark.parametrize('version', ['v1', 'v2'])
     def test_rows_logits_answers_and_scores(self, golden, version):
         examples, features, expected = made(version)
-        for name in ('inputs', 'types', 'weights'):
-            np.testing.assert_array_equal(getattr(features, name), expected[name])
+        for name, former in (('inputs', 'inputs'), ('types', 'types'), ('token_mask', 'weights')):
+            np.testing.assert_array_equal(getattr(features, name), expected[former])
         start, end = question_answering.logits(*golden, features, batch_size=8)
-        real = features.weights > 0
+        real = features.token_mask > 0
         np.testing.assert_allclose(start[real], np.array(expected['start'])[real], rtol=0, atol=1e-4)
         np.testing.assert_allclose(end[real], np.array(expected['end'])[real], rtol=0, atol=1e-4)
         texts = question_answering.best_answers(start, end, features, examples)
@@ -404,11 +404,11 @@ class TestGolden:
         examples, features, _ = made('v1')
         whole = question_answering.evaluate(*golden, features, examples, batch_size=8)
         programs = question_answering._logits._cache_size()
-        again = question_answering.evaluate(*golden, features, examples, batch_size=8, keep=[True] * 3)
+        again = question_answering.evaluate(*golden, features, examples, batch_size=8, layer_mask=[True] * 3)
         np.testing.assert_array_equal(again['f1'], whole['f1'])
         full = question_answering.logits(*golden, features, 8)
         for layer in range(3):
-            start, end = question_answering.logits(*golden, features, 8, keep=np.arange(3) != layer)
+            start, end = question_answering.logits(*golden, features, 8, layer_mask=np.arange(3) != layer)
             assert np.abs(start - full[0]).max() > 0.1
         assert question_answering._logits._cache_size() == programs
 

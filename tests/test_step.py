@@ -39,7 +39,7 @@ def batch_of(rng, B=8, T=6, V=11):
     return {
         'inputs': rng.integers(0, V, (B, T)).astype(np.int32),
         'targets': rng.integers(0, V, (B, T)).astype(np.int32),
-        'weights': (np.arange(T) < lengths[:, None]).astype(np.float32),
+        'loss_mask': (np.arange(T) < lengths[:, None]).astype(np.float32),
     }
 
 
@@ -132,7 +132,7 @@ def test_accumulation_is_the_whole_batch(accumulate):
     other, others = parts(state, batch)
     np.testing.assert_allclose(others['loss'], metrics['loss'], rtol=1e-6)
     np.testing.assert_allclose(others['layer_grad_norm'], metrics['layer_grad_norm'], rtol=1e-5)
-    assert metrics['tokens'] == others['tokens'] == batch['weights'].sum()
+    assert metrics['tokens'] == others['tokens'] == batch['loss_mask'].sum()
     first = [(name, leaf) for name, leaf in trees.named_leaves(one.opt_state) if '/mu/' in name]
     assert len(first) == len(jax.tree.leaves(one.params))
     for name, leaf in first:
@@ -181,7 +181,7 @@ def test_a_bad_step_changes_nothing_and_stays():
     state, metrics = update(state, batch_of(rng))
     assert metrics['bad_step'] == 0 and state.step == 1
     poisoned = batch_of(rng)
-    poisoned['weights'][3, 0] = np.nan
+    poisoned['loss_mask'][3, 0] = np.nan
     after, metrics = update(state, poisoned)
     assert metrics['bad_step'] == 2 and not np.isfinite(metrics['loss'])
     assert_equal(after.replace(bad_step=state.bad_step), state)
@@ -385,7 +385,7 @@ class TestOptimisers:
         by_norm = optim.per_layer(*[optax.GradientTransformation(lambda params: optax.EmptyState(), update)] * 2)
         params = jax.jit(llama.from_config(MODEL, 'float32').init)(jax.random.key(0))['params']
         shown, _ = by_norm.update(params, by_norm.init(params), params)
-        for segment in trees.segments(shown):
+        for segment in trees.layer_runs(shown):
             for leaf in jax.tree.leaves(segment):
                 norms = np.sqrt(np.square(leaf).reshape(len(leaf), -1).sum(-1))
                 np.testing.assert_allclose(norms, 1, rtol=1e-5)

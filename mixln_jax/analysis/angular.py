@@ -30,15 +30,15 @@ SOURCE = 'Gromov et al. 2024 (arXiv 2403.17887), equation 4; Mix-LN (arXiv 2412.
 @functools.partial(jax.jit, static_argnames='model')
 def _distances(params, batch, *, model):
     """Sums over the tokens of each row [B,L+1,L+1]."""
-    _, out = model.apply({'params': params}, **model.inputs(batch), capture=True, method='trunk')
-    return command.everywhere(statistics.distance_matrix(out['hidden'], batch['weights']), model)
+    _, out = model.apply({'params': params}, batch, capture=True, method='backbone')
+    return command.everywhere(statistics.distance_matrix(out['hidden'], batch['loss_mask']), model)
 
 
 def measure(model, params, batches):
     """The distance between any two depths.
 
     Args:
-        model: a network with `trunk` and `stream_sharding`.
+        model: a network with `backbone` and `stream_sharding`.
         params: its weights.
         batches: batches of numpy arrays; see subjects.sample.
 

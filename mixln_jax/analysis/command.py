@@ -44,7 +44,7 @@ def by_row(compiled, model, batches):
     sums, counts = [], []
     for batch in batches:
         sums.append(jax.device_get(compiled(meshes.to_devices(batch, model.stream_sharding))))
-        counts.append(batch['weights'].sum(-1))
+        counts.append(batch['loss_mask'].sum(-1))
     return jax.tree.map(lambda *of_batches: np.concatenate(of_batches), *sums), np.concatenate(counts)
 
 
@@ -191,7 +191,7 @@ def _result(job, place, options, work):
             singles = samples.rows_of_text(rows)
         parts = subjects.parts(options.batch_size)
         batches = samples.sample(singles, options.tokens or TOKENS, options.batch_size, last, parts)
-        counts = np.concatenate([batch['weights'].sum(-1) for batch in batches])
+        counts = np.concatenate([batch['loss_mask'].sum(-1) for batch in batches])
         about.update(tokens=int(counts.sum()), rows=int((counts > 0).sum()))
         return tqdm(batches, desc=place.label, leave=False, disable=None)
 

@@ -48,7 +48,7 @@ def masks(layers, block=1):
 def _losses(params, batch, keeps, *, model):
     """Summed losses of each row, with the layers of each of `keeps` [K,L]: [B,K]."""
     task = Language(model)
-    of = lambda keep: task.losses(params, batch, Context(layer_mask=keep)).per_example  # noqa: E731
+    of = lambda layer_mask: task.losses(params, batch, Context(layer_mask=layer_mask)).per_example  # noqa: E731
     return command.everywhere(jax.lax.map(of, keeps).T, model)
 
 
@@ -169,8 +169,8 @@ def _tasks(subject, harness):
     """(keep) -> {task/metric: (value, standard error)} in the harness."""
     model, evaluate = harness(subject.found)
 
-    def of(keep):
-        model.keep, found = keep, {}  # the harness has a mesh of its own
+    def of(layer_mask):
+        model.layer_mask, found = layer_mask, {}  # the harness has a mesh of its own
         for task, values in evaluate()[1]['results'].items():
             for key, value in values.items():
                 metric, _, filtered = key.partition(',')
@@ -189,8 +189,8 @@ def _squad(subject, options, blocks):
     evaluate = functools.partial(
         question_answering.evaluate, subject.model, subject.params, features, examples, options.batch_size
     )
-    metrics = of_questions(lambda keep: evaluate(keep=keep), len(subject.model.norm_position), blocks)
-    about = {'tokens': int(features.weights.sum()), 'rows': len(features.inputs), 'questions': len(examples)}
+    metrics = of_questions(lambda layer_mask: evaluate(layer_mask=layer_mask), len(subject.model.norm_position), blocks)
+    about = {'tokens': int(features.token_mask.sum()), 'rows': len(features.inputs), 'questions': len(examples)}
     return about | {'text': text, 'metrics': metrics}
 
 

@@ -73,7 +73,7 @@ def measure(model, params, batches, rows=None):
     for batch in batches:
         of_batch = _gradient(params, meshes.to_devices(batch, model.stream_sharding), model=model)
         sums = _sum(sums, of_batch) if sums else of_batch
-        counts = batch['weights'].sum(-1)
+        counts = batch['loss_mask'].sum(-1)
         of_sums, real = of_sums + int(counts.sum()), real + int((counts > 0).sum())
         if real == rows:
             found.append(jax.device_get(_norms(sums, model=model)))

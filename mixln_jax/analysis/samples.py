@@ -118,8 +118,8 @@ def rows_of_text(rows):
 def rows_of_questions(features):
     """Rows from `questions` as batches of one, in a random order that is always the same; for `sample`."""
     for number in np.random.default_rng(0).permutation(len(features.inputs)):
-        batch = {name: getattr(features, name)[number : number + 1] for name in ('inputs', 'types', 'weights')}
-        yield batch | {'mask': batch['weights'][:, None, None, :] > 0}
+        batch = {name: getattr(features, name)[number : number + 1] for name in ('inputs', 'types', 'token_mask')}
+        yield batch | {'loss_mask': batch['token_mask']}
 
 
 def sample(singles, num_tokens, batch_size, last=False, parts=None):
@@ -133,13 +133,13 @@ def sample(singles, num_tokens, batch_size, last=False, parts=None):
         parts: devices that share the rows of a batch, so that of few rows smaller batches can be made; None: none are.
 
     Returns:
-        Batches of numpy arrays (see data/layout.py), of which `weights` says what counts.
+        Batches of numpy arrays (see data/layout.py), of which `loss_mask` says what counts.
     """
     taken, tokens = [], 0
     for batch in singles:
-        real = batch['weights'].sum()
+        real = batch['loss_mask'].sum()
         if real:
-            taken.append(batch | {'weights': _last(batch['weights'])} if last else batch)
+            taken.append(batch | {'loss_mask': _last(batch['loss_mask'])} if last else batch)
         tokens += real
         if tokens >= num_tokens:
             break

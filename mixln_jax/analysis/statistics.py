@@ -60,7 +60,7 @@ def contribution(branches, weights):
     Norms behind a sub-layer (`out`) and branch scales are part of F; factors of the stream (DeepNorm's) are not of x.
 
     Args:
-        branches: `norm` and `stream_norm` [L,2,B,T]; see `trunk`.
+        branches: `norm` and `stream_norm` [L,2,B,T]; see `backbone`.
         weights: [B,T], 1 at positions that count.
 
     Returns:

@@ -34,9 +34,9 @@ SOURCE = 'Sun et al. 2025, The Curse of Depth (arXiv 2502.05795), sections 3 and
 @functools.partial(jax.jit, static_argnames='model')
 def _sums(params, batch, *, model):
     """Sums over the tokens of each row: variance [B,L+1], contribution [B,L,2]."""
-    _, out = model.apply({'params': params}, **model.inputs(batch), capture=True, method='trunk')
-    variance = statistics.stream_variance(out['hidden'], batch['weights'])
-    return command.everywhere((variance, statistics.contribution(out['branches'], batch['weights'])), model)
+    _, out = model.apply({'params': params}, batch, capture=True, method='backbone')
+    variance = statistics.stream_variance(out['hidden'], batch['loss_mask'])
+    return command.everywhere((variance, statistics.contribution(out['branches'], batch['loss_mask'])), model)
 
 
 def measure(model, params, batches):

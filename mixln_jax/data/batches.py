@@ -76,7 +76,7 @@ def evaluation(rows: Rows, batch_size: int, seed: int | None = None, sized: bool
         made = rows.layout.batch(block)
         if sized and block.num_bytes is not None:
             made['num_bytes'] = block.num_bytes * real
-        return made | {'weights': made['weights'] * real[:, None].astype(np.float32)}
+        return made | {'loss_mask': made['loss_mask'] * real[:, None].astype(np.float32)}
 
     return grain.MapDataset.range(-(-len(rows) // batch_size)).map(batch)
 

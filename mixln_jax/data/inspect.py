@@ -16,7 +16,7 @@ import sys
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax.data import batches, rows, tokenizers
+from mixln_jax.data import batches, layout, rows, tokenizers
 from mixln_jax.data import verify as of_folder
 from mixln_jax.system import cli, console, files
 from mixln_jax.system.errors import DataError, UsageError
@@ -26,7 +26,7 @@ def inspect(workdir: str | pathlib.Path, step: int, num_rows: int | None = None,
     """The first `num_rows` rows (None: all) of the batch of step `step` (from 1) of the run in `workdir`, one by one.
 
     Each is a dict: `row` in the batch, `origin` (file and record), `text` (a list, one piece of text for each document
-    in the row), and `inputs`, `targets`, `weights`, for packed rows `segments` and `positions`, each a list of T.
+    in the row), and `inputs`, `targets`, `loss_mask`, for packed rows `segment_ids` and `positions`, each a list of T.
     `data_path` is where the run's data is now (None: where it was).
 
     Raises:
@@ -78,21 +78,28 @@ def verify(workdir: str | pathlib.Path | None, data_path: str | None = None):
 
 def _texts(row, tokenizer):
     """The text of each document of a row; ends and padding, which have no target, have none."""
-    segments = row.get('segments', [1] * len(row['inputs']))
-    tokens = [pair for *pair, real in zip(segments, row['inputs'], row['weights'], strict=True) if real]
+    segments = row.get('segment_ids', [1] * len(row['inputs']))
+    tokens = [pair for *pair, real in zip(segments, row['inputs'], row['loss_mask'], strict=True) if real]
     return [
         tokenizer.decode([token for _, token in piece])
         for _, piece in itertools.groupby(tokens, key=lambda pair: pair[0])
     ]
 
 
+def _former(row):
+    """The arrays that had other names once, under those names too."""
+    return {former: row[name] for former, name in layout.FORMER_NAMES.items() if name in row}
+
+
 def show(row):
     """The lines that a person reads of one row."""
-    lines = [f'row {row["row"]}: {row["origin"]}: {int(sum(row["weights"]))} of {len(row["weights"])} targets are real']
-    lines += [f'  text    {text!r}' for text in row['text']]
-    for name in ('inputs', 'targets', 'weights', 'segments', 'positions'):
+    lines = [
+        f'row {row["row"]}: {row["origin"]}: {int(sum(row["loss_mask"]))} of {len(row["inputs"])} targets are real'
+    ]
+    lines += [f'  text        {text!r}' for text in row['text']]
+    for name in ('inputs', 'targets', 'loss_mask', 'segment_ids', 'positions'):
         if name in row:
-            lines.append(f'  {name:<9} {_runs(row[name])}')
+            lines.append(f'  {name:<11} {_runs(row[name])}')
     return lines
 
 
@@ -127,7 +134,7 @@ def main(argv):
             return
         stop.started()
         for row in inspect(options.workdir, options.step, options.rows or None, options.data_path):
-            console.say(*([json.dumps(row)] if options.json else show(row)))
+            console.say(*([json.dumps(row | _former(row))] if options.json else show(row)))
 
     return cli.call(job, show_traceback='--traceback' in argv)
 

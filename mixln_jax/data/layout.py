@@ -19,6 +19,9 @@ OPEN_ROWS = 64  # rows that packing fills at a time
 BLOCK = 256  # rows that are written at once, fewer of long ones
 TOKENS = 2**20  # of a block, at most, unless it is one row
 
+# Names of a batch's arrays in what earlier versions wrote, and in `inspect --json`.
+FORMER_NAMES = {'weights': 'loss_mask', 'segments': 'segment_ids'}
+
 # A token on its way into a row: its id, the bytes of text that it stands for, and whether a document ends with it.
 TOKEN = np.dtype([('id', '<i4'), ('size', '<i4'), ('end', '?')])
 
@@ -66,11 +69,11 @@ class Layout:
         return Block(tokens['id'], tokens['end'], sizes.sum(1, dtype=np.int64))
 
     def batch(self, block: Block) -> dict[str, np.ndarray]:
-        """Returns rows as the step's `inputs`, `targets` [B,T] int32 and `weights` [B,T] float32, 1 for a real target;
-        packed rows have `segments` too (from 1; 0 for padding) and `positions` inside them (from 0)."""
+        """Returns rows as `inputs` and `targets` [B,T] int32 and `loss_mask` [B,T] float32, 1 for a real target; packed
+        rows have `segment_ids` too (from 1; 0 for padding) and `positions` inside them (from 0)."""
         ids = block.ids.astype(np.int32)
         real = self._real(block.ends)
-        batch = {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'weights': real.astype(np.float32)}
+        batch = {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'loss_mask': real.astype(np.float32)}
         return batch | (_segments(block.ends[:, :-1], real) if self.mode == 'pack' else {})
 
     def _real(self, ends):
@@ -84,7 +87,7 @@ class Layout:
 
 
 def _segments(ends, real):
-    """`segments` and `positions` [n,T] of inputs, of which `ends` end documents and `real` ones have a target."""
+    """`segment_ids` and `positions` [n,T] of inputs, of which `ends` end documents and `real` ones have a target."""
     starts = np.ones_like(ends)
     starts[:, 1:] = ends[:, :-1]
     first, counts = np.flatnonzero(starts), starts.sum(1)
@@ -93,7 +96,7 @@ def _segments(ends, real):
     everywhere = lambda values: np.repeat(values.astype(np.int32), lengths).reshape(ends.shape)  # noqa: E731
     positions = np.arange(ends.shape[1], dtype=np.int32) - everywhere(first % ends.shape[1])
     inside = real | ends
-    return {'segments': everywhere(number) * inside, 'positions': positions * inside}
+    return {'segment_ids': everywhere(number) * inside, 'positions': positions * inside}
 
 
 def pad(row: np.ndarray, document: np.ndarray, layout: Layout):

@@ -29,27 +29,27 @@ class Example:
 class Features:
     """Rows [CLS] question [SEP] window [SEP], padded to T, as arrays [N,T]; `example` [N] is each row's question.
 
-    `inputs` and `types` int32 and `weights` float32 (1 at tokens, 0 at padding) are what the network sees. `context`
+    `inputs` and `types` int32 and `token_mask` float32 (1 at tokens, 0 at padding) are what the network sees. `context`
     bool: tokens of the text; `begins` bool: those that no other window of the question shows with more text around
     them; `offsets` [N,T,2] int32: the characters of the text that they stand for.
     """
 
     inputs: np.ndarray
     types: np.ndarray
-    weights: np.ndarray
+    token_mask: np.ndarray
     context: np.ndarray
     begins: np.ndarray
     offsets: np.ndarray
     example: np.ndarray
 
     def batches(self, batch_size):
-        """Yields dicts of `inputs`, `types` and `weights` [batch_size,T]; rows that fill up the last weigh 0."""
+        """Yields dicts of `inputs`, `types` and `token_mask` [batch_size,T]; rows that fill up the last are masked."""
         for first in range(0, len(self.inputs), batch_size):
             rows = np.arange(first, first + batch_size)
             real = rows < len(self.inputs)
             rows = np.where(real, rows, first)
-            batch = {name: getattr(self, name)[rows] for name in ('inputs', 'types', 'weights')}
-            yield batch | {'weights': batch['weights'] * real[:, None].astype(np.float32)}
+            batch = {name: getattr(self, name)[rows] for name in ('inputs', 'types', 'token_mask')}
+            yield batch | {'token_mask': batch['token_mask'] * real[:, None].astype(np.float32)}
 
 
 SHIFT = 2  # characters by which an `answer_start` may be off, as some are in files that people made
@@ -189,7 +189,7 @@ def make_features(examples, tokenizer, max_length=384, stride=128, max_query=64)
     made = Features(
         inputs=np.full(shape, pad, np.int32),
         types=np.zeros(shape, np.int32),
-        weights=np.zeros(shape, np.float32),
+        token_mask=np.zeros(shape, np.float32),
         context=np.zeros(shape, bool),
         begins=np.zeros(shape, bool),
         offsets=np.zeros((*shape, 2), np.int32),
@@ -201,7 +201,7 @@ def make_features(examples, tokenizer, max_length=384, stride=128, max_query=64)
         last = first + end - start  # the second [SEP]
         made.inputs[row, : last + 1] = [cls, *query, sep, *ids[start:end], sep]
         made.types[row, first : last + 1] = 1
-        made.weights[row, : last + 1] = 1
+        made.token_mask[row, : last + 1] = 1
         made.context[row, first:last] = True
         made.begins[row, first:last] = best
         made.offsets[row, first:last] = offsets[start:end]

@@ -83,7 +83,7 @@ class Harness(TemplateLM):
         while self._lengths[0] > SHORTEST:
             self._lengths.insert(0, -(-self._lengths[0] // 2))
         self._sharding = meshes.batch_sharding(mesh)
-        self.keep = None  # [L] bool: layers that are False are the identity; None: all are kept
+        self.layer_mask = None  # [L] bool: a layer that is False is the identity; None: all layers run
         self._params = jax.device_put(weights.params, meshes.state_shardings(mesh, weights.params))
         model = weights.model.clone(stream_sharding=self._sharding)
         stretch = max(1, cross_entropy.CHUNK * parts // self.batch_size)
@@ -173,18 +173,18 @@ class Harness(TemplateLM):
             ids = np.zeros((self.batch_size, length + 1), np.int32)  # attention is causal: nothing sees the padding
             for padded, number in zip(ids, numbers, strict=False):
                 padded[: len(rows[number])] = rows[number]
-            found = jax.device_get(self._predict(self._params, meshes.to_devices(ids, self._sharding), self.keep))
+            found = jax.device_get(self._predict(self._params, meshes.to_devices(ids, self._sharding), self.layer_mask))
             for number, *of_row in zip(numbers, *found, strict=False):
                 made[number] = [values[: len(rows[number]) - 1] for values in of_row]
         return made
 
 
-def _predictions(params, ids, keep, *, model, stretch):
+def _predictions(params, ids, layer_mask, *, model, stretch):
     """Log-probability of each token of ids [B,T+1] but the first, and the likeliest token in its place: [B,T] each.
 
     Float32; the logits of `stretch` positions are there at a time.
     """
-    x, _ = model.apply({'params': params}, ids[:, :-1], keep=keep, method='trunk')
+    x, _ = model.apply({'params': params}, ids[:, :-1], layer_mask, method='backbone')
 
     def of_position(at):
         x, targets = at

@@ -54,7 +54,7 @@ def evaluate(
             num_bytes = num_bytes + int(batch['num_bytes'].sum()) if 'num_bytes' in batch else None
         batch = {name: values for name, values in batch.items() if name != 'num_bytes'}
         sums.append(eval_step(params, meshes.to_devices(batch, sharding)))
-        tokens += int(batch['weights'].sum())
+        tokens += int(batch['loss_mask'].sum())
         if len(sums) > 1:
             sums[-2] = jax.device_get(sums[-2])  # the batch before: keeps the device busy and its queue short
         if tokens >= num_tokens and len(sums) % at_a_time == 0:

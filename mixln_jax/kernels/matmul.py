@@ -9,7 +9,7 @@ from mixln_jax.kernels import matmul
 
 
 def precision(a):
-    """Of matrix products with `a`: exact in float32. A backward pass written by hand is traced outside of the trunk,
+    """Of matrix products with `a`: exact in float32. A backward pass written by hand is traced outside of the backbone,
     whose default it does not see."""
     return 'highest' if a.dtype == jnp.float32 else None
 

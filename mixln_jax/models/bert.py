@@ -59,7 +59,8 @@ PARTS = transformer.Parts(LayerNorm, Attention, MLP)
 class Bert(nn.Module):
     """A BERT whose layers each have their own placement: `post` is Devlin et al.'s, and that of all published weights.
 
-    `norm_position` [L], `layer_index` [L] and `depth` are as in Llama. A network without `span_head` has a trunk alone.
+    `norm_position` [L], `layer_index` [L] and `depth` are as in Llama. A network without `span_head` has
+    a backbone alone.
     """
 
     config: Config
@@ -83,52 +84,48 @@ class Bert(nn.Module):
         if self.span_head:
             self.span = layers.linear(2, jnp.float32, None, bias=True)
 
-    def trunk(self, ids, types=None, mask=None, keep=None, capture=False):
-        """Everything below the head.
+    def backbone(
+        self, batch: layers.Batch, layer_mask: jax.Array | None = None, capture: bool = False
+    ) -> tuple[jax.Array, dict]:
+        """Returns the final hidden states, the input of the head.
 
         Args:
-            ids: [B,T] int.
-            types: [B,T] int, the kind of each token. None: all are 0.
-            mask: [B,1,1,T] bool, the tokens that are seen: False at padding. None: all of them.
-            keep: [L] bool, traced: layers that are False are the identity. None: all are kept.
-            capture: whether to return the residual stream.
+            batch: `inputs` [B,T] int32, token ids; `types` [B,T], the kind of each token (default 0); `token_mask`
+                [B,T], 0 at padding, which no token attends to (default: no padding). Other arrays are ignored.
+            layer_mask, capture: as in Llama.
 
         Returns:
-            x [B,T,D] behind the last layer: BERT has no final norm. And a dict: with `capture`, `hidden` [L+1,B,T,D] is
-            the residual stream, first what layer 1 sees, which is the normalised sum of the embeddings, last x;
-            `branches` as in Llama.
+            x [B,T,D] and a dict as in Llama: `hidden` begins with the normalised sum of the embeddings.
 
         Raises:
             UsageError: more tokens than the network has positions.
         """
+        batch = layers.as_batch(batch)
+        ids = batch['inputs']
         if ids.shape[1] > self.config.num_positions:
             raise UsageError(f'rows of {ids.shape[1]} tokens, but BERT has {self.config.num_positions} positions')
         with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
-            types = jnp.zeros_like(ids) if types is None else types
+            types = batch.get('types', jnp.zeros_like(ids))
+            mask = batch['token_mask'][:, None, None, :] > 0 if 'token_mask' in batch else None
             positions = jnp.arange(ids.shape[1])[None]
             first = self.embed_norm(self.words(ids) + self.types(types) + self.positions(positions))
-            last, out = self.layers(first, None, mask, keep, capture)
+            last, out = self.layers(first, None, mask, layer_mask, capture)
             if capture:
                 out['hidden'] = jnp.concatenate([first[None], out['hidden']])
             return last, out or {}
 
-    def __call__(self, ids, types=None, mask=None, keep=None):
-        """Logits (start [B,T], end [B,T]) in float32 of where the answer of a question begins and ends."""
+    def __call__(self, batch: layers.Batch, layer_mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Returns logits (start [B,T], end [B,T]) in float32 of where the answer to a question begins and ends."""
         if not self.span_head:
             raise UsageError('this BERT has no head that finds spans (qa_outputs)')
-        x, _ = self.trunk(ids, types, mask, keep)
+        x, _ = self.backbone(batch, layer_mask)
         with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
             start, end = jnp.moveaxis(self.span(x), -1, 0)
             return start, end
 
     @nn.nowrap
-    def inputs(self, batch):
-        """The arguments of `trunk` that a batch holds."""
-        return {'ids': batch['inputs']} | {key: batch[key] for key in ('types', 'mask') if key in batch}
-
-    @nn.nowrap
     def shapes(self):
         """The variables as ShapeDtypeStructs."""
-        method = '__call__' if self.span_head else 'trunk'
+        method = '__call__' if self.span_head else 'backbone'
         ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         return jax.eval_shape(lambda ids: self.init(jax.random.key(0), ids, method=method), ids)

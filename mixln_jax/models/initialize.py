@@ -30,7 +30,7 @@ def initialize(key, shapes, config, norm_position, depth):
         `deepnorm` is xavier-normal with gain (8L)^(-1/4), 1 for query and key (DeepNet, arXiv 2203.00555, section 3.1);
         `deepnorm_official` has its inverse, as the Mix-LN authors' code.
     """
-    runs = placements.segments(norm_position)
+    runs = placements.layer_runs(norm_position)
 
     def leaf(path, shape):
         names = [part.key for part in path]

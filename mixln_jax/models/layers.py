@@ -1,6 +1,7 @@
 """Layers that networks share: norms, embedding, MLP, linear."""
 
 import functools
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,13 @@ import jax.numpy as jnp
 
 from mixln_jax import config as configs
 from mixln_jax.kernels.matmul import product
+
+Batch = Mapping[str, jax.Array] | jax.Array  # arrays [B,...] by name, or token ids [B,T] alone
+
+
+def as_batch(batch: Batch) -> Mapping[str, jax.Array]:
+    """Returns a batch whose `inputs` are the token ids, if they were given alone."""
+    return batch if isinstance(batch, Mapping) else {'inputs': batch}
 
 
 class RMSNorm(nn.Module):

@@ -47,51 +47,59 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.head = layers.linear(rows, jnp.float32, None)
 
-    def trunk(self, ids, keep=None, capture=False, positions=None, segments=None):
-        """Everything below the head.
+    def backbone(
+        self, batch: layers.Batch, layer_mask: jax.Array | None = None, capture: bool = False
+    ) -> tuple[jax.Array, dict]:
+        """Returns the final hidden states, the input of the head.
 
         Args:
-            ids: [B,T] int.
-            keep: [L] bool, traced: layers that are False are the identity. None: all are kept.
-            capture: whether to return the residual stream.
-            positions: [B,T] int, of each token in its document. None: 0..T-1 in every row.
-            segments: [B,T] int, the number of each token's document in its row, which attention does not leave; padding
-                counts as a document. None: a row is one document.
+            batch: `inputs` [B,T] int32, token ids. Packed rows have `positions` [B,T], of each token in its document
+                (default 0..T-1), and `segment_ids` [B,T], the number of each token's document in its row: attention
+                stays inside a document; padding counts as one. Other arrays are ignored.
+            layer_mask: [L] bool, traced: a layer that is False is the identity. None: all layers run.
+            capture: whether to return the residual stream as well.
 
         Returns:
-            x [B,T,D] after the final norm, and a dict: with `capture`, `hidden` [L+1,B,T,D] is the raw residual
-            stream, first what layer 1 sees, never after the final norm; `branches` has of every sub-layer [L,2,B,T],
-            attention and MLP, `stream_norm` of the stream before it, `norm` and `mean` of what it adds.
+            x [B,T,D] after the final norm, and a dict. With `capture` it has `hidden` [L+1,B,T,D], the raw residual
+            stream from the input of layer 1 to the output of layer L, never after the final norm; and `branches`, for
+            every sub-layer (attention and MLP) [L,2,B,T]: `stream_norm` of the stream before it, `norm` and `mean` of
+            what it adds.
         """
+        batch = layers.as_batch(batch)
+        ids = batch['inputs']
         with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
-            positions = jnp.arange(ids.shape[1]) if positions is None else positions
+            positions = batch.get('positions', jnp.arange(ids.shape[1]))
             first = self.embed(ids)
             if self.config.scale_embed:  # Takase et al. 2023 (arXiv 2312.16903), Scaled Embed
                 first = (first.astype(jnp.float32) * self.config.hidden_size**0.5).astype(first.dtype)
             if placements.PLACEMENTS[self.norm_position[0]].embed_norm:
                 first = self.embed_norm(first)
-            angles = rope.rotary_angles(positions, rope.rotary_frequencies(self.config))
-            mask = None if segments is None else attention.document_mask(segments)
-            last, out = self.layers(first, angles, mask, keep, capture)
+            angles = rope.rope_cos_sin(positions, rope.rope_frequencies(self.config))
+            mask = attention.document_mask(batch['segment_ids']) if 'segment_ids' in batch else None
+            last, out = self.layers(first, angles, mask, layer_mask, capture)
             if capture:
                 out['hidden'] = jnp.concatenate([first[None], out['hidden']])
             return self.norm(last), out or {}
 
-    def __call__(self, ids, keep=None, capture=False, positions=None, segments=None):
-        """Logits [B,T,V] in float32, and what `trunk` gives besides."""
-        x, out = self.trunk(ids, keep, capture, positions, segments)
+    def __call__(
+        self,
+        batch: layers.Batch,
+        layer_mask: jax.Array | None = None,
+        capture: bool = False,
+        keep: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict]:
+        """Returns logits [B,T,V] in float32 and the dict of `backbone`.
+
+        `batch` may be the token ids [B,T] alone; `keep` is an older name of `layer_mask`.
+        """
+        x, out = self.backbone(batch, keep if layer_mask is None else layer_mask, capture)
         return self.logits(x), out
 
-    def logits(self, x):
-        """The head: [...,V] float32 of what `trunk` gives [...,D], without the columns that pad the vocabulary."""
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Returns the logits [...,V] in float32 of hidden states [...,D], padding columns cut off."""
         with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
             head = self.embed.attend if self.config.tie_word_embeddings else self.head
             return head(x)[..., : self.config.vocab_size]
-
-    @nn.nowrap
-    def inputs(self, batch):
-        """The arguments of `trunk` that a batch holds."""
-        return {'ids': batch['inputs']} | {key: batch[key] for key in ('positions', 'segments') if key in batch}
 
     @nn.nowrap
     def init(self, key):

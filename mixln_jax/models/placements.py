@@ -192,7 +192,7 @@ def resolve(norm_position, num_layers, post_ratio=0.25):
     return tuple(names)
 
 
-def segments(norm_position):
+def layer_runs(norm_position):
     """Runs of equal neighbours: [(name, first, end)], layers counted from 0. Each is one compiled loop."""
     runs, first = [], 0
     for name, group in itertools.groupby(norm_position):
@@ -204,7 +204,7 @@ def segments(norm_position):
 
 def spelled(norm_position):
     """The names of all layers for people, `post x 3, pre x 9`."""
-    return ', '.join(f'{name} x {end - first}' for name, first, end in segments(norm_position))
+    return ', '.join(f'{name} x {end - first}' for name, first, end in layer_runs(norm_position))
 
 
 def growth_factors(norm_position, layer_index, depth):

@@ -11,7 +11,7 @@ from mixln_jax import config as configs
 from mixln_jax.kernels.matmul import precision
 
 
-def rotary_frequencies(config: configs.Model) -> jax.Array:
+def rope_frequencies(config: configs.Model) -> jax.Array:
     """The angle by which a position turns each pair of a head, [head_size / 2] float32 (Su et al. 2021).
 
     Under `llama3` (Llama 3.1) a pair that makes fewer than rope_low_freq_factor turns in rope_original_length
@@ -26,7 +26,7 @@ def rotary_frequencies(config: configs.Model) -> jax.Array:
     return frequency
 
 
-def rotary_angles(positions, frequency):
+def rope_cos_sin(positions, frequency):
     """Cosine and sine [..., T, d / 2] of the angle of every pair at `positions` [..., T]."""
     angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)

@@ -53,7 +53,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, per_layer, angles, mask):
-        """One layer on the stream x [B,T,D]; `per_layer` holds its constants and, under `keep`, whether it is there.
+        """One layer on the stream x [B,T,D]; `per_layer` holds its constants and, under `layer_mask`, whether it runs.
 
         Returns the stream behind it and, with `capture`, `hidden`: that stream, `branches`: per sub-layer [2,B,T] the
         norms of the stream before it and of what it adds, and the mean of the latter; else None.
@@ -73,7 +73,7 @@ class Layer(nn.Module):
             branches,
         )
         y = self.residual(y, mlp, self.placement.mlp, constants['mlp'], 'mlp', branches)
-        y = jnp.where(per_layer['keep'], y, x) if 'keep' in per_layer else y
+        y = jnp.where(per_layer['layer_mask'], y, x) if 'layer_mask' in per_layer else y
         return y, {'hidden': y, 'branches': jax.tree.map(lambda *a: jnp.stack(a), *branches)} if self.capture else None
 
     def residual(self, x, sublayer, placement, constants, name, branches):
@@ -115,18 +115,18 @@ class Stack(nn.Module):
     kernel: str = 'blocks'  # of attention; see kernels/attention.py
 
     @nn.compact
-    def __call__(self, x, angles, mask=None, keep=None, capture=False):
+    def __call__(self, x, angles, mask=None, layer_mask=None, capture=False):
         """Runs the stream x [B,T,D] through the layers.
 
-        `angles` are `attention.rotary_angles`, None: attention has none. `mask` [B,1,T,T] bool, or what broadcasts to
+        `angles` are `rope.rope_cos_sin`, None: attention has none. `mask` [B,1,T,T] bool, or what broadcasts to
         it, says which keys a query sees of those that attention lets it see, None: all of them.
-        `keep` [L] (traced) removes layers: one that is False is the identity. With `capture` the second result is what
-        every layer captures, stacked over them [L,...], else None.
+        `layer_mask` [L] (traced) removes layers: one that is False is the identity. With `capture` the second result is
+        what every layer captures, stacked over them [L,...], else None.
         """
         captured = []
-        for number, (name, first, end) in enumerate(placements.segments(self.norm_position)):
+        for number, (name, first, end) in enumerate(placements.layer_runs(self.norm_position)):
             x, ys = self.segment(number, placements.PLACEMENTS[name], end - first, capture)(
-                x, self.per_layer(placements.PLACEMENTS[name], first, end, keep), angles, mask
+                x, self.per_layer(placements.PLACEMENTS[name], first, end, layer_mask), angles, mask
             )
             captured.append(ys)
         return x, jax.tree.map(lambda *a: jnp.concatenate(a), *captured) if capture else None
@@ -163,14 +163,14 @@ class Stack(nn.Module):
             ),
         )
 
-    def per_layer(self, placement, first, end, keep):
+    def per_layer(self, placement, first, end, layer_mask):
         """What differs between the layers of a segment, each a value with a leading axis over them."""
         index = self.layer_index[first:end]
         constants = {
             name: {by: np.array(values, np.float32) for by, values in at.constants(index, self.depth).items()}
             for name, at in (('attention', placement.attention), ('mlp', placement.mlp))
         }
-        return {'constants': constants} | ({} if keep is None else {'keep': keep[first:end]})
+        return {'constants': constants} | ({} if layer_mask is None else {'layer_mask': layer_mask[first:end]})
 
 
 def measured(norm_position):
@@ -185,7 +185,7 @@ def measured(norm_position):
 def with_omega(stack, norm_position, omega):
     """The parameters of a Stack with `omega` [2L] in every factor that is measured."""
     by_layer, changed = omega.reshape(-1, 2), dict(stack)
-    for number, (name, first, end) in enumerate(placements.segments(norm_position)):
+    for number, (name, first, end) in enumerate(placements.layer_runs(norm_position)):
         for at, sublayer in enumerate(('attention', 'mlp')):
             for by, factor in getattr(placements.PLACEMENTS[name], sublayer).factors().items():
                 if isinstance(factor, placements.Learned) and factor.measured:
@@ -199,7 +199,7 @@ def with_omega(stack, norm_position, omega):
 def split_layers(stack, norm_position):
     """The parameters of a Stack as a list of L single layers."""
     layers = []
-    for number, (_, first, end) in enumerate(placements.segments(norm_position)):
+    for number, (_, first, end) in enumerate(placements.layer_runs(norm_position)):
         layers += [jax.tree.map(lambda leaf, i=i: leaf[i], stack[f'segment_{number}']) for i in range(end - first)]
     return layers
 
@@ -208,7 +208,7 @@ def stack_layers(layers, norm_position):
     """The parameters of L single layers as those of a Stack; the inverse of `split_layers`."""
     return {
         f'segment_{number}': jax.tree.map(lambda *leaves: np.stack(leaves), *layers[first:end])
-        for number, (_, first, end) in enumerate(placements.segments(norm_position))
+        for number, (_, first, end) in enumerate(placements.layer_runs(norm_position))
     }
 
 
@@ -216,7 +216,7 @@ def branch_variances(branches, weights, width):
     """Var[F] of what every sub-layer adds to the stream, over all features of the positions that count.
 
     Args:
-        branches: `norm` and `mean` [L,2,B,T]; see `trunk`.
+        branches: `norm` and `mean` [L,2,B,T]; see `backbone`.
         weights: [B,T], 1 at positions that count.
         width: D.
 

@@ -35,12 +35,12 @@ def measure_factors(state, batch, *, model, accumulate=1):
     """Returns a fresh State with the measured factors (Admin's omega) set by one forward pass over the whole batch."""
 
     def branches(micro_batch):
-        _, out = model.apply({'params': state.params}, **model.inputs(micro_batch), capture=True, method='trunk')
+        _, out = model.apply({'params': state.params}, micro_batch, capture=True, method='backbone')
         return out['branches']
 
     micro = micro_batches(batch, accumulate)
     whole = {name: jnp.concatenate(values, axis=2) for name, values in jax.lax.map(branches, micro).items()}
-    variances = transformer.branch_variances(whole, jnp.concatenate(micro['weights']), model.config.hidden_size)
+    variances = transformer.branch_variances(whole, jnp.concatenate(micro['loss_mask']), model.config.hidden_size)
     return state.replace(params=model.with_measured(state.params, variances))
 
 

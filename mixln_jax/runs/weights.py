@@ -128,7 +128,7 @@ def _of_export(folder):
 
 
 def without_layers(found: Weights, removed) -> Weights:
-    """The network without some layers, as if `keep` were False for them; the others keep their constants.
+    """The network without some layers, as if `layer_mask` were False for them; the others keep their constants.
 
     Args:
         found: from `load`.

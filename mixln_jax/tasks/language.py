@@ -37,11 +37,10 @@ class Language:
 
     def losses(self, params: Any, batch: Mapping[str, jax.Array], context: Context = EVALUATION) -> Losses:
         model = self.model
-        inputs = model.inputs(batch)
-        x, _ = model.apply({'params': self._read(params)}, **inputs, keep=context.layer_mask, method='trunk')
+        x, _ = model.apply({'params': self._read(params)}, batch, context.layer_mask, method='backbone')
         mesh = model.stream_sharding and model.stream_sharding.mesh
         total, count, aux = cross_entropy.token_losses(
-            x, model.head_kernel(params), batch['targets'], batch['weights'], model.config.vocab_size, mesh=mesh
+            x, model.head_kernel(params), batch['targets'], batch['loss_mask'], model.config.vocab_size, mesh=mesh
         )
         return Losses(total, count, aux['token_loss'].sum(-1), {'tokens': count})
 
@@ -61,7 +60,7 @@ class Language:
         """Returns the entropy of the targets in nats, of as many batches as it takes."""
         counts = np.zeros(self.model.config.vocab_size)
         for batch in batches:
-            counts += np.bincount(batch['targets'][batch['weights'] > 0], minlength=len(counts))
+            counts += np.bincount(batch['targets'][batch['loss_mask'] > 0], minlength=len(counts))
             if counts.sum() > ENOUGH:
                 break
         return unigram_entropy(counts)

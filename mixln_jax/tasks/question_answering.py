@@ -23,20 +23,21 @@ LONGEST = 30  # tokens of an answer
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model, params, batch, keep):
+def _logits(model, params, batch, layer_mask):
     """[2,B,T]: of where the answer begins and where it ends."""
-    seen = batch['weights'][:, None, None, :] > 0
-    return jnp.stack(model.apply({'params': params}, batch['inputs'], batch['types'], seen, keep))
+    return jnp.stack(model.apply({'params': params}, batch, layer_mask))
 
 
-def logits(model, params, features, batch_size, keep=None):
-    """(start [N,T], end [N,T]) of all rows, float32. Compiled once for a network and batch size, whatever `keep` is.
+def logits(model, params, features, batch_size, layer_mask=None):
+    """Returns the logits (start [N,T], end [N,T]) of all rows, float32.
+
+    Compiled once for a network and batch size, whatever `layer_mask` is.
 
     Args:
         model, params: a BERT with a head that finds spans, from `hf_bert.load`.
         features: from `make_features`.
         batch_size: rows at a time.
-        keep: [L] bool: layers that are False are removed. None: all are kept.
+        layer_mask: [L] bool: layers that are False are removed. None: all layers run.
 
     Raises:
         UsageError: rows that are not for this network. NumericsError: logits that are not finite.
@@ -44,10 +45,10 @@ def logits(model, params, features, batch_size, keep=None):
     for name, rows in (('inputs', model.config.vocab_size), ('types', model.config.num_types)):
         if (largest := getattr(features, name).max()) >= rows:
             raise UsageError(f'the features have {name} up to {largest}, but the network has a table of {rows}')
-    keep = np.ones(model.config.num_layers, bool) if keep is None else np.asarray(keep, bool)
-    found = jax.device_get([_logits(model, params, batch, keep) for batch in features.batches(batch_size)])
+    layer_mask = np.asarray([True] * model.config.num_layers if layer_mask is None else layer_mask, bool)
+    found = jax.device_get([_logits(model, params, batch, layer_mask) for batch in features.batches(batch_size)])
     start, end = np.concatenate(found, axis=1)[:, : len(features.inputs)]
-    if not np.isfinite(start[features.weights > 0] + end[features.weights > 0]).all():
+    if not np.isfinite(start[features.token_mask > 0] + end[features.token_mask > 0]).all():
         raise NumericsError('the logits of where answers begin and end are not finite')
     return start, end
 
@@ -81,12 +82,12 @@ def best_answers(start, end, features, examples):
     return ['' if lack else text for lack, text in zip(lacks, texts, strict=True)]
 
 
-def evaluate(model, params, features, examples, batch_size, keep=None):
+def evaluate(model, params, features, examples, batch_size, layer_mask=None):
     """{'exact_match', 'f1'}: [Q] float64 in 0..1, of each question; the scores in percent are 100 times their means.
 
     Arguments and errors are those of `logits`, and `examples` the list that the features were made of.
     """
-    texts = best_answers(*logits(model, params, features, batch_size, keep), features, examples)
+    texts = best_answers(*logits(model, params, features, batch_size, layer_mask), features, examples)
     return scores(texts, examples)
 
 

@@ -81,7 +81,7 @@ def test_a_tied_head_is_trained_with_the_embedding(tmp_path, norm_position):
     found = pretrained(tmp_path / 'out')
     assert found.lm_head.weight is found.model.embed_tokens.weight
     found(torch.asarray(IDS), labels=torch.asarray(IDS), use_cache=False).loss.backward()
-    batch = {'inputs': IDS[:, :-1], 'targets': IDS[:, 1:], 'weights': np.ones((2, 4))}
+    batch = {'inputs': IDS[:, :-1], 'targets': IDS[:, 1:], 'loss_mask': np.ones((2, 4))}
     grads = jax.grad(lambda params: Language(model).losses(params, batch).sum / 8)(params)
     expected = found.model.embed_tokens.weight.grad.numpy()
     np.testing.assert_allclose(grads['embed']['embedding'][:11], expected, rtol=0, atol=1e-4)

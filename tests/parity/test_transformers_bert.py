@@ -46,11 +46,9 @@ def theirs_computes(model, ids=IDS, types=TYPES, weights=WEIGHTS):
 
 
 def ours_computes(model, params):
-    seen = WEIGHTS.astype(bool)[:, None, None, :]
-    find = jax.jit(
-        lambda p, **how: model.apply({'params': p}, IDS, TYPES, seen, **how), static_argnames=('capture', 'method')
-    )
-    _, out = find(params, capture=True, method='trunk')
+    batch = {'inputs': IDS, 'types': TYPES, 'token_mask': WEIGHTS}
+    find = jax.jit(lambda p, **how: model.apply({'params': p}, batch, **how), static_argnames=('capture', 'method'))
+    _, out = find(params, capture=True, method='backbone')
     return out['hidden'], find(params) if model.span_head else []
 
 

@@ -58,7 +58,7 @@ def load(folder, compute_dtype='float32'):
 
     Returns:
         (model, params): `start, end = model.apply({'params': params}, ids, types, mask)`. Without qa_outputs, as
-        BertModel has none, the network has a trunk alone.
+        BertModel has none, the network has a backbone alone.
 
     Raises:
         UsageError: no such folder or file, or a run of ours.

@@ -108,7 +108,7 @@ def _spelled(names):
 
 def spell(names):
     """The text of a list of placements, `post*2,pre*6`."""
-    return ','.join(f'{name}*{end - first}' for name, first, end in placements.segments(names))
+    return ','.join(f'{name}*{end - first}' for name, first, end in placements.layer_runs(names))
 
 
 def read_json(path):

@@ -111,7 +111,7 @@ def read(folder, norm_position=None, compute_dtype='float32'):
 
 def _buffers(config):
     """What old versions of transformers saved together with the weights of a LLaMA; see `tensors.drop_buffers`."""
-    frequency = np.asarray(rope.rotary_frequencies(config), np.float64)
+    frequency = np.asarray(rope.rope_frequencies(config), np.float64)
     kind = '' if config.rope_type == 'default' else f' and rope_type={config.rope_type}'
     rotary = f'the rotary frequencies of rope_theta={config.rope_theta:.10g}{kind} in config.json'
 
