@@ -35,7 +35,7 @@ def main(argv):
         for split in (config.data.split, config.eval.split)
     ]
     batch = batches.training(text[0], seed=0, batch_size=config.batch_size)[0]
-    batch = meshes.place(batch, meshes.batch_sharding(mesh))
+    batch = meshes.to_devices(batch, meshes.batch_sharding(mesh))
     analyse = during.Analyses(config, program.model, text[1])
     step, _ = program.compile()
     state = program.init(jax.random.key(0))

@@ -75,7 +75,7 @@ def ours(case, settings):
     program, sizes, device = Program(config, mesh), config.model, mesh.devices.flat[0]
     ids = case.tokens(sizes.vocab_size)
     batch = {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'loss_mask': np.ones_like(ids[:, 1:], np.float32)}
-    batch = meshes.place(batch, meshes.batch_sharding(mesh))
+    batch = meshes.to_devices(batch, meshes.batch_sharding(mesh))
     step = program.train_step.lower(program.state, batch).compile()
     state = program.init(jax.random.key(0))
     matmul = _matmul_peak(device, case.dtype)

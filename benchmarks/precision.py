@@ -35,7 +35,7 @@ def main(argv):
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
     def command():
-        options, rest = cli.parse(parser, argv, known=True)
+        options, rest = cli.parse_known(parser, argv)
         means = {of: [] for of in TYPES}
         for of in TYPES:
             settings = [*recipes.overrides(rest), ('compute_dtype', of), ('num_steps', str(options.steps))]
@@ -56,7 +56,7 @@ def runs(config):
     tokenizer = rows.open_tokenizer(config.data)
     text = rows.open_rows(config.data, config.data.split, tokenizer, config.seq_length, config.model.vocab_size)
     step = program.compile()[0]
-    place = functools.partial(meshes.place, sharding=meshes.batch_sharding(mesh))
+    place = functools.partial(meshes.to_devices, sharding=meshes.batch_sharding(mesh))
 
     def losses(seed):
         state, found = program.init(jax.random.key(seed)), []

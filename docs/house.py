@@ -8,7 +8,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # From the ground up. A room, which is a folder or a module of mixln_jax, imports itself and the floors below.
 FLOORS = [
     (['system'], 'errors and exit codes, signals, files, the terminal, hardware'),
-    (['config', 'trees'], 'every key of a run; names of leaves in parameter trees'),
+    (['keys'], 'every key of a run: default, type, range, help'),
+    (['config', 'trees'], 'checked configurations; names of leaves in parameter trees'),
     (['recipes', 'distributed', 'data'], 'recipe files; meshes and processes; text as batches of token rows'),
     (['kernels'], 'attention, cross-entropy, matrix products'),
     (['models'], 'placements, the shared stack, LLaMA, BERT, Hugging Face folders'),

@@ -1,22 +1,26 @@
 """Pre-train LLaMA-family models with a normalisation placement chosen layer by layer."""
 
+from typing import TYPE_CHECKING
 
-def load(path: str, compute_dtype: str = 'float32', norm_position: str | None = None):
-    """Opens trained weights: a run, one of its `checkpoints/<step>`, or a Hugging Face folder.
+if TYPE_CHECKING:
+    from mixln_jax.runs import weights
+
+
+def load(path: str, compute_dtype: str = 'float32', norm_position: str | None = None) -> 'weights.Weights':
+    """Loads trained weights from a run, one of its `checkpoints/<step>`, or a Hugging Face folder.
 
     Args:
-        path: the folder; of a run the newest checkpoint is taken.
-        compute_dtype: float32 or bfloat16, of the network; the weights keep their type.
-        norm_position: placement of a Hugging Face folder that does not say it, as the Mix-LN authors' do not.
+        path: the folder. For a run its newest checkpoint is used.
+        compute_dtype: type of the network's activations, float32 or bfloat16; the weights keep their type.
+        norm_position: placement, for a Hugging Face folder that does not state it (the Mix-LN authors' do not).
 
     Returns:
-        A `weights.Weights` with `model`, `params`, `config` and `tokenizer` of a run, `step`, `where`:
-        `logits, out = found.model.apply({'params': found.params}, ids, capture=True)`.
+        A `weights.Weights` with `model`, `params`, `step`, `where`, and for a run also `config` and `tokenizer`.
 
     Raises:
-        exits.UsageError: nothing there, or a `norm_position` for what has its own.
-        exits.CheckpointError: unreadable, damaged or of another structure.
+        errors.UsageError: there are no weights, or `norm_position` is given although the folder states it.
+        errors.CheckpointError: the weights are unreadable, damaged or of another structure.
     """
-    from mixln_jax.runs import weights  # here, since it imports JAX, which takes seconds
+    from mixln_jax.runs import weights  # not above: it imports JAX, which takes seconds
 
     return weights.load(path, compute_dtype, norm_position)

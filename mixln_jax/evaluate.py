@@ -38,7 +38,7 @@ def _number(name, value):
 
 def _place(out):
     """Where to write results. Raises UsageError for a file that is there and holds none."""
-    path = outputs.place(out)
+    path = outputs.resolve(out)
     try:
         ours = not path.exists() or {'checkpoint', 'step'} <= {*files.read_json(path, UsageError)}
     except UsageError:

@@ -44,7 +44,7 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
             another process; options, or a network, that cannot be written.
         CheckpointError: weights that cannot be read, or that are others when read back.
     """
-    out = outputs.place(out)
+    out = outputs.resolve(out)
     source = pathlib.Path(os.path.realpath(weights.find(checkpoint)[0]))
     if out in (source, *source.parents) or source in out.parents:
         raise UsageError(f'--out {out} and the checkpoint {source} are one, or one is inside the other')
@@ -150,7 +150,7 @@ def main(argv):
     def job():
         options = cli.parse(parser, argv)
         jax.config.update('jax_platforms', 'cpu')  # nothing here is worth waiting for a device
-        removed = [cli.digits(part) for part in cli.listed(options.remove_layers or '')]
+        removed = [cli.parse_decimal(part) for part in cli.split_list(options.remove_layers or '')]
         if (options.remove_layers is not None and not removed) or None in removed:
             raise UsageError(f'--remove_layers {options.remove_layers!r}: numbers from 1 are needed, such as 3 or 3,4')
         export(

@@ -9,8 +9,10 @@ if __name__ == '__main__':
 import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
+import ml_collections
 
 from mixln_jax import recipes
 from mixln_jax.distributed import processes
@@ -20,32 +22,37 @@ from mixln_jax.system.errors import UsageError
 from mixln_jax.training.run import run
 
 
-def parse(argv):
-    """(options, ConfigDict) of the words after the command. Raises UsageError; --help prints and exits with 0."""
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
+    """Returns (options, ConfigDict) of the words after the command.
+
+    --help prints the help and exits with 0. Raises UsageError for options or keys that are not valid.
+    """
     parser = argparse.ArgumentParser(
         prog='python -m mixln_jax.main',
         usage='%(prog)s --config FILE[:ARG] [--workdir DIR] [--config.KEY=VALUE ...] [--verbose] [--traceback]',
-        description='Trains what a recipe says. The same command again goes on where the run stopped.',
+        description='Trains the model of a recipe. If the run was stopped, the same command continues it.',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )
-    parser.add_argument('-h', '--help', action='store_true', help='show this; with --config FILE the values of FILE')
+    parser.add_argument(
+        '-h', '--help', action='store_true', help='show this help; with --config FILE also the values of FILE'
+    )
     parser.add_argument('--config', metavar='FILE[:ARG]', help='a recipe, such as configs/quickstart.py')
     parser.add_argument('--workdir', metavar='DIR', help='folder of the run [runs/<name of the recipe>]')
-    parser.add_argument('--verbose', action='store_true', help='list the parameters at the start')
-    parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
-    options, rest = cli.parse(parser, argv, known=True)
+    parser.add_argument('--verbose', action='store_true', help='print a table of the parameters at the start')
+    parser.add_argument('--traceback', action='store_true', help='print the traceback of an error')
+    options, rest = cli.parse_known(parser, argv)
     config = recipes.load(options.config, recipes.overrides(rest)) if options.config else None
     if options.help:
         shown = "with the Mix-LN paper's C4 recipe as defaults"
         if config:
             shown = f'with the values of {options.config}, * where they are not the defaults'
-        names = {'model.norm_position': [*placements.PLACEMENTS, *placements.SCHEMES]}
-        parser.epilog = f'keys of a recipe, {shown}:\n{recipes.help_text(config, names)}'
+        choices = {'model.norm_position': [*placements.PLACEMENTS, *placements.SCHEMES]}
+        parser.epilog = f'keys of a recipe, {shown}:\n{recipes.help_text(config, choices)}'
         parser.print_help()
         parser.exit()
-    if not options.config:
+    if config is None:
         raise UsageError('--config FILE is missing; --help lists the keys')
     file, _, argument = options.config.partition('.py:')
     if options.workdir is None:
@@ -53,10 +60,10 @@ def parse(argv):
     return options, config
 
 
-def main(argv):
-    """The command; returns its exit code."""
+def main(argv: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
 
-    def job():
+    def job() -> None:
         options, config = parse(argv)
         run(config, options.workdir, stop, options.verbose)
 
@@ -67,5 +74,5 @@ if __name__ == '__main__':
     stop.started()
     code = main(sys.argv[1:])
     if code == errors.STOPPED or jax.distributed.is_initialized():
-        processes.end(code)  # everything is closed; Python's own end may crash where a signal cut the compiler short
+        processes.end(code)  # all files are closed; Python's exit may crash if a signal has interrupted the compiler
     sys.exit(code)

@@ -19,7 +19,7 @@ if __name__ == '__main__':
 from mixln_jax.distributed import rollcall  # noqa: E402
 
 DIGEST = 'digest'
-OTHERS = rollcall._Keys.of('', 'another digest')  # what anybody can compute where there is no secret
+OTHERS = rollcall._Keys.derive('', 'another digest')  # what anybody can compute where there is no secret
 
 
 def free_port():
@@ -58,7 +58,7 @@ def hello(number='1', count='2', keys=OTHERS, *, change=lambda line: line, nonce
         connection = until_there(port)
         given = rollcall._line(connection, time.monotonic() + 5).decode()
         words = nonce or given, '0' * 32, number, count
-        proofs = [rollcall._proof(key, 'hello', *words) for key in (keys.ours, keys.alike)]
+        proofs = [rollcall._proof(key, 'hello', *words) for key in (keys.member, keys.equal)]
         connection.sendall(change(' '.join([number, count, '0' * 32, *proofs]).encode() + b'\n'))
         return [connection]
 
@@ -129,11 +129,11 @@ VISITORS = {
     'a negative number': hello('-1'),
     'a number of Arabic digits': says('١ ٢ '.encode() + b'0' * 98 + b'\n'),
     'a number with a sign and a line after it': hello('+1\n1'),
-    'another secret': hello(keys=rollcall._Keys.of('secret', DIGEST)),
-    'a nonce of its own': hello(keys=rollcall._Keys.of('', DIGEST), nonce='1' * 32),
-    'proofs cut short': hello(keys=rollcall._Keys.of('', DIGEST), change=lambda line: line[:-2] + b'\n'),
-    'proofs the other way round': hello(keys=rollcall._Keys(*[rollcall._Keys.of('', DIGEST).alike] * 2, False)),
-    'two lines at once': hello(keys=rollcall._Keys.of('', DIGEST), change=lambda line: line * 2),
+    'another secret': hello(keys=rollcall._Keys.derive('secret', DIGEST)),
+    'a nonce of its own': hello(keys=rollcall._Keys.derive('', DIGEST), nonce='1' * 32),
+    'proofs cut short': hello(keys=rollcall._Keys.derive('', DIGEST), change=lambda line: line[:-2] + b'\n'),
+    'proofs the other way round': hello(keys=rollcall._Keys(*[rollcall._Keys.derive('', DIGEST).equal] * 2, False)),
+    'two lines at once': hello(keys=rollcall._Keys.derive('', DIGEST), change=lambda line: line * 2),
     'a replayed hello': replayed,
     '200 silent ones': many(200, says()),
     '250 that leave': many(250, says(b'x\n', then=socket.socket.close)),
@@ -160,7 +160,7 @@ def claim(text, keys=OTHERS):
 
     def line(connection):
         number, count, nonce, *_ = rollcall._line(connection, time.monotonic() + 5).decode().split()
-        return rollcall._signed(keys.ours, ('0' * 32, nonce, number, count), text)
+        return rollcall._signed(keys.member, ('0' * 32, nonce, number, count), text)
 
     return line
 

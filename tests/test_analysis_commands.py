@@ -271,7 +271,7 @@ def test_all_is_checked_before_anything_is_measured(run, tmp_path, capsys, monke
     for words, message in (
         ([run, 'nowhere'], 'nowhere is not a folder'),
         ([run, tmp_path], 'is neither a run of ours'),
-        ([run, '--out', tmp_path / 'file'], 'file is no folder to write into: File exists'),
+        ([run, '--out', tmp_path / 'file'], 'file cannot be written to: File exists'),
         ([run, '--out', tmp_path / 'strange'], 'strange/result.json: not the result of an analysis'),
         ([run, '--blocks', '0'], '--blocks 0: different numbers from 1'),
         ([run, '--tasks', 'a', '--task_path', tmp_path / 'no'], 'no is not a folder'),

@@ -281,7 +281,7 @@ def test_a_trunk_alone(network, tmp_path):
         ({'layer_norm_eps': None}, 'has no key layer_norm_eps'),
         ({'type_vocab_size': 0}, 'type_vocab_size=0 is not a number of rows'),
         ({'hidden_size': 'wide'}, "config.model.hidden_size must be of type int, not 'wide'"),
-        ({'num_attention_heads': 3}, 'does not divide by config.model.num_heads=3'),
+        ({'num_attention_heads': 3}, 'is not divisible by config.model.num_heads=3'),
     ],
 )
 def test_configs_that_are_refused(tmp_path, changes, message):

@@ -56,7 +56,7 @@ def test_nothing_of_anybody_else_is_removed(saved, name):
     path = saved / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('mine')
-    with pytest.raises(UsageError, match='is no checkpoint of this run: move it'):
+    with pytest.raises(UsageError, match='is not a checkpoint of this run: move it'):
         checkpoint.Checkpoints(saved)
     assert path.read_text() == 'mine'
 
@@ -264,7 +264,7 @@ def test_no_good_step(saved):
     with pytest.raises(CheckpointError, match='no checkpoint is readable'):
         checkpoint.Checkpoints(saved).restore(like(state_of()))
     assert not (saved / '3').exists()
-    with pytest.raises(CheckpointError, match=r'no checkpoint but damaged ones .*3\.corrupt'):  # nor from scratch
+    with pytest.raises(CheckpointError, match=r'there are only damaged checkpoints .*3\.corrupt'):  # nor from scratch
         checkpoint.Checkpoints(saved).restore(like(state_of()))
 
 
@@ -279,7 +279,7 @@ def test_another_structure_is_refused_and_nothing_renamed(saved):
     with pytest.raises(CheckpointError, match=r'params/kernel is .*48.* needs .*47'):
         checkpoint.Checkpoints(saved).restore(expected)
     expected = like(state_of()) | {'more': jax.ShapeDtypeStruct((2,), jnp.float32)}
-    with pytest.raises(CheckpointError, match='more is not there'):
+    with pytest.raises(CheckpointError, match='more is missing'):
         checkpoint.Checkpoints(saved).restore(expected)
     assert pathlib.Path(saved, '5').is_dir()
 

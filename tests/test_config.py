@@ -141,7 +141,7 @@ def test_numbers_of_options(capsys):
     for option, text in (('tokens', '1e3.5'), ('tokens', '1.5'), ('tokens', 'inf'), ('mfu', 'nan'), ('mfu', 'inf')):
         with pytest.raises(UsageError, match=f'--{option}: invalid .* value: .{text}'):
             cli.parse(parser, [f'--{option}', text])
-    assert cli.listed(' a, b ,,c') == ['a', 'b', 'c'] and not cli.listed(' , ')
+    assert cli.split_list(' a, b ,,c') == ['a', 'b', 'c'] and not cli.split_list(' , ')
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def test_numbers_of_options(capsys):
         ('model.post_ratio', '1.1', 'config.model.post_ratio must be at most 1'),
         ('model.post_ratio', '-0.1', 'config.model.post_ratio must be at least 0'),
         ('model.num_layers', '0', 'config.model.num_layers must be at least 1'),
-        ('model.num_heads', '5', 'config.model.hidden_size=96 does not divide by config.model.num_heads=5'),
+        ('model.num_heads', '5', 'config.model.hidden_size=96 is not divisible by config.model.num_heads=5'),
         ('model.num_heads', '96', 'must be even for rotary'),
-        ('model.num_kv_heads', '2', 'does not divide by config.model.num_kv_heads=2'),
+        ('model.num_kv_heads', '2', 'is not divisible by config.model.num_kv_heads=2'),
         ('model.head_dim', '7', r'the head size 7 \(config.model.head_dim\) must be even'),
         ('model.head_dim', '-2', 'config.model.head_dim must be at least 0'),
         ('model.rope_type', 'yarn', "config.model.rope_type='yarn' is not one of default, llama3"),
@@ -399,7 +399,7 @@ class TestNumbersOrAuto:
 
     def test_help_says_what_it_comes_to(self):
         [line] = [line for line in recipes.help_text().splitlines() if '--config.optim.b2 ' in line]
-        assert "0.999 (lion 0.99, muon 0.95); a run that goes on keeps its own [float or auto, 'auto']" in line
+        assert "0.999 (lion 0.99, muon 0.95); a run that continues keeps its own [float or auto, 'auto']" in line
 
 
 class TestCommandLine:

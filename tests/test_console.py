@@ -77,7 +77,7 @@ assert file.fileno() > 2
 """
 MORE = """print('line ' * 40_000, file=stream, flush=True)
     import tqdm; list(tqdm.tqdm(range(3), file=stream))
-    logging.getLogger().error('a line'); warnings.warn('a line'); errors.known(OSError())"""
+    logging.getLogger().error('a line'); warnings.warn('a line'); errors.to_exit(OSError())"""
 
 
 @pytest.mark.parametrize('start, more', [('console.guard()', MORE), ('console.guard_files()', 'pass')])

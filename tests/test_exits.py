@@ -164,7 +164,7 @@ class TestWorkers:
     def test_what_an_end_means(self, error, begun, code, words):
         if isinstance(error, str):
             error = RuntimeError(f'Worker process was terminated unexpectedly with {error}. Search the logs')
-        found = errors.known(workers.explained(error, SETTINGS, begun))
+        found = errors.to_exit(workers.explained(error, SETTINGS, begun))
         assert found.code == code and words in str(found)
 
     @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ class TestWorkers:
 class TestPaths:
     @pytest.mark.parametrize('text', ['gs://b/run', 's3://b', 'file:///tmp/x', 'GS://b', 'hdfs+x://b'])
     def test_addresses(self, text):
-        with pytest.raises(UsageError, match='^--out .*: a path of this machine is needed'):
+        with pytest.raises(UsageError, match='^--out .*: a path on this machine is needed'):
             files.local(text, '--out')
 
     @pytest.mark.parametrize('encoding, refused', [('utf-8', False), ('latin-1', True), ('ascii', True)])
@@ -189,17 +189,17 @@ class TestPaths:
         assert files.local('runs/plain', '--workdir') == pathlib.Path('runs/plain')
         with pytest.raises(UsageError, match='LC_ALL=C.UTF-8') if refused else contextlib.nullcontext():
             files.local('runs/größe', '--workdir')
-        why = 'this locale cannot spell the path in UTF-8' if refused else 'bytes of the path that are not UTF-8'
+        why = 'this locale cannot write the path in UTF-8' if refused else 'the path contains bytes that are not UTF-8'
         with pytest.raises(UsageError, match=f'--workdir .*: {why}'):
             files.local(b'runs/\xff'.decode(errors='surrogateescape'), '--workdir')
 
     def test_a_nul(self):
-        with pytest.raises(UsageError, match=r"^--out 'a.x00b': no path has a NUL in it$"):
+        with pytest.raises(UsageError, match=r"^--out 'a.x00b': a path cannot contain a NUL$"):
             files.local('a\0b', '--out')
 
     @pytest.mark.parametrize('number', [errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT])
     def test_a_path_that_cannot_be_used_is_a_usage_error(self, number):
-        assert errors.known(OSError(number, os.strerror(number), 'x')).code == 2
+        assert errors.to_exit(OSError(number, os.strerror(number), 'x')).code == 2
 
     @pytest.mark.parametrize('text', ['runs/a', '/a', 'a:b', 'runs/gs://b', './gs://b', '://b'])
     def test_what_is_local(self, text):
@@ -223,13 +223,13 @@ class TestPaths:
         monkeypatch.chdir(tmp_path)
         assert command.main(words) == 2
         shown = capsys.readouterr().err
-        assert 'a path of this machine is needed' in shown and '://b' in shown and shown.count('\n') == 1
+        assert 'a path on this machine is needed' in shown and '://b' in shown and shown.count('\n') == 1
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize('where', ['gs://b/run', 'hf:gs://b/run'])
     def test_weights_to_start_from(self, where):
         model = families.from_config(configs.Model(num_layers=2, hidden_size=16, num_heads=2))
-        with pytest.raises(UsageError, match=f'^config.init_from={where}: gs://b/run: a path of this machine'):
+        with pytest.raises(UsageError, match=f'^config.init_from={where}: gs://b/run: a path on this machine'):
             weights.initial(where, model)
 
 
@@ -241,10 +241,10 @@ class TestReading:
     @pytest.mark.parametrize(
         'error, words',
         [
-            (Panic('index out of bounds\nnote: backtrace'), r'of another form \(Panic: index out of bounds\)'),
+            (Panic('index out of bounds\nnote: backtrace'), r'of another format \(Panic: index out of bounds\)'),
             (RecursionError('maximum recursion depth'), 'nested too deeply'),
             (MemoryError('800 GiB'), r'more than fits into memory \(800 GiB\)'),
-            (KeyError('rows'), r"of another form \(KeyError: 'rows'\)"),
+            (KeyError('rows'), r"of another format \(KeyError: 'rows'\)"),
             (ValueError('Expecting value: line 1'), 'Expecting value: line 1'),
             (OSError(errno.EIO, 'Input/output error', 'x'), 'Input/output error'),
         ],
@@ -310,14 +310,14 @@ class TestWithoutHome:
             monkeypatch.delenv(name)
 
     def test_the_cache_is_a_folder_of_this_user_alone(self, tmp_path, monkeypatch):
-        cache = files.cache()
-        assert cache == files.cache() and cache.parent == tmp_path and cache.stat().st_mode & 0o777 == 0o700
+        cache = files.cache_folder()
+        assert cache == files.cache_folder() and cache.parent == tmp_path and cache.stat().st_mode & 0o777 == 0o700
         monkeypatch.setattr(os, 'getuid', lambda: 77777)
         (tmp_path / 'mixln_jax-77777').mkdir()  # by somebody else
-        assert files.cache() != tmp_path / 'mixln_jax-77777'
+        assert files.cache_folder() != tmp_path / 'mixln_jax-77777'
 
     def test_a_path_in_no_home(self):
-        with pytest.raises(UsageError, match='^--workdir ~/run: this user has no home directory; give the whole path'):
+        with pytest.raises(UsageError, match='^--workdir ~/run: this user has no home directory; give the full path'):
             files.local('~/run', '--workdir')
 
 

@@ -392,18 +392,18 @@ class TestBadSteps:
         asked = []
         seen = collapse.Collapse('stop', 10, lambda: asked.append(1) or 7.0)
         for step in range(1, 411):  # high in the warm-up, then learning
-            seen.see(step, 9.0 if step <= 10 else 6.0)
+            seen.add(step, 9.0 if step <= 10 else 6.0)
         assert len(asked) == 1
         for step in range(411, 611):  # on its way through the tokens' entropy
-            seen.see(step, 7.6 - 0.004 * (step - 410))
+            seen.add(step, 7.6 - 0.004 * (step - 410))
         for step in range(611, 811):  # nothing learnt at all
-            seen.see(step, 10.0)
-        with pytest.raises(NumericsError, match='step 1010: .*6.70, stays near the 7.00'):
+            seen.add(step, 10.0)
+        with pytest.raises(NumericsError, match='step 1010: .*6.70, stays near 7.00'):
             for step in range(811, 1011):
-                seen.see(step, 6.7)
+                seen.add(step, 6.7)
         ignored = collapse.Collapse('ignore', 0, None)
         for step in range(1, 500):
-            ignored.see(step, 9.0)
+            ignored.add(step, 9.0)
 
     def test_weights_that_the_last_update_ruined(self, corpus, tmp_path):
         """Finite, but no longer a model: no checkpoint, debug/, and never "finished"."""
@@ -527,7 +527,7 @@ class TestBadInput:
         words = {'other': 'is not what the run has written', 'twice': r':3 is step', 'reversed': r':2 is step'}
         words = words.get(change, r' has \d lines before step')
         with pytest.raises(
-            errors.CheckpointError, match=rf'metrics\.jsonl.*{words}.*; put back the file .*resume_from'
+            errors.CheckpointError, match=rf'metrics\.jsonl.*{words}.*; put the file back .*resume_from'
         ):
             main.run(recipe(corpus), workdir)
         left = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob('*') if path.is_file())

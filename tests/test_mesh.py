@@ -322,5 +322,5 @@ class TestSizes:
         made = meshes.make_mesh(configs.Mesh(-1, 2, 2), devices)
         for part in made.devices:
             assert len({device.slice_index for device in part.flat}) == 1
-        with pytest.raises(UsageError, match='config.mesh.data=1 does not divide by the 2 slices'):
+        with pytest.raises(UsageError, match='config.mesh.data=1 is not divisible by the 2 slices'):
             meshes.make_mesh(configs.Mesh(1, 8, 1), devices)

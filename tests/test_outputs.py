@@ -57,7 +57,7 @@ class TestPaths:
         (tmp_path / 'q\\r').mkdir()
         monkeypatch.chdir(tmp_path / 'q\\r')
         with pytest.raises(UsageError, match=r'in a path with \\ '):
-            workdir.check_place('run')
+            workdir.check_folder('run')
 
     def test_roots_that_stand_for_buckets(self):
         for root in ('/gs/a', '/s3/a'):
@@ -108,8 +108,8 @@ class TestPaths:
 class TestPlaces:
     def test_a_link_stays_one(self, tmp_path):
         (tmp_path / 'link').symlink_to('far/away')
-        assert outputs.place(tmp_path / 'link') == tmp_path / 'far/away'
-        with outputs.replacing(outputs.place(tmp_path / 'link'), lambda out: None) as new:
+        assert outputs.resolve(tmp_path / 'link') == tmp_path / 'far/away'
+        with outputs.replacing(outputs.resolve(tmp_path / 'link'), lambda out: None) as new:
             new.mkdir()
         assert (tmp_path / 'link').is_symlink() and (tmp_path / 'far/away').is_dir()
 
@@ -118,8 +118,8 @@ class TestPlaces:
         (tmp_path / 'link').symlink_to(run / 'tokenizer')
         for place in (run / 'tokenizer', run / 'checkpoints/7', run / 'debug/x/y', tmp_path / 'link/a.json'):
             with pytest.raises(UsageError, match=f'belongs to {run}'):
-                outputs.place(place)
-        assert outputs.place(run / 'analysis/angular') and outputs.place(run / 'exported')
+                outputs.resolve(place)
+        assert outputs.resolve(run / 'analysis/angular') and outputs.resolve(run / 'exported')
 
     def test_a_work_directory_of_something_else(self, tmp_path):
         others = {'config.json': '{"model_type": "llama"}', 'metrics.jsonl': '{"step": 1, "acc": 0.1}\n'}
@@ -143,7 +143,7 @@ class TestPlaces:
     def test_a_lock_that_is_no_file(self, tmp_path, make):
         (tmp_path / 'mine').write_text('mine')
         make(tmp_path / '.lock')
-        with pytest.raises(UsageError, match='lock is no file'), outputs.locked(tmp_path / '.lock', 'busy'):
+        with pytest.raises(UsageError, match='lock is not a file'), outputs.locked(tmp_path / '.lock', 'busy'):
             pass
         assert (tmp_path / 'mine').read_text() == 'mine' and os.path.lexists(tmp_path / '.lock')
 
@@ -152,7 +152,7 @@ class TestPlaces:
         monkeypatch.chdir(tmp_path)
         (tmp_path / 'file').write_text('mine')
         (tmp_path / 'loop').symlink_to('loop')
-        with pytest.raises(UsageError, match='--out .* cannot be written: '), outputs.writing(outputs.place(where)):
+        with pytest.raises(UsageError, match='--out .* cannot be written: '), outputs.writing(outputs.resolve(where)):
             pass
         assert sorted(os.listdir(tmp_path)) == ['file', 'loop']
 
@@ -350,7 +350,7 @@ class TestReadersOfRunsInTraining:
     def folder(self, tmp_path, monkeypatch):
         """A run whose newest checkpoint is 1, and where a newer one takes its place while 1 is read."""
         monkeypatch.setattr(time, 'sleep', lambda seconds: None)
-        monkeypatch.setattr(checkpoint, '_is_whole', lambda folder: folder.is_dir())
+        monkeypatch.setattr(checkpoint, '_is_complete', lambda folder: folder.is_dir())
         make_run(tmp_path).joinpath('checkpoints/5').rename(tmp_path / 'checkpoints/1')
         return tmp_path
 
@@ -389,4 +389,4 @@ def test_the_last_save_is_read_back(tmp_path):
     with pytest.raises(CheckpointError, match='the last save cannot be read back: .*checkpoints/1: '):
         kept.read_back(1, like)
     kept.close()
-    assert errors.known(CheckpointError('')).code == 5
+    assert errors.to_exit(CheckpointError('')).code == 5

@@ -523,7 +523,7 @@ class TestBadInput:
             ('--source jsonl --path x --out x --format tokens --seq-length 1', '--seq-length must be at least 2'),
             ('--source stdlib --validation x --out x --format tfds', '--validation does not go with --source stdlib'),
             ('--source text --out x --format tfds', '--source text needs --path FILES'),
-            ('--source stdlib --out gs://x/y --format tfds', '--out gs://x/y: a path of this machine is needed'),
+            ('--source stdlib --out gs://x/y --format tfds', '--out gs://x/y: a path on this machine is needed'),
             ('--source tfds --out x --format tfds', '--source tfds goes with --format tokens'),
             ('--source jsonl --out x --format tfds more', 'unrecognized arguments: more'),
         ],

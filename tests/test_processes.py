@@ -26,11 +26,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 class TestFind:
     @pytest.fixture(autouse=True)
     def alone(self, monkeypatch):
-        for name in processes.ASKED:
+        for name in processes.VARIABLES:
             monkeypatch.delenv(name, raising=False)
 
     def ask(self, monkeypatch, *values):
-        for name, value in zip(processes.ASKED, values, strict=True):
+        for name, value in zip(processes.VARIABLES, values, strict=True):
             monkeypatch.setenv(name, value)
         return processes.find()
 
@@ -95,7 +95,7 @@ class TestLocalDevices:
     @pytest.fixture(autouse=True)
     def alone(self, monkeypatch):
         for name in list(os.environ):
-            if name.startswith(('SLURM_', 'OMPI_', 'JAX_LOCAL', *processes.ASKED)) or 'VISIBLE_DEVICES' in name:
+            if name.startswith(('SLURM_', 'OMPI_', 'JAX_LOCAL', *processes.VARIABLES)) or 'VISIBLE_DEVICES' in name:
                 monkeypatch.delenv(name)
 
     @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ class TestBetweenProcesses:
             while not codes and time.monotonic() < deadline:
                 time.sleep(0.005)
             ending.set()
-            heard = None if number else processes._heard(third, b'')[0]
+            heard = None if number else processes._receive(third, b'')[0]
             third.close()
             theirs.close()
             watching.join()
@@ -203,7 +203,7 @@ class TestBetweenProcesses:
         one, other = socket.socketpair()
         with one, other:
             processes._tell({1: one}, 4, 'é\ud800 \n' * 100)
-            assert processes._heard(other, b'') == ([(4, 'é\ud800 \n' * 100)], b'')
+            assert processes._receive(other, b'') == ([(4, 'é\ud800 \n' * 100)], b'')
 
     @pytest.mark.parametrize(
         'said',

@@ -192,7 +192,7 @@ READERS = {
         checkpoint.METADATA,
         dict.fromkeys(checkpoint.TIMES, 1),
         5,
-        lambda p: checkpoint._time(p.parent),
+        lambda p: checkpoint._commit_time(p.parent),
     ),
 }
 
@@ -326,7 +326,7 @@ def test_a_work_directory_that_is_moved_ends_its_run(tmp_path):
         folder.rename(tmp_path / 'moved')
         lines.add(2, {'tokens': 2})
         for write in (lines.flush, lines.seal):
-            with pytest.raises(errors.UsageError, match='run/metrics.jsonl has gone: the work directory was moved'):
+            with pytest.raises(errors.UsageError, match='run/metrics.jsonl is missing: the work directory was moved'):
                 write()
 
 
@@ -344,4 +344,4 @@ def test_a_work_directory_that_is_removed_ends_its_run(tmp_path, error, code):
     with pytest.raises(errors.Exit) as caught, workdir.open_workdir(folder, configs.Config()):
         shutil.rmtree(folder)
         raise error
-    assert caught.value.code == code and (code == 6 or f'{folder} has gone' in str(caught.value))
+    assert caught.value.code == code and (code == 6 or f'{folder} is missing' in str(caught.value))

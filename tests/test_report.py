@@ -294,7 +294,7 @@ def test_where_it_cannot_be_written(made, capsys, tmp_path):
     for out in ('file', 'file/under'):
         assert report.main([str(made(f'run-{out[-5:]}'.replace('/', ''))), '--out', out]) == 2
         error = capsys.readouterr().err
-        assert f'{out} is no folder to write into: ' in error and len(error.splitlines()) == 1
+        assert f'{out} cannot be written to: ' in error and len(error.splitlines()) == 1
 
 
 def test_curves_are_thinned_to_means():

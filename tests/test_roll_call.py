@@ -16,7 +16,7 @@ from strangers import free_port
 
 from mixln_jax import config as configs
 from mixln_jax import main, recipes
-from mixln_jax.distributed import processes, rollcall
+from mixln_jax.distributed import addresses, processes, rollcall
 from mixln_jax.models import families
 from mixln_jax.runs import environment, workdir
 from mixln_jax.system import signals
@@ -28,7 +28,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(rollcall, 'SOON', 0.2)
     monkeypatch.setattr(rollcall, 'PAUSE', 0.02)
     monkeypatch.setattr(rollcall, 'LATE', 1.0)
-    for name in (*processes.ASKED, processes.SECRET, rollcall.BIND, 'SLURM_JOB_ID', 'OMPI_MCA_orte_hnp_uri'):
+    for name in (*processes.VARIABLES, processes.SECRET, addresses.BIND, 'SLURM_JOB_ID', 'OMPI_MCA_orte_hnp_uri'):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -73,7 +73,7 @@ class TestRollCall:
         for error in errors:
             assert isinstance(error, UsageError) and 'process 2 has another count, configuration or' in str(error)
         assert (time.monotonic() - begun > 0.5) == (not secret) and time.monotonic() - begun < 3
-        assert ('waits for another until the time is over' in capsys.readouterr().err) == (not secret)
+        assert ('waiting for another answer until the timeout' in capsys.readouterr().err) == (not secret)
 
     def test_one_of_another_configuration_that_starts_again(self):
         """Without a secret its slot is free for one that is right."""
@@ -108,7 +108,7 @@ class TestRollCall:
     def test_one_that_leaves_and_comes_again(self):
         """Its slot is free meanwhile."""
         address = f'127.0.0.1:{free_port()}'
-        keys = rollcall._Keys.of('', 'same')
+        keys = rollcall._Keys.derive('', 'same')
         with concurrent.futures.ThreadPoolExecutor() as pool:
             zero = pool.submit(processes.roll_call, address, 3, 0, 10.0, 'same')
             for wait in (0.1, 0.0):
@@ -129,7 +129,7 @@ class TestStrangers:
         found = strangers.met(kind)
         assert [set(peers) for peers in found] == [{1}, {0}] and time.monotonic() - begun < 3
         said = capsys.readouterr().err
-        assert said.count('\n') == 1 and ('turned away' in said or 'waits for another until' in said)
+        assert said.count('\n') == 1 and ('turned away' in said or 'waiting for another answer' in said)
 
     def test_more_than_wait_at_once(self, monkeypatch):
         monkeypatch.setattr(rollcall, 'AT_ONCE', 5)
@@ -148,7 +148,7 @@ class TestStrangers:
 
     def test_one_in_the_place_of_process_0(self):
         port = free_port()
-        fake = strangers.listens(strangers.NONCE, strangers.claim('not alike: you'), times=100)
+        fake = strangers.listens(strangers.NONCE, strangers.claim(f'{rollcall.DIFFERENT} you'), times=100)
         threading.Thread(target=fake, args=(port,), daemon=True).start()
         with pytest.raises(ProcessLost, match='it did not answer .*turned away'):
             processes.roll_call(f'127.0.0.1:{port}', 2, 1, 0.3, 'digest', 'secret')
@@ -156,7 +156,7 @@ class TestStrangers:
 
 class TestWhereProcess0Listens:
     @pytest.mark.parametrize(
-        'host, addresses, expected',
+        'host, found, expected',
         [
             ('127.0.0.1', ['127.0.0.1'], '127.0.0.1:99'),
             ('localhost', ['::1', '127.0.0.1'], '127.0.0.1:99'),
@@ -168,22 +168,22 @@ class TestWhereProcess0Listens:
             ('203.0.113.9', ['203.0.113.9'], '[::]:99'),  # NAT
         ],
     )
-    def test_by_address(self, monkeypatch, host, addresses, expected):
+    def test_by_address(self, monkeypatch, host, found, expected):
         def server(where, port):
             if where.startswith('203'):
                 raise OSError('not an address of this host')
             return contextlib.nullcontext()
 
-        monkeypatch.setattr(rollcall, '_server', server)
-        monkeypatch.setattr(rollcall, '_resolved', lambda *_: [(0, 0, 0, '', (one, 99)) for one in addresses])
-        assert rollcall.where(f'{host}:99') == expected
+        monkeypatch.setattr(addresses, 'listen', server)
+        monkeypatch.setattr(addresses, 'resolve', lambda *_: [(0, 0, 0, '', (one, 99)) for one in found])
+        assert addresses.listen_address(f'{host}:99') == expected
 
     def test_asked(self, monkeypatch):
-        monkeypatch.setenv(rollcall.BIND, '0.0.0.0:98')
-        assert rollcall.where('node03:99') == '0.0.0.0:98'
-        monkeypatch.setenv(rollcall.BIND, '0.0.0.0')
+        monkeypatch.setenv(addresses.BIND, '0.0.0.0:98')
+        assert addresses.listen_address('node03:99') == '0.0.0.0:98'
+        monkeypatch.setenv(addresses.BIND, '0.0.0.0')
         with pytest.raises(UsageError, match='JAX_COORDINATOR_BIND_ADDRESS=0.0.0.0 is not host:port'):
-            rollcall.where('node03:99')
+            addresses.listen_address('node03:99')
 
     def test_all_interfaces_are_said(self, capsys):
         """203.0.113.9 is nobody's."""
@@ -212,7 +212,7 @@ class TestSecret:
     def test_of_the_environment(self, monkeypatch, given, expected):
         for name, value in given.items():
             monkeypatch.setenv(name, value)
-        assert processes._known_to_all() == expected
+        assert processes._shared_secret() == expected
 
     def test_of_the_key(self, monkeypatch, tmp_path):
         """It comes before the environment's, and is no part of the digest."""

@@ -359,7 +359,7 @@ def test_two_trainings_at_once(corpus, tmp_path, capsys, monkeypatch, name):
         for place in (out, tmp_path / 'link' / name):
             assert train(*words, place) == 2
             error = capsys.readouterr().err
-            assert 'another process is writing into it' in error and error.count('\n') == 1
+            assert 'another process is writing to it' in error and error.count('\n') == 1
         assert sorted(tmp_path.rglob('*')) == before
         return original(*arguments)
 

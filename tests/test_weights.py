@@ -196,7 +196,7 @@ class TestWhereACheckpointIs:
             if path.name.isdecimal() and path.name != name:
                 path.unlink() if path.is_symlink() else shutil.rmtree(path)
         before = sorted(folder.rglob('*'))
-        with pytest.raises(UsageError, match=f'checkpoints/{name} is no checkpoint of this run: move it'):
+        with pytest.raises(UsageError, match=f'checkpoints/{name} is not a checkpoint of this run: move it'):
             checkpoint.Checkpoints(folder)
         assert sorted(folder.rglob('*')) == before
 

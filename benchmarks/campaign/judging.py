@@ -38,7 +38,7 @@ def judged(row, name, judge, *args, limit=LIMIT):
 
 def refused(error, codes=CODES):
     """The outcome of an exception, as a command ends with it."""
-    known = errors.known(error)
+    known = errors.to_exit(error)
     expect(known.code in codes and str(known).strip(), f'{type(error).__name__}: {str(error)[:300]} -> {known.code}')
     return f'refused ({known.code})'
 

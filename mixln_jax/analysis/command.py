@@ -11,6 +11,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ def by_row(compiled, model, batches):
     Returns:
         (tree [R,...] of all rows, counts [R]).
     """
-    rows = [jax.device_get(compiled(meshes.place(batch, model.stream_sharding))) for batch in batches]
+    rows = [jax.device_get(compiled(meshes.to_devices(batch, model.stream_sharding))) for batch in batches]
     return jax.tree.map(lambda *of_batches: np.concatenate(of_batches), *rows)
 
 
@@ -58,7 +59,8 @@ class Sample:
 
     def __init__(self, subject: subjects.Subject, options: argparse.Namespace, label: str):
         """`label`: of the progress bar."""
-        self._subject, self._options, self._label, self.about = subject, options, label, {}
+        self._subject, self._options, self._label = subject, options, label
+        self.about: dict[str, Any] = {}
 
     @functools.cached_property
     def examples(self) -> Examples:
@@ -146,8 +148,8 @@ def _measure_all(job, work, options, by_folder):
         for place in places:
             try:
                 results.append(_result(job, place, options, work))
-            except (NumericsError, weights.Removed) as problem:
-                problems.append(problem)
+            except (NumericsError, weights.Removed) as error:
+                problems.append(error)
                 continue
             _write(job, folder, results, options)
             console.say(*_table(results[-1], job.columns(results[-1])), '')
@@ -167,14 +169,14 @@ def _check(options):
     for name in ('text', 'split', 'mode', 'norm_position', 'data_path'):
         if options.squad and getattr(options, name) is not None:
             raise UsageError(f'--{name} has no meaning with --squad')
-    if options.text and options.data_path and subjects.INITIAL not in cli.listed(options.steps or ''):
+    if options.text and options.data_path and subjects.INITIAL not in cli.split_list(options.steps or ''):
         raise UsageError("--data_path is where the run's own text is; it has no meaning with --text")
 
 
 def _folder(job, options, place):
     """Where the results of a checkpoint go."""
     if options.out is not None:
-        return outputs.place(options.out)
+        return outputs.resolve(options.out)
     if not place.run:
         raise UsageError(f'{place.folder} is not a run of ours, which would keep its results; give --out DIR')
     return place.run / 'analysis' / job.NAME

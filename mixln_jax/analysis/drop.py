@@ -64,7 +64,7 @@ def measure(task, params, batches, blocks=(1,)):
     L = len(task.model.norm_position)
     removed = [masks(L, block) for block in blocks]
     layer_masks = np.concatenate([np.ones((1, L), bool), *removed])
-    layer_masks = meshes.place(layer_masks, meshes.replicated(task.model.stream_sharding.mesh))
+    layer_masks = meshes.to_devices(layer_masks, meshes.replicated(task.model.stream_sharding.mesh))
     sums, weights = command.by_row(lambda batch: _losses(params, batch, layer_masks, task=task), task.model, batches)
     metrics = statistics.drops(sums, weights)
     return {
@@ -166,7 +166,7 @@ def add_options(add):
 
 def _blocks(text):
     """The numbers of --blocks."""
-    blocks = [cli.digits(part) or 0 for part in cli.listed(text)]
+    blocks = [cli.parse_decimal(part) or 0 for part in cli.split_list(text)]
     if min(blocks, default=0) < 1 or len(set(blocks)) < len(blocks):
         raise UsageError(f'--blocks {text}: different numbers from 1 are needed')
     return blocks

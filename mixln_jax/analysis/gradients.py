@@ -72,7 +72,7 @@ def measure(task, params, batches, rows=None):
     model = task.model
     found, tokens, sums, of_sums, real = [], 0, None, 0, 0  # of the gradient that is being summed: its tokens, its rows
     for batch in batches:
-        of_batch = _gradient(params, meshes.place(batch, model.stream_sharding), task=task)
+        of_batch = _gradient(params, meshes.to_devices(batch, model.stream_sharding), task=task)
         sums = _sum(sums, of_batch) if sums else of_batch
         counts = command.position_mask(task, batch).sum(-1)
         of_sums, real = of_sums + int(counts.sum()), real + int((counts > 0).sum())

@@ -64,7 +64,8 @@ def places(checkpoints, steps=None) -> list[Place]:
     Raises:
         UsageError: nothing there, a step that is not kept, or steps of what is not a run.
     """
-    found = {}  # (folder, initial) -> (folder, run, initial, what is said after the run's name, whether the newest)
+    # (folder, initial) -> (folder, run, initial, what is said after the run's name, whether the newest)
+    found: dict[Any, Any] = {}
     for path in checkpoints:
         folder, of_run = weights.find(path)
         run = folder.parents[1] if of_run else None
@@ -78,7 +79,7 @@ def places(checkpoints, steps=None) -> list[Place]:
         for at, initial, said in chosen:
             newest = is_run and of_run and (initial or not steps)
             found.setdefault((os.path.realpath(at), initial), (at, run, initial, said, newest))
-    names = workdir.names([run or folder for folder, run, *_ in found.values()])
+    names = workdir.short_names([run or folder for folder, run, *_ in found.values()])
     return [
         Place(folder, run, initial, name + said, newest)
         for name, (folder, run, initial, said, newest) in zip(names, found.values(), strict=True)
@@ -88,10 +89,10 @@ def places(checkpoints, steps=None) -> list[Place]:
 def _steps(newest, steps):
     """[(folder, whether initial, suffix of the name)] of the run with this newest checkpoint."""
     kept = checkpoint.steps(newest.parent)
-    for step in cli.listed(steps) or ['']:
+    for step in cli.split_list(steps) or ['']:
         if step == INITIAL:
             yield newest, True, ' at init'
-        elif step == 'all' or cli.digits(step) in kept:
+        elif step == 'all' or cli.parse_decimal(step) in kept:
             for number in kept if step == 'all' else [int(step)]:
                 yield newest.with_name(str(number)), False, f' step {number}'
         else:
@@ -141,5 +142,5 @@ def _initial(found, data_path):
     if program.model.measured():
         rows = data_rows.open_rows_of_run(found.workdir, config, config.data.split, found.tokenizer, data_path)
         first = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size)[0]
-        state = program.measure_factors(state, meshes.place(first, meshes.batch_sharding(mesh)))
+        state = program.measure_factors(state, meshes.to_devices(first, meshes.batch_sharding(mesh)))
     return jax.device_get(state.params)

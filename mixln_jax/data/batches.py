@@ -12,7 +12,8 @@ whatever reads ahead.
 import atexit
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
+from typing import Any
 
 import grain
 import numpy as np
@@ -97,7 +98,7 @@ def evaluation(examples: Examples, batch_size: int, seed: int | None = None) -> 
     return grain.MapDataset.range(-(-len(examples) // batch_size)).map(batch)
 
 
-def read(dataset: grain.MapDataset, start: int, workers: int) -> Iterator[Batch]:
+def read(dataset: grain.MapDataset, start: int, workers: int) -> Generator[Batch]:
     """The batches from step `start` on, read ahead by threads or by `workers` processes; the same ones either way.
 
     Each process holds a copy of the examples. Close the iterator (`.close()`) to end threads and processes; collecting
@@ -147,7 +148,7 @@ def _first(batches):
     return next(batches)
 
 
-_reading = weakref.WeakSet()
+_reading: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @atexit.register

@@ -8,6 +8,7 @@ import numpy as np
 from mixln_jax.data.layout import Block, Layout
 
 Batch = dict[str, np.ndarray]  # arrays [B, ...] by name
+Numbers = Sequence[int] | np.ndarray
 
 
 class Examples(Protocol):
@@ -17,7 +18,7 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, numbers: Sequence[int], epochs: Sequence[int] | None = None) -> Batch:
+    def batch(self, numbers: Numbers, epochs: Numbers | None = None) -> Batch:
         """Returns the arrays [n, ...] of some examples.
 
         Args:
@@ -33,17 +34,19 @@ class Examples(Protocol):
         """Returns where an example comes from, for people."""
 
 
-class Rows:
+class Rows(Examples):
     """Examples that are rows of tokens; `layout` tells how documents fill them."""
 
     layout: Layout
 
-    def read(self, numbers: Sequence[int], sized: bool = False) -> Block:
+    def read(self, numbers: Numbers, sized: bool = False) -> Block:
         """Returns the rows [n, T+1]; their bytes of text, where they take time to find, only if `sized`."""
         raise NotImplementedError
 
-    def batch(self, numbers: Sequence[int], epochs: Sequence[int] | None = None) -> Batch:
+    def batch(self, numbers: Numbers, epochs: Numbers | None = None) -> Batch:
         """Returns `inputs`, `targets`, `loss_mask` and so on [n, T]; see `Layout.batch` and `Examples.batch`."""
         block = self.read(numbers, sized=epochs is None)
-        known = epochs is None and block.num_bytes is not None
-        return self.layout.batch(block) | ({'num_bytes': block.num_bytes} if known else {})
+        batch = self.layout.batch(block)
+        if epochs is None and block.num_bytes is not None:
+            batch['num_bytes'] = block.num_bytes
+        return batch

@@ -10,6 +10,7 @@ if __name__ == '__main__':
 import argparse
 import itertools
 import json
+import pathlib
 import sys
 
 import numpy as np
@@ -21,7 +22,7 @@ from mixln_jax.system import cli, console, files
 from mixln_jax.system.errors import DataError, UsageError
 
 
-def inspect(workdir: str, step: int, num_rows: int | None = None, data_path: str | None = None):
+def inspect(workdir: str | pathlib.Path, step: int, num_rows: int | None = None, data_path: str | None = None):
     """The first `num_rows` rows (None: all) of the batch of step `step` (from 1) of the run in `workdir`, one by one.
 
     Each is a dict: `row` in the batch, `origin` (file and record), `text` (a list, one piece of text for each document
@@ -48,13 +49,13 @@ def inspect(workdir: str, step: int, num_rows: int | None = None, data_path: str
         yield {'row': i, 'origin': of.origin(number), 'text': _texts(row, tokenizer), **row}
 
 
-def verify(workdir: str | None, data_path: str | None = None):
+def verify(workdir: str | pathlib.Path | None, data_path: str | None = None):
     """Reads every row of every split of a folder of prepared rows: the one of the run in `workdir`, which must be what
     the run saw, or `data_path`. Prints what is damaged, and a line a split that is not.
 
     Raises UsageError for a run whose data was not prepared, or no run; DataError for rows that are damaged.
     """
-    folder = data_path
+    folder = data_path or ''
     if workdir:
         workdir = files.local(workdir, '--workdir')
         config = configs.read(workdir / 'config.json')

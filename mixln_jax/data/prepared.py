@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -107,7 +108,7 @@ def notes_file(shard: str) -> str:
 class Prepared(Rows):
     """The rows of one split; see examples.Rows. Raises DataError, naming the file, for what is missing or cut short."""
 
-    def __init__(self, folder: str, split: str):
+    def __init__(self, folder: str | pathlib.Path, split: str):
         about = description(folder)
         folder = files.local(folder, 'config.data.path')
         self.layout = Layout(about['mode'], about['pad_id'], about['eos_id'])
@@ -141,7 +142,7 @@ class Prepared(Rows):
             raise DataError(f'{folder}: no rows in split {split}')
         if not self._note:
             _check_ids_tell(folder, self.layout)
-        self._handles = {}
+        self._handles: dict[Any, Any] = {}
         text_files.allow_open(4 * len(self._files))
 
     def __len__(self):
@@ -271,7 +272,7 @@ def _ends_by_ids(ids, layout):
     return ends & follows_real
 
 
-def description(folder: str) -> dict:
+def description(folder: str | pathlib.Path) -> dict:
     """tokens.json of a folder. Raises DataError where there is none: not prepared, or not to the end; naming the key,
     where it says what no folder of rows has."""
     path = files.local(folder, 'config.data.path') / DESCRIPTION

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class InMemory(Rows):
         blocks = []
         dtype = layout.dtype_for(tokenizer.vocab_size)
         kept = lambda block: Block(block.ids.astype(dtype), np.packbits(block.ends, 1), block.num_bytes)  # noqa: E731
-        fill = layout.FILL[mode](seq_length, self.layout, lambda block: blocks.append(kept(block)))
+        fill: Any = layout.FILL[mode](seq_length, self.layout, lambda block: blocks.append(kept(block)))
         for i in range(len(source)):
             fill.add(tokenized(source[i], tokenizer, self.layout))
         fill.close()
@@ -159,7 +160,7 @@ def open_rows_of_run(
             said += '; --data_path says where the data is now'
         raise type(error)(said) from None
     chosen = ('split', 'mode', 'seq_length')
-    if differ := [part for part in seen or () if part not in chosen and found.get(part) != seen[part]]:
+    if differ := [part for part, value in (seen or {}).items() if part not in chosen and found.get(part) != value]:
         known = ' (the text that comes with Python is another in other versions)' if data.source == 'stdlib' else ''
         raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs{known}')
     return rows
@@ -185,7 +186,8 @@ def moved(data: config.Data, path: str) -> config.Data:
         raise UsageError('--data_path is empty')
     if data.source == 'stdlib':
         raise UsageError('--data_path has no meaning for data.source=stdlib, the text that comes with Python')
-    return dataclasses.replace(data, **{_place(data): path})
+    change: dict[str, Any] = {_place(data): path}
+    return dataclasses.replace(data, **change)
 
 
 def _place(data):

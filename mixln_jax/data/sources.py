@@ -157,7 +157,8 @@ def first_for_training(ranks: Iterable[int], one_in: int, key: str = 'config.dat
     Reads no further than the answer needs. Raises DataError for fewer than two different ranks, naming the `key` that
     names the files and, where there is one, another `way` out.
     """
-    share, smallest, count = 2**64 // one_in, [], 0
+    share, count = 2**64 // one_in, 0
+    smallest: list[int] = []
     for number in ranks:
         count += 1
         at = bisect.bisect_left(smallest, number)

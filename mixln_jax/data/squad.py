@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from mixln_jax.data.examples import Batch
+from mixln_jax.data.examples import Batch, Numbers
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, DataError, UsageError, reading
 
@@ -57,7 +56,7 @@ class Features:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def batch(self, numbers: Sequence[int], epochs: Sequence[int] | None = None) -> Batch:
+    def batch(self, numbers: Numbers, epochs: Numbers | None = None) -> Batch:
         """Returns `inputs`, `types` and `token_mask` [n,T], `answer` [n,2] and `answer_mask` [n]; see examples.py."""
         names = 'inputs', 'types', 'token_mask', 'answer', 'answer_mask'
         return {name: getattr(self, name)[np.asarray(numbers)] for name in names}

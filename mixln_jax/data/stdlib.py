@@ -33,7 +33,7 @@ def gather() -> list[tuple[str, str]]:
     root = pathlib.Path(sysconfig.get_path('stdlib'))
     pages = sorted(_files(root))
     state = repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in pages])
-    cache = files.cache() / f'stdlib-{platform.python_version()}-{_digest(state.encode())}.json'
+    cache = files.cache_folder() / f'stdlib-{platform.python_version()}-{_digest(state.encode())}.json'
     try:
         digest, body = cache.read_bytes().split(b'\n', 1)
         if digest.decode() == _digest(body):

@@ -10,6 +10,7 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import orjson
 from isal import igzip, isal_zlib
@@ -64,7 +65,7 @@ def paths(patterns: str, key: str = 'config.data.path') -> list[str]:
             if os.path.isdir(path):
                 raise DataError(f'{key}: {path} is a folder; name its files, for instance {path}/*')
         found.update(matches)
-    once = {}
+    once: dict[object, str] = {}
     for path in sorted(found):
         once.setdefault(_identity(path), path)
     return list(once.values())
@@ -90,7 +91,7 @@ def of_source(source: str, patterns: str, key: str = 'config.data.path') -> list
 
 def kind_of_all(found: list[str]) -> str:
     """'jsonl' or 'text', what these files are. Raises DataError where some are this and some that."""
-    kinds = {}
+    kinds: dict[str, str] = {}
     for path in found:
         kinds.setdefault(kind(path), path)
     if len(kinds) > 1:
@@ -128,8 +129,10 @@ def each(seconds: float | None, function: Callable, items: Iterable) -> list:
     buckets, which try again for minutes where there is no network. A call that hangs goes on in its thread, a daemon:
     those of a ThreadPoolExecutor would keep Python from ending.
     """
-    items, results, stopped = list(items), {}, threading.Event()
-    asked, answers = queue.SimpleQueue(), queue.SimpleQueue()
+    items, stopped = list(items), threading.Event()
+    results: dict[int, Any] = {}
+    asked: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
     for number, item in enumerate(items):
         asked.put((number, item))
 
@@ -152,7 +155,7 @@ def each(seconds: float | None, function: Callable, items: Iterable) -> list:
             try:
                 number, result, error = answers.get(timeout=seconds)
             except queue.Empty:
-                raise NoAnswer(seconds, next(item for i, item in enumerate(items) if i not in results)) from None
+                raise NoAnswer(seconds or 0, next(item for i, item in enumerate(items) if i not in results)) from None
             if error:
                 raise error
             results[number] = result
@@ -198,7 +201,7 @@ class Reader:
     def __init__(self, kind: str, path: str, skip_bad: int = 0, largest: int = LARGEST):
         self.empty = self.bad = self._number = self._end = 0
         self._raw = None
-        self.skipped = []  # why, for the first few
+        self.skipped: list[str] = []  # why, for the first few
         self._path, self._skip_bad, self._largest = path, skip_bad, largest
         self._records = {'jsonl': self._jsonl, 'text': self._text}[kind]
 

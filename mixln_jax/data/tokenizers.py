@@ -7,7 +7,7 @@ import json
 import pathlib
 import re
 import urllib.parse
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -46,7 +46,9 @@ class Tokenizer(Protocol):
     pad_id: int
     bos_id: int
     eos_id: int
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, text: str, limit: int | None = None) -> np.ndarray:
         """The ids of a text, [n] int32, without specials, perhaps read-only; with `limit` the first `limit` of them.
@@ -113,6 +115,20 @@ class Bytes:
 
 class _Learned:
     """What vocabularies learned from text share. `contents` are those of the `FILES`, `where` names them in errors."""
+
+    kind: str
+    FORM: str
+    FILES: tuple[str, ...]
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+    def _open(self) -> None:
+        raise NotImplementedError
+
+    def _ids(self, text: str) -> Any:
+        raise NotImplementedError
 
     def __init__(self, contents: dict[str, bytes], where: str):
         self.contents, self.where = contents, where
@@ -407,7 +423,7 @@ class HuggingFace(_Learned):
         self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*before, cut])
 
 
-KINDS = {kind.kind: kind for kind in (SentencePiece, HuggingFace)}
+KINDS: dict[str, type[SentencePiece] | type[HuggingFace]] = {kind.kind: kind for kind in (SentencePiece, HuggingFace)}
 
 
 def _blanks_before(spelled, text):
@@ -429,12 +445,12 @@ def open_tokenizer(data: config.Data) -> Tokenizer:
         return Bytes()
     if data.tokenizer == 'huggingface' and not data.tokenizer_path:
         raise UsageError('config.data.tokenizer_path is empty; data.tokenizer=huggingface needs a tokenizer.json')
-    kind, path = KINDS[data.tokenizer], data.tokenizer_path or T5
-    if path.startswith('gs://'):
-        path = f'https://storage.googleapis.com/{urllib.parse.quote(path.removeprefix("gs://"))}'
-    if path.startswith(('http://', 'https://')):
-        return _fetch(kind, path)
-    path = files.local(path, 'config.data.tokenizer_path')
+    kind, source = KINDS[data.tokenizer], data.tokenizer_path or T5
+    if source.startswith('gs://'):
+        source = f'https://storage.googleapis.com/{urllib.parse.quote(source.removeprefix("gs://"))}'
+    if source.startswith(('http://', 'https://')):
+        return _fetch(kind, source)
+    path = files.local(source, 'config.data.tokenizer_path')
     first, *beside = kind.FILES
     try:
         contents = {first: files.read(path, DataError)}
@@ -490,7 +506,8 @@ def _summary(tokenizer):
 
 def _fetch(kind, url):
     """The tokenizer at a URL. Only what has been opened goes into the cache, so a login page sent for it never does."""
-    cache = files.cache() / 'tokenizers' / hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
+    cache = files.cache_folder() / 'tokenizers' / digest
     with contextlib.suppress(DataError):  # absent or damaged: fetched anew
         return load(cache)
     if url.startswith('http:'):

@@ -60,7 +60,7 @@ def bytes_per_token(source: Source, tokenizer: Tokenizer) -> tuple[float, int]:
 def run(options):
     """Trains on what `options`, of `parse`, name, writes the tokenizer and prints what came out."""
     data = config.Data(source=options.source, path=options.path, name=options.name, data_dir=options.data_dir)
-    out = outputs.place(options.out)
+    out = outputs.resolve(options.out)
     path = out if out.suffix == '.json' else out / 'tokenizer.json'
     with outputs.writing_into(path.parent):  # or fails before the work, not after it
         _check_replaceable(out)

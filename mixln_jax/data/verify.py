@@ -33,12 +33,12 @@ def check_shard(file: str, shard: dict, seq_length: int, dtype: np.dtype):
         for first in range(0, shard['rows'], step):
             block = rows.read(step * size)
             digest.update(block)
-            if noted and bad is None:
+            if notes and noted and bad is None:
                 numbers = np.arange(first, min(first + step, shard['rows']))
                 said = _cut(notes.read(len(numbers) * noted.itemsize), noted.itemsize)
                 salts = prepared.shard_salts(seal, numbers) * np.uint32(sealed)
                 bad = next((first + row for row in prepared.wrong(_cut(block, size), said, noted, salts)), None)
-        ends_well = not sealed or bad is not None or notes.read() == seal
+        ends_well = not sealed or bad is not None or (notes is not None and notes.read() == seal)
     same = digest.hexdigest() == shard['digest']
     if bad is not None or not same:
         name = prepared.notes_file(file) if same else file

@@ -79,8 +79,11 @@ def explained(error: Exception, settings: tuple[str, str], begun: bool) -> Excep
     code = re.search(r'terminated unexpectedly with exit code (-?\d+)', str(error))  # grain's words
     if code:
         return ended(int(code[1]), settings, begun)
-    known = isinstance(error, OSError) and error.errno in ((errno.ENOSPC,) if begun else NO_SEMAPHORES)
-    if known and (not error.filename or str(error.filename).startswith('/psm')):  # as Python names shared memory
+    if (
+        isinstance(error, OSError)
+        and error.errno in ((errno.ENOSPC,) if begun else NO_SEMAPHORES)
+        and (not error.filename or str(error.filename).startswith('/psm'))  # as Python names shared memory
+    ):
         return _no_shared_memory(error.strerror, settings)
     return error
 

@@ -65,8 +65,8 @@ class Harness(TemplateLM):
         self._where = weights.where
         if not weights.model.causal:
             raise UsageError(f'{self._where} sees both sides of a token, so it does not predict the next one')
-        if weights.config:
-            self._tokenizer = weights.tokenizer
+        if weights.config and weights.tokenizer:
+            self._tokenizer: tokenizers.Tokenizer = weights.tokenizer
             self.prefix_token_id = self._tokenizer.eos_id
             self._start = [self._tokenizer.eos_id] if weights.config.data.mode == 'concat' else []
         else:
@@ -172,7 +172,7 @@ class Harness(TemplateLM):
             ids = np.zeros((self.batch_size, length + 1), np.int32)  # attention is causal: nothing sees the padding
             for padded, number in zip(ids, numbers, strict=False):
                 padded[: len(rows[number])] = rows[number]
-            found = jax.device_get(self._predict(self._params, meshes.place(ids, self._sharding), self.layer_mask))
+            found = jax.device_get(self._predict(self._params, meshes.to_devices(ids, self._sharding), self.layer_mask))
             for number, *of_row in zip(numbers, *found, strict=False):
                 made[number] = [values[: len(rows[number]) - 1] for values in of_row]
         return made

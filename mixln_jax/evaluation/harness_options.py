@@ -40,7 +40,7 @@ def open_harness(options):
             if getattr(options, name) is not None:
                 raise UsageError(f'--{name} has no meaning without --tasks')
         return None
-    names = cli.listed(options.tasks)
+    names = cli.split_list(options.tasks)
     if not names:
         raise UsageError(f'--tasks {options.tasks!r} names no task')
     if options.task_path and not pathlib.Path(options.task_path).is_dir():

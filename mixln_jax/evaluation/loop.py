@@ -46,13 +46,14 @@ def evaluate(
     Returns:
         What the task's `summary` gives and `tokens`, each name with `eval/` before it.
     """
-    sums, tokens, num_bytes = [], 0, 0
+    sums, tokens = [], 0
+    num_bytes: int | None = 0
     for batch in batches:
         check()
         if num_bytes is not None:
             num_bytes = num_bytes + int(batch['num_bytes'].sum()) if 'num_bytes' in batch else None
         batch = {name: values for name, values in batch.items() if name != 'num_bytes'}
-        sums.append(eval_step(params, meshes.place(batch, sharding)))
+        sums.append(eval_step(params, meshes.to_devices(batch, sharding)))
         tokens += int(task.position_mask(batch).sum())
         if len(sums) > 1:
             sums[-2] = jax.device_get(sums[-2])  # the batch before: keeps the device busy and its queue short
@@ -82,7 +83,7 @@ def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size
         NumericsError: the loss is not finite.
     """
     config = found.config
-    if not config:
+    if not (config and found.workdir and found.tokenizer):
         raise UsageError(f'{found.where} is a Hugging Face folder, which names no text to evaluate on; give --tasks')
     batch_size = batch_size or config.batch_size // config.accumulate
     if config.batch_size % batch_size:
@@ -102,6 +103,7 @@ def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size
             num_tokens=num_tokens or config.eval.tokens,
             sharding=meshes.batch_sharding(mesh),
         )
-    if not math.isfinite(values['eval/loss']):
+    loss = values['eval/loss']
+    if loss is None or not math.isfinite(loss):
         raise NumericsError(f'{found.where}: the evaluation loss is not finite')
     return values

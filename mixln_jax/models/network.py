@@ -53,7 +53,7 @@ class Network(nn.Module):
         return 'highest' if self.compute_dtype == 'float32' else None
 
     @nn.nowrap
-    def init(self, key: jax.Array) -> dict[str, Any]:
+    def init(self, key: jax.Array) -> dict[str, Any]:  # type: ignore[override]
         """Returns initial variables {'params': ...} in float32; see initialize.py."""
         shapes = self.shapes()['params']
         return {'params': initialize(key, shapes, self.config, self.norm_position, self.depth, self.padded)}

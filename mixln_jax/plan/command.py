@@ -50,7 +50,7 @@ def needed(executable):
 def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
     """Prints the plan. Raises UsageError for sizes that do not fit together, DeviceError where nothing can compile."""
     kind, count = topology_size(topology)
-    device, capacity = KINDS[kind], DEVICES[KINDS[kind]].memory
+    device, capacity = KINDS[kind], DEVICES[KINDS[kind]].memory or 0
     program = Program(config, abstract_mesh(config.mesh, count))
     number = program.model.num_params(program.state.params)
     positions = config.batch_size * config.seq_length
@@ -134,7 +134,7 @@ def main(argv):
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
     def job():
-        options, rest = cli.parse(parser, argv, known=True)
+        options, rest = cli.parse_known(parser, argv)
         if not 0 < options.mfu <= 1:
             raise UsageError('--mfu must be above 0 and at most 1')
         jax.config.update('jax_platforms', 'cpu')

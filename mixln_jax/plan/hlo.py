@@ -40,7 +40,7 @@ def operations(text: str) -> Iterator[tuple[str, int, bool]]:
 def collectives(text: str) -> dict[str, tuple[int, int]]:
     """{kind: (how often in an execution, bytes of their results on a device)}; what a device says to itself alone does
     not count."""
-    totals = collections.defaultdict(lambda: [0, 0])
+    totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     alone = re.compile(r'replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\]<)')
     for line, times, _ in operations(text):
         operation = re.search(rf'= (.*?) ({"|".join(COLLECTIVES)})(-start)?\(', line)
@@ -51,13 +51,13 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             size = sum(BYTES.get(kind, 4) * math.prod(map(int, filter(None, dims.split(',')))) for kind, dims in shapes)
             totals[operation[2]][0] += times
             totals[operation[2]][1] += times * size
-    return {kind: tuple(total) for kind, total in totals.items()}
+    return {kind: (times, size) for kind, (times, size) in totals.items()}
 
 
 def expected_cycles(text: str) -> dict[str, int]:
     """{part: cycles of a TPU that the compiler expects of it}, the most first: those of PARTS, `norms` and `the rest`.
     Collectives count nothing. Empty where the compiler expects nothing, which only that for TPUs does."""
-    totals = collections.Counter()
+    totals: collections.Counter[str] = collections.Counter()
     for line, times, fused in operations(text):
         cycles = re.search(r'"estimated_cycles":"(\d{1,12})"', line)  # more: unknown
         if cycles and not fused:

@@ -23,7 +23,7 @@ class Program:
     Raises UsageError, naming the keys, for sizes that the mesh does not divide.
     """
 
-    def __init__(self, config: configs.Config, mesh: jax.sharding.Mesh):
+    def __init__(self, config: configs.Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
         self.config, self.mesh = config, mesh
         _check_sizes(config, mesh)
         self._rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)

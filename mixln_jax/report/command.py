@@ -45,7 +45,7 @@ def main(argv):
 
     def job():
         options = cli.parse(parser, argv)
-        out = outputs.place(options.out)
+        out = outputs.resolve(options.out)
         runs, problems, others = read(options.runs)
         skipped = f'{", ".join(others)} (no config.json of a run)'
         if runs:
@@ -55,8 +55,8 @@ def main(argv):
             try:
                 written = [pathlib.Path(options.out, path.name) for path in write(runs, compared, out)]
                 console.say(f'wrote {" and ".join(map(str, written))}')
-            except UsageError as problem:
-                problems.append(problem)
+            except UsageError as error:
+                problems.append(error)
             for warning in compared.warnings:
                 console.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
             if others:

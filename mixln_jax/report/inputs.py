@@ -118,7 +118,7 @@ def read(folders):
                 run.analyses[job] = content
             elif not job:
                 setattr(run, 'environment' if name == 'environment' else 'debug', content)
-    for run, name in zip(runs, workdir.names([run.folder for run in runs]), strict=True):
+    for run, name in zip(runs, workdir.short_names([run.folder for run in runs]), strict=True):
         run.name = name
     colour_key(groups(runs))
     return runs, problems, others

@@ -6,6 +6,7 @@ matplotlib's settings are changed only inside `styled`; nothing touches pyplot.
 import itertools
 import math
 import textwrap
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,7 +19,7 @@ COLUMN, PAGE = 3.25, 6.75  # widths in print, inches
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#8C8C8C')
 DASHES = ('-', (0, (5, 1.5)), (0, (1, 1.2)))  # a second and third round of the same colours
 INK = '#333333'
-STYLE = {
+STYLE: dict[Any, Any] = {
     'font.family': 'sans-serif',
     'font.sans-serif': ['Arial', 'Helvetica', 'Liberation Sans', 'DejaVu Sans'],
     'font.size': 7.5,

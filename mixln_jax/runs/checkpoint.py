@@ -1,4 +1,4 @@
-"""How to save and restore: orbax folders `checkpoints/<step>/`, arrays checked by sums of their bits."""
+"""Checkpoints: orbax folders `checkpoints/<step>/` whose arrays are verified by checksums of their bits."""
 
 import functools
 import hashlib
@@ -8,6 +8,8 @@ import pathlib
 import re
 import shutil
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,287 +22,296 @@ from mixln_jax.runs import environment
 from mixln_jax.system import console, files, outputs
 from mixln_jax.system.errors import CheckpointError, NumericsError, UsageError, first_line
 
-COMMITTED = 'commit_success.txt'  # what orbax writes last
+COMMITTED = 'commit_success.txt'  # orbax writes it last
 OURS = re.compile(r'(_CHECKPOINT_METADATA|about|state|commit_success\.txt)(\.orbax-checkpoint-tmp.*)?')
 METADATA, TIMES = '_CHECKPOINT_METADATA', ('commit_timestamp_nsecs', 'init_timestamp_nsecs')
-# What a file system, not a damaged file, answers, in the words of tensorstore, which raises ValueError for all.
-NOT_NOW = re.compile(
+# Messages of tensorstore, which raises ValueError for everything, that mean the file system, not a damaged file.
+UNAVAILABLE = re.compile(
     'Input/output error|Permission denied|PERMISSION_DENIED|Stale file handle|Connection timed out|Too many open files'
 )
 OTHERS = 'another process cannot read it'
+About = dict[str, Any]  # the JSON object of a checkpoint
 
 
 class Damaged(ValueError):
-    """What a checkpoint says is not what was saved."""
+    """The content of a checkpoint is not what was saved."""
 
 
-class _NotNow(str):
-    """A problem with the file system, which says nothing about what is stored."""
+class _Unavailable(str):
+    """A problem with the file system, which does not mean that the stored content is damaged."""
 
 
 class Checkpoints:
     """The checkpoints of a work directory.
 
-    Each holds the train state and a JSON object: what the caller gives, versions, and of every leaf its type, shape and
-    checksum.
+    Each of them holds the train state and a JSON object: the caller's values, versions, and the type, shape and
+    checksum of every leaf.
     """
 
-    def __init__(self, folder, keep=3, read_only=False):
+    def __init__(self, folder: str | os.PathLike, keep: int = 3, read_only: bool = False) -> None:
+        """Opens `folder` and, unless `read_only`, removes incomplete checkpoints. The newest `keep` are kept."""
         self._folder = files.for_arrays(folder, '')
         if not read_only:
             _clear(self._folder)
-        # Each has its name from the start, and COMMITTED once it is whole: gcsfuse renames no folders.
+        # A checkpoint has its final name from the start and gets COMMITTED at its end: gcsfuse cannot rename folders.
         atomicity = ocp.options.AtomicityOptions(ocp.options.AtomicityMode.COMMIT_FILE, allow_legacy_atomic_rename=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=not read_only, read_only=read_only, atomicity_options=atomicity
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def latest(self):
-        """The newest step, or None."""
+    def latest(self) -> int | None:
+        """Returns the newest step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step, state, extra):
-        """Starts to write a checkpoint; returns as soon as `state` may be donated.
+    def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint, and returns as soon as `state` may be donated. `extra` goes into its JSON.
 
-        Raises NumericsError, naming the leaf, for a value that is not finite: such a state is never saved.
+        Raises NumericsError, naming the leaf, if a value is not finite: such a state is never saved.
         """
         leaves = describe(state)
         for name, leaf in leaves.items():
             if not leaf.pop('finite'):
                 raise NumericsError(
-                    f'step {step}: {name} is not finite; nothing was saved, the previous checkpoint stands'
+                    f'step {step}: {name} is not finite; nothing was saved, the previous checkpoint remains'
                 )
-        about = extra | {'step': step, 'versions': environment.versions(), 'leaves': leaves}
+        about = {**extra, 'step': step, 'versions': environment.versions(), 'leaves': leaves}
         about |= {'digest': _digest(about)}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
-        with jax.transfer_guard('allow'):  # orbax fetches the arrays in its own way
+        with jax.transfer_guard('allow'):  # orbax fetches the arrays by implicit transfers
             self._manager.save(step, args=arguments)
 
-    def wait(self):
+    def wait(self) -> None:
         """Returns when everything that was saved is on disk."""
         self._manager.wait_until_finished()
 
-    def close(self):
-        """Waits, then ends the writing threads."""
+    def close(self) -> None:
+        """Waits for saves, then ends the writing threads."""
         self._manager.close()
 
-    def about(self, step):
-        """The JSON object of a checkpoint."""
+    def about(self, step: int) -> About:
+        """Returns the JSON object of a checkpoint."""
         return _about(self._folder / str(step))
 
-    def restore(self, like):
-        """The newest good checkpoint as (state, JSON object), or None where there is none.
+    def restore(self, target: Any) -> tuple[Any, About] | None:
+        """Returns (state, JSON object) of the newest good checkpoint, or None if there are no checkpoints.
 
-        One whose content is damaged is named, its folder renamed `<step>.corrupt`, and the one before it is taken,
-        also where one of several processes alone finds it damaged. One that the file system does not give becomes
+        A damaged checkpoint is reported and renamed `<step>.corrupt`, and the one before it is used; it is enough that
+        one of several processes finds the damage. A checkpoint that the file system cannot read now is renamed
         `<step>.unreadable`, but only if there is a good one before it.
 
         Args:
-            like: the state as ShapeDtypeStructs with the shardings that it is to have.
+            target: the state as ShapeDtypeStructs with the shardings that it is to have.
 
         Raises:
-            CheckpointError: a checkpoint of another structure (nothing is renamed), or none of several is good.
+            CheckpointError: a checkpoint has another structure (nothing is renamed), or no checkpoint is good.
         """
-        found, bad = steps(self._folder), []
-        for step in reversed(found):
-            state, about, problem = self._read(step, like)
-            if not processes.any_of(problem):
+        saved, bad, good = steps(self._folder), [], None
+        for step in reversed(saved):
+            state, about, problem = self._read(step, target)
+            if not processes.any_process(problem):
                 problem = _difference(about['leaves'], describe(state))
                 if not problem:
+                    good = state, about
                     break
-            bad.append((step, problem, processes.any_of(isinstance(problem, _NotNow))))
-        good = len(bad) < len(found)
-        for step, problem, not_now in bad:
-            if good or not not_now:
-                self._set_aside(step, problem, 'unreadable' if not_now else 'corrupt')
+            bad.append((step, problem, processes.any_process(isinstance(problem, _Unavailable))))
+        for step, problem, unavailable in bad:
+            if good or not unavailable:
+                self._set_aside(step, problem, 'unreadable' if unavailable else 'corrupt')
         if good:
-            return state, about
-        if found:
+            return good
+        if saved:
             raise CheckpointError(
                 f'{self._folder}: no checkpoint is readable '
                 f'({"; ".join(f"{step}: {problem or OTHERS}" for step, problem, _ in bad)})'
             )
-        if aside := sorted(path.name for path in self._folder.glob('*.corrupt')):
+        if corrupt := sorted(path.name for path in self._folder.glob('*.corrupt')):
             raise CheckpointError(
-                f'{self._folder}: no checkpoint but damaged ones ({", ".join(aside)}); rename one back to '
+                f'{self._folder}: there are only damaged checkpoints ({", ".join(corrupt)}); rename one back to '
                 'try it again, or remove them to start from step 0'
             )
         return None
 
-    def read(self, step, like):
-        """(state, JSON object) of one checkpoint, which keeps its name; `like` as for `restore`.
+    def read(self, step: int, target: Any) -> tuple[Any, About]:
+        """Returns (state, JSON object) of one checkpoint, which keeps its name; `target` as for `restore`.
 
-        Raises CheckpointError for what is unreadable, damaged or of another structure.
+        Raises CheckpointError if it is unreadable, damaged or of another structure.
         """
-        state, about, problem = self._read(step, like)
-        if processes.any_of(problem) or (problem := _difference(about['leaves'], describe(state))):
+        state, about, problem = self._read(step, target)
+        if processes.any_process(problem) or (problem := _difference(about['leaves'], describe(state))):
             raise CheckpointError(f'{self._folder / str(step)}: {problem or OTHERS}')
         return state, about
 
-    def read_back(self, step: int, like):
-        """Reads what was saved, each process its part, and drops it. Raises CheckpointError where it is not as saved.
+    def read_back(self, step: int, target: Any) -> None:
+        """Reads what was saved, each process its part, and drops it; `target` as for `restore`.
 
-        Call it where nothing else of the state's size is held."""
+        Call it while nothing else of the state's size is in memory. Raises CheckpointError if the content is not what
+        was saved.
+        """
         try:
-            self.read(step, like)
+            self.read(step, target)
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f'the last save cannot be read back: {error}') from error
 
-    def _read(self, step, like):
-        """(state, JSON object, None), or what is wrong in place of None. Each process reads by itself."""
-        state = about = problem = None
+    def _read(self, step: int, target: Any) -> tuple[Any, About, str | None]:
+        """Returns (state, JSON object, None), or the problem in place of None. Each process reads by itself."""
+        state, about = None, {}
         try:
             about = self.about(step)
-            state = self._restore_state(step, like, about['leaves'])
+            state = self._restore_state(step, target, about['leaves'])
         except (CheckpointError, MemoryError):
             raise
         except Exception as error:  # a flipped byte can make orbax, zstd or JSON raise anything
             if 'RESOURCE_EXHAUSTED' in str(error):
-                raise  # says nothing about what is stored
-            problem = _problem(error)
-        return state, about, problem
+                raise  # does not mean that the checkpoint is damaged
+            return state, about, _problem(error)
+        return state, about, None
 
-    def _restore_state(self, step, like, stored):
-        expected = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in trees.named_leaves(like)}
-        found = {name: (leaf['dtype'], leaf['shape']) for name, leaf in stored.items()}
-        for name in expected | found:
-            if expected.get(name) != found.get(name):
+    def _restore_state(self, step: int, target: Any, leaves: Mapping[str, Any]) -> Any:
+        needed = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in trees.named_leaves(target)}
+        stored = {name: (leaf['dtype'], leaf['shape']) for name, leaf in leaves.items()}
+        for name in needed | stored:
+            if needed.get(name) != stored.get(name):
                 raise CheckpointError(
-                    f'{self._folder / str(step)}: {name} is {found.get(name, "not there")}, '
-                    f'this run needs {expected.get(name, "no such leaf")}'
+                    f'{self._folder / str(step)}: {name} is {stored.get(name, "missing")}, '
+                    f'this run needs {needed.get(name, "no such leaf")}'
                 )
         with _reader() as reader:
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
             return reader.restore(self._folder / str(step), args=arguments)['state']
 
-    def _set_aside(self, step, problem, ending):
-        """Renames a checkpoint; process 0 does, and all that have seen a problem say so."""
+    def _set_aside(self, step: int, problem: str | None, suffix: str) -> None:
+        """Renames a checkpoint, in process 0. Every process that has seen a problem reports it."""
         folder = self._folder / str(step)
-        aside = _free_name(folder, ending)
-        processes.meet(f'aside {step}')  # all have looked
+        new = _free_name(folder, suffix)
+        processes.barrier(f'read {step}')  # all have looked at the folder
         if not jax.process_index():
-            outputs.rename(folder, aside)
+            outputs.rename(folder, new)
             problem = problem or OTHERS
-        processes.meet(f'set aside {step}')
+        processes.barrier(f'set aside {step}')
         self._manager.reload()
         if problem:
-            what = 'is damaged' if ending == 'corrupt' else 'cannot be read'
-            console.say(f'mixln_jax: checkpoint {folder} {what} ({problem}); now {aside.name}', file=sys.stderr)
+            state = 'is damaged' if suffix == 'corrupt' else 'cannot be read'
+            console.say(f'mixln_jax: checkpoint {folder} {state} ({problem}); now {new.name}', file=sys.stderr)
 
 
 def steps(folder: pathlib.Path) -> list[int]:
-    """The steps of the checkpoints in `checkpoints/` that were written to their end, ascending.
+    """Returns the steps of the complete checkpoints in `checkpoints/`, ascending.
 
-    A link to a checkpoint of another number is none.
+    A link to a checkpoint of another number does not count.
     """
     folders = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
     return sorted(
-        int(path.name) for path in folders if os.path.basename(os.path.realpath(path)) == path.name and _is_whole(path)
+        int(path.name)
+        for path in folders
+        if os.path.basename(os.path.realpath(path)) == path.name and _is_complete(path)
     )
 
 
-def _is_foreign(path):
-    """Whether something with a checkpoint's name holds anything that no checkpoint does, or is a link or a file."""
+def _is_foreign(path: pathlib.Path) -> bool:
+    """Returns whether something named like a checkpoint is a link or a file, or contains what no checkpoint does."""
     if not path.name.isascii() or path.is_symlink() or not path.is_dir():
         return True
     return not all(OURS.fullmatch(name) for name in os.listdir(path))
 
 
 def is_other(folder: pathlib.Path) -> bool:
-    """Whether a folder that may be named like a checkpoint is a run, or Hugging Face's."""
+    """Returns whether a folder that may be named like a checkpoint is a run or a Hugging Face folder."""
     return (folder / 'checkpoints').exists() or (folder / 'config.json').exists()
 
 
-def _is_whole(folder):
-    """Whether a checkpoint was written to its end. Renamed last by orbax before 0.12.3 it has no COMMITTED at all."""
-    return (folder / COMMITTED).exists() or _has_all(folder) and not any(folder.glob(f'*/{COMMITTED}'))
+def _is_complete(folder: pathlib.Path) -> bool:
+    """Returns whether a checkpoint was written to its end. orbax before 0.12.3 renamed its folder last instead of
+    writing COMMITTED."""
+    return (folder / COMMITTED).exists() or (_has_content(folder) and not any(folder.glob(f'*/{COMMITTED}')))
 
 
-def _has_all(folder):
-    """Whether all but COMMITTED is there: the time in orbax's metadata is written just before."""
-    return _time(folder) is not None
+def _has_content(folder: pathlib.Path) -> bool:
+    """Returns whether everything but COMMITTED is written: orbax writes the time into its metadata just before."""
+    return _commit_time(folder) is not None
 
 
-def _time(folder):
-    """When a checkpoint was written to its end, as orbax noted it; None where it did not, 0 where that is lost."""
+def _commit_time(folder: pathlib.Path) -> int | None:
+    """Returns when a checkpoint was completed, by orbax's metadata; None if it was not, 0 if the time is unreadable."""
     try:
-        found = files.read_json(folder / METADATA, CheckpointError)
+        metadata = files.read_json(folder / METADATA, CheckpointError)
     except FileNotFoundError:
         return None
     except CheckpointError:
         return None if not folder.is_dir() else 0
-    times = [found.get(name, 0) for name in TIMES]
+    times = [metadata.get(name, 0) for name in TIMES]
     if times[0] is None:
         return None
     return times[0] if all(type(time) is int and 0 < time < 2**62 for time in times) else 0
 
 
-def _clear(folder):
-    """Removes what a kill left half written; process 0 does, the others wait.
+def _clear(folder: pathlib.Path) -> None:
+    """Removes incomplete checkpoints that a kill has left. Process 0 does it, the others wait.
 
-    Raises UsageError where anything else has the name of a checkpoint: as one it would be removed.
-    What lacks nothing but COMMITTED is set aside, for that file may have been lost.
+    A checkpoint that lacks only COMMITTED is renamed instead, for that file may have been lost later. Raises
+    UsageError if anything else is named like a checkpoint, for it would be removed as an old one.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.isdecimal() and _is_foreign(path):
-            raise UsageError(f'{path} is no checkpoint of this run: move it, old ones are removed here')
+            raise UsageError(f'{path} is not a checkpoint of this run: move it, old ones are removed here')
     if not jax.process_index() and folder.is_dir():
         for path in sorted(folder.iterdir()):
-            if '.orbax-checkpoint-tmp' in path.name:  # of versions that renamed what is whole
+            if '.orbax-checkpoint-tmp' in path.name:  # from versions of orbax that renamed complete checkpoints
                 shutil.rmtree(path)
-            elif path.name.isdecimal() and path.is_dir() and not _is_whole(path):
-                now = 'removed'
-                if _has_all(path):
-                    outputs.rename(path, aside := _free_name(path, 'unfinished'))
-                    now = f'now {aside.name}'
+            elif path.name.isdecimal() and path.is_dir() and not _is_complete(path):
+                result = 'removed'
+                if _has_content(path):
+                    outputs.rename(path, new := _free_name(path, 'unfinished'))
+                    result = f'now {new.name}'
                 else:
                     shutil.rmtree(path)
-                console.say(f'mixln_jax: checkpoint {path} was not written to its end; {now}', file=sys.stderr)
-            elif path.name.isdecimal() and not _time(path):
-                # Its time alone matters. Without it orbax asks for the owner of the folder, who may have no name here.
+                console.say(f'mixln_jax: checkpoint {path} was not written to its end; {result}', file=sys.stderr)
+            elif path.name.isdecimal() and not _commit_time(path):
+                # orbax needs the time alone. Without it orbax asks for the folder's owner, who may have no name here.
                 outputs.write_json(path / METADATA, dict.fromkeys(TIMES, path.stat().st_mtime_ns))
-    processes.meet('half written ones are gone')
+    processes.barrier('incomplete checkpoints are removed')
 
 
-def _free_name(folder, ending):
-    names = (f'{folder.name}.{ending}', *(f'{folder.name}.{number}.{ending}' for number in range(1, 1000)))
+def _free_name(folder: pathlib.Path, suffix: str) -> pathlib.Path:
+    names = (f'{folder.name}.{suffix}', *(f'{folder.name}.{number}.{suffix}' for number in range(1, 1000)))
     return next(path for name in names if not (path := folder.with_name(name)).exists())
 
 
-def read_params(folder):
-    """(weights, JSON object) of one checkpoint, `checkpoints/<step>`: on one device here, whatever mesh wrote them.
+def read_params(folder: str | os.PathLike) -> tuple[Any, About]:
+    """Returns (weights, JSON object) of one checkpoint, `checkpoints/<step>`.
 
-    The optimiser's state is not read. Raises CheckpointError for what is unreadable or damaged.
+    The weights are on one device of this process, whatever mesh they were saved from. The optimiser's state is not
+    read. Raises CheckpointError if the checkpoint is unreadable or damaged.
     """
     folder = files.for_arrays(folder, '')
-    here, like = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), {}
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target: dict[str, Any] = {}
     try:
         about = _about(folder)
         stored = {name: leaf for name, leaf in about['leaves'].items() if name.startswith('params/')}
         for name, leaf in stored.items():
             *groups, last = name.split('/')
-            at = functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, like)
-            at[last] = jax.ShapeDtypeStruct(leaf['shape'], leaf['dtype'], sharding=here)
+            parent = functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, target)
+            parent[last] = jax.ShapeDtypeStruct(leaf['shape'], leaf['dtype'], sharding=sharding)
         arguments = ocp.args.PyTreeRestore(
-            like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+            target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = reader.restore(folder / 'state', args=arguments)
+            loaded = reader.restore(folder / 'state', args=arguments)
     except CheckpointError:
         raise
-    except Exception as error:  # no such step; a flipped byte can make orbax or zstd raise anything
+    except Exception as error:  # no such step; or a flipped byte, which can make orbax or zstd raise anything
         raise CheckpointError(f'{folder}: {_problem(error)}') from error
-    if problem := _difference(stored, describe(found)):
+    if problem := _difference(stored, describe(loaded)):
         raise CheckpointError(f'{folder}: {problem}')
-    return found['params'], about
+    return loaded['params'], about
 
 
-def _about(folder):
-    """The JSON object of a checkpoint. Raises Damaged where it is not what was saved, or of another step."""
-    if folder.is_dir() and not _is_whole(folder):
+def _about(folder: pathlib.Path) -> About:
+    """Returns the JSON object of a checkpoint. Raises Damaged if it is not what was saved, or of another step."""
+    if folder.is_dir() and not _is_complete(folder):
         raise CheckpointError(f'{folder}: it was not written to its end')
-    for path in folder.rglob('*'):  # the libraries would wait for a pipe, or read a device for ever
+    for path in folder.rglob('*'):  # the libraries would wait for a pipe, and read a device for ever
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise Damaged(f'{path} is neither a file nor a folder')
     with _reader() as reader:
@@ -312,21 +323,21 @@ def _about(folder):
     return about
 
 
-def _problem(error):
-    """What an exception says of a checkpoint, and which file it is about."""
+def _problem(error: Exception) -> str:
+    """Returns what is wrong with a checkpoint, by an exception of its reader, and names the file if it is known."""
     file = getattr(error, 'filename', None)
-    said = first_line(error) if isinstance(error, Damaged) else f'{type(error).__name__}: {first_line(error)}'
-    said = f'{said} ({file})' if file and str(file) not in said else said
+    text = first_line(error) if isinstance(error, Damaged) else f'{type(error).__name__}: {first_line(error)}'
+    text = f'{text} ({file})' if file and str(file) not in text else text
     missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
-    not_now = (isinstance(error, OSError) and not missing) or NOT_NOW.search(str(error))
-    return _NotNow(said) if not_now else said
+    unavailable = (isinstance(error, OSError) and not missing) or UNAVAILABLE.search(str(error))
+    return _Unavailable(text) if unavailable else text
 
 
-def _reader():
-    """Reads for this process alone: orbax's own manager waits for all, also for one that has failed."""
-    here = jax.process_index()
+def _reader() -> ocp.Checkpointer:
+    """Returns a reader for this process alone: orbax's manager would wait for all, also for one that has failed."""
+    own = jax.process_index()
     options = ocp.options.MultiprocessingOptions(
-        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f'process_{here}'
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f'process_{own}'
     )
     handler = ocp.CompositeCheckpointHandler(
         state=ocp.StandardCheckpointHandler(multiprocessing_options=options),
@@ -335,8 +346,8 @@ def _reader():
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def describe(state):
-    """{leaf name: {'dtype', 'shape', 'checksum', 'finite'}}; checksums are the same on every mesh."""
+def describe(state: Any) -> dict[str, dict[str, Any]]:
+    """Returns {leaf name: {'dtype', 'shape', 'checksum', 'finite'}}. The checksums do not depend on the mesh."""
     names = [name for name, _ in trees.named_leaves(state)]
     leaves = jax.tree.leaves(state)
     sums, finite = jax.device_get(_check(leaves))
@@ -347,17 +358,19 @@ def describe(state):
 
 
 @jax.jit
-def _check(leaves):
+def _check(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Returns the checksum of every leaf, and whether all its values are finite."""
     finite = [
         jnp.isfinite(leaf).all() if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.bool_(True) for leaf in leaves
     ]
     return jnp.stack([checksum(leaf) for leaf in leaves]), jnp.stack(finite)
 
 
-def checksum(array):
-    """Sum of every element's bit pattern times an odd hash of its index, mod 2^32: any one changed element shows.
+def checksum(array: jax.Array) -> jax.Array:
+    """Returns the sum of every element's bits times an odd hash of its index, mod 2^32. A change of any single element
+    changes it.
 
-    An integer sum does not depend on the order of its terms, so neither on how the array is sharded.
+    An integer sum does not depend on the order of its terms, and so not on how the array is sharded.
     """
     unsigned = jnp.dtype(f'uint{8 * array.dtype.itemsize}')
     bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
@@ -372,11 +385,11 @@ def checksum(array):
     return jnp.sum(bits * (mixed ^ (mixed >> 16) | 1), dtype=jnp.uint32)
 
 
-def _digest(about):
+def _digest(about: About) -> str:
     return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _difference(stored, found):
-    """What is wrong with restored leaves, or None."""
-    wrong = [name for name, leaf in stored.items() if leaf['checksum'] != found[name]['checksum']]
+def _difference(stored: Mapping[str, Any], loaded: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with restored leaves, or None."""
+    wrong = [name for name, leaf in stored.items() if leaf['checksum'] != loaded[name]['checksum']]
     return f'checksum of {wrong[0]} does not match' if wrong else None

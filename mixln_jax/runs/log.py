@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its weights: its environment, metrics.jsonl, TensorBoard events, lines for people."""
+"""Metrics of a run: metrics.jsonl, TensorBoard events, progress lines and the final table."""
 
 import contextlib
 import gc
@@ -8,50 +8,66 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import orjson
 import tensorboardX
 
 from mixln_jax.system import files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
-LOST = 'put back the file as it was, or go on in another --workdir with config.resume_from'
-LARGEST = 2**33  # bytes of a metrics.jsonl, which has a line for every step
+LOST = 'put the file back as it was, or continue in another --workdir with config.resume_from'
+LARGEST = 2**33  # bytes of a metrics.jsonl, which may have a line for every step
+Line = dict[str, Any]
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard. One line a step, steps strictly increasing.
+    """Writes metrics.jsonl and TensorBoard events: at most one line per step, steps strictly increasing.
 
-    `add` puts values into the line of a step; the line is written when it is complete: at `flush`, or when a later
-    step's begins. What a line lacks of the contract (`step`, `tokens`) its first `add` brings.
+    `add` puts values into the line of a step. The line is written once it is complete: at `flush`, or when the line of
+    a later step begins. The first `add` of a step has to provide `tokens`.
     """
 
-    def __init__(self, workdir, resume_from=0, open_line=None, pictures=None):
-        """Cuts what lies behind step `resume_from`; `open_line` is that step's own line where it was not complete.
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        resume_from: int = 0,
+        open_line: Line | None = None,
+        pictures: Mapping[str, Callable[[Any], np.ndarray]] | None = None,
+    ) -> None:
+        """Opens both files and removes the lines after step `resume_from`.
 
-        `pictures`: {name: function} of values that TensorBoard shows as images, each giving [H,W,3] uint8."""
+        Args:
+            workdir: work directory of the run.
+            resume_from: step of the checkpoint that the run continues from; 0: it starts.
+            open_line: the line of that step, if it was not complete when the checkpoint was saved.
+            pictures: {name: function} for values that TensorBoard shows as images; each returns `[H, W, 3]` uint8.
+        """
         self._pictures = pictures or {}
         self._path = pathlib.Path(workdir) / 'metrics.jsonl'
-        first = resume_from + (open_line is None)  # the first step whose line is still to come
+        first = resume_from + (open_line is None)  # the first step whose line is not written yet
         kept = _lines_before(self._path, first)
         if self._path.exists():
             outputs.write(self._path, ''.join(f'{text}\n' for _, text in kept).encode())
-        self.lines, self.open_line = [line for line, _ in kept], open_line
+        self.lines: list[Line] = [line for line, _ in kept]
+        self.open_line = open_line
         self._digest = _digest(text for _, text in kept)
         self._file = self._path.open('a', encoding='utf-8')
-        # purge_step makes TensorBoard forget what a cut line had shown.
-        # The names of event files count seconds: a run that goes on within one would write over its own.
+        # purge_step makes TensorBoard drop the values of removed lines.
+        # Names of event files contain the time in seconds: a run that continues within one would overwrite its own.
         suffix = f'.{time.time_ns()}'
         self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=first, filename_suffix=suffix)
 
-    def add(self, step, values):
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Puts `values` into the line of `step`."""
         if self.open_line and self.open_line['step'] != step:
             self.flush()
-        self.open_line = (self.open_line or {'step': step}) | finite(values)
+        self.open_line = (self.open_line or {'step': step}) | finite(dict(values))
 
-    def flush(self):
-        """Completes the open line; everything is on disk when this returns."""
+    def flush(self) -> None:
+        """Completes the open line. Everything is on disk when this returns."""
         if self.open_line:
             self.check()
             text = json.dumps(self.open_line)
@@ -64,22 +80,22 @@ class Metrics:
             os.fsync(self._file.fileno())
             self._board.flush()
 
-    def check(self):
-        """Raises UsageError where the file has gone: what is written now would be lost with it."""
+    def check(self) -> None:
+        """Raises UsageError if the file no longer exists: whatever is written to it would be lost."""
         if not self._path.exists():
-            raise UsageError(f'{self._path} has gone: the work directory was moved or removed while the run used it')
+            raise UsageError(f'{self._path} is missing: the work directory was moved or removed while the run used it')
 
-    def seal(self) -> dict:
-        """What tells the lines on disk from all others; a checkpoint keeps it for `check_metrics`."""
+    def seal(self) -> dict[str, Any]:
+        """Returns what identifies the lines on disk. A checkpoint keeps it for `check_metrics`."""
         self.check()
         return {'lines': len(self.lines), 'digest': self._digest.hexdigest()}
 
-    def close(self):
-        """Closes both files; an open line is lost, as its step was not complete."""
+    def close(self) -> None:
+        """Closes both files. An open line is dropped, for it is not complete."""
         self._file.close()
         self._board.close()
 
-    def _show(self, line):
+    def _show(self, line: Line) -> None:
         for name, value in line.items():
             if name in self._pictures:
                 self._board.add_image(name, self._pictures[name](value), line['step'], dataformats='HWC')
@@ -91,17 +107,17 @@ class Metrics:
                 self._board.add_scalar(name, value, line['step'])
 
 
-def read_metrics(path: str | pathlib.Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out.
+def read_metrics(path: str | os.PathLike) -> list[Line]:
+    """Returns the lines of a metrics.jsonl, without a last line that a kill has cut short.
 
-    Raises CheckpointError, naming the line, for one that is no JSON object with a step, or no later step than the line
-    before it.
+    Raises CheckpointError, naming the line, for a line that is not a JSON object with a step, or whose step is not
+    later than that of the line before it.
     """
     return [line for line, _ in _lines_before(path, math.inf)]
 
 
-def _lines_before(path, first):
-    """Of every line before step `first` the object and its text."""
+def _lines_before(path: str | os.PathLike, first: float) -> list[tuple[Line, str]]:
+    """Returns (object, text) of every line before step `first`."""
     try:
         content = files.read(path, CheckpointError, LARGEST)
     except FileNotFoundError:
@@ -112,12 +128,13 @@ def _lines_before(path, first):
         return [(line, text) for line, text in _checked_lines(path, texts) if line['step'] < first]
 
 
-def _checked_lines(path, texts):
-    """Of every line the object and its text; a last line that a kill cut short is left out."""
-    lines, last = [], 0
+def _checked_lines(path: str | os.PathLike, texts: Sequence[str]) -> list[tuple[Line, str]]:
+    """Returns (object, text) of every line, without a last line that a kill has cut short."""
+    lines: list[tuple[Line, str]] = []
+    last = 0
     for number, text in enumerate(texts, 1):
         try:
-            line = orjson.loads(text)  # a start reads all of them
+            line = orjson.loads(text)  # fast, for each start reads all lines
             step = line['step'] + 0
             if not abs(step) < 2**63:
                 raise ValueError
@@ -133,8 +150,8 @@ def _checked_lines(path, texts):
 
 
 @contextlib.contextmanager
-def _no_collection():
-    """Inside, Python looks for no garbage: with JAX's objects in memory that takes most of the time of reading JSON."""
+def _no_collection() -> Iterator[None]:
+    """Pauses Python's garbage collector, which with JAX's objects in memory takes most of the time to read JSON."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -144,11 +161,11 @@ def _no_collection():
             gc.enable()
 
 
-def check_metrics(path, first: int, seal: dict | None) -> list[dict]:
-    """The lines of a metrics.jsonl before step `first`.
+def check_metrics(path: str | os.PathLike, first: int, seal: Mapping[str, Any] | None) -> list[Line]:
+    """Returns the lines of a metrics.jsonl before step `first`.
 
-    Raises CheckpointError where they are not those that were there when a checkpoint was saved, which kept their
-    `seal`; None: it is of a version that kept none.
+    `seal` is what the checkpoint has kept of them; None: it was saved by a version without seals. Raises
+    CheckpointError if they are not the lines that the checkpoint was saved with.
     """
     lines = _lines_before(path, first)
     if seal and len(lines) != seal['lines']:
@@ -158,18 +175,19 @@ def check_metrics(path, first: int, seal: dict | None) -> list[dict]:
     return [line for line, _ in lines]
 
 
-def _digest(texts, digest=None):
-    """A digest of metrics lines, or `digest` with them added."""
+def _digest(texts: Iterable[str], digest: Any = None) -> Any:
+    """Returns a digest of metrics lines, or `digest` updated with them."""
     digest = digest or hashlib.blake2b(digest_size=16)
     for text in texts:
         digest.update(f'{text}\n'.encode())
     return digest
 
 
-def progress_line(line: dict, num_steps: int, label: str, headline: str) -> str:
-    """Returns the line that a person sees, of a metrics line with `train/*` and `perf/*`.
+def progress_line(line: Line, num_steps: int, label: str, headline: str) -> str:
+    """Returns the progress line for a metrics line that has `train/*` and `perf/*`.
 
-    `label` is the short name of the number `headline`, which is the task's."""
+    `headline` is the task's most important metric, `label` its short name.
+    """
     shown = [
         f'step {line["step"]:>{len(str(num_steps))}}/{num_steps} {100 * line["step"] / num_steps:3.0f}%',
         f'loss {_number(line["train/loss"], ".4f")}',
@@ -184,11 +202,14 @@ def progress_line(line: dict, num_steps: int, label: str, headline: str) -> str:
     return '  '.join(shown)
 
 
-def summary_table(line, norm_position):
-    """What ends a run, of its last metrics line: the evaluation, and per layer the gradient norm and, where it was
-    measured, the angular distance across the layer."""
-    found = {name.removeprefix('eval/'): value for name, value in line.items() if name.startswith('eval/')}
-    shown = [f'{name.replace("_", " ")} {_number(found[name], ".4g")}' for name in found if name != 'tokens']
+def summary_table(line: Line, norm_position: Sequence[str]) -> str:
+    """Returns the table that ends a run, from its last metrics line.
+
+    It shows the evaluation and, for every layer, the gradient norm and the angular distance across the layer, if that
+    was measured.
+    """
+    results = {name.removeprefix('eval/'): value for name, value in line.items() if name.startswith('eval/')}
+    shown = [f'{name.replace("_", " ")} {_number(results[name], ".4g")}' for name in results if name != 'tokens']
     grad_norms = line['layers/grad_norm']
     distances = line.get('analysis/angular_distance', [None] * len(norm_position))
     rows = [
@@ -203,24 +224,26 @@ def summary_table(line, norm_position):
     return '\n'.join(rows)
 
 
-def _bar(value, among, width=14):
-    largest = max((one for one in among if one is not None), default=0)
+def _bar(value: float | None, values: Sequence[float | None], width: int = 14) -> str:
+    """Returns a bar whose length is that of `value` relative to the largest of `values`."""
+    largest = max((one for one in values if one is not None), default=0.0)
     eighths = round(8 * width * value / largest) if value and largest else 0
     return '█' * (eighths // 8) + ('', *'▏▎▍▌▋▊▉')[eighths % 8]
 
 
-def _number(value, form):
+def _number(value: float | None, form: str) -> str:
     return '-' if value is None else format(value, form)
 
 
-def _duration(seconds):
+def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02}:{seconds:02}'
 
 
-def finite(value):
-    """A number, or lists and dicts of them, as JSON can say them, which has no NaN and no infinity: None."""
+def finite(value: Any) -> Any:
+    """Returns a number, or a nested list or dict of numbers, with None in place of NaN and infinity, which JSON does
+    not have."""
     if isinstance(value, list):
         return [finite(item) for item in value]
     if isinstance(value, dict):

@@ -1,36 +1,38 @@
-"""Work directories: which run a folder holds, and whether it may go on."""
+"""Work directories: which run a folder holds, and whether that run may continue."""
 
 import contextlib
 import os
 import pathlib
 import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 
 from mixln_jax import config as configs
 from mixln_jax.distributed import processes
-from mixln_jax.runs import log, weights
+from mixln_jax.runs import checkpoint, log, weights
 from mixln_jax.system import errors, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError
 
 
-def names(folders):
-    """Short names that tell folders apart, of each its last part; where those are equal, with parts before it."""
+def short_names(folders: Iterable[str | os.PathLike]) -> list[str]:
+    """Returns for each folder the shortest end of its path that no other folder has; often this is its last part."""
     parts = [pathlib.Path(os.path.realpath(folder)).parts for folder in folders]
 
-    def name(of):
-        others = [other for other in parts if other != of]
-        return next(of[-n:] for n in range(1, len(of) + 1) if all(other[-n:] != of[-n:] for other in others))
+    def shortest(own: tuple[str, ...]) -> tuple[str, ...]:
+        others = [other for other in parts if other != own]
+        return next(own[-n:] for n in range(1, len(own) + 1) if all(other[-n:] != own[-n:] for other in others))
 
-    return ['/'.join(name(of)) for of in parts]
+    return ['/'.join(shortest(own)) for own in parts]
 
 
 ANOTHER = 'give another --workdir'
 WRITTEN = 'metrics.jsonl', 'tokenizer/*', 'environment.json', 'debug/*', 'profile/*'  # by a run, after config.json
 
 
-def resolved_config(config, model):
-    """The config as a dict, the placement spelled out layer by layer, as it is saved with the weights."""
+def resolved_config(config: configs.Config, model: Any) -> dict[str, Any]:
+    """Returns the config as a dict that names the placement of every layer of `model`, as it is saved with weights."""
     resolved = configs.public(config)
     resolved['model'] |= {
         'norm_position': list(model.norm_position),
@@ -40,54 +42,62 @@ def resolved_config(config, model):
     return resolved
 
 
-def earlier_config(config, workdir):
-    """The configuration of the run that goes on, in `workdir` or from `resume_from`; None where there is none."""
+def earlier_config(config: configs.Config, workdir: str | os.PathLike) -> configs.Config | None:
+    """Returns the configuration of the run that continues, in `workdir` or from `resume_from`; None if none does."""
     workdir = pathlib.Path(workdir).expanduser()
     try:
         if _has_results(workdir):
             return configs.read(workdir / 'config.json')
-        folder = config.resume_from and weights.checkpoint_folder(config.resume_from)
-        return configs.read(folder.parents[1] / 'config.json') if folder else None
-    except (errors.Exit, OSError):  # what is wrong with it is said where it is opened
+        if not config.resume_from:
+            return None
+        return configs.read(weights.checkpoint_folder(config.resume_from).parents[1] / 'config.json')
+    except (errors.Exit, OSError):  # whatever is wrong with it is reported when it is opened
         return None
 
 
-def _has_results(workdir):
-    return any((workdir / 'checkpoints').glob('[0-9]*')) or log.read_metrics(workdir / 'metrics.jsonl')
+def _has_results(workdir: pathlib.Path) -> bool:
+    return any((workdir / 'checkpoints').glob('[0-9]*')) or bool(log.read_metrics(workdir / 'metrics.jsonl'))
 
 
-def check_place(workdir):
-    """The whole path of a work directory. Raises UsageError where checkpoints cannot be kept, or in another run."""
-    outputs.place(workdir, '--workdir')
+def check_folder(workdir: str | os.PathLike) -> pathlib.Path:
+    """Returns the absolute path of a work directory.
+
+    Raises UsageError if checkpoints cannot be kept there, or if it is inside a folder that belongs to another run.
+    """
+    outputs.resolve(workdir, '--workdir')
     return files.for_arrays(workdir, '--workdir')
 
 
 @contextlib.contextmanager
-def open_workdir(workdir, resolved):
-    """Makes the folder and keeps other processes out of it; refuses the folder of another run. A run that ends
-    before it has results leaves nothing that was not there before.
+def open_workdir(workdir: str | os.PathLike, resolved: Mapping[str, Any]) -> Iterator[pathlib.Path]:
+    """Makes the folder and keeps other processes out of it. A run that ends without results leaves nothing behind.
 
-    Raises UsageError: not writable, in use, files of something else in it that a run would write over, or results of
-    another configuration, naming the keys that differ.
+    Args:
+        workdir: the folder.
+        resolved: configuration of the run, from `resolved_config`.
+
+    Raises:
+        UsageError: the folder is not writable or in use; it holds files that are not a run's and that the run would
+            overwrite; or it holds results of another configuration, in which case the keys that differ are named.
     """
-    workdir = check_place(workdir)
-    path, speaks = workdir / 'config.json', not jax.process_index()
+    workdir = check_folder(workdir)
+    path, is_first = workdir / 'config.json', not jax.process_index()
     with contextlib.ExitStack() as closing:
         try:
-            made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-            if speaks:  # one of several makes it, and removes it
+            new_folders = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+            if is_first:  # one process makes the folder, and removes it
                 workdir.mkdir(parents=True, exist_ok=True)
-            processes.meet('work directory')
+            processes.barrier('work directory')
             workdir.mkdir(parents=True, exist_ok=True)
-            there = {*os.listdir(workdir)}
+            old_names = {*os.listdir(workdir)}
             before = resolved
             if _has_results(workdir) and path.exists():
                 before = files.read_json(path, UsageError)
             _check_free(workdir)
-            if speaks:
+            if is_first:
                 busy = f'the work directory {workdir} is in use by another process'
                 closing.enter_context(outputs.locked(workdir / '.lock', busy, keep=True))
-                for mark in workdir.glob('.seen-by-all-*'):  # of a start that was killed
+                for mark in workdir.glob('.seen-by-all-*'):  # left by a start that was killed
                     mark.unlink(missing_ok=True)
         except (OSError, ValueError) as error:
             raise UsageError(f'the work directory {workdir} cannot be used: {error}') from None
@@ -98,34 +108,39 @@ def open_workdir(workdir, resolved):
             if not workdir.is_dir():
                 if isinstance(error, errors.Stopped | errors.Exit) and not isinstance(error, CheckpointError):
                     raise
-                gone = f'the work directory {workdir} has gone: it was moved or removed while the run used it'
-                raise UsageError(gone) from error
-            if speaks and not _has_results(workdir):
-                _remove_traces(workdir, made, there)
+                problem = f'the work directory {workdir} is missing: it was moved or removed while the run used it'
+                raise UsageError(problem) from error
+            if is_first and not _has_results(workdir):
+                _remove_traces(workdir, new_folders, old_names)
             raise
 
 
-def _check_free(workdir):
-    """Raises UsageError where a folder without checkpoints holds what is no run's and a run would write over."""
+def _check_free(workdir: pathlib.Path) -> None:
+    """Raises UsageError if a folder without checkpoints holds files that are not a run's and a run would overwrite."""
     if any((workdir / 'checkpoints').glob('[0-9]*')):
         return
     path = workdir / 'config.json'
     try:
-        ours = 'model' in files.read_json(path, UsageError)
+        if 'model' in files.read_json(path, UsageError):
+            return
     except FileNotFoundError:
-        path = next((path for name in WRITTEN for path in workdir.glob(name)), None)
-        ours = path is None
+        others = [path for name in WRITTEN for path in workdir.glob(name)]
+        if not others:
+            return
+        path = others[0]
     except UsageError:
-        ours = False
-    if not ours:
-        raise UsageError(f'the work directory {workdir} holds {path.relative_to(workdir)} of something else; {ANOTHER}')
+        pass
+    raise UsageError(f'the work directory {workdir} holds {path.relative_to(workdir)} of something else; {ANOTHER}')
 
 
-def _remove_traces(workdir, made, there):
-    """Removes what this process has written into the work directory, and the folders `made`, where nothing else is in
-    them; `there` are the names that it found. What is for people, debug/ and profile/, keeps all."""
-    new = [path for path in workdir.iterdir() if path.name not in there]
-    if 'config.json' not in there and 'tokenizer' in there:  # it was empty, as _check_free has seen
+def _remove_traces(workdir: pathlib.Path, new_folders: Sequence[pathlib.Path], old_names: set[str]) -> None:
+    """Removes what this process has written into the work directory, and `new_folders` if nothing else is in them.
+
+    `old_names` are the names that the folder held before. If there is debug/ or profile/, which are for people,
+    everything is kept.
+    """
+    new = [path for path in workdir.iterdir() if path.name not in old_names]
+    if 'config.json' not in old_names and 'tokenizer' in old_names:  # it was empty: _check_free refuses any other
         new += (workdir / 'tokenizer').iterdir()
     if {path.name for path in new} & {'debug', 'profile'}:
         return
@@ -138,32 +153,38 @@ def _remove_traces(workdir, made, there):
             or 'tfevents' in path.name
         ):
             path.unlink(missing_ok=True)
-    for folder in made:
+    for folder in new_folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
-def check_same_run(where, before, now, way_out):
-    """Raises UsageError, naming the keys and the way out, where two resolved configs are not of one run."""
-    before, now = configs.flatten(configs.Config()) | configs.flatten(before), configs.flatten(now)
-    # The authors' mean of the micro-batches' means depends on how many they are.
-    may_change = configs.may_change() - ({'accumulate'} if now['compat'] != 'none' else set())
+def check_same_run(source: str | os.PathLike, before: Mapping[str, Any], now: Mapping[str, Any], way_out: str) -> None:
+    """Raises UsageError, naming the keys and the way out, if two resolved configurations are not of the same run.
+
+    `source` is what holds the run of configuration `before`.
+    """
+    old, new = configs.flatten(configs.Config()) | configs.flatten(before), configs.flatten(now)
+    # The authors' loss, a mean of the micro-batches' means, depends on the number of micro-batches.
+    may_change = configs.may_change() - ({'accumulate'} if new['compat'] != 'none' else set())
     differ = [
-        f'{name} (was {before.get(name)}, is {now.get(name)})'
-        for name in sorted(before | now)
-        if before.get(name) != now.get(name) and name not in may_change
+        f'{name} (was {old.get(name)}, is {new.get(name)})'
+        for name in sorted(old | new)
+        if old.get(name) != new.get(name) and name not in may_change
     ]
     if differ:
-        raise UsageError(f'{where} holds a run of another configuration: {", ".join(differ)}; {way_out}')
+        raise UsageError(f'{source} holds a run of another configuration: {", ".join(differ)}; {way_out}')
 
 
-def is_finished(workdir, checkpoints, num_steps):
-    """Whether the last step is saved and its metrics line complete. Raises CheckpointError for damaged records."""
+def is_finished(workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints, num_steps: int) -> bool:
+    """Returns whether the last step is saved and its metrics line is complete.
+
+    Raises CheckpointError if metrics.jsonl is damaged.
+    """
     if checkpoints.latest() != num_steps:
         return False
     try:
         about = checkpoints.about(num_steps)
-    except Exception:  # whoever restores it says what is wrong
+    except Exception:  # reported when the checkpoint is restored
         return False
     if about['open_line'] is not None:
         return False
@@ -171,8 +192,8 @@ def is_finished(workdir, checkpoints, num_steps):
     return True
 
 
-def check_metrics(workdir, about, num_steps):
-    """Raises CheckpointError where metrics.jsonl lacks what was there when the checkpoint was saved."""
+def check_metrics(workdir: pathlib.Path, about: Mapping[str, Any], num_steps: int) -> None:
+    """Raises CheckpointError if metrics.jsonl is not what it was when a checkpoint was saved; `about` is its object."""
     complete = about['open_line'] is None
     lines = log.check_metrics(workdir / 'metrics.jsonl', about['step'] + complete, about.get('metrics'))
     at_end = complete and about['step'] == num_steps  # the last step always has a line

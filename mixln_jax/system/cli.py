@@ -1,4 +1,4 @@
-"""What every command does: it reads its words, runs its job and ends with one line and an exit code."""
+"""What every command does: it parses its options, runs its job and ends with one line and an exit code."""
 
 import argparse
 import logging
@@ -8,35 +8,50 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
 
 from mixln_jax.system import console
-from mixln_jax.system.errors import STOPPED, Stopped, UsageError, first_line, known, one_line
+from mixln_jax.system.errors import STOPPED, Stopped, UsageError, first_line, one_line, to_exit
 from mixln_jax.system.signals import stopped_line
 
+Parsed = TypeVar('Parsed')
 
-def parse(parser, argv, known=False):
-    """The options that argparse finds; UsageError in one line where it would print its usage. --help exits with 0.
 
-    With `known` a pair: the options that the parser knows, and the other words.
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the parsed options. --help prints the help and exits with 0.
+
+    Raises UsageError, one line, where argparse would print its usage and exit.
     """
+    return _parse(parser, argv, parser.parse_args)
+
+
+def parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the options that the parser knows, and all other words; otherwise as `parse`."""
+    return _parse(parser, argv, parser.parse_known_args)
+
+
+def _parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str], parse_words: Callable[[Sequence[str]], Parsed]
+) -> Parsed:
     parser.exit_on_error = False
-    parser.register('type', int, integer)  # what `type=int` and `type=float` read
+    parser.register('type', int, integer)  # reads the values of options with `type=int`
     parser.register('type', float, finite)
 
-    def error(message):
+    def error(message: str) -> NoReturn:
         raise UsageError(f'{message} (--help lists the options)')
 
-    parser.error = error
+    parser.error = error  # type: ignore[method-assign]
     if empty := next((word for word in argv if re.fullmatch(r'--[\w-]+=--', word)), None):
-        error(f'{empty}: -- is no value')  # some Pythons' argparse makes an empty list of it
+        error(f'{empty}: -- is not a value')  # in some Python versions argparse takes it for an empty list
     try:
-        return parser.parse_known_args(argv) if known else parser.parse_args(argv)
+        return parse_words(argv)
     except argparse.ArgumentError as problem:
         error(str(problem))
 
 
 def integer(text: str) -> int:
-    """The integer of a text such as 1000, 1_000 or 1e3. Raises ValueError for any other text."""
+    """Returns the integer that a text such as 1000, 1_000 or 1e3 stands for. Raises ValueError for any other text."""
     try:
         return int(text)
     except ValueError:
@@ -47,27 +62,27 @@ def integer(text: str) -> int:
 
 
 def finite(text: str) -> float:
-    """The number of a text. Raises ValueError for one that is none, or not finite."""
+    """Returns the number that a text stands for. Raises ValueError if it is not a number, or not finite."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f'{text} is not finite')
     return value
 
 
-def listed(text: str) -> list[str]:
-    """The parts of a list such as 'a,b' or 'a, b', without blanks."""
+def split_list(text: str) -> list[str]:
+    """Returns the items of a list such as 'a,b' or 'a, b', without blanks and empty items."""
     return [part.strip() for part in text.split(',') if part.strip()]
 
 
-def digits(text: str) -> int | None:
-    """The number of a text of up to 18 decimal digits, more than anything here has; None for any other text."""
+def parse_decimal(text: str) -> int | None:
+    """Returns the number that up to 18 decimal digits stand for (no count here has more); None for any other text."""
     return int(text) if re.fullmatch(r'[0-9]{1,18}', text) else None
 
 
-def call(job, *args, show_traceback=False):
-    """Runs `job(*args)`, prints the one line that an error deserves and returns the exit code.
+def call(job: Callable[..., object], *args: object, show_traceback: bool = False) -> int:
+    """Runs `job(*args)` and returns the exit code. An error is printed as one line.
 
-    With `show_traceback` Python's own report of where it comes from stands before it.
+    With `show_traceback` Python's traceback is printed before that line.
     """
     console.guard()
     if not show_traceback:
@@ -83,26 +98,26 @@ def call(job, *args, show_traceback=False):
     except Exception as error:
         if show_traceback:
             console.say(''.join(traceback.format_exception(error)).rstrip(), file=sys.stderr)
-        error = known(error)
-        console.say(f'mixln_jax: {one_line(error)}', file=sys.stderr)
-        return error.code
+        ending = to_exit(error)
+        console.say(f'mixln_jax: {one_line(ending)}', file=sys.stderr)
+        return ending.code
     return 0
 
 
-def _quiet_libraries():
-    """Keeps off the terminal what libraries report of errors that end as one line here, or that are none, such as event
-    loops that are closed while something still waits."""
+def _quiet_libraries() -> None:
+    """Silences libraries that print errors which are reported here as one line, or which are harmless, such as event
+    loops that are closed while a task still waits."""
     logging.getLogger('asyncio').setLevel(logging.CRITICAL)
     if 'absl.logging' in sys.modules:
         sys.modules['absl.logging'].set_verbosity('fatal')
     sys.unraisablehook = lambda unraisable: None
     warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
-    threading.excepthook = _say_of_thread
+    threading.excepthook = _report_thread_error
 
 
-def _say_of_thread(ended):
-    """One line of an exception that ended a thread of a library; the job may still be right without it."""
+def _report_thread_error(ended: threading.ExceptHookArgs) -> None:
+    """Prints one line about an exception that ended a library's thread; the job may still succeed without it."""
     if ended.exc_type is not SystemExit:
         error = ended.exc_value or ended.exc_type()
-        where = ended.thread.name if ended.thread else 'a thread'
-        console.say(f'mixln_jax: warning: {where}: {type(error).__name__}: {first_line(error)}', file=sys.stderr)
+        name = ended.thread.name if ended.thread else 'a thread'
+        console.say(f'mixln_jax: warning: {name}: {type(error).__name__}: {first_line(error)}', file=sys.stderr)

@@ -4,9 +4,10 @@ import contextlib
 import difflib
 import errno
 import re
+from collections.abc import Iterable, Iterator
 
 STOPPED = 75
-# A path that cannot be used as it should: what the user gave is at fault, not the program.
+# Errors of the system that mean that a path which the user gave cannot be used.
 UNUSABLE = {
     errno.EACCES,
     errno.EPERM,
@@ -27,7 +28,7 @@ UNUSABLE = {
     errno.ETXTBSY,
     errno.EMFILE,
     errno.ENFILE,
-    errno.ENOTCONN,  # a FUSE file system whose server has gone
+    errno.ENOTCONN,  # a FUSE file system whose server has ended
     errno.EREMOTEIO,
     errno.ETIMEDOUT,
     errno.EOPNOTSUPP,
@@ -35,13 +36,13 @@ UNUSABLE = {
 
 
 class Exit(Exception):
-    """An end that the user can act on: one clear line and an exit code, no traceback."""
+    """An error that the user can act on: one clear line and an exit code, no traceback."""
 
     code = 1
 
 
 class UsageError(Exit):
-    """Usage or configuration, or a checkpoint path that does not exist."""
+    """Wrong usage or configuration, or a path that cannot be used."""
 
     code = 2
 
@@ -53,69 +54,69 @@ class DeviceError(Exit):
 
 
 class DataError(Exit):
-    """Data that is missing or bad."""
+    """Data or a tokenizer is missing or invalid."""
 
     code = 4
 
 
 class CheckpointError(Exit):
-    """A checkpoint or Hugging Face folder with unreadable or wrong content."""
+    """The content of a checkpoint or Hugging Face folder is unreadable or wrong."""
 
     code = 5
 
 
 class NumericsError(Exit):
-    """A non-finite loss, gradient or weight."""
+    """A loss, gradient or weight is not finite, or the network has collapsed."""
 
     code = 6
 
 
 class MemoryExhausted(Exit):
-    """The device has no memory left."""
+    """The memory of the device or the machine is exhausted."""
 
     code = 7
 
 
 class ProcessLost(Exit):
-    """Another process is missing or gone."""
+    """Another process is missing or has been lost."""
 
     code = 8
 
 
 class Stopped(BaseException):
-    """Stopped by a signal. Not an Exception, so that no library's `except Exception` swallows it."""
+    """A signal has stopped the command. Not an Exception, so that no `except Exception` of a library swallows it."""
 
     code = STOPPED
 
 
 @contextlib.contextmanager
-def reading(path: object, kind: type[Exit], problem: str = 'cannot be read'):
-    """Inside, a file that a user gave is read: whatever a reader raises becomes one line that names the file.
+def reading(path: object, kind: type[Exit], problem: str = 'cannot be read') -> Iterator[None]:
+    """Turns whatever is raised while a user's file is read into one line that names the file.
 
-    Raises `kind`, '{path}: {problem}: {why}', from whatever is not an Exit already: also from libraries' own
-    BaseExceptions, such as the panics of those in Rust, but for those that end a process or a generator.
+    Raises `kind`, '{path}: {problem}: {reason}', in place of any exception but an Exit and those that end a process or
+    a generator. Libraries in Rust raise their panics as BaseExceptions, so these are replaced, too.
     """
     try:
         yield
     except (Exit, Stopped, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise kind(f'{path}: {problem}: {why(error)}') from error
+        raise kind(f'{path}: {problem}: {reason(error)}') from error
 
 
-def why(error: BaseException) -> str:
-    """What a reader's exception says of a file, for people."""
+def reason(error: BaseException) -> str:
+    """Returns, in words for people, why a file could not be read."""
     if isinstance(error, RecursionError):
         return 'nested too deeply'
     if isinstance(error, MemoryError):
         return f'more than fits into memory ({first_line(error)})'
     if isinstance(error, (OSError, ValueError)):
         return getattr(error, 'strerror', None) or first_line(error)
-    return f'of another form ({type(error).__name__}: {first_line(error)})'
+    return f'of another format ({type(error).__name__}: {first_line(error)})'
 
 
-def known(error):
-    """The Exit that an exception stands for; a defect of ours becomes exit 1."""
+def to_exit(error: Exception) -> Exit:
+    """Returns the Exit that an exception amounts to; an unexpected one becomes an internal error, exit code 1."""
     if isinstance(error, Exit):
         return error
     text = first_line(error)
@@ -131,8 +132,8 @@ def known(error):
     return Exit(f'internal error: {type(error).__name__}: {error} (--traceback shows where)')
 
 
-def first_line(error):
-    """The first line of an error's text, its type where it has none, or cannot say it."""
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or the name of its type if the text is empty or raises."""
     try:
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
     except Exception:
@@ -140,12 +141,12 @@ def first_line(error):
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text as one line, cut after 600 letters."""
+    """Returns an error's text as one line of at most 600 characters."""
     words = ' '.join(str(error).split())
     return words if len(words) <= 600 else f'{words[:600]} ...'
 
 
-def nearest(name, names):
-    """', did you mean ...?' with the nearest of `names`, or nothing."""
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns ', did you mean ...?' with the most similar of `names`, or '' if none is similar."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f', did you mean {close[0]}?' if close else ''

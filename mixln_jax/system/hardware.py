@@ -1,21 +1,20 @@
-"""What datasheets state of accelerators: peak speed, memory, clock."""
+"""What datasheets state about accelerators: peak speed, memory, clock."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device: `flops` per second in dense bfloat16, bytes of `memory`, `clock` in cycles per second (the peak over
-    what all matrix units do in a cycle), and its `name` in a topology such as v5e:8x8; None: not known, or not used."""
+    """One device; None: not known, or not needed."""
 
-    flops: float
-    memory: int | None = None
-    clock: float | None = None
-    name: str | None = None
+    flops: float  # per second, dense bfloat16
+    memory: int | None = None  # bytes
+    clock: float | None = None  # cycles per second: `flops` over the FLOPs of all matrix units in a cycle
+    name: str | None = None  # in a topology such as v5e:8x8
 
 
 GIB = 2**30
-DEVICES = {  # by what JAX calls them
+DEVICES = {  # by JAX's `device_kind`
     'NVIDIA H200': Device(989e12, 141 * 10**9, name='h200'),
     'NVIDIA H100 80GB HBM3': Device(989e12, 80 * GIB, name='h100'),
     'NVIDIA H100 PCIe': Device(756e12),
@@ -27,10 +26,11 @@ DEVICES = {  # by what JAX calls them
     'TPU v5': Device(459e12, 95 * GIB, 1.75e9, 'v5p'),
     'TPU v6 lite': Device(918e12, 32 * GIB, 1.75e9, 'v6e'),
 }
-KINDS = {device.name: kind for kind, device in DEVICES.items() if device.name}  # what `plan --topology` knows
+# JAX's `device_kind` by the name that `plan --topology` takes.
+KINDS = {device.name: kind for kind, device in DEVICES.items() if device.name}
 
 
 def mfu(flops_per_sec: float, device_kind: str, devices: int) -> float | None:
-    """Returns the model FLOPs utilisation against the datasheet's peak; None for a device that is not listed."""
+    """Returns the model FLOPs utilisation, as a share of the datasheet's peak; None for a device that is not listed."""
     device = DEVICES.get(device_kind)
     return flops_per_sec / (device.flops * devices) if device else None

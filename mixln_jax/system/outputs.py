@@ -1,4 +1,4 @@
-"""What commands write: locks, files and folders that appear whole, and nothing of anybody else's removed."""
+"""Output of commands: locks, and files and folders that appear complete and never replace what is not theirs."""
 
 import contextlib
 import errno
@@ -12,35 +12,37 @@ import shutil
 import stat
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import IO
 
-from mixln_jax.system import console, files, outputs
+from mixln_jax.system import console, files
 from mixln_jax.system.errors import UsageError
 
 LOCK = '.mixln_jax-lock'  # in a folder that a command writes into
-OF_RUN = {'checkpoints', 'tokenizer', 'debug', 'profile'}  # folders that their owner alone writes into
-OWNERS = 'metrics.jsonl', 'checkpoints', 'tokens.json', '.prepare', 'export.json'  # what shows that it has an owner
+OWNED = {'checkpoints', 'tokenizer', 'debug', 'profile'}  # folders that only their owner writes into
+OWNERS = 'metrics.jsonl', 'checkpoints', 'tokens.json', '.prepare', 'export.json'  # next to them: they have an owner
 
 
-def place(out: str | os.PathLike, what: str = '--out') -> pathlib.Path:
-    """Where an option says to write, whole and with links followed, so that a link stays one.
+def resolve(out: str | os.PathLike, option: str = '--out') -> pathlib.Path:
+    """Returns the absolute path that an option says to write to. Links are followed, so that they stay links.
 
-    Raises UsageError as `paths.local`, and inside of what a run, an export or prepared rows keep for themselves.
+    Raises UsageError as `files.local`, and for a path in a folder that belongs to a run, an export or prepared rows.
     """
-    path = pathlib.Path(os.path.realpath(files.local(out, what)))
-    for inside in (path, *path.parents):
-        if inside.name in OF_RUN and any((inside.parent / name).exists() for name in OWNERS):
+    path = pathlib.Path(os.path.realpath(files.local(out, option)))
+    for folder in (path, *path.parents):
+        if folder.name in OWNED and any((folder.parent / name).exists() for name in OWNERS):
             raise UsageError(
-                f'{what} {out} would change {inside}, which belongs to {inside.parent}; take another folder'
+                f'{option} {out} would change {folder}, which belongs to {folder.parent}; use another folder'
             )
     return path
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, busy: str, keep: bool = False):
-    """Inside, no other process has the lock file `path`; afterwards it is gone, unless to `keep` it.
+def locked(path: pathlib.Path, busy: str, keep: bool = False) -> Iterator[bool]:
+    """Holds the lock file `path`, and removes it afterwards unless `keep`.
 
-    Gives whether that is certain: some network file systems have no locks, which is said. Raises UsageError `busy`.
+    Yields whether the lock excludes other processes: some network file systems have no locks, which is warned of.
+    Raises UsageError, with `busy` as its text, while another process holds the lock.
     """
     while True:
         with _open_lock(path) as file:
@@ -52,7 +54,7 @@ def locked(path: pathlib.Path, busy: str, keep: bool = False):
             except OSError as error:
                 alone = False
                 console.say(f'mixln_jax: warning: {path} cannot be locked ({error})', file=sys.stderr)
-            if alone and not _is(path, file):  # who had it before has removed it
+            if alone and not _is(path, file):  # its previous holder has removed it
                 continue
             try:
                 yield alone
@@ -62,22 +64,23 @@ def locked(path: pathlib.Path, busy: str, keep: bool = False):
             return
 
 
-def _open_lock(path):
-    """Opens or makes a lock file. Raises UsageError for a link, a pipe or whatever else is no file."""
+def _open_lock(path: pathlib.Path) -> IO[bytes]:
+    """Opens a lock file, new or not. Raises UsageError for anything but a regular file, such as a link or a pipe."""
+    problem = f'{path} is not a file, so it cannot be locked; remove it'
     try:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), 'rb+', 0)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise
-        raise UsageError(f'{path} is no file, so nothing can be locked by it; remove it') from None
+        raise UsageError(problem) from None
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
-    raise UsageError(f'{path} is no file, so nothing can be locked by it; remove it')
+    raise UsageError(problem)
 
 
-def _is(path, file):
-    """Whether `path` is still the name of an open file."""
+def _is(path: pathlib.Path, file: IO[bytes]) -> bool:
+    """Returns whether `path` still names an open file."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -85,8 +88,8 @@ def _is(path, file):
 
 
 @contextlib.contextmanager
-def made(folder: pathlib.Path):
-    """Makes a folder; those that it had to make are removed again where what follows fails and leaves them empty."""
+def new_folder(folder: pathlib.Path) -> Iterator[None]:
+    """Makes a folder and its missing parents. If the block raises, those of them that are empty are removed again."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,46 +102,48 @@ def made(folder: pathlib.Path):
 
 
 @contextlib.contextmanager
-def writing_into(folder: pathlib.Path, what: str = '--out'):
-    """Makes a folder and keeps other commands out of it. Raises UsageError where it cannot be written into."""
+def writing_into(folder: pathlib.Path, option: str = '--out') -> Iterator[None]:
+    """Makes a folder and keeps other commands out of it. Raises UsageError if it cannot be written to or is in use."""
     with contextlib.ExitStack() as closing:
         try:
-            closing.enter_context(made(folder))
-            closing.enter_context(locked(folder / LOCK, f'{what} {folder}: another process is writing into it'))
+            closing.enter_context(new_folder(folder))
+            closing.enter_context(locked(folder / LOCK, f'{option} {folder}: another process is writing to it'))
         except OSError as error:
-            raise UsageError(f'{what} {folder} is no folder to write into: {error.strerror}') from None
+            raise UsageError(f'{option} {folder} cannot be written to: {error.strerror}') from None
         yield
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path, what: str = '--out'):
-    """Makes a file's folder and keeps other commands off the file. Raises UsageError where it cannot be written."""
+def writing(path: pathlib.Path, option: str = '--out') -> Iterator[None]:
+    """Makes a file's folder and keeps other commands from writing the file. Raises UsageError if it cannot be written
+    or is in use."""
     with contextlib.ExitStack() as closing:
         try:
-            if path.is_symlink():  # `place` has followed all others
+            if path.is_symlink():  # `resolve` has followed all links that lead anywhere
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            closing.enter_context(made(path.parent))
+            closing.enter_context(new_folder(path.parent))
             lock = path.with_name(f'.{path.name}{LOCK}')
-            closing.enter_context(locked(lock, f'{what} {path}: another process is writing it'))
+            closing.enter_context(locked(lock, f'{option} {path}: another process is writing it'))
         except OSError as error:
-            raise UsageError(f'{what} {path} cannot be written: {error.strerror}') from None
+            raise UsageError(f'{option} {path} cannot be written: {error.strerror}') from None
         yield
 
 
 @contextlib.contextmanager
-def replacing(out: pathlib.Path, check: Callable[[pathlib.Path], None]):
-    """Gives the name of a new folder, to be made and filled, which in the end becomes `out`: whole, or not at all.
+def replacing(out: pathlib.Path, check: Callable[[pathlib.Path], None]) -> Iterator[pathlib.Path]:
+    """Yields the path of a new folder, for the caller to make and fill. It replaces `out` at the end of the block, or
+    not at all if the block raises.
 
     Args:
-        out: from `place`.
-        check: raises UsageError for an `out` that must not be replaced; asked first, and again just before.
+        out: from `resolve`.
+        check: raises UsageError for an `out` that must not be replaced; called first, and again before replacing it.
     """
     prefix = f'.{out.name}{LOCK.removesuffix("lock")}'
     new = out.with_name(f'{prefix}{secrets.token_hex(4)}')
     old = out.with_name(f'{new.name}-old')
     busy = f'--out {out}: another process is writing it'
-    with made(out.parent), locked(out.with_name(f'{prefix}lock'), busy) as alone:
-        for path in sorted(out.parent.iterdir()) if alone else ():  # what a kill has left
+    with new_folder(out.parent), locked(out.with_name(f'{prefix}lock'), busy) as alone:
+        for path in sorted(out.parent.iterdir()) if alone else ():  # left by a process that was killed
             if re.fullmatch(rf'{re.escape(prefix)}[0-9a-f]{{8}}(-old)?', path.name) and not path.is_symlink():
                 rename(path, out) if path.name.endswith('-old') and not out.exists() else shutil.rmtree(path)
         check(out)
@@ -155,20 +160,20 @@ def replacing(out: pathlib.Path, check: Callable[[pathlib.Path], None]):
             shutil.rmtree(new, ignore_errors=True)
 
 
-def rename(folder: pathlib.Path, to: pathlib.Path):
-    """Renames a folder; on file systems that rename none (gcsfuse) copies and then removes it."""
+def rename(folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames a folder. On file systems that cannot rename folders (gcsfuse), copies it and removes the original."""
     try:
-        folder.rename(to)
+        folder.rename(target)
     except OSError:
-        shutil.copytree(folder, to)
+        shutil.copytree(folder, target)
         shutil.rmtree(folder)
 
 
-def write(path: str | os.PathLike, body: bytes):
-    """Writes a file so that a crash leaves the old one or the new one, never half, also when several processes or
-    threads do so at once; makes its folder. A link stays one: what it leads to is written.
+def write(path: str | os.PathLike, body: bytes) -> None:
+    """Writes a file, and makes its folder. A crash leaves the old or the new content, never a mixture.
 
-    Raises UsageError for a link that leads to itself.
+    Several processes and threads may write the same file at once. A link stays a link; its target is written. Raises
+    UsageError for a link that leads to itself.
     """
     path = pathlib.Path(path)
     if path.is_symlink():
@@ -183,19 +188,19 @@ def write(path: str | os.PathLike, body: bytes):
             file.write(body)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, path)  # while it is locked: an unlocked one is swept away
+            os.replace(temporary, path)  # before the lock is released: `sweep` removes unlocked ones
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _opened(temporary):
-    """A new file, locked for as long as it is open, which tells `sweep` that its process lives."""
+def _opened(temporary: pathlib.Path) -> Iterator[IO[bytes]]:
+    """Opens a new file, which is locked until it is closed, so that `sweep` knows that its process is alive."""
     while True:
         with temporary.open('wb') as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                swept = not _is(temporary, file)  # before it was locked
+                swept = not _is(temporary, file)  # between opening and locking
             except OSError:
                 swept = False
             if not swept:
@@ -203,8 +208,8 @@ def _opened(temporary):
                 return
 
 
-def sweep(path: pathlib.Path):
-    """Removes what killed processes have left of `write` to this file; what cannot be locked may be a living one's."""
+def sweep(path: pathlib.Path) -> None:
+    """Removes temporary files that killed processes left when they wrote this file; locked ones are still in use."""
     pattern = re.compile(rf'\.{re.escape(path.name)}\.\d+\.\d{{8,}}')
     for name in filter(pattern.fullmatch, os.listdir(path.parent)):
         with contextlib.suppress(OSError), open(path.with_name(name), 'rb+', opener=_no_link) as file:
@@ -213,10 +218,10 @@ def sweep(path: pathlib.Path):
                 path.with_name(name).unlink()
 
 
-def _no_link(path, flags):
+def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW)
 
 
-def write_json(path, content):
+def write_json(path: str | os.PathLike, content: object) -> None:
     """Writes a JSON file, as `write` does."""
-    outputs.write(path, json.dumps(content, indent=1).encode() + b'\n')
+    write(path, json.dumps(content, indent=1).encode() + b'\n')

@@ -10,28 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixln_jax.data import batches, layout
-from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.kernels import cross_entropy
-from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses
+from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses, Task
 
 ENOUGH = 500_000  # tokens, for their frequencies
 
 
 @dataclasses.dataclass(frozen=True)
-class Language:
+class Language(Task):
     """Next-token prediction: the sum of the tokens' losses over their number, on every path.
 
     `mode` and `seq_length` say how rows are made; see data/layout.py.
     """
 
-    model: Any
     mode: str = 'pad'
     seq_length: int = 2
 
     headline: ClassVar[str] = 'perplexity'
     label: ClassVar[str] = 'ppl'
-    metrics: ClassVar[tuple[str, ...]] = ('tokens',)
-    score: ClassVar[None] = None
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         rows = layout.Layout(self.mode, 0, 0)
@@ -39,16 +35,7 @@ class Language:
         batch |= batches.marks(np.arange(batch_size), np.ones(batch_size, bool))
         return {name: jax.ShapeDtypeStruct(values.shape, values.dtype) for name, values in batch.items()}
 
-    def check_tokenizer(self, tokenizer: Tokenizer):
-        del tokenizer
-
-    def initial(self, params: Any) -> Any:
-        return params
-
-    def prepare(self, batch: Batch, key: jax.Array, train: bool) -> Batch:
-        return batch
-
-    def position_mask(self, batch: Batch) -> Any:
+    def position_mask(self, batch: Mapping[str, Any]) -> Any:
         return batch['loss_mask']
 
     def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
@@ -64,9 +51,9 @@ class Language:
         """Returns the parameters as the network reads them."""
         return params
 
-    def summary(self, totals: Mapping[str, float]) -> dict[str, float | None]:
+    def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
         loss = totals['sum'] / totals['weight']
-        found = {'loss': loss, 'perplexity': perplexity(loss)}
+        found: dict[str, float | None] = {'loss': loss, 'perplexity': perplexity(loss)}
         if 'num_bytes' in totals:
             num_bytes = totals['num_bytes']
             found['bits_per_byte'] = totals['sum'] / math.log(2) / num_bytes if num_bytes else None
@@ -105,7 +92,7 @@ class OfficialLanguage(Language):
         table, row = params['embed']['embedding'], self.model.config.vocab_size - 1
         return params | {'embed': {'embedding': table.at[row].set(change(table[row]))}}
 
-    def summary(self, totals: Mapping[str, float]) -> dict[str, float | None]:
+    def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
         found = super().summary(totals)
         if 'batches' in totals:  # their count starts at one (torchrun_main.py, evaluate_model), so this is too low
             found['perplexity_official'] = perplexity(totals['batch_means'] / (totals['batches'] + 1))

@@ -30,7 +30,7 @@ class MaskedLanguage(Language):
     mask_rate: float = 0.15
     mask_id: int = 0
 
-    def check_tokenizer(self, tokenizer: Tokenizer):
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises UsageError where the last token of the vocabulary hides others and texts use it too."""
         last = self.model.config.vocab_size - 1
         if self.mask_id == last and tokenizer.vocab_size > last:
@@ -63,10 +63,10 @@ class MaskedLanguage(Language):
         losses = super().losses(params, batch, context)
         return losses._replace(metrics={'tokens': self.position_mask(batch).sum()})
 
-    def position_mask(self, batch: Batch) -> Any:
+    def position_mask(self, batch: Mapping[str, Any]) -> Any:
         return batch['token_mask'] if 'token_mask' in batch else _tokens(batch)
 
-    def summary(self, totals: Mapping[str, float]) -> dict[str, float | None]:
+    def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
         return super().summary({name: total for name, total in totals.items() if name != 'num_bytes'})
 
     def baseline(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:

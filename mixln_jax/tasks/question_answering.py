@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -19,9 +19,8 @@ import numpy as np
 import optax
 
 from mixln_jax.data import batches, squad
-from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.system.errors import NumericsError, UsageError
-from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses
+from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses, Task
 
 ARTICLES = re.compile(r'\b(a|an|the)\b')
 PUNCTUATION = str.maketrans('', '', string.punctuation)
@@ -30,33 +29,27 @@ LONGEST = 30  # tokens of an answer
 
 
 @dataclasses.dataclass(frozen=True)
-class QuestionAnswering:
+class QuestionAnswering(Task):
     """Answers to questions about a text, as spans of it; the loss is the mean of the cross-entropies of the first and
     the last token of the answer (Devlin et al. 2019, section 4.2), over all rows."""
 
-    model: Any
-
     headline: ClassVar[str] = 'exact_match'
     label: ClassVar[str] = 'EM'
-    metrics: ClassVar[tuple[str, ...]] = ('tokens',)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        rows = batch_size, self.model.config.num_positions
-        shapes = {'inputs': (rows, 'i4'), 'types': (rows, 'i4'), 'token_mask': (rows, 'f4')}
-        shapes |= {'answer': ((batch_size, 2), 'i4'), 'answer_mask': (rows[:1], 'f4')}
-        shapes |= {'example_mask': (rows[:1], 'f4'), 'place': (rows[:1], 'u4')}
+        row, length = (batch_size,), self.model.config.num_positions
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            'inputs': ((*row, length), 'i4'),
+            'types': ((*row, length), 'i4'),
+            'token_mask': ((*row, length), 'f4'),
+            'answer': ((*row, 2), 'i4'),
+            'answer_mask': (row, 'f4'),
+            'example_mask': (row, 'f4'),
+            'place': (row, 'u4'),
+        }
         return {name: jax.ShapeDtypeStruct(shape, np.dtype(kind)) for name, (shape, kind) in shapes.items()}
 
-    def check_tokenizer(self, tokenizer: Tokenizer):
-        del tokenizer
-
-    def initial(self, params: Any) -> Any:
-        return params
-
-    def prepare(self, batch: Batch, key: jax.Array, train: bool) -> Batch:
-        return batch
-
-    def position_mask(self, batch: Batch) -> Any:
+    def position_mask(self, batch: Mapping[str, Any]) -> Any:
         return batch['token_mask']
 
     def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
@@ -66,11 +59,8 @@ class QuestionAnswering:
         weights, tokens = batch['answer_mask'], batch['token_mask'].sum()
         return Losses(per_example.sum(), weights.sum(), per_example, weights, {'tokens': tokens})
 
-    def summary(self, totals: Mapping[str, float]) -> dict[str, float | None]:
+    def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
         return {'loss': totals['sum'] / totals['weight']}
-
-    def baseline(self, batches: Iterable[Mapping[str, np.ndarray]]) -> None:
-        return None
 
     def score(
         self, params: Any, examples: squad.Features, batch_size: int, layer_mask: np.ndarray | None = None

@@ -3,8 +3,10 @@
 A task knows what a batch holds, what its loss is and what its headline number is called. Everything else is shared.
 """
 
+import abc
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -43,29 +45,52 @@ class Losses(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
-class Task(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Task(abc.ABC):
     """What the step, the evaluation, hooks, progress lines and analyses know of what is learned.
 
     `model` is the network. Equal tasks are equal as objects too, so that what is compiled for one serves the other.
-    `headline` names the number that people look at first, `label` is its short name. `metrics`
-    are the names of the sums that its losses have besides. `score`, where a task is measured by more than
-    its losses: (params, examples, batch_size, layer_mask) -> {name: [Q] in 0..1, of every question}.
+
+    Class attributes: `headline` names the number that people look at first, `label` is its short name; `metrics` are
+    the names of the sums that its losses have besides; `score`, where a task is measured by more than its losses, is a
+    function (params, examples, batch_size, layer_mask) -> {name: [Q] in 0..1, of every question}.
     """
 
     model: Any
-    headline: str
-    label: str
-    metrics: tuple[str, ...]
-    score: Callable[..., dict[str, np.ndarray]] | None
 
+    headline: ClassVar[str]
+    label: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]] = ('tokens',)
+    score: ClassVar[Callable[..., dict[str, np.ndarray]] | None] = None
+
+    @abc.abstractmethod
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the arrays of a batch, by name, before `prepare`."""
 
-    def check_tokenizer(self, tokenizer: Tokenizer):
+    @abc.abstractmethod
+    def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
+        """Returns the losses of a prepared batch; called inside jit."""
+
+    @abc.abstractmethod
+    def position_mask(self, batch: Mapping[str, Any]) -> Any:
+        """Returns [B,T]: 1 at the positions of the residual stream that count in measurements, 0 at others; of numpy
+        arrays a numpy array."""
+
+    @abc.abstractmethod
+    def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
+        """Returns `loss`, the headline number and others, by name, of sums over batches.
+
+        Args:
+            totals: `sum`, `weight` and the task's metrics; in an evaluation `num_bytes` too, where it is known.
+        """
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises UsageError where the task needs an id that the tokenizer gives to a token of its own."""
+        del tokenizer
 
     def initial(self, params: Any) -> Any:
         """Returns the parameters that training begins with, given those that the model draws."""
+        return params
 
     def prepare(self, batch: Batch, key: jax.Array, train: bool) -> Batch:
         """Returns the batch that the network sees, with random choices made; called inside jit on a whole batch.
@@ -76,23 +101,13 @@ class Task(Protocol):
                 neither the mesh nor accumulation changes it.
             train: whether it is for the training loss.
         """
-
-    def losses(self, params: Any, batch: Batch, context: Context) -> Losses:
-        """Returns the losses of a prepared batch; called inside jit."""
-
-    def position_mask(self, batch: Batch) -> Any:
-        """Returns [B,T]: 1 at the positions of the residual stream that count in measurements, 0 at others; of numpy
-        arrays a numpy array."""
-
-    def summary(self, totals: Mapping[str, float]) -> dict[str, float | None]:
-        """Returns `loss`, the headline number and others, by name, of sums over batches.
-
-        Args:
-            totals: `sum`, `weight` and the task's metrics; in an evaluation `num_bytes` too, where it is known.
-        """
+        del key, train
+        return batch
 
     def baseline(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float | None:
         """Returns the loss of a network that knows frequencies alone; None where that means nothing."""
+        del batches
+        return None
 
 
 def example_keys(key: jax.Array, batch: Batch) -> jax.Array:

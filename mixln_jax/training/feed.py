@@ -25,12 +25,12 @@ class Feed:
 
     def watched(self, reader: Iterable[Batch]) -> Iterator[Batch]:
         """Yields what `reader` gives."""
-        reader, end = iter(reader), object()
+        remaining = iter(reader)
         while True:
             processes.watch(self._config.processes.stall)
             with self._stop.interruptible():
-                batch = next(reader, end)
-            if batch is end:
+                batch = next(remaining, None)
+            if batch is None:
                 return
             yield batch
 
@@ -46,7 +46,7 @@ class Feed:
         config, size = self._config, self._config.batch_size
         part = meshes.local_rows(self._sharding, size)
         dataset = batches.training(examples, seed=config.data.seed, batch_size=size, part=part)
-        return dataset, lambda batch: meshes.place(batch, self._sharding, size)
+        return dataset, lambda batch: meshes.to_devices(batch, self._sharding, size)
 
     def evaluation(self, eval_step: Callable, examples: Examples) -> Callable[[Any], dict[str, float | None]]:
         """Returns the function that evaluates weights on `examples`."""

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -15,56 +16,58 @@ from mixln_jax.system.errors import NumericsError
 
 
 class Hook(Protocol):
-    """Called with a step's number and the state after it, where that step is due."""
+    """Something that is done after some of the steps."""
 
     every: int
 
     def due(self, step: int, last: int) -> bool:
-        """Returns whether it is called after `step`, of `last` in all."""
+        """Returns whether the hook is to run after `step`; the run ends with step `last`."""
 
-    def __call__(self, step: int, state: State):
-        """Does it."""
+    def __call__(self, step: int, state: State) -> None:
+        """Runs the hook with the state after `step`."""
 
 
 @dataclasses.dataclass
 class _Every:
-    """Due every `every` steps (0: never) and after the last one."""
+    """A hook that is due every `every` steps (0: never) and after the last step."""
 
     every: int
 
     def due(self, step: int, last: int) -> bool:
-        """Returns whether it is called after `step`, of `last` in all."""
+        """Returns whether the hook is to run after `step`; the run ends with step `last`."""
         return step == last or bool(self.every and step % self.every == 0)
 
 
 @dataclasses.dataclass
 class Evaluation(_Every):
-    """Evaluates the weights into the step's metrics line and prints one line. Raises NumericsError for a loss that is
-    not finite."""
+    """Evaluates the weights, adds the results to the step's metrics line and prints one line."""
 
     evaluate: Callable[[Any], dict[str, float | None]]  # weights -> values of a metrics line
-    headline: str  # the number that people look at first
+    headline: str  # the task's most important metric
     metrics: log.Metrics
 
-    def __call__(self, step: int, state: State):
+    def __call__(self, step: int, state: State) -> None:
+        """Evaluates `state`. Raises NumericsError if the loss is not finite."""
         values = self.evaluate(state.params)
-        if not math.isfinite(values['eval/loss']):
+        loss = values['eval/loss']
+        if loss is None or not math.isfinite(loss):
             raise NumericsError(f'step {step}: the evaluation loss is not finite')
         self.metrics.add(step, values)
         console.say(
-            f'eval at step {step}: loss {values["eval/loss"]:.4f}  {self.headline} '
+            f'eval at step {step}: loss {loss:.4f}  {self.headline} '
             f'{values[f"eval/{self.headline}"]:.2f}  ({values["eval/tokens"]:,} tokens)'
         )
 
 
 @dataclasses.dataclass
 class Analysis(_Every):
-    """Measures what each layer does into the step's metrics line."""
+    """Measures each layer and adds the results to the step's metrics line."""
 
     measure: Callable[[Any], dict[str, Any]]  # weights -> values of a metrics line
     metrics: log.Metrics
 
-    def __call__(self, step: int, state: State):
+    def __call__(self, step: int, state: State) -> None:
+        """Measures `state`."""
         self.metrics.add(step, self.measure(state.params))
 
 
@@ -74,10 +77,13 @@ class Saving(_Every):
 
     checkpoints: checkpoint.Checkpoints
     metrics: log.Metrics
-    about: Callable[[], dict[str, Any]]  # what a checkpoint holds besides the state
+    about: Callable[[], dict[str, Any]]  # -> further values of a checkpoint's JSON object
 
-    def __call__(self, step: int, state: State, complete: bool = True, wait: bool = False):
-        """Saves `step` unless it is saved; `complete`: its metrics line is; `wait`: until everything is on disk."""
+    def __call__(self, step: int, state: State, complete: bool = True, wait: bool = False) -> None:
+        """Saves `state` unless `step` is saved already.
+
+        `complete`: the step's metrics line is complete; `wait`: until everything is on disk.
+        """
         if complete:
             self.metrics.flush()
         if self.checkpoints.latest() != step:
@@ -87,10 +93,12 @@ class Saving(_Every):
             self.checkpoints.wait()
 
 
-def profiled(batches: Iterator, first_step: int, start: int, steps: int, workdir: str | pathlib.Path) -> Iterator:
-    """Passes `batches` on and records steps `start` to `start + steps - 1` with jax.profiler into workdir/profile.
+def profiled(
+    batches: Iterator[Any], first_step: int, start: int, steps: int, workdir: str | os.PathLike
+) -> Generator[Any]:
+    """Yields `batches` and records steps `start` to `start + steps - 1` with jax.profiler into workdir/profile.
 
-    Close it, as any generator, when the run ends.
+    `first_step` is the number of the first batch. Close the generator when the run ends.
     """
     running = False
     try:
@@ -102,6 +110,6 @@ def profiled(batches: Iterator, first_step: int, start: int, steps: int, workdir
                 jax.profiler.stop_trace()
                 running = False
             yield batch
-    finally:  # also where the run ends inside the window
+    finally:  # the run may end inside the window
         if running:
             jax.profiler.stop_trace()

@@ -1,67 +1,114 @@
 """The training loop."""
 
+import dataclasses
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 
+from mixln_jax.program.step import State
 from mixln_jax.system import console
-from mixln_jax.system.errors import NumericsError, Stopped, known, one_line
+from mixln_jax.system.errors import NumericsError, Stopped, one_line, to_exit
+from mixln_jax.system.signals import Stop
+from mixln_jax.training.hooks import Hook
+from mixln_jax.training.meter import Meter
+
+Step = Callable[[State, Mapping[str, jax.Array]], tuple[State, dict[str, jax.Array]]]
 
 
-def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_hooks=False):
-    """Runs steps `first` to `last`.
+class Save(Protocol):
+    """Saves a step; does nothing if it is saved already."""
 
-    The metrics of a step are fetched while the next one runs, except where a hook needs the finished step. A signal
-    ends the loop after the step at hand, or in the wait for a batch, after a checkpoint.
+    def __call__(self, step: int, state: State, complete: bool = True, wait: bool = False) -> None:
+        """Saves `state`; `complete`: the step's metrics line is complete; `wait`: until everything is on disk."""
 
-    Args:
-        state: State; donated.
-        step: (state, batch) -> (state, metrics), compiled.
-        batches: iterator of batches on devices, the first of them for step `first`.
-        hooks: in order; see hooks.py.
-        first, last: numbers of steps, from 1.
-        meter: Meter, given each step's metrics.
-        save: (step, state, complete), idempotent, for a stop outside the plan.
-        stop: signals.Stop.
-        resume_hooks: run the hooks of step `first - 1`, which a signal had cut short.
 
-    Returns:
-        The final State.
+@dataclasses.dataclass(frozen=True)
+class _Pause:
+    """What happens between two steps: hooks, and the answer to a signal."""
 
-    Raises:
-        Stopped; NumericsError; whatever reading or a hook raises, after a checkpoint of the last whole step.
-    """
-    alone = jax.process_count() == 1  # several save together: one that has an error by itself would wait for ever
+    hooks: Sequence[Hook]
+    last: int
+    meter: Meter
+    save: Save
+    stop: Stop
 
-    def run_hooks(number, state):
-        with meter.paused():
+    def due(self, step: int) -> bool:
+        """Returns whether a signal or a hook needs the state after `step`. Every process has to call it."""
+        return self.stop.reached(step) or any(hook.due(step, self.last) for hook in self.hooks)
+
+    def run(self, step: int, state: State) -> None:
+        """Runs the hooks that are due after `step`. If a signal has arrived, saves `step` and raises Stopped."""
+        with self.meter.paused():
             try:
-                for hook in hooks:
-                    if hook.due(number, last):
-                        hook(number, state)
-            except NumericsError:  # weights that an update has ruined show here first
-                meter.debug(number, state)
+                for hook in self.hooks:
+                    if hook.due(step, self.last):
+                        hook(step, state)
+            except NumericsError:  # weights that an update has ruined are noticed here first
+                self.meter.debug(step, state)
                 raise
             except BaseException as error:
-                if alone or isinstance(error, Stopped):
-                    rescue(number, state, complete=False)
+                if _alone() or isinstance(error, Stopped):
+                    self.rescue(step, state, complete=False)
                 raise
-            meter.flush()
-            if stop.requested:
-                save(number, state)
-                stop.check()
+            self.meter.flush()
+            if self.stop.requested:
+                self.save(step, state)
+                self.stop.check()
 
-    def rescue(number, state, **options):
-        """Saves what an error would lose. Where that fails too it is said, and the error stands."""
+    def rescue(self, step: int, state: State, complete: bool = True) -> None:
+        """Saves `step` after an error. If that fails too, it is reported, and the first error is raised on."""
         try:
-            save(number, state, wait=True, **options)
-            console.say(f'step {number} is saved')
+            self.save(step, state, complete=complete, wait=True)
+            console.say(f'step {step} is saved')
         except Exception as error:
-            problem = one_line(known(error))
-            console.say(f'mixln_jax: warning: step {number} cannot be saved: {problem}', file=sys.stderr)
+            problem = one_line(to_exit(error))
+            console.say(f'mixln_jax: warning: step {step} cannot be saved: {problem}', file=sys.stderr)
 
+
+def _alone() -> bool:
+    """Returns whether this is the only process. Several save together: one with an error would wait for ever."""
+    return jax.process_count() == 1
+
+
+def fit(
+    state: State,
+    step: Step,
+    batches: Iterator[Any],
+    hooks: Sequence[Hook],
+    *,
+    first: int,
+    last: int,
+    meter: Meter,
+    save: Save,
+    stop: Stop,
+    resume_hooks: bool = False,
+) -> State:
+    """Runs steps `first` to `last` and returns the final state.
+
+    The metrics of a step are fetched while the next one runs, unless a hook needs the finished step. After a signal the
+    loop ends with the current step, or while it waits for a batch, and saves a checkpoint.
+
+    Args:
+        state: the state to begin with; it is donated.
+        step: (state, batch) -> (state, metrics), compiled.
+        batches: batches on devices; the first one is that of step `first`.
+        hooks: run in this order after the steps that they are due at.
+        first, last: numbers of steps; the first step of a run is 1.
+        meter: takes the metrics of every step.
+        save: for a stop or an error.
+        stop: the flag that signals set.
+        resume_hooks: first run the hooks of step `first - 1`, which a signal has cut short.
+
+    Raises:
+        Stopped: a signal has arrived.
+        NumericsError: a value is not finite, or the network has collapsed.
+        Exception: whatever a reader or a hook raises, after a checkpoint of the last complete step.
+    """
+    pause = _Pause(hooks, last, meter, save, stop)
     if resume_hooks:
-        run_hooks(first - 1, state)
+        pause.run(first - 1, state)
     previous = None
     for number in range(first, last + 1):
         try:
@@ -70,16 +117,16 @@ def fit(state, step, batches, hooks, *, first, last, meter, save, stop, resume_h
         except BaseException:
             if previous:
                 meter.add(*previous, state)
-            if number > first and alone:
-                rescue(number - 1, state)  # what is trained is trained
+            if number > first and _alone():
+                pause.rescue(number - 1, state)
             raise
         state, values = step(state, batch)
         if previous:
             meter.add(*previous, state)
             meter.flush()
         previous = number, values, batch
-        if stop.reached(number) or any(hook.due(number, last) for hook in hooks):
+        if pause.due(number):
             meter.add(*previous, state)
             previous = None
-            run_hooks(number, state)
+            pause.run(number, state)
     return state

@@ -1,65 +1,91 @@
-"""Metrics lines, progress lines and speed."""
+"""The meter: metrics lines, progress lines and speed."""
 
 import contextlib
 import json
+import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from mixln_jax import trees
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.program.step import State
 from mixln_jax.runs import log
 from mixln_jax.system import console, hardware
 from mixln_jax.system.errors import NumericsError
+from mixln_jax.tasks.task import Task
+from mixln_jax.training.collapse import Collapse
 
-LONGEST_WAIT = 0.05  # share of the time; beyond it the input holds the device up
-PATIENCE = 30  # seconds of training before that is said
+LONGEST_WAIT = 0.05  # share of the time; a longer wait for data is worth a warning
+PATIENCE = 30  # seconds of training before the warning
+
+Values = Mapping[str, Any]  # metrics of a step
+Batch = Mapping[str, Any]
 
 
 class Meter:
-    """Turns the steps' metrics into metrics lines and progress lines, counts tokens, stops a run that has gone bad."""
+    """Turns the metrics of steps into metrics lines and progress lines, counts tokens, and ends a run whose values are
+    not finite."""
 
     def __init__(
         self,
-        metrics,
-        workdir,
+        metrics: log.Metrics,
+        workdir: str | os.PathLike,
         *,
-        task,
-        num_steps,
-        log_every,
-        log_also,
-        tokens,
-        flops_per_position,
-        devices,
-        first_line,
-        collapse,
-        save_debug,
-    ):
-        """`task`: whose numbers the lines show; `log_also`: (step) -> whether a step off the rhythm of `log_every` has
-        a line; `tokens`: seen before; `first_line`: what only the first line says, such as the compile time;
-        `collapse`: Collapse; `save_debug`: (state), keeps it for debug/."""
+        task: Task,
+        num_steps: int,
+        log_every: int,
+        log_also: Callable[[int], bool],
+        tokens: int,
+        flops_per_position: float,
+        devices: Sequence[jax.Device],
+        first_line: dict[str, Any],
+        collapse: Collapse,
+        save_debug: Callable[[State], None],
+    ) -> None:
+        """Starts to measure.
+
+        Args:
+            metrics: takes the metrics lines.
+            workdir: work directory, for debug/.
+            task: its metrics are shown.
+            num_steps: steps of the run.
+            log_every: steps between lines.
+            log_also: step -> whether a step in between has a metrics line, too.
+            tokens: tokens of the steps before.
+            flops_per_position: model FLOPs of a training step per position.
+            devices: all devices of the run.
+            first_line: values of the first line alone, such as the compile time.
+            collapse: takes every loss.
+            save_debug: saves a state in debug/.
+        """
         self._collapse, self._save_debug = collapse, save_debug
         self.tokens = tokens
         self._metrics, self._workdir = metrics, pathlib.Path(workdir)
         self._task = task
         self._num_steps, self._log_every, self._log_also = num_steps, log_every, log_also
         self._flops_per_position, self._devices, self._first_line = flops_per_position, devices, first_line
-        self._recent = []  # the last two batches, for debug/
-        self._waited = None  # seconds in all, and of them waiting for data
+        self._recent: list[tuple[int, Batch, Values]] = []  # the last two steps, for debug/
+        self._waited: np.ndarray | None = None  # [seconds of training, seconds of waiting for data]
         self._warned = False
         self._start_window()
 
-    def add(self, step, values, batch, state):
-        """Takes the metrics of a finished step. One that was not finite: writes debug/ and raises NumericsError."""
+    def add(self, step: int, values: Values, batch: Batch, state: State) -> None:
+        """Takes the metrics of a finished step.
+
+        Raises NumericsError, after writing debug/, if they are not finite.
+        """
         values = jax.device_get(values)
         self._recent = [*self._recent[-1:], (step, batch, values)]
         if bad := int(values['bad_step']):
             self.debug(bad, state)
             raise NumericsError(
-                f'step {bad}: the loss or a gradient is not finite; weights are untouched since step {bad - 1}, '
+                f'step {bad}: the loss or a gradient is not finite; the weights are still those of step {bad - 1}; '
                 'debug/ in the work directory holds the batches and the norms of every layer'
             )
         tokens, positions = round(float(values['tokens'])), batch['inputs'].size
@@ -67,60 +93,59 @@ class Meter:
         self._window_steps += 1
         self._window_tokens += tokens
         self._window_positions += positions
-        self._collapse.see(step, float(values['loss']))
+        self._collapse.add(step, float(values['loss']))
         if step % self._log_every == 0 or self._log_also(step):
             speed = self._speed()
             self._warn_of_waiting(step, speed)
-            self._metrics.add(
-                step,
-                {
-                    'tokens': self.tokens,
-                    **{f'train/{name}': value for name, value in self._summary(values).items()},
-                    'train/grad_norm': float(values['grad_norm']),
-                    'train/learning_rate': float(values['learning_rate']),
-                    'train/tokens_per_step': tokens,
-                    'train/positions_per_step': positions,
-                    'train/real_token_frac': tokens / positions,
-                    **speed,
-                    'layers/grad_norm': [float(norm) for norm in values['layer_grad_norm']],
-                },
-            )
+            line = {
+                'tokens': self.tokens,
+                **{f'train/{name}': value for name, value in self._summary(values).items()},
+                'train/grad_norm': float(values['grad_norm']),
+                'train/learning_rate': float(values['learning_rate']),
+                'train/tokens_per_step': tokens,
+                'train/positions_per_step': positions,
+                'train/real_token_frac': tokens / positions,
+                **speed,
+                'layers/grad_norm': [float(norm) for norm in values['layer_grad_norm']],
+            }
+            self._metrics.add(step, line)
             if step % self._log_every == 0 or step == self._num_steps:
-                line = log.progress_line(
-                    self._metrics.open_line, self._num_steps, self._task.label, self._task.headline
-                )
-                console.say(line)
+                shown = {'step': step, **log.finite(line)}
+                console.say(log.progress_line(shown, self._num_steps, self._task.label, self._task.headline))
 
-    def _summary(self, values):
-        """What the task makes of a step's means."""
+    def _summary(self, values: Values) -> dict[str, float | None]:
+        """Returns the task's metrics of a step."""
         weight = max(float(values['weight']), 1.0)
         means = {name: float(values[name]) / weight for name in self._task.metrics}
         return self._task.summary(means | {'sum': float(values['loss']), 'weight': 1.0})
 
-    def flush(self):
-        """The line at hand is complete."""
+    def flush(self) -> None:
+        """Completes the current metrics line."""
         self._metrics.flush()
 
     @contextlib.contextmanager
-    def waiting(self, previous):
-        """Times the wait for a batch, which counts, all of it, where the devices were through with the step before when
-        it came: what they waited at most. `previous` is that step as `add` takes it, None: known to be done."""
+    def waiting(self, previous: tuple[int, Values, Batch] | None) -> Iterator[None]:
+        """Times the wait for a batch.
+
+        The whole wait counts if the devices had finished the step before by its end; it is thus the longest time that
+        they may have been idle. `previous` is that step's number, metrics and batch; None: it had finished before.
+        """
         start = time.perf_counter()
         yield
         if not previous or previous[1]['loss'].is_ready():
             self._window_wait += time.perf_counter() - start
 
     @contextlib.contextmanager
-    def paused(self):
-        """Leaves the time of hooks out of the speed."""
+    def paused(self) -> Iterator[None]:
+        """Excludes the time of the block, in which hooks run, from the speed."""
         start = time.perf_counter()
         try:
             yield
         finally:
             self._window_paused += time.perf_counter() - start
 
-    def _warn_of_waiting(self, step, speed):
-        """Once, of all lines but the first, which may be the start of reading."""
+    def _warn_of_waiting(self, step: int, speed: Mapping[str, Any]) -> None:
+        """Warns once if steps wait too long for data. The first line does not count: readers may still be starting."""
         if self._waited is None:
             self._waited = np.zeros(2)
             return
@@ -130,18 +155,18 @@ class Meter:
         if not self._warned and self._waited[0] >= PATIENCE and share > LONGEST_WAIT:
             self._warned = True
             console.say(
-                f'mixln_jax: warning: step {step}: {share:.0%} of the time goes into waiting for data: raise '
+                f'mixln_jax: warning: step {step}: {share:.0%} of the time is spent waiting for data: raise '
                 'config.data.workers, or prepare tokens once (python -m mixln_jax.data.prepare)',
                 file=sys.stderr,
             )
 
-    def _start_window(self):
+    def _start_window(self) -> None:
         self._window_start = time.perf_counter()
         self._window_steps = self._window_tokens = self._window_positions = 0
         self._window_wait = self._window_paused = 0.0
 
-    def _speed(self):
-        """`perf/*` of the steps since the last line."""
+    def _speed(self) -> dict[str, Any]:
+        """Returns `perf/*` of the steps since the last line."""
         seconds = time.perf_counter() - self._window_start - self._window_paused
         count = len(self._devices)
         speed = {
@@ -159,15 +184,15 @@ class Meter:
         self._start_window()
         return speed
 
-    def debug(self, step, state):
-        """Writes debug/: the bad step, the last two batches, the norms of every layer's gradient and weights."""
+    def debug(self, step: int, state: State) -> None:
+        """Writes debug/: the bad step, the last two batches, and the norms of every layer's weights and gradients."""
         folder = self._workdir / 'debug'
         folder.mkdir(exist_ok=True)
         weights, _ = jax.device_get(jax.jit(trees.layer_norms)(state.params))
-        report = {'step': step, 'layers/weight_norm': [repr(norm) for norm in weights.tolist()], 'steps': []}
+        steps = []
         for number, batch, values in self._recent:
             np.savez(folder / f'batch_{number}.npz', **meshes.fetch(batch))
-            report['steps'].append(
+            steps.append(
                 {
                     'step': number,
                     'train/loss': repr(float(values['loss'])),
@@ -175,12 +200,14 @@ class Meter:
                     'layers/grad_norm': [repr(float(norm)) for norm in values['layer_grad_norm']],
                 }
             )
+        report = {'step': step, 'layers/weight_norm': [repr(norm) for norm in weights.tolist()], 'steps': steps}
         (folder / 'report.json').write_text(json.dumps(report, indent=1), encoding='utf-8')
-        with contextlib.suppress(NumericsError):  # weights that are themselves not finite
+        with contextlib.suppress(NumericsError):  # weights that are not finite are not saved
             self._save_debug(state)
         self._metrics.flush()
 
 
-def _peak_memory(device):
+def _peak_memory(device: jax.Device) -> float | None:
+    """Returns the most memory that was in use on a device, in GiB, if it is known."""
     stats = device.memory_stats() or {}
     return stats['peak_bytes_in_use'] / 2**30 if 'peak_bytes_in_use' in stats else None

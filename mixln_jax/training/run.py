@@ -30,8 +30,8 @@ from mixln_jax.program.program import Program
 from mixln_jax.program.step import State
 from mixln_jax.runs import checkpoint, environment, log
 from mixln_jax.runs.workdir import (
+    check_folder,
     check_metrics,
-    check_place,
     earlier_config,
     is_finished,
     open_workdir,
@@ -60,7 +60,7 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
     signals.end_if_imported()
     console.guard_files()
     config = configs.build(values)
-    check_place(workdir)  # before anything takes time
+    check_folder(workdir)  # before anything takes time
     with contextlib.ExitStack() as closing:
         stop = stop or signals.Stop()
         with stop.may_interrupt():
@@ -133,7 +133,7 @@ class _Records:
         folder = self.shared / 'debug/checkpoints'
         if not jax.process_index():
             shutil.rmtree(folder, ignore_errors=True)
-        processes.meet('debug')
+        processes.barrier('debug')
         with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as kept:
             kept.save(int(jax.device_get(state.step)), state, {'config': self.resolved})
 
@@ -250,7 +250,7 @@ def _start_jax(config):
     # Compiled code is kept between runs, but not for CPUs: it may need instructions that the next host lacks.
     if mesh.devices.flat[0].platform != 'cpu' and not jax.config.jax_compilation_cache_dir:
         with contextlib.suppress(OSError):  # a home that cannot be written to: each start compiles
-            (cache := files.cache() / 'xla').mkdir(parents=True, exist_ok=True)
+            (cache := files.cache_folder() / 'xla').mkdir(parents=True, exist_ok=True)
             jax.config.update('jax_compilation_cache_dir', str(cache))
     return mesh
 

@@ -145,6 +145,8 @@ class Job:
     def verify(self, unit: units.Unit) -> str | None:
         """Reads the rows of a finished unit. Where they are damaged, notes that it is to be written again, and returns
         what is damaged."""
+        if not self.tokenizer:
+            raise ValueError('only rows of tokens can be verified')
         dtype = layout.dtype_for(self.tokenizer.vocab_size)
         whole, result = self.result(unit), self.result(unit, notes=False)
         for split in unit.splits:
@@ -200,10 +202,10 @@ def dataset_name(name):
     return name.partition(':')[0].partition('/')[0]
 
 
-def folder(out: str, format: str, name: str) -> pathlib.Path:
+def folder(out: str | pathlib.Path, format: str, name: str) -> pathlib.Path:
     """Where the shards lie: tokens in `out`, a data set in TFDS's layout below it, as version 3.1.0 if none is named
     (C4's, under which TFDS knows it)."""
-    out = outputs.place(out)
+    out = outputs.resolve(out)
     if format == 'tfds' and not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?(:\d+\.\d+\.\d+)?', name):
         raise UsageError(f'--name {name!r} is not NAME, NAME/CONFIG or NAME/CONFIG:1.2.3')
     name, _, version = name.partition(':')
@@ -240,7 +242,7 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
             writer = _WRITERS[job.format](job, path, there.get(split), before.get(split))
             writers[split] = closing.enter_context(writer)
         for decides, document in documents:
-            split = unit.split or ('validation' if rank(decides.encode()) < job.first else 'train')
+            split = unit.split or ('validation' if rank(decides.encode()) < (job.first or 0) else 'train')
             writers[split].add(document)
             num_documents += 1
             num_bytes += len(document['text'])
