@@ -210,7 +210,7 @@ class TestPaths:
         [
             (main, ['--config', QUICKSTART, '--workdir', 'gs://b/run']),
             (prepare, ['--source', 'stdlib', '--format', 'tokens', '--tokenizer', 'bytes', '--out', 's3://b/run']),
-            (train_tokenizer, ['--source', 'stdlib', '--vocab-size', '300', '--out', 'gs://b/run']),
+            (train_tokenizer, ['--source', 'stdlib', '--vocab_size', '300', '--out', 'gs://b/run']),
             (inspect, ['--workdir', 'gs://b/run', '--step', '1']),
             (export, ['--checkpoint', 'runs/a', '--out', 'gs://b/run']),
             (export, ['--checkpoint', 'gs://b/run', '--out', 'out']),

@@ -79,7 +79,7 @@ class TestPaths:
         [
             (evaluate.main, ['--checkpoint', 'x', '--out', '']),
             (report.main, ['.', '--out', '']),
-            (train_tokenizer.main, ['--source', 'stdlib', '--vocab-size', '300', '--out', '']),
+            (train_tokenizer.main, ['--source', 'stdlib', '--vocab_size', '300', '--out', '']),
             (main.main, ['--config', 'configs/quickstart.py', '--workdir', '']),
         ],
     )

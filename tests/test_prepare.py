@@ -115,7 +115,7 @@ class TestTokens:
     )
     def test_splits_that_share_records(self, corpus, tmp_path, capsys, split, validation, shared):
         prepare.prepare(data(corpus / '*.gz'), str(tmp_path / 'text'), format='tfds')
-        words = ['--source', 'tfds', '--data-dir', str(tmp_path / 'text'), '--split', split, '--validation', validation]
+        words = ['--source', 'tfds', '--data_dir', str(tmp_path / 'text'), '--split', split, '--validation', validation]
         words += ['--format', 'tokens', '--tokenizer', 'bytes', '--out', str(tmp_path / 'out'), '--workers', '1']
         assert prepare.main(words) == (2 if shared else 0)
         told = f'--split {split} and --validation {validation} share records of {tmp_path}/text/c4'
@@ -147,7 +147,7 @@ class TestAgain:
     def test_hosts_share_the_work(self, corpus, tmp_path, capsys, parts):
         """--shards A:B names those from A on and before B, no others; together the hosts make what one makes."""
         words = ['--source', 'jsonl', '--path', f'{corpus}/*.gz', '--format', 'tokens', '--tokenizer', 'bytes']
-        words += ['--mode', 'pack', '--seq-length', '32', '--workers', '1', '--out']
+        words += ['--mode', 'pack', '--seq_length', '32', '--workers', '1', '--out']
         assert prepare.main([*words, str(tmp_path / 'whole')]) == 0
         whole, out = contents(tmp_path / 'whole'), tmp_path / 'out'
         names = sorted(name for name in whole if name.endswith('.bin'))
@@ -198,7 +198,7 @@ class TestAgain:
         prepare.prepare(data(of), str(out), format='tokens', seq_length=32)
         before = contents(out)
         for other, seq_length, words in (
-            (data(of), 16, 'seq-length'),
+            (data(of), 16, 'seq_length'),
             (data(corpus / '*.gz'), 32, 'files'),
             (data(of, mode='pack'), 32, 'mode'),
             (data(of, tokenizer='huggingface', tokenizer_path=str(tmp_path / 'tokenizer.json')), 32, 'tokenizer'),
@@ -428,7 +428,7 @@ class TestBadInput:
         path, content = tmp_path / 'a.json', b'{"content": "a b"}\n{"content": "c"}\n'
         path.write_bytes(gzip.compress(content) if packed else content)
         words = ['--source', 'jsonl', '--path', str(path), '--format', 'tokens', '--tokenizer', 'bytes', '--out']
-        assert prepare.main([*words, str(tmp_path / 'out'), '--skip-bad', skip_bad]) == 4
+        assert prepare.main([*words, str(tmp_path / 'out'), '--skip_bad', skip_bad]) == 4
         why = 'no field `text` that is a string (fields: content)'
         place = {'0': ':1', '1': ':2', '9': ': no text in this file: 2 malformed lines, the first of them 1'}[skip_bad]
         assert capsys.readouterr().err.splitlines()[-1] == f'mixln_jax: {path}{place}: {why}'
@@ -515,12 +515,12 @@ class TestBadInput:
             ('--source jsonl --path x --out x --format tokens --workers 0', '--workers must be at least 1'),
             ('--source jsonl --path x --out x --format tokens --workers 100000', '--workers must be at most 1024'),
             (
-                '--source jsonl --path x --out x --format tokens --seq-length 1e12',
-                '--seq-length must be at most 1048576',
+                '--source jsonl --path x --out x --format tokens --seq_length 1e12',
+                '--seq_length must be at most 1048576',
             ),
-            ('--source jsonl --path x --out x --format tokens --max_document 0', '--max-document must be at least 1'),
-            ('--source jsonl --path x --out x --format tokens --skip-bad -1', '--skip-bad must be at least 0'),
-            ('--source jsonl --path x --out x --format tokens --seq-length 1', '--seq-length must be at least 2'),
+            ('--source jsonl --path x --out x --format tokens --max_document 0', '--max_document must be at least 1'),
+            ('--source jsonl --path x --out x --format tokens --skip_bad -1', '--skip_bad must be at least 0'),
+            ('--source jsonl --path x --out x --format tokens --seq_length 1', '--seq_length must be at least 2'),
             ('--source stdlib --validation x --out x --format tfds', '--validation does not go with --source stdlib'),
             ('--source text --out x --format tfds', '--source text needs --path FILES'),
             ('--source stdlib --out gs://x/y --format tfds', '--out gs://x/y: a path of this machine is needed'),
@@ -534,6 +534,12 @@ class TestBadInput:
         error = capsys.readouterr().err
         assert message in error and error.count('\n') == 1
         assert not list(tmp_path.iterdir())
+
+    def test_hyphens_in_options(self):
+        words = (
+            '--source jsonl --path my-file --out x --format tokens --seq{0}length 16 --skip{0}bad=3 --max{0}document 9'
+        )
+        assert prepare.parse(words.format('-').split()) == prepare.parse(words.format('_').split())
 
     def test_codes(self, corpus, tmp_path, capsys):
         words = ['--source', 'jsonl', '--format', 'tokens', '--tokenizer', 'bytes', '--workers', '1']

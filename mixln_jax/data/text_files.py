@@ -26,7 +26,7 @@ GZIP = b'\x1f\x8b'
 JSON = ('.json', '.jsonl', '.ndjson', '.jsonlines')
 BEGINS = re.compile(r'\{\s*("|\}|$)|\[\s*(\{|\[|"|$)')  # JSON: an object or an array, also over several lines
 FORMS = 'the source jsonl reads an object with a field `text` a line, the source text plain text'
-LONG = 'data.prepare takes longer ones with --max_document BYTES, or leaves them out with --skip-bad N'
+LONG = 'data.prepare takes longer ones with --max_document BYTES, or leaves them out with --skip_bad N'
 ARRAY = "is the file a JSON array? jq -c '.[]' FILE makes it an object a line"
 # What begins so is not read: place, bytes, and what it is.
 FOREIGN = (

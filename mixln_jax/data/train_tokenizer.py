@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE: `python -m mixln_jax.data.train_tokenizer --source ... --vocab-size N --out DIR`."""
+"""Trains a byte-level BPE: `python -m mixln_jax.data.train_tokenizer --source ... --vocab_size N --out DIR`."""
 
 from mixln_jax.system.signals import stop
 
@@ -124,15 +124,15 @@ def parse(argv):
     parser.add_argument('--source', required=True, choices=sources, help='kind of source, as config.data.source')
     parser.add_argument('--path', default='', metavar='FILES', help='files of jsonl or text: paths or globs, commas')
     parser.add_argument('--name', default=defaults.name, help='name of a tfds data set [%(default)s]')
-    parser.add_argument('--data-dir', default='', metavar='DIR', help='folder or gs:// bucket of tfds data sets')
-    parser.add_argument('--vocab-size', required=True, type=int, metavar='N', help=f'ids, at least {SMALLEST}')
+    parser.add_argument('--data_dir', default='', metavar='DIR', help='folder or gs:// bucket of tfds data sets')
+    parser.add_argument('--vocab_size', required=True, type=int, metavar='N', help=f'ids, at least {SMALLEST}')
     parser.add_argument('--out', required=True, metavar='DIR|FILE.json', help='folder, or the tokenizer.json alone')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
     options = cli.parse(parser, argv)
     if options.vocab_size > config.LARGEST_VOCABULARY:
-        raise UsageError(f'--vocab-size must be at most {config.LARGEST_VOCABULARY}')
+        raise UsageError(f'--vocab_size must be at most {config.LARGEST_VOCABULARY}')
     if options.vocab_size < SMALLEST:
-        raise UsageError(f'--vocab-size {options.vocab_size} is too small: specials, bytes and a merge are {SMALLEST}')
+        raise UsageError(f'--vocab_size {options.vocab_size} is too small: specials, bytes and a merge are {SMALLEST}')
     if options.source in ('jsonl', 'text') and not options.path:
         raise UsageError(f'--path FILES is missing; --source {options.source} needs it')
     return options

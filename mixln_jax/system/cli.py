@@ -15,9 +15,10 @@ from mixln_jax.system.signals import stopped_line
 
 
 def parse(parser, argv, known=False):
-    """The options that argparse finds; UsageError in one line where it would print its usage. --help exits with 0.
+    """Returns the options of a command line; with `known` a pair: the parser's own options, and the other words.
 
-    With `known` a pair: the options that the parser knows, and the other words.
+    Options are spelled with underscores; hyphens in their place are accepted. Raises UsageError, in one line, where
+    argparse would print its usage. --help exits with 0.
     """
     parser.exit_on_error = False
     parser.register('type', int, integer)  # what `type=int` and `type=float` read
@@ -29,10 +30,25 @@ def parse(parser, argv, known=False):
     parser.error = error
     if empty := next((word for word in argv if re.fullmatch(r'--[\w-]+=--', word)), None):
         error(f'{empty}: -- is no value')  # some Pythons' argparse makes an empty list of it
+    argv = _underscored(parser, argv)
     try:
         return parser.parse_known_args(argv) if known else parser.parse_args(argv)
     except argparse.ArgumentError as problem:
         error(str(problem))
+
+
+def _underscored(parser, argv):
+    """Returns the words with hyphens replaced in the names of options that the parser knows with underscores."""
+    options = {option for action in parser._actions for option in action.option_strings}
+    words = list(argv)
+    for number, word in enumerate(words):
+        if word == '--':  # only values follow
+            break
+        name, equals, value = word.partition('=')
+        spelled = f'--{name[2:].replace("-", "_")}'
+        if name.startswith('--') and spelled in options:
+            words[number] = f'{spelled}{equals}{value}'
+    return words
 
 
 def integer(text: str) -> int:

@@ -236,12 +236,12 @@ def parse(argv):
         help='files to validate on, else 1 %% by a hash of the text; --source tfds: its split',
     )
     add('--name', default='c4/en', metavar='NAME', help='data set to write, or to read with --source tfds [c4/en]')
-    add('--data-dir', default='', metavar='DIR', help='--source tfds: folder or gs:// address above it')
+    add('--data_dir', default='', metavar='DIR', help='--source tfds: folder or gs:// address above it')
     add('--split', default='train', metavar='SPLIT', help='--source tfds: its split to train on [train]')
     add('--tokenizer', default='sentencepiece', choices=choices['tokenizer'], help='tokens: [sentencepiece]')
-    add('--tokenizer-path', default='', metavar='FILE', help='tokens: as config.data.tokenizer_path [T5 vocabulary]')
+    add('--tokenizer_path', default='', metavar='FILE', help='tokens: as config.data.tokenizer_path [T5 vocabulary]')
     add('--mode', default='pad', choices=choices['mode'], help='tokens: how documents fill rows [pad]')
-    add('--seq-length', type=int, default=256, metavar='T', help='tokens: positions in a row [256]')
+    add('--seq_length', type=int, default=256, metavar='T', help='tokens: positions in a row [256]')
     add(
         '--shards',
         default=':',
@@ -250,9 +250,9 @@ def parse(argv):
         help='only these of the shards, so that hosts share the work [all]',
     )
     add('--workers', type=int, default=os.cpu_count(), metavar='N', help='processes, a shard each [one a core]')
-    add('--skip-bad', type=int, default=0, metavar='N', help='malformed records to leave out in each file [0]')
+    add('--skip_bad', type=int, default=0, metavar='N', help='malformed records to leave out in each file [0]')
     add(
-        *('--max-document', '--max_document'),
+        '--max_document',
         type=int,
         default=text_files.LARGEST,
         metavar='BYTES',
@@ -270,7 +270,7 @@ def parse(argv):
     for name, (least, most) in RANGES.items():
         if not least <= (value := getattr(options, name)) <= most:
             must = f'at least {least}' if value < least else f'at most {most}'
-            raise UsageError(f'--{name.replace("_", "-")} must be {must}')
+            raise UsageError(f'--{name} must be {must}')
     if options.source in ('jsonl', 'text') and not options.path:
         raise UsageError(f'--source {options.source} needs --path FILES')
     if options.source == 'tfds' and options.format == 'tfds':

@@ -62,7 +62,7 @@ class Job:
             before = files.read_json(path, DataError)
         except FileNotFoundError:
             before = plan
-        if differ := [name for name in plan | before if plan.get(name) != before.get(name)]:
+        if differ := [name.replace('-', '_') for name in plan | before if plan.get(name) != before.get(name)]:
             raise UsageError(
                 f'{self.folder} holds another preparation: {", ".join(differ)} differs; take another --out'
             )
