@@ -147,7 +147,7 @@ def test_both_ways_to_find_spans_agree(name, opened, monkeypatch):
 def test_spans_of_long_texts_go_on_from_piece_to_piece(name, opened, monkeypatch):
     tokenizer, text = opened(name), ' '.join(prose(40, seed=4))
     whole = tokenizer.spans(text)
-    monkeypatch.setattr(tokenizers, 'LONGEST', 100)
+    monkeypatch.setattr(learned_tokenizer, 'LONGEST', 100)
     cut = tokenizer.spans(text)
     assert cut[0].tolist() == whole[0].tolist() and cut[1].tolist() == whole[1].tolist()
     assert tokenizer.spans(text, 50)[1].tolist() == whole[1][:50].tolist()
