@@ -12,7 +12,7 @@ from corpora import T, Texts, open_, prepare_to, two_files, write
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from vocabularies import KINDS, LLAMA, T5, open_file, prose, sentencepiece_model, with_settings
 
-from mixln_jax.data import batches, layout, prepared, rows, tokenizers
+from mixln_jax.data import batches, layout, learned_tokenizer, prepared, rows, tokenizers
 from mixln_jax.evaluation import loop as evaluation
 from mixln_jax.system.errors import DataError, UsageError
 from mixln_jax.tasks.language import Language

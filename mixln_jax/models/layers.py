@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mixln_jax import config as configs
-from mixln_jax.kernels.matmul import product
+from mixln_jax.kernels.matmul import matmul
 
 
 class RMSNorm(nn.Module):
@@ -48,7 +48,7 @@ class Embedding(nn.Module):
 
     def attend(self, x):
         """[...,D] -> [...,rows] float32: the table as a head."""
-        return product(x.astype(jnp.float32), self.embedding.T.astype(jnp.float32))
+        return matmul(x.astype(jnp.float32), self.embedding.T.astype(jnp.float32))
 
     def __call__(self, ids):
         """[B,T] -> [B,T,D]."""
@@ -87,7 +87,7 @@ def linear(features, dtype, name, bias=False):
 
 
 def _dot_general(x, kernel, *_, **__):
-    return product(x, kernel)
+    return matmul(x, kernel)
 
 
 class LayerNorm(nn.Module):
