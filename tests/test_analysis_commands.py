@@ -208,10 +208,10 @@ def test_drops_of_tasks(run, monkeypatch):
     asked, worth = [], np.array([1.0, 10.0, 100.0])  # what each layer adds to the metric
 
     def open_harness(options):
-        model = types.SimpleNamespace(keep=None)
+        model = types.SimpleNamespace(layer_mask=None)
 
         def evaluate():
-            value = float(worth @ np.asarray(model.keep))
+            value = float(worth @ np.asarray(model.layer_mask))
             errors = {'acc_stderr,none': 3.0 if value == 111 else 4.0, 'em_stderr,strict': 'N/A'}
             return '', {'results': {'arc': {'alias': 'arc', 'acc,none': value, 'em,strict': -value, **errors}}}
 

@@ -271,7 +271,7 @@ class TestNotes:
             assert len(open_(keys)) == len(made)
             return
         with pytest.raises(
-            DataError, match=r'out: text may have the id of padding .*mixln_jax\.data\.prepare \.\.\. --out'
+            DataError, match=r'out: text can have the id of padding .*mixln_jax\.data\.prepare \.\.\. --out'
         ):
             open_(keys)
         prepare_to(tmp_path / 'out', data, mode)

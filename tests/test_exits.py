@@ -150,7 +150,7 @@ class TestWorkers:
     @pytest.mark.parametrize(
         'error, begun, code, words',
         [
-            ('exit code -9', True, 7, 'killed (SIGKILL), most often for lack of memory: lower data.workers'),
+            ('exit code -9', True, 7, 'killed (SIGKILL), most often because memory ran out: lower data.workers'),
             ('exit code -9', False, 7, 'lack of memory'),
             ('exit code -7', True, 2, 'no room in /dev/shm'),
             ('exit code -11', True, 1, 'ended by signal 11 (Segmentation fault)'),

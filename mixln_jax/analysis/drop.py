@@ -170,7 +170,7 @@ def _tasks(subject, harness):
     model, evaluate = harness(subject.found)
 
     def of(keep):
-        model.keep, found = keep, {}  # the harness has a mesh of its own
+        model.layer_mask, found = keep, {}  # the harness has a mesh of its own
         for task, values in evaluate()[1]['results'].items():
             for key, value in values.items():
                 metric, _, filtered = key.partition(',')
