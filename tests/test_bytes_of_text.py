@@ -252,7 +252,7 @@ class TestNotes:
             about = json.loads(path.read_text())
             about['train']['digest'] = '0'
             path.write_text(json.dumps(about))
-        with pytest.raises(UsageError, match='train-00000-of-00001.bin holds other rows than its text gives today'):
+        with pytest.raises(UsageError, match='train-00000-of-00001.bin holds other rows than its text gives now'):
             prepare_to(tmp_path / 'out', data)
         assert len(open_(keys)) > 0  # as it was
 

@@ -16,7 +16,8 @@ from corpora import all_tokens, contents, documents, texts, write
 from mixln_jax import config
 from mixln_jax.data import prepared, rows, sources, tokenizers, train_tokenizer
 from mixln_jax.data.prepare import command as prepare
-from mixln_jax.data.prepare import shards, units
+from mixln_jax.data.prepare import job as jobs
+from mixln_jax.data.prepare import units
 from mixln_jax.system import outputs
 from mixln_jax.system.errors import DataError, UsageError
 
@@ -60,7 +61,7 @@ class TestDataSet:
         assert len(found['validation']) == 20
         first = read['train'][0]
         assert first['url'].startswith(b'http://a/') and first['timestamp'] == b'2019-04-25'
-        assert {*first} == {*shards.FIELDS} and first['content-type'] == b''
+        assert {*first} == {*jobs.FIELDS} and first['content-type'] == b''
         assert documents(dataset(tmp_path), 'train') == found['train']
         origin = sources.open_source(dataset(tmp_path), 'train').origin(0)
         assert 'c4-train.array_record-00000-of-00003, record 0' in origin
@@ -319,7 +320,7 @@ class TestBadInput:
     def test_no_room(self, corpus, tmp_path, monkeypatch):
         usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
         monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: usage)
-        with pytest.raises(UsageError, match=r'room for 0.00 MB, about 0.\d\d MB are needed; nothing was written'):
+        with pytest.raises(UsageError, match=r'room for 0.00 MB, but about 0.\d\d MB are needed; nothing was written'):
             prepare.prepare(data(corpus / '*.gz'), str(tmp_path), format='tfds')
         assert not contents(tmp_path)
 
@@ -347,8 +348,8 @@ class TestBadInput:
             for path in [*tmp_path.rglob('*-00001-of-*')] if state == 'damaged' else ():
                 path.write_bytes(path.read_bytes()[:-1])
         of = data(corpus / '*.gz')
-        folder = shards.folder(str(tmp_path), format, of.name)
-        job = shards.Job(of, format, str(tmp_path), str(folder), tokenizers.Bytes(), 32, 2**60, 0)
+        folder = jobs.folder(str(tmp_path), format, of.name)
+        job = jobs.Job(of, format, str(tmp_path), str(folder), tokenizers.Bytes(), 32, 2**60, 0)
         (folder / prepared.WORK).mkdir(parents=True, exist_ok=True)
         wanted = units.list_units(of, '')[slice(*(int(end) if end else None for end in first.split(':')))]
         partial = folder / f'{job.file(wanted[0], "train")}.partial'
@@ -366,7 +367,7 @@ class TestBadInput:
     @pytest.mark.parametrize('first, second', [('0:1', '1:3'), ('1:3', '0:1'), ('1:2', '2:'), ('2:', ':2')])
     def test_other_shards_than_those_of_another_process(self, corpus, tmp_path, first, second):
         of = data(corpus / '*.gz')
-        job = shards.Job(of, 'tokens', '', str(tmp_path), tokenizers.Bytes(), 32, 2**60, 0)
+        job = jobs.Job(of, 'tokens', '', str(tmp_path), tokenizers.Bytes(), 32, 2**60, 0)
         (tmp_path / prepared.WORK).mkdir()
         one, other = (slice(*(int(end) if end else None for end in part.split(':'))) for part in (first, second))
         (tmp_path / prepared.WORK / 'both-00001.lock').touch()  # of a process that was killed
@@ -392,7 +393,7 @@ class TestBadInput:
     def test_errors_name_the_option(self, corpus, tmp_path):
         with pytest.raises(DataError, match='^--validation: there is no file none$'):
             prepare.prepare(data(corpus / '*.gz'), str(tmp_path), format='tokens', validation='none')
-        with pytest.raises(DataError, match='^--path: gs://a/b is no file of this machine; copy it here first$'):
+        with pytest.raises(DataError, match='^--path: gs://a/b is not a file of this machine; copy it here first$'):
             prepare.prepare(data('gs://a/b', source='text'), str(tmp_path), format='tokens')
 
     NAMES = ['./a.jsonl', '{}/a.jsonl', 'c/../a.jsonl', '~/a.jsonl', 'link', 'hard', 'copy.jsonl', 'a*']
@@ -449,11 +450,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         'name, content, holds',
         [
-            ('a.jsonl', '{"text": "x"}\n', 'one document only'),
-            ('a.txt', 'x\n\n' * 9, 'one document only'),
-            ('a.jsonl,b.jsonl', '{"text": "x"}\n', '2 documents, all of the same text'),
-            ('a.jsonl', '{"text": "x"}\n' * 50, '50 documents, all of the same text'),
-            ('a.jsonl,b.jsonl', '{"text": "x"}\n' * 2500, '5,000 documents, all of the same text'),
+            ('a.jsonl', '{"text": "x"}\n', 'only one document'),
+            ('a.txt', 'x\n\n' * 9, 'only one document'),
+            ('a.jsonl,b.jsonl', '{"text": "x"}\n', '2 documents, all with the same text'),
+            ('a.jsonl', '{"text": "x"}\n' * 50, '50 documents, all with the same text'),
+            ('a.jsonl,b.jsonl', '{"text": "x"}\n' * 2500, '5,000 documents, all with the same text'),
         ],
     )
     @pytest.mark.parametrize('format', ['tokens', 'tfds'])
@@ -464,7 +465,7 @@ class TestBadInput:
             pathlib.Path(file).write_text(content)
         words = ['--source', 'text' if 'txt' in name else 'jsonl', '--path', name, '--tokenizer', 'bytes']
         assert prepare.main([*words, '--format', format, '--out', 'out']) == 4
-        needed = 'two different ones are needed, one to validate on, or --validation FILES'
+        needed = 'two different documents are needed, one of them for validation, or --validation FILES'
         assert capsys.readouterr().err == f'mixln_jax: --path holds {holds}; {needed}\n'
         assert not pathlib.Path('out').exists()
 

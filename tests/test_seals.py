@@ -81,7 +81,9 @@ def reads(keys, split):
         try:
             made.read([number])
         except DataError as error:
-            assert re.search(rf'{file}\.(bin, row {row}: damaged, or the row of|rows: damaged, or the notes of)', str(error))
+            assert re.search(
+                rf'{file}\.(bin, row {row}: damaged, or the row of|rows: damaged, or the notes of)', str(error)
+            )
             assert 'made the folder again' in str(error)
         else:
             good.setdefault(file, []).append(int(row))
@@ -357,6 +359,6 @@ def test_other_rows_than_the_text_gives_are_not_sealed(tmp_path, keys, out):
     about = json.loads(counts.read_text())
     about['train']['digest'] = '0' * 32
     counts.write_text(json.dumps(about))
-    with pytest.raises(UsageError, match='holds other rows than its text gives today'):
+    with pytest.raises(UsageError, match='holds other rows than its text gives now'):
         mend(tmp_path, out, kept)
     assert contents(out) == kept

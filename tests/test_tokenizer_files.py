@@ -223,7 +223,7 @@ def test_a_server_that_drips(tmp_path, monkeypatch):
     monkeypatch.setattr(download, 'WHOLE', 0.2)
     answer = contextlib.nullcontext()
     answer.read1 = lambda _: time.sleep(0.02) or b'x'
-    with pytest.raises(ValueError, match='not there after 0.2 s'):
+    with pytest.raises(ValueError, match='not arrived after 0.2 s'):
         download._received(answer, time.monotonic() + 0.2)
 
 
@@ -333,7 +333,7 @@ def test_train_repeats_itself(corpus, tmp_path):
     assert one.fingerprint == two.fingerprint and not (tmp_path / 'tokenizer_config.json').exists()
 
 
-@pytest.mark.parametrize('count, holds', [(1, 'one document only'), (50, '50 documents, all of the same text')])
+@pytest.mark.parametrize('count, holds', [(1, 'only one document'), (50, '50 documents, all with the same text')])
 def test_train_on_one_document(tmp_path, capsys, count, holds):
     (tmp_path / 'a.jsonl').write_text('{"text": "a b c"}\n' * count)
     words = ['--source', 'jsonl', '--vocab_size', 500, '--out', tmp_path / 'out', '--path']

@@ -194,10 +194,10 @@ def _text_field(info):
 
 
 def _ask(limit, function, items, name=str):
-    """Returns the result of `text_files.each`; raises DataError, which begins with `name(item)`, if a bucket does not
-    answer for `limit` seconds."""
+    """Returns the result of `text_files.call_each`; raises DataError, which begins with `name(item)`, if a bucket does
+    not answer for `limit` seconds."""
     try:
-        return text_files.each(limit, function, items)
+        return text_files.call_each(limit, function, items)
     except text_files.NoAnswer as error:
         raise DataError(f'{name(error.item)}: {error}; is there a network?') from error
 

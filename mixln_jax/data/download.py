@@ -27,8 +27,8 @@ def fetch(url: str, absent: bytes | None = None) -> bytes:
     try:
         # Name resolution, and trying the addresses one after the other, have no timeout of their own.
         opener = urllib.request.build_opener(_Redirects)
-        answer = text_files.within(TIMEOUT, lambda: opener.open(url, timeout=TIMEOUT))
-        return text_files.within(WHOLE, lambda: _received(answer, deadline))
+        answer = text_files.call_within(TIMEOUT, lambda: opener.open(url, timeout=TIMEOUT))
+        return text_files.call_within(WHOLE, lambda: _received(answer, deadline))
     except urllib.error.HTTPError as error:
         if absent is not None and error.code in (403, 404, 410):  # 403: from buckets that do not list their objects
             return absent
