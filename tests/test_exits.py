@@ -151,8 +151,8 @@ class TestWorkers:
         'error, begun, code, words',
         [
             ('exit code -9', True, 7, 'killed (SIGKILL), most often because memory ran out: lower data.workers'),
-            ('exit code -9', False, 7, 'lack of memory'),
-            ('exit code -7', True, 2, 'no room in /dev/shm'),
+            ('exit code -9', False, 7, 'because memory ran out'),
+            ('exit code -7', True, 2, 'no shared memory in /dev/shm'),
             ('exit code -11', True, 1, 'ended by signal 11 (Segmentation fault)'),
             ('exit code 1', False, 2, "`if __name__ == '__main__':`"),
             ('exit code 3', True, 1, 'has ended with exit code 3'),

@@ -47,7 +47,7 @@ class HuggingFace(Learned):
         tokenizer.add_special_tokens(list(names.values()))  # the file may have them as ordinary tokens
         self._guard()
         if self.eos_id in self._ids(eos := names['eos']):
-            raise DataError(f'{self.where}: a text that spells {eos!r} cannot be told from the end of a document')
+            raise DataError(f'{self.origin}: a text that spells {eos!r} cannot be told from the end of a document')
 
     @functools.cached_property
     def _surfaces(self) -> list[bytes]:
@@ -130,7 +130,7 @@ class HuggingFace(Learned):
 
     def _names(self):
         """Returns {role: special token}. Raises DataError."""
-        with reading(self.where, DataError, 'the tokenizer_config.json next to it is not a JSON object'):
+        with reading(self.origin, DataError, 'the tokenizer_config.json next to it is not a JSON object'):
             settings = json.loads(self.contents['tokenizer_config.json'])
             names = {role: settings.get(f'{role}_token') for role in COMMON}
         for role, name in names.items():
@@ -139,7 +139,7 @@ class HuggingFace(Learned):
                 name = next((name for name in COMMON[role] if self._tokenizer.token_to_id(name) is not None), None)
             elif not isinstance(name, str) or self._tokenizer.token_to_id(name) is None:
                 named = f'the tokenizer_config.json next to it names {role}_token {name!r}'
-                raise DataError(f'{self.where}: {named}, which the vocabulary lacks')
+                raise DataError(f'{self.origin}: {named}, which the vocabulary lacks')
             names[role] = name
         return {role: name for role, name in names.items() if name is not None}
 

@@ -30,18 +30,18 @@ class Learned:
     FILES: tuple[str, ...]
     vocab_size: int
 
-    def __init__(self, contents: dict[str, bytes], where: str):
+    def __init__(self, contents: dict[str, bytes], origin: str):
         """Opens a tokenizer.
 
         Args:
             contents: {name: content} of the files in FILES.
-            where: the name of these files in messages.
+            origin: the name of these files in messages.
 
         Raises:
             DataError: the files are not a whole tokenizer with a token for the end of a document.
         """
-        self.contents, self.where = contents, where
-        with reading(where, DataError, f'not {self.FORM}, or not whole'), console.quiet():
+        self.contents, self.origin = contents, origin
+        with reading(origin, DataError, f'not {self.FORM}, or not whole'), console.quiet():
             self._open()
             self._find_cuts()
             for text in tokenizer_json.PROBES:  # a tokenizer that fails on any text should fail now
@@ -56,7 +56,7 @@ class Learned:
         self._cut = re.compile(rf'.*\w(?=[{cuts or " "}])', re.DOTALL)
 
     def __reduce__(self):
-        return type(self), (self.contents, self.where)
+        return type(self), (self.contents, self.origin)
 
     @property
     def fingerprint(self) -> str:
@@ -67,11 +67,11 @@ class Learned:
         return digest.hexdigest()
 
     def encode(self, text: str, limit: int | None = None) -> np.ndarray:
-        with reading(self.where, DataError, 'cannot encode a text'):
+        with reading(self.origin, DataError, 'cannot encode a text'):
             return self._encode(text, limit)
 
     def spans(self, text: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        with reading(self.where, DataError, 'cannot encode a text'):
+        with reading(self.origin, DataError, 'cannot encode a text'):
             return self._all_spans(text, limit)
 
     def _encode(self, text, limit):
@@ -152,12 +152,12 @@ class Learned:
     def _set_specials(self, pad, bos, eos, missing):
         """Sets the special ids; -1 stands for no such token. Raises DataError, which tells what is `missing`."""
         if eos < 0:
-            raise DataError(f'{self.where}: no token for the end of a document: {missing}')
+            raise DataError(f'{self.origin}: no token for the end of a document: {missing}')
         self.pad_id, self.bos_id, self.eos_id = (eos if number < 0 else number for number in (pad, bos, eos))
         if self.vocab_size > config.LARGEST_VOCABULARY:
-            raise DataError(f'{self.where}: {self.vocab_size} ids, more than {config.LARGEST_VOCABULARY}')
+            raise DataError(f'{self.origin}: {self.vocab_size} ids, more than {config.LARGEST_VOCABULARY}')
         if not max(self.pad_id, self.bos_id, self.eos_id) < self.vocab_size:
-            raise DataError(f'{self.where}: a special id is not below the vocabulary size {self.vocab_size}')
+            raise DataError(f'{self.origin}: a special id is not below the vocabulary size {self.vocab_size}')
 
 
 def _blanks_before(spelled, text):

@@ -211,10 +211,10 @@ class Prepared:
 
     def _check_seal(self, shard, handle):
         """Raises DataError if a .rows file belongs to another shard."""
-        found = os.pread(handle, SEAL, self._rows[shard] * self._note.itemsize)
-        if found or self._sealed[shard]:  # data.prepare may have added the seal after the folder was opened
+        content = os.pread(handle, SEAL, self._rows[shard] * self._note.itemsize)
+        if content or self._sealed[shard]:  # data.prepare may have added the seal after the folder was opened
             self._sealed[shard] = True
-            if found != self._seals[shard]:
+            if content != self._seals[shard]:
                 os.close(handle)
                 raise DataError(f'{self._notes[shard]}: {NOT_THIS_SHARD}; {WRITE_AGAIN}')
 
@@ -257,12 +257,12 @@ def check_sizes(file: str, shard: Mapping[str, Any], size: int, noted: np.dtype 
 
 def _check_size(file, wanted):
     try:
-        found = files.regular(file, DataError).st_size
+        size = files.regular(file, DataError).st_size
     except FileNotFoundError:
-        found = None
-    if found not in wanted:
-        raise DataError(f'{file}: {"missing" if found is None else f"{found} bytes, not {wanted[0]}"}')
-    return found
+        size = None
+    if size not in wanted:
+        raise DataError(f'{file}: {"missing" if size is None else f"{size} bytes, not {wanted[0]}"}')
+    return size
 
 
 def _check_ids_tell(folder, layout):

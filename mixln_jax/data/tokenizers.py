@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
     """
 
     kind: str  # the value of config.data.tokenizer that opens it
-    where: str  # what it was opened from, for messages
+    origin: str  # what it was opened from, for messages
     vocab_size: int
     pad_id: int
     bos_id: int
@@ -71,7 +71,7 @@ class Tokenizer(Protocol):
 class Bytes:
     """UTF-8 bytes as ids 0..255."""
 
-    kind = where = 'bytes'
+    kind = origin = 'bytes'
     vocab_size, pad_id, bos_id, eos_id = 259, 256, 257, 258
 
     @property
@@ -154,11 +154,11 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, limit: str) -> None:
     """
     used = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
     beyond = (i for i in range(vocab_size, tokenizer.vocab_size) if i in used or tokenizer.can_yield(i))
-    with reading(tokenizer.where, DataError):
+    with reading(tokenizer.origin, DataError):
         i = next(beyond, None)
     if i is not None:
         raise UsageError(
-            f'the tokenizer {tokenizer.where} has {tokenizer.vocab_size} ids, more than {limit}: rows may have id {i}'
+            f'the tokenizer {tokenizer.origin} has {tokenizer.vocab_size} ids, more than {limit}: rows may have id {i}'
         )
 
 

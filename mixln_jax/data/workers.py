@@ -110,6 +110,6 @@ def _no_shared_memory(reason, settings):
     with contextlib.suppress(OSError):
         reason = f'{shutil.disk_usage(SHARED).total / 1e6:,.1f} MB: {reason}'
     return UsageError(
-        f'{SHARED} is too small for worker processes ({reason}): give {settings[1]}, or make {SHARED} larger '
+        f'worker processes get no shared memory in {SHARED} ({reason}): give {settings[1]}, or make {SHARED} larger '
         '(docker run --shm-size=2g)'
     )

@@ -1,5 +1,4 @@
-"""Prints what a run needs, without its hardware: `python -m mixln_jax.plan --config FILE --topology v5e:8x8
-[--compile]`.
+"""Prints the needs of a run, without its hardware: `python -m mixln_jax.plan --config FILE --topology v5e:8x8`.
 
 By default the plan follows from formulas and takes seconds. With --compile the train step is compiled for the TPU
 topology, on any machine with `pip install "jax[tpu]"`, and the plan includes what the compiler reports.
