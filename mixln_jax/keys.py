@@ -223,6 +223,12 @@ class Optim:
     galore_rank: int = key(128, 'rank of the projected gradients of galore', at_least=1)
     galore_gap: int = key(200, 'steps between new projections of galore', at_least=1)
     galore_scale: float = key(0.25, 'factor of the projected updates of galore', above=0.0)
+    ema: float = key(
+        0.0,
+        'decay of a running average of the weights; evaluation, analyses and exports use the average; 0: none',
+        at_least=0.0,
+        below=1.0,
+    )
     clip_norm: float = key(0.0, 'largest global gradient norm; 0: no clipping', at_least=0.0)
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ def replay(folder, compute_dtype):
     if not stored or not steps:
         raise UsageError(f'{folder} holds no batches and weights of a bad step')
     _check_complete(folder, stored)
-    params, about = checkpoint.read_params(folder / f'checkpoints/{steps[-1]}')
+    params, about = checkpoint.read_params(folder / f'checkpoints/{steps[-1]}', average=False)
     config = configs.from_resolved(about['config'])
     task = _task(config, compute_dtype or 'float32')
     model = task.model

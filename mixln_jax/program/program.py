@@ -33,7 +33,9 @@ class Program:
         self.model = families.from_config(config.model, config.compute_dtype, self._rows, official, kernel)
         self.task = build.from_config(config, self.model)
         optimizer = optim.optimizer(config.optim)
-        init = functools.partial(step.init_state, self.task, optimizer, param_dtype=config.param_dtype)
+        init = functools.partial(
+            step.init_state, self.task, optimizer, param_dtype=config.param_dtype, ema=config.optim.ema
+        )
         shapes = jax.eval_shape(init, jax.random.key(0))
         shardings = meshes.state_shardings(mesh, shapes)
         self.state = jax.tree.map(_like, shapes, shardings)
@@ -45,6 +47,7 @@ class Program:
             seed=config.seed,
             schedule=optim.schedule(config.optim, config.num_steps, official),
             clip_norm=config.optim.clip_norm,
+            ema=config.optim.ema,
             accumulate=config.accumulate,
             shardings=shardings.params,
         )
@@ -70,7 +73,7 @@ class Program:
         size = self.config.batch_size
         return (
             self.train_step.lower(self.state, self.batch(size)).compile(),
-            self.eval_step.lower(self.state.params, self.batch(size // self.config.accumulate)).compile(),
+            self.eval_step.lower(self.state.averaged, self.batch(size // self.config.accumulate)).compile(),
         )
 
 

@@ -22,14 +22,29 @@ class State:
     bad_step: (
         jax.Array
     )  # the first step whose loss or gradient was not finite, 0: none; while set, a step changes nothing
+    ema: Any = None  # running average of params, float32; None: there is none
     frozen: Any = None  # weights that are never updated
 
+    @property
+    def averaged(self) -> Any:
+        """The weights that are evaluated: the running average where there is one."""
+        return self.params if self.ema is None else self.ema
 
-def init_state(task, optimizer, key, param_dtype='float32'):
-    """Returns a fresh State: the weights that the task's model draws, in `param_dtype`."""
+    def with_params(self, params):
+        """Returns the state with other weights, from which a running average starts again."""
+        return self.replace(params=params, ema=None if self.ema is None else _float32(params))
+
+
+def init_state(task, optimizer, key, param_dtype='float32', ema=0.0):
+    """Returns a fresh State: the weights that the model draws, in `param_dtype`, with `ema` their average."""
     drawn = jax.tree.map(lambda leaf: leaf.astype(param_dtype), task.model.init(key)['params'])
     params = task.initial(drawn)
-    return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+    average = _float32(params) if ema else None
+    return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0), average)
+
+
+def _float32(params):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
 def measure_factors(state, batch, *, task, seed=0, accumulate=1):
@@ -45,10 +60,12 @@ def measure_factors(state, batch, *, task, seed=0, accumulate=1):
     variances = transformer.branch_variances(
         whole, jnp.concatenate(jax.vmap(task.position_mask)(micro)), model.config.hidden_size
     )
-    return state.replace(params=model.with_measured(state.params, variances))
+    return state.with_params(model.with_measured(state.params, variances))
 
 
-def train_step(state, batch, *, task, optimizer, schedule, seed=0, clip_norm=0.0, accumulate=1, shardings=None):
+def train_step(
+    state, batch, *, task, optimizer, schedule, seed=0, clip_norm=0.0, ema=0.0, accumulate=1, shardings=None
+):
     """Returns the state after one update, and its metrics.
 
     Args:
@@ -59,6 +76,7 @@ def train_step(state, batch, *, task, optimizer, schedule, seed=0, clip_norm=0.0
         schedule: update number from 0 -> learning rate.
         seed: of the random choices that the task makes; see `step_key`.
         clip_norm: largest global gradient norm; 0: no clipping.
+        ema: decay of the running average of the weights, where the state has one.
         accumulate: micro-batches; they share one sum and one weight, so the mathematics is the whole batch's.
         shardings: of the weights, which their gradients are to have too; None: one device.
 
@@ -67,42 +85,55 @@ def train_step(state, batch, *, task, optimizer, schedule, seed=0, clip_norm=0.0
         `sum`, `weight` and of the task's metrics. A non-finite loss or gradient leaves weights and moments untouched
         and sets `bad_step`.
     """
+    parts = micro_batches(task.prepare(batch, step_key(seed, state.step), True), accumulate)
+    sums, grads = _sums_and_gradients(task, state, parts, shardings)
+    loss, grads = jax.tree.map(lambda total: total / jnp.maximum(sums['weight'], 1), (sums['sum'], grads))
+    layer_grad_norm, grad_norm = trees.layer_norms(grads)
+    if clip_norm:
+        grads = jax.tree.map(lambda grad: grad * jnp.minimum(1, clip_norm / grad_norm), grads)
+    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
+    learning_rate = schedule(state.step)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    with jax.named_scope('update'):
+        state = _updated(state, grads, optimizer, learning_rate, finite, ema)
+    return state, {
+        'loss': loss,
+        'grad_norm': grad_norm,
+        'learning_rate': learning_rate,
+        'layer_grad_norm': layer_grad_norm,
+        'bad_step': state.bad_step,
+    } | sums
+
+
+def _sums_and_gradients(task, state, parts, shardings):
+    """Returns all sums by name, and the gradient of the sum of the losses, over micro-batches [accumulate, ...]."""
     context = Context(train=True, frozen=state.frozen)
     loss_and_gradient = jax.value_and_grad(lambda params, part: _sums(task, params, part, context), has_aux=True)
 
     def split(grads):  # left alone, XLA may let every device hold the whole sum
         return jax.lax.with_sharding_constraint(grads, shardings) if shardings else grads
 
-    def add(totals, micro_batch):
-        (_, sums), grads = loss_and_gradient(state.params, micro_batch)
+    def add(totals, part):
+        (_, sums), grads = loss_and_gradient(state.params, part)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), totals, (sums, split(grads))), None
 
-    parts = micro_batches(task.prepare(batch, step_key(seed, state.step), True), accumulate)
     sums = jax.eval_shape(lambda: _sums(task, state.params, jax.tree.map(lambda part: part[0], parts), context)[1])
     zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)  # noqa: E731
-    (sums, grads), _ = jax.lax.scan(add, (zeros(sums), split(zeros(state.params))), parts)
-    loss, grads = jax.tree.map(lambda total: total / jnp.maximum(sums['weight'], 1), (sums['sum'], grads))
+    return jax.lax.scan(add, (zeros(sums), split(zeros(state.params))), parts)[0]
 
-    layer_grad_norm, grad_norm = trees.layer_norms(grads)
-    if clip_norm:
-        grads = jax.tree.map(lambda grad: grad * jnp.minimum(1, clip_norm / grad_norm), grads)
-    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
-    learning_rate = schedule(state.step)
-    with jax.named_scope('update'):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda update: -learning_rate * update, updates))
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        bad_step = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
-        updated = state.replace(step=state.step + 1, params=params, opt_state=opt_state, bad_step=bad_step)
-        kept = state.replace(bad_step=bad_step)
-        state = jax.tree.map(lambda new, old: jnp.where(bad_step == 0, new, old), updated, kept)
-    return state, {
-        'loss': loss,
-        'grad_norm': grad_norm,
-        'learning_rate': learning_rate,
-        'layer_grad_norm': layer_grad_norm,
-        'bad_step': bad_step,
-    } | sums
+
+def _updated(state, grads, optimizer, learning_rate, finite, ema):
+    """Returns the state after an update; if it is not `finite`, or an earlier one was not, only `bad_step` changes."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda update: -learning_rate * update, updates))
+    bad_step = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
+    average = None
+    if state.ema is not None:
+        average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new.astype(old.dtype), state.ema, params)
+    updated = State(state.step + 1, params, opt_state, bad_step, average)
+    kept = state.replace(bad_step=bad_step, frozen=None)
+    chosen = jax.tree.map(lambda new, old: jnp.where(bad_step == 0, new, old), updated, kept)
+    return chosen.replace(frozen=state.frozen)
 
 
 def _sums(task, params, batch, context):

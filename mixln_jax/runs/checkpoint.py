@@ -277,8 +277,9 @@ def _free_name(folder: pathlib.Path, suffix: str) -> pathlib.Path:
     return next(path for name in names if not (path := folder.with_name(name)).exists())
 
 
-def read_params(folder: str | os.PathLike) -> tuple[Any, About]:
-    """Returns (weights, JSON object) of one checkpoint, `checkpoints/<step>`.
+def read_params(folder: str | os.PathLike, average: bool = True) -> tuple[Any, About]:
+    """Returns (weights, JSON object) of one checkpoint, `checkpoints/<step>`: the running average of the weights where
+    it has one and `average`, else the weights themselves.
 
     The weights are on one device of this process, whatever mesh they were saved from. The optimiser's state is not
     read. Raises CheckpointError if the checkpoint is unreadable or damaged.
@@ -288,7 +289,9 @@ def read_params(folder: str | os.PathLike) -> tuple[Any, About]:
     target: dict[str, Any] = {}
     try:
         about = _about(folder)
-        stored = {name: leaf for name, leaf in about['leaves'].items() if name.startswith('params/')}
+        averaged = average and any(name.startswith('ema/') for name in about['leaves'])
+        tree = 'ema' if averaged else 'params'
+        stored = {name: leaf for name, leaf in about['leaves'].items() if name.startswith(f'{tree}/')}
         for name, leaf in stored.items():
             *groups, last = name.split('/')
             parent = functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, target)
@@ -304,7 +307,7 @@ def read_params(folder: str | os.PathLike) -> tuple[Any, About]:
         raise CheckpointError(f'{folder}: {_problem(error)}') from error
     if problem := _difference(stored, describe(loaded)):
         raise CheckpointError(f'{folder}: {problem}')
-    return loaded['params'], about
+    return loaded[tree], about
 
 
 def _about(folder: pathlib.Path) -> About:

@@ -48,7 +48,7 @@ class Evaluation(_Every):
 
     def __call__(self, step: int, state: State) -> None:
         """Evaluates `state`. Raises NumericsError if the loss is not finite."""
-        values = self.evaluate(state.params)
+        values = self.evaluate(state.averaged)
         loss = values['eval/loss']
         if loss is None or not math.isfinite(loss):
             raise NumericsError(f'step {step}: the evaluation loss is not finite')
@@ -68,7 +68,7 @@ class Analysis(_Every):
 
     def __call__(self, step: int, state: State) -> None:
         """Measures `state`."""
-        self.metrics.add(step, self.measure(state.params))
+        self.metrics.add(step, self.measure(state.averaged))
 
 
 @dataclasses.dataclass

@@ -26,7 +26,7 @@ def first_state(program, resolved, checkpoints, fingerprint, stop):
         state = program.init(jax.random.key(config.seed))
         if config.init_from:
             params = weights.initial(config.init_from, program.model)
-            state = state.replace(params=_placed(params, program.state.params))
+            state = state.with_params(_placed(params, program.state.params))
             console.say(f'mixln_jax: starts from the weights of {config.init_from}')
         return state, {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored
