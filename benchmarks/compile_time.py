@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mixln_jax import config
-from mixln_jax.models import llama
+from mixln_jax.models import families
 from mixln_jax.program import optim, step
 from mixln_jax.tasks.language import Language
 
@@ -30,7 +30,7 @@ def compile_seconds(num_layers, scan_unroll, norm_position='mix'):
         norm_position=norm_position,
         scan_unroll=scan_unroll,
     )
-    model, optimizer = llama.from_config(sizes), optim.optimizer(config.Optim())
+    model, optimizer = families.from_config(sizes), optim.optimizer(config.Optim())
     state = jax.eval_shape(functools.partial(step.init_state, Language(model), optimizer), jax.random.key(0))
     types = {'inputs': jnp.int32, 'targets': jnp.int32, 'loss_mask': jnp.float32}
     batch = {name: jax.ShapeDtypeStruct((8, 256), dtype) for name, dtype in types.items()}

@@ -162,12 +162,12 @@ def hugging_face(case, how):
     def memory():
         return torch.cuda.max_memory_allocated() if device == 'cuda' else _resident()
 
-    from mixln_jax.models import llama
+    from mixln_jax.models import network
 
     named = {name: parameter.numel() for name, parameter in model.named_parameters()}
     embedding = named['model.embed_tokens.weight']
     tokens = case.batch_size * case.length
-    of_position = llama.flops_per_position(
+    of_position = network.flops_per_position(
         sum(named.values()), embedding, sizes.num_layers, sizes.hidden_size, case.length
     )
     return steps, memory, {

@@ -23,4 +23,4 @@ def load(path: str, compute_dtype: str = 'float32', norm_position: str | None = 
     """
     from mixln_jax.runs import weights  # not above: it imports JAX, which takes seconds
 
-    return weights.load(path, compute_dtype, norm_position, bert=True)
+    return weights.load(path, compute_dtype, norm_position)

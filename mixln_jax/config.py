@@ -27,6 +27,7 @@ from mixln_jax.keys import (  # noqa: F401
     Optim,
     Processes,
     Profile,
+    Task,
 )
 from mixln_jax.system import errors, files
 from mixln_jax.system.errors import UsageError, nearest

@@ -19,18 +19,21 @@ from mixln_jax.evaluation.harness_options import OF_TEXT, add_task_options, open
 from mixln_jax.evaluation.loop import evaluate_run
 from mixln_jax.runs import weights
 from mixln_jax.system import cli, console, files, outputs
-from mixln_jax.system.errors import UsageError
+from mixln_jax.system.errors import CheckpointError, UsageError
 
 
 def _text(found, options):
     """The line and JSON object without --tasks."""
     values = evaluate_run(found, options.split, options.tokens, options.batch_size, options.data_path)
-    split, bits = options.split or found.config.eval.split, values['eval/bits_per_byte']
-    line = (
-        f'{split}: loss {values["eval/loss"]:.4f}  perplexity {values["eval/perplexity"]:.2f}  '
-        f'bits per byte {"-" if bits is None else format(bits, ".4f")}  ({values["eval/tokens"]:,} tokens)'
-    )
-    return line, {'split': split} | values
+    split = options.split or found.config.eval.split
+    numbers = {name.removeprefix('eval/'): value for name, value in values.items()}
+    tokens = numbers.pop('tokens')
+    said = '  '.join(f'{name.replace("_", " ")} {_number(name, value)}' for name, value in numbers.items())
+    return f'{split}: {said}  ({tokens:,} tokens)', {'split': split} | values
+
+
+def _number(name, value):
+    return '-' if value is None else format(value, '.2f' if name == 'perplexity' else '.4f')
 
 
 def _place(out):
@@ -76,6 +79,8 @@ def main(argv):
                 closing.enter_context(outputs.writing(out := _place(options.out)))
             harness = open_harness(options)
             found = weights.load(options.checkpoint, norm_position=options.norm_position)
+            if not (found.config or found.model.causal):
+                raise CheckpointError(f'{found.where} sees both sides of a token, so it does not predict the next one')
             shown, values = harness(found)[1]() if harness else _text(found, options)
             console.say(f'{found.where}', shown)
             if options.out is not None:

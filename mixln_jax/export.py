@@ -51,6 +51,11 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
     with outputs.replacing(out, _check_replaceable) as partial:
         found = weights.load(checkpoint, norm_position=norm_position)
         source = pathlib.Path(found.where)
+        if not found.model.causal:
+            family = found.model.config.family
+            raise CheckpointError(
+                f'{source}: a network of the family {family} cannot be written as a Hugging Face folder'
+            )
         if remove_layers:
             found = weights.without_layers(found, remove_layers)
         about = {'max_position_embeddings': found.config.seq_length} if found.config else _about(source)

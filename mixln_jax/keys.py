@@ -51,7 +51,7 @@ def group(cls: type, may_change: bool = False) -> Any:
 class Model:
     """The network. Names such as `hidden_size` are those of Hugging Face's LLaMA."""
 
-    family: str = key('llama', 'architecture', choices=('llama',), weights=True)
+    family: str = key('llama', 'architecture', choices=('llama', 'bert'), weights=True)
     vocab_size: int = key(32000, 'size of the vocabulary', at_least=2, at_most=LARGEST_VOCABULARY, weights=True)
     hidden_size: int = key(768, 'width D of the residual stream', at_least=1, at_most=2**18, weights=True)
     intermediate_size: int = key(2048, 'width of the MLP', at_least=1, at_most=2**20, weights=True)
@@ -83,6 +83,8 @@ class Model:
         4.0, 'llama3: rotations with more turns than this in rope_original_length tokens stay as they are', above=0.0
     )
     rope_original_length: int = key(8192, 'llama3: number of tokens over which turns are counted', at_least=1)
+    num_positions: int = key(512, 'bert: rows of the table of positions', at_least=2, at_most=LONGEST, weights=True)
+    num_types: int = key(2, 'bert: number of token types', at_least=1, at_most=2**16, weights=True)
     init: str = key(
         'auto',
         'initialisation: normal (init_std), scaled (attention and MLP outputs divided by sqrt(2L)), deepnorm, '
@@ -121,6 +123,24 @@ class Model:
     def kv_heads(self) -> int:
         """Returns the number of key and value heads."""
         return self.num_kv_heads or self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the network learns."""
+
+    name: str = key(
+        'language',
+        'language: predict the next token; masked_language: predict hidden tokens, as BERT does',
+        choices=('language', 'masked_language'),
+    )
+    mask_rate: float = key(0.15, 'masked_language: share of the tokens that are hidden', above=0.0, at_most=1.0)
+    mask_id: int = key(
+        -1,
+        'masked_language: id of the token that hides others; -1: the last one of config.model.vocab_size',
+        at_least=-1,
+        below=LARGEST_VOCABULARY,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,6 +338,7 @@ class Config:
         may_change=True,
     )
     model: Model = group(Model)
+    task: Task = group(Task)
     data: Data = group(Data)
     optim: Optim = group(Optim)
     eval: Eval = group(Eval, may_change=True)

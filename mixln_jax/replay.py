@@ -12,6 +12,7 @@ if __name__ == '__main__':
 # ruff: noqa: E402
 import argparse
 import functools
+import math
 import pathlib
 import re
 import sys
@@ -23,30 +24,33 @@ import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax import trees
-from mixln_jax.data import layout
-from mixln_jax.kernels import cross_entropy
-from mixln_jax.models import llama
+from mixln_jax.data import batches, layout
+from mixln_jax.models import families
 from mixln_jax.program import step
 from mixln_jax.runs import checkpoint
 from mixln_jax.system import cli, console, files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
+from mixln_jax.tasks import build
+from mixln_jax.tasks.task import Context
 
 
 def replay(folder, compute_dtype):
     """Prints what the batches of a debug/ folder do. Raises UsageError where there is nothing to replay."""
     folder = files.local(folder, '--workdir') / 'debug'
-    batches = sorted(folder.glob('batch_[0-9]*.npz'), key=_number)
+    stored = sorted(folder.glob('batch_[0-9]*.npz'), key=_number)
     steps = checkpoint.steps(folder / 'checkpoints')
-    if not batches or not steps:
+    if not stored or not steps:
         raise UsageError(f'{folder} holds no batches and weights of a bad step')
-    _check_complete(folder, batches)
+    _check_complete(folder, stored)
     params, about = checkpoint.read_params(folder / f'checkpoints/{steps[-1]}')
     config = configs.from_resolved(about['config'])
-    model = llama.from_config(config.model, compute_dtype or 'float32')
+    task = _task(config, compute_dtype or 'float32')
+    model = task.model
     console.say(f'weights of step {about["step"]}, {model.compute_dtype}, {len(model.norm_position)} layers')
-    of_batch = jax.jit(functools.partial(_look, model))
-    for path in batches:
-        micro = step.micro_batches(read_batch(path, config), config.accumulate)
+    of_batch = jax.jit(functools.partial(_look, task))
+    for path in stored:
+        batch = task.prepare(read_batch(path, config), step.step_key(config.seed, _number(path) - 1), True)
+        micro = step.micro_batches(batch, config.accumulate)
         if _number(path) <= about['step']:
             console.say(f'\nbatch {_number(path)} came before these weights, which it has helped to make:')
         found = [
@@ -67,39 +71,48 @@ def _check_complete(folder, batches):
 
 
 def read_batch(path: pathlib.Path, config: configs.Config) -> dict[str, np.ndarray]:
-    """The arrays [B,T] of a stored batch. Raises CheckpointError, naming file and array, for what is no batch of this
-    configuration."""
-    names = 'inputs', 'targets', 'loss_mask', *(('segment_ids', 'positions') if config.data.mode == 'pack' else ())
-    shape = config.batch_size, config.seq_length
+    """Returns the arrays [B, ...] of a stored batch of this configuration.
+
+    Raises CheckpointError, naming file and array, for anything else.
+    """
+    spec = _task(config).batch_spec(config.batch_size)
+    marks = batches.marks(np.arange(config.batch_size), np.ones(config.batch_size, bool))  # earlier versions had none
     try:
         files.regular(path, CheckpointError)
     except FileNotFoundError as error:
         raise CheckpointError(f'{path}: not a batch: {error.strerror}') from error
     with reading(path, CheckpointError, 'not a batch'), zipfile.ZipFile(path), np.load(path) as stored:
         renamed = {name: layout.FORMER_NAMES.get(name, name) for name in stored.files}
-        if {*renamed.values()} != {*names}:
-            raise ValueError(f'it holds {", ".join(stored.files)}, not {", ".join(names)}')
+        if {*renamed.values()} | {*marks} != {*spec}:
+            raise ValueError(f'it holds {", ".join(stored.files)}, not {", ".join(spec)}')
+        largest = max(math.prod(array.shape) for array in spec.values()) * 8 + 2**16
         for member in stored.zip.infolist():  # before it is unpacked
-            if member.file_size > np.prod(shape) * 8 + 2**16:
-                raise ValueError(f'{member.filename} has {member.file_size:,} bytes, more than {shape} numbers')
-        batch = {name: stored[former] for former, name in renamed.items()}
+            if member.file_size > largest:
+                raise ValueError(f'{member.filename} has {member.file_size:,} bytes, more than an array of the batch')
+        batch = marks | {name: stored[former] for former, name in renamed.items()}
         for name, values in batch.items():
-            if values.shape != shape or values.dtype.kind != ('f' if name == 'loss_mask' else 'i'):
-                raise ValueError(f'{name} is {values.dtype} {list(values.shape)}, not numbers {list(shape)}')
-        if not all(0 <= batch[name].min() <= batch[name].max() < config.model.vocab_size for name in names[:2]):
-            raise ValueError(f'an id is not in 0..{config.model.vocab_size - 1}')
+            kind, shape = spec[name].dtype.kind, spec[name].shape
+            if values.shape != shape or values.dtype.kind != kind:
+                raise ValueError(f'{name} is {values.dtype} {list(values.shape)}, not {spec[name].dtype} {list(shape)}')
+        for name in {'inputs', 'targets'} & {*spec}:
+            if not 0 <= batch[name].min() <= batch[name].max() < config.model.vocab_size:
+                raise ValueError(f'an id is not in 0..{config.model.vocab_size - 1}')
         return batch
 
 
-def _look(model, params, batch):
+def _task(config, compute_dtype='float32'):
+    return build.from_config(config, families.from_config(config.model, compute_dtype))
+
+
+def _look(task, params, batch):
     """Loss of every row (nats a token), and per layer the largest norms of stream and branches and the gradient's."""
 
     def loss(params):
-        x, out = model.apply({'params': params}, batch, capture=True, method='backbone')
-        kernel, size = model.head_kernel(params), model.config.vocab_size
-        total, count, aux = cross_entropy.token_losses(x, kernel, batch['targets'], batch['loss_mask'], size)
-        rows = aux['token_loss'].sum(-1) / jnp.maximum(batch['loss_mask'].sum(-1), 1)
-        return total / jnp.maximum(count, 1), (rows, out['branches'], jnp.linalg.norm(out['hidden'][1:], axis=-1))
+        _, out = task.model.apply({'params': params}, batch, capture=True, method='backbone')
+        losses = task.losses(params, batch, Context())
+        rows = losses.per_example / jnp.maximum(losses.example_weight, 1)
+        mean = losses.sum / jnp.maximum(losses.weight, 1)
+        return mean, (rows, out['branches'], jnp.linalg.norm(out['hidden'][1:], axis=-1))
 
     grads, (rows, branches, stream) = jax.grad(loss, has_aux=True)(params)
     largest = lambda norms: norms.max(axis=(-2, -1))  # noqa: E731

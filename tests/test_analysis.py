@@ -14,12 +14,17 @@ from mixln_jax import config as configs
 from mixln_jax import recipes
 from mixln_jax.analysis import angular, drop, during, gradients, samples, variance
 from mixln_jax.distributed import mesh as meshes
-from mixln_jax.models import llama
+from mixln_jax.models import families
 from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.models.network import flops_per_position
+from mixln_jax.tasks.language import Language
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / 'tests/golden'
-EACH = {'angular': angular.measure, 'variance': variance.measure, 'drop': drop.measure, 'gradients': gradients.measure}
+EACH = {
+    job.NAME: lambda model, *arguments, job=job: job.measure(Language(model), *arguments)
+    for job in (angular, variance, drop, gradients)
+}
 
 
 def on(model, **sizes):
@@ -70,13 +75,13 @@ class TestByHand:
         for sublayer, name in (('attention', 'o'), ('mlp', 'down')):
             params['layers']['segment_0'][sublayer][name]['kernel'][1] = 0
         batches = [text(np.random.default_rng(1))]
-        matrix = angular.measure(model, params, batches)['distance']['mean']
+        matrix = angular.measure(Language(model), params, batches)['distance']['mean']
         assert matrix[1, 2] == matrix[2, 1] == 0 and (matrix.diagonal() == 0).all()
         assert matrix[0, 1] > 0.01 and matrix[2, 3] > 0.01
-        for metric in drop.measure(model, params, batches).values():
+        for metric in drop.measure(Language(model), params, batches).values():
             assert metric['drop']['1']['mean'][1] == metric['drop']['1']['standard_error'][1] == 0
             assert abs(metric['drop']['1']['mean'][[0, 2]]).min() > 0.01
-        found = variance.measure(model, params, batches)
+        found = variance.measure(Language(model), params, batches)
         assert found['contribution']['mlp']['mean'][1] == found['contribution']['attention']['mean'][1] == 0
         assert found['variance']['mean'][1] == found['variance']['mean'][2]
 
@@ -91,9 +96,9 @@ class TestByHand:
         layer['attention']['v']['kernel'][0, 0] = 1  # what head 0 reads of a position is 1
         layer['attention']['o']['kernel'][0, 0] = -2
         batch = text(np.random.default_rng(0))
-        matrix = angular.measure(model, params, [batch])['distance']['mean']
+        matrix = angular.measure(Language(model), params, [batch])['distance']['mean']
         assert matrix[0, 1] == 1
-        shares = variance.measure(model, params, [batch])['contribution']
+        shares = variance.measure(Language(model), params, [batch])['contribution']
         assert shares['attention']['mean'] == [pytest.approx(2, abs=1e-5)] and shares['mlp']['mean'] == [0]
 
 
@@ -105,12 +110,14 @@ def test_numbers_are_those_of_the_reference(norm_position):
     hidden, _ = reference.forward(weights, rows[0], model.norm_position, **heads)
     real = rows[2].astype(bool)
     matrix = [[reference.angular_distance(a, b)[real].mean() for b in hidden] for a in hidden]
-    np.testing.assert_allclose(angular.measure(model, params, [batch])['distance']['mean'], matrix, rtol=0, atol=2e-6)
-    found = variance.measure(model, params, [batch])['variance']['mean']
+    np.testing.assert_allclose(
+        angular.measure(Language(model), params, [batch])['distance']['mean'], matrix, rtol=0, atol=2e-6
+    )
+    found = variance.measure(Language(model), params, [batch])['variance']['mean']
     np.testing.assert_allclose(found, [x.var(-1)[real].mean() for x in hidden], rtol=2e-5)
 
     loss = functools.partial(reference.loss, weights, *rows, model.norm_position, **heads)
-    found = drop.measure(model, params, [batch], blocks=(1, 2))
+    found = drop.measure(Language(model), params, [batch], blocks=(1, 2))
     whole = loss()
     assert found['perplexity']['value'] == pytest.approx(np.exp(whole), rel=1e-5)
     for block, keeps in (('1', [[0, 1, 1], [1, 0, 1], [1, 1, 0]]), ('2', [[0, 0, 1], [1, 0, 0]])):
@@ -121,7 +128,7 @@ def test_numbers_are_those_of_the_reference(norm_position):
         )
 
     grads = reference.gradients(weights, *rows, model.norm_position, **heads)
-    found = gradients.measure(model, params, [batch])
+    found = gradients.measure(Language(model), params, [batch])
     norms = [np.sqrt(sum(np.square(leaf).sum() for leaf in layer.values())) for layer in grads['layers']]
     np.testing.assert_allclose(found['layers']['mean'], norms, rtol=2e-5)
     for name in ('attention/q', 'attention/o', 'mlp/up', 'mlp/down'):
@@ -141,7 +148,7 @@ def test_the_authors_hidden_states(name):
     matrix = (np.arccos(np.clip(cosines, -1, 1)) / np.pi)[:, :, real].mean(-1)
     model, params = hf_llama.load(GOLDEN / name, name)
     batch = {'inputs': expected['input_ids'], 'targets': expected['input_ids'], 'loss_mask': real.astype(np.float32)}
-    found = angular.measure(on(model), params, [batch])['distance']['mean'][:-1, :-1]
+    found = angular.measure(Language(on(model)), params, [batch])['distance']['mean'][:-1, :-1]
     np.testing.assert_allclose(found, matrix, rtol=0, atol=1e-5)
     assert np.abs(found - np.roll(matrix, 1, 0)).max() > 1e-2  # it could fail
 
@@ -191,10 +198,10 @@ def test_gradients_of_several_batches():
     rows of weight 0 fill up their batch."""
     model, params, _ = network('pre')
     batch = text(np.random.default_rng(6), B=8)
-    first, second = (gradients.measure(model, params, batched(batch, 3)[at : at + 1]) for at in (0, 1))
+    first, second = (gradients.measure(Language(model), params, batched(batch, 3)[at : at + 1]) for at in (0, 1))
     tokens = batch['loss_mask'][:6].sum()
     for size in (1, 3):
-        found = gradients.measure(model, params, batched(batch, size), rows=3)
+        found = gradients.measure(Language(model), params, batched(batch, size), rows=3)
         about = [found[name] for name in ('gradients', 'rows_per_gradient', 'rows', 'tokens')]
         assert about == [2, 3, 6, tokens]
     one, other = first['layers']['mean'], second['layers']['mean']
@@ -207,7 +214,7 @@ def test_every_layer_takes_one_compilation():
     model, params, _ = network('post,deepnorm,lns')
     before = drop._losses._cache_size()
     batch = text(np.random.default_rng(7), B=5)
-    drop.measure(model, params, batched(batch, 2))
+    drop.measure(Language(model), params, batched(batch, 2))
     assert drop._losses._cache_size() == before + 1
     assert drop.masks(4, 3).tolist() == [[False] * 3 + [True], [True] + [False] * 3]
 
@@ -226,7 +233,7 @@ def test_meshes(name):
 
 def test_a_sample_of_rows(corpus_rows):
     """Rows at random, the same whatever the batch size, real tokens counted, weight 0 behind the last."""
-    one, three = (samples.sample(samples.rows_of_text(corpus_rows), 100, size) for size in (1, 3))
+    one, three = (samples.sample(Language(None), corpus_rows, 100, size) for size in (1, 3))
     rows = np.concatenate([batch['inputs'] for batch in one])
     np.testing.assert_array_equal(np.concatenate([batch['inputs'] for batch in three])[: len(rows)], rows)
     counts = np.concatenate([batch['loss_mask'].sum(-1) for batch in three])
@@ -234,12 +241,12 @@ def test_a_sample_of_rows(corpus_rows):
     in_order = corpus_rows.read(range(len(rows))).ids[:, :-1]
     assert not np.array_equal(in_order, rows)
     last = np.concatenate(
-        [batch['loss_mask'] for batch in samples.sample(samples.rows_of_text(corpus_rows), 100, 1, last=True)]
+        [batch['position_mask'] for batch in samples.sample(Language(None), corpus_rows, 100, 1, last=True)]
     )
     real = np.concatenate([batch['loss_mask'] for batch in one])
     assert (last.sum(-1) == 1).all()
     assert [np.flatnonzero(row)[-1] for row in real] == last.argmax(-1).tolist()
-    everything = samples.sample(samples.rows_of_text(corpus_rows), 10**9, 4)
+    everything = samples.sample(Language(None), corpus_rows, 10**9, 4)
     assert sum((batch['loss_mask'].sum(-1) > 0).sum() for batch in everything) == len(corpus_rows)
 
 
@@ -265,7 +272,7 @@ class TestDuringTraining:
                 vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2, norm_position='lns'
             ),
         )
-        model = on(llama.from_config(config.model), data=4)  # which trains in bfloat16
+        model = on(families.from_config(config.model), data=4)  # which trains in bfloat16
         params = model.init(jax.random.key(3))['params']
         looks = []
 
@@ -273,10 +280,10 @@ class TestDuringTraining:
             looks.append(len(batches))
             return iter(batches)
 
-        found = during.Analyses(config, model, corpus_rows, watched)(params)
+        found = during.Analyses(config, Language(model), corpus_rows, watched)(params)
         assert len(looks) == 4
         precise = model.clone(compute_dtype='float32')
-        batches = samples.sample(samples.rows_of_text(corpus_rows), 100, 8)
+        batches = samples.sample(Language(None), corpus_rows, 100, 8)
         expected = {name: measure(precise, params, batches) for name, measure in EACH.items()}
         matrix = expected['angular']['distance']['mean']
         np.testing.assert_allclose(found['analysis/angular_matrix'], matrix, rtol=0, atol=1e-6)
@@ -293,10 +300,11 @@ class TestDuringTraining:
     @pytest.mark.parametrize('recipe', sorted(ROOT.glob('configs/llama_*.py')), ids=lambda path: path.stem)
     def test_they_cost_little_by_default(self, recipe):
         config = configs.build(recipes.load(str(recipe)))
-        shapes = llama.from_config(config.model).shapes()['params']
+        shapes = families.from_config(config.model).shapes()['params']
         sizes = config.model
-        flops = llama.flops_per_position(
-            llama.num_params(sizes, shapes), sizes.vocab_size * sizes.hidden_size, sizes.num_layers, sizes.hidden_size,
+        number = families.from_config(config.model).num_params(shapes)
+        flops = flops_per_position(
+            number, sizes.vocab_size * sizes.hidden_size, sizes.num_layers, sizes.hidden_size,
             config.seq_length,
         )  # fmt: skip
         assert 0 < during.share(config, flops) < 0.02

@@ -25,6 +25,7 @@ from mixln_jax.report import figures
 from mixln_jax.runs import log, weights
 from mixln_jax.system.errors import DataError, UsageError
 from mixln_jax.tasks import question_answering
+from mixln_jax.tasks.language import Language
 
 ROOT = pathlib.Path(__file__).parents[1]
 JOBS = {
@@ -184,7 +185,8 @@ def test_what_a_text_is_follows_from_its_files(tmp_path):
     found = types.SimpleNamespace(
         config=None, data_mode='pad', max_length=64, tokenizer=tokenizer, where='nowhere', params=None
     )
-    subject = types.SimpleNamespace(found=found, model=types.SimpleNamespace(config=configs.Model(vocab_size=259)))
+    model = types.SimpleNamespace(config=configs.Model(vocab_size=259))
+    subject = types.SimpleNamespace(found=found, model=model, task=Language(model))
     rows, said = made(f'{folder}/*')
     assert len(rows) == 48  # a document each, where raw JSON would be one of each file
     assert tokenizer.decode(rows.read([13]).ids[0]) == 'b.NDJSON text number 1 of several'
@@ -345,7 +347,6 @@ class TestBert:
         'job, words, message, code',
         [
             ('angular', [], 'is a BERT; give --squad FILE', 2),
-            ('gradients', ['--squad', 'SQUAD'], 'next tokens, which a BERT does not predict', 2),
             ('drop', ['--squad', 'none.json'], 'none.json: not readable JSON', 4),
             ('drop', ['--squad', 'SQUAD', '--tasks', 'arc_easy'], '--tasks has no meaning with --squad', 2),
             ('drop', ['--squad', 'SQUAD', '--seq_length', '1000'], '--seq_length 1000: .* positions', 2),
@@ -364,11 +365,11 @@ class TestBert:
 
     def test_other_networks_and_other_commands(self, run, tmp_path, capsys):
         assert command('drop', '--checkpoint', run, '--squad', self.FOLDER / 'v1.json') == 2
-        assert 'small/checkpoints/4 is not a BERT' in capsys.readouterr().err
+        assert 'small/checkpoints/4 is not a BERT that answers questions' in capsys.readouterr().err
         for other in (evaluate, export):
             words = ['--checkpoint', str(self.FOLDER), '--out', str(tmp_path / 'out')]
             assert other.main(words) == 5
-            assert "model_type='bert' is not llama or mixln" in capsys.readouterr().err
+            assert re.search('sees both sides|family bert cannot be written', capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from mixln_jax import config as configs
 from mixln_jax.kernels import attention
-from mixln_jax.models import llama, rope
+from mixln_jax.models import families, rope
 from mixln_jax.program import program
 
 
@@ -121,7 +121,7 @@ def test_analyses_in_float32_do_without(monkeypatch):
     asked = []
     monkeypatch.setattr(attention, 'cudnn_attention', lambda q, *_: asked.append(q.dtype) or q)
     sizes = configs.Model(vocab_size=9, hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8)
-    model = llama.from_config(sizes, kernel='cudnn')
+    model = families.from_config(sizes, kernel='cudnn')
     for one in (model, model.clone(compute_dtype='float32')):
         jax.eval_shape(one.apply, one.shapes(), jnp.zeros((1, 4), jnp.int32))
     assert {*asked} == {jnp.dtype(jnp.bfloat16)}

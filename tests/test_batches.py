@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from corpora import T, Texts, assert_same, prepare_to, two_files
 
-from mixln_jax.data import batches, layout, rows, tokenizers
+from mixln_jax.data import batches, examples, layout, rows, tokenizers
 from mixln_jax.system.errors import DataError
 
 
-class Numbered:
+class Numbered(examples.Rows):
     """Rows whose tokens are their number; the `bad` one cannot be read."""
 
     layout = layout.Layout('concat', 0, 0)
@@ -35,6 +35,10 @@ class Numbered:
             raise DataError(f'row {self._bad} of a file: cannot be read')
         ids = np.repeat(np.asarray(indices)[:, None], T + 1, 1)
         return layout.Block(ids, np.zeros_like(ids, bool), 1 + np.asarray(indices) if sized else None)
+
+
+def shapes(batch):
+    return {values.shape for values in batch.values()}
 
 
 def numbers(batch):
@@ -115,7 +119,7 @@ class TestTraining:
     @pytest.mark.parametrize('batch_size', [1, 3, 7, 20, 35])
     def test_every_row_once_an_epoch(self, batch_size):
         dataset = batches.training(Numbered(10), seed=0, batch_size=batch_size)
-        assert {values.shape for values in dataset[0].values()} == {(batch_size, T)}
+        assert shapes(dataset[0]) == {(batch_size, T), (batch_size,)}
         read = [number for s in range(-(-50 // batch_size)) for number in numbers(dataset[s])][:50]
         epochs = [tuple(read[start : start + 10]) for start in range(0, 50, 10)]
         assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -156,17 +160,33 @@ class TestEvaluation:
         dataset = batches.evaluation(Numbered(count), batch_size)
         made = [dataset[i] for i in range(len(dataset))]
         assert len(made) == -(-count // batch_size)
-        assert {values.shape for batch in made for values in batch.values()} == {(batch_size, T)}
+        assert all(shapes(batch) == {(batch_size, T), (batch_size,)} for batch in made)
         assert {batch['loss_mask'].dtype for batch in made} == {np.dtype(np.float32)}
         assert np.concatenate([numbers(batch) for batch in made])[:count].tolist() == list(range(count))
-        weights = np.concatenate([batch['loss_mask'] for batch in made])
-        assert (weights[:count] == 1).all() and not weights[count:].any()
+        for name in ('loss_mask', 'example_mask'):
+            mask = np.concatenate([batch[name] for batch in made])
+            assert (mask[:count] == 1).all() and not mask[count:].any()
+        places = np.concatenate([batch['place'] for batch in made])
+        assert places.dtype == np.uint32 and places.tolist() == list(range(len(places)))
 
     def test_bytes_of_text_are_counted_once(self):
-        made = list(batches.evaluation(Numbered(10), 4, sized=True))
-        assert sum(int(batch.pop('num_bytes').sum()) for batch in made) == sum(range(1, 11))
-        for batch, other in zip(made, batches.evaluation(Numbered(10), 4), strict=True):
-            assert_same(batch, other)
+        made = list(batches.evaluation(Numbered(10), 4))
+        assert sum(int(batch['num_bytes'].sum()) for batch in made) == sum(range(1, 11))
+        assert 'num_bytes' not in batches.training(Numbered(10), seed=0, batch_size=4)[0]
+
+    def test_every_example_is_read_in_its_epoch(self):
+        """`epochs` of the examples at places 3 to 8 of a stream of 4; evaluation has none."""
+        asked = []
+
+        class Seen(Numbered):
+            def batch(self, numbers, epochs=None):
+                asked.append(None if epochs is None else epochs.tolist())
+                return super().batch(numbers, epochs)
+
+        batch = batches.at(Seen(4), 0, np.arange(3, 9))
+        assert asked == [[0, 1, 1, 1, 1, 2]] and batch['place'].tolist() == [3, 4, 5, 6, 7, 8]
+        assert batches.evaluation(Seen(4), 4)[0] and asked[1:] == [None]
+        assert batches.at(Seen(4), 0, np.array([2**32 + 5]))['place'].tolist() == [5]
 
     def test_weights_are_the_rows_own(self):
         made = rows.Documents(Texts(['abc', 'defgh', 'i']), tokenizers.Bytes(), T)

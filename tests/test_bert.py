@@ -11,9 +11,11 @@ import pytest
 import safetensors.numpy
 from test_hf import change, edit
 
+from mixln_jax import config as configs
 from mixln_jax.models import bert, layers, placements
 from mixln_jax.models.hf import bert as hf_bert
 from mixln_jax.system.errors import CheckpointError, UsageError
+from mixln_jax.tasks.question_answering import QuestionAnswering
 
 L, D, H, F, V, POSITIONS = 3, 8, 2, 12, 11, 9
 SIZES = dict(
@@ -113,7 +115,7 @@ def backbone(model, params, keep=None):
 
 def random_network(*norm_position, **changes):
     sizes = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_heads=H, norm_eps=1e-12, num_layers=L)
-    model = bert.Bert(bert.Config(**(sizes | changes)), norm_position, (1, 2, 3), L)
+    model = bert.Bert(configs.Model(**(sizes | changes)), norm_position, (1, 2, 3), L, 'float32', head=bert.SPANS)
     rng = np.random.default_rng(0)
     return model, jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape), model.shapes()['params'])
 
@@ -262,7 +264,7 @@ def test_a_trunk_alone(network, tmp_path):
     folder = write(tmp_path / 'backbone', tensors, architectures=['BertModel'])
     model, params = hf_bert.load(folder)
     np.testing.assert_array_equal(backbone(model, params)[0], backbone(*network)[0])
-    with pytest.raises(UsageError, match=r'no head that finds spans \(qa_outputs\)'):
+    with pytest.raises(UsageError, match=r'no head: neither one that finds spans \(qa_outputs\)'):
         model.apply({'params': params}, IDS)
     edit(folder, architectures=['BertForQuestionAnswering'])
     with pytest.raises(CheckpointError, match='no tensor qa_outputs.bias, which BertForQuestionAnswering needs'):
@@ -315,3 +317,30 @@ def test_files_that_are_not_there(tmp_path):
     (folder / 'pytorch_model.bin').unlink()
     with pytest.raises(UsageError, match='model.safetensors does not exist'):
         hf_bert.load(folder)
+
+
+def test_the_loss_of_answers_and_its_gradient(network):
+    """The mean of both cross-entropies, and the slope of the float64 reference's loss along one direction."""
+    model, params = network
+    task = QuestionAnswering(model)
+    answer, known = np.array([[2, 4], [0, 0]], np.int32), np.array([1.0, 1.0], np.float32)
+
+    def reference_loss(tensors):
+        _, *logits = reference(tensors, IDS, TYPES, WEIGHTS)
+        of = lambda logits, at: np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, at[:, None], -1)[:, 0]  # noqa: E731
+        return np.mean([of(one, answer[:, number]) for number, one in enumerate(logits)], axis=0)
+
+    batch = BATCH | {'answer': answer, 'answer_mask': known}
+    losses = task.losses(params, batch)
+    # Padding is not seen as a key, but its own logits take part in the softmax over positions, as in run_squad.py.
+    np.testing.assert_allclose(losses.per_example, reference_loss(TENSORS), rtol=1e-5)
+    assert float(losses.sum) == pytest.approx(float(losses.per_example.sum())) and losses.weight == 2
+    masked = task.losses(params, batch | {'answer_mask': np.array([0.0, 1.0], np.float32)})
+    assert masked.per_example[0] == 0 and masked.weight == 1
+    name, leaf = 'encoder.layer.1.intermediate.dense.weight', ('mlp', 'up', 'kernel')
+    direction = np.random.default_rng(0).normal(size=TENSORS[name].shape)
+    moved = [reference_loss(TENSORS | {name: TENSORS[name] + h * direction}).sum() for h in (-1e-5, 1e-5)]
+    gradient = jax.grad(lambda params: task.losses(params, batch).sum)(params)['layers']['segment_0']
+    for part in leaf:
+        gradient = gradient[part]
+    assert float((gradient[1] * direction.T).sum()) == pytest.approx((moved[1] - moved[0]) / 2e-5, rel=1e-3)

@@ -13,7 +13,7 @@ import pytest
 
 from mixln_jax import config as configs
 from mixln_jax import main, recipes
-from mixln_jax.models import llama, placements
+from mixln_jax.models import families, placements
 from mixln_jax.program import optim
 from mixln_jax.system import cli
 from mixln_jax.system.errors import UsageError
@@ -48,9 +48,9 @@ def test_recipes_have_the_official_sizes(size):
         layers,
     )
     vocab = 32100 if size == '100m' else 32000
-    params = jax.eval_shape(llama.from_config(model).init, jax.random.key(0))['params']
+    params = jax.eval_shape(families.from_config(model).init, jax.random.key(0))['params']
     by_hand = 2 * vocab * width + layers * (4 * width**2 + 3 * width * mlp + 2 * width) + width
-    assert llama.num_params(model, params) == by_hand
+    assert families.from_config(model).num_params(params) == by_hand
     assert (config.batch_size, config.seq_length, config.data.name) == (512, 256, 'c4/en')
 
 
@@ -61,7 +61,7 @@ def test_every_size_has_a_recipe():
 @pytest.mark.parametrize('norm_position', ['pre', 'post', 'deepnorm', 'lns', 'sandwich', 'res_post', 'mix'])
 def test_any_placement_on_a_recipe(norm_position):
     values = recipes.load(str(RECIPES / 'llama_130m.py'), [('model.norm_position', norm_position)])
-    model = llama.from_config(configs.build(values).model)
+    model = families.from_config(configs.build(values).model)
     jax.eval_shape(model.init, jax.random.key(0))
     assert len(model.norm_position) == 12
 

@@ -23,7 +23,7 @@ from mixln_jax import evaluate, export, main, replay
 from mixln_jax.analysis import drop, subjects
 from mixln_jax.data import inspect, train_tokenizer, workers
 from mixln_jax.data.prepare import command as prepare
-from mixln_jax.models import llama
+from mixln_jax.models import families
 from mixln_jax.report import command as report
 from mixln_jax.runs import environment, weights
 from mixln_jax.system import cli, errors, files, signals
@@ -228,7 +228,7 @@ class TestPaths:
 
     @pytest.mark.parametrize('where', ['gs://b/run', 'hf:gs://b/run'])
     def test_weights_to_start_from(self, where):
-        model = llama.from_config(configs.Model(num_layers=2, hidden_size=16, num_heads=2))
+        model = families.from_config(configs.Model(num_layers=2, hidden_size=16, num_heads=2))
         with pytest.raises(UsageError, match=f'^config.init_from={where}: gs://b/run: a path on this machine'):
             weights.initial(where, model)
 

@@ -14,7 +14,7 @@ import reference
 import safetensors.numpy
 
 from mixln_jax import config as configs
-from mixln_jax.models import llama, placements
+from mixln_jax.models import families, placements
 from mixln_jax.models.hf import bert as hf_bert
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import llama as hf_llama
@@ -41,7 +41,7 @@ KINDS['all'] = {name: value for kind in KINDS.values() for name, value in kind.i
 def network(norm_position, **changes):
     """(model, params): three layers, 11 words, no two numbers alike."""
     sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_heads=4, num_kv_heads=2, num_layers=3)
-    model = llama.from_config(configs.Model(norm_position=norm_position, **(sizes | changes)), 'float32')
+    model = families.from_config(configs.Model(norm_position=norm_position, **(sizes | changes)), 'float32')
     rng = np.random.default_rng(0)
     draw = lambda path, leaf: rng.normal('norm' in str(path), 0.4, leaf.shape).astype(np.float32)  # noqa: E731
     params = jax.tree_util.tree_map_with_path(draw, model.shapes()['params'])

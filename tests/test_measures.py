@@ -9,7 +9,7 @@ import reference
 from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.analysis import statistics
-from mixln_jax.models import llama, transformer
+from mixln_jax.models import families, transformer
 from mixln_jax.tasks import language
 
 MODEL = configs.Model(
@@ -30,7 +30,7 @@ def test_angles():
 
 
 def test_layer_norms():
-    model = llama.from_config(MODEL, 'float32')
+    model = families.from_config(MODEL, 'float32')
     params = jax.jit(model.init)(jax.random.key(0))['params']
     layers, whole = trees.layer_norms(params)
     singles = transformer.split_layers(params['layers'], model.norm_position)
@@ -139,7 +139,7 @@ def test_theory_of_the_variance():
 
 
 def test_matrix_norms():
-    model = llama.from_config(MODEL, 'float32')
+    model = families.from_config(MODEL, 'float32')
     params = jax.jit(model.init)(jax.random.key(1))['params']
     found = trees.matrix_norms(params)
     singles = transformer.split_layers(params['layers'], model.norm_position)

@@ -15,7 +15,7 @@ from test_step import equations
 
 from mixln_jax import config as configs
 from mixln_jax import trees
-from mixln_jax.models import llama, placements, transformer
+from mixln_jax.models import families, placements, transformer
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.plan import memory
 from mixln_jax.program import optim, step
@@ -53,7 +53,7 @@ KINDS['all'][1]['biases'] = 'q k v o gate up down'
 
 def make(norm_position, num_layers=3, **changes):
     sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_heads=4, num_kv_heads=2, scan_unroll='1')
-    return llama.from_config(
+    return families.from_config(
         configs.Model(num_layers=num_layers, norm_position=norm_position, **(sizes | changes)), 'float32'
     )
 
@@ -186,7 +186,7 @@ def test_remat_and_unrolling_change_no_number(changes):
 @pytest.mark.parametrize('dtype, expected', [('float32', jax.lax.Precision.HIGHEST), ('bfloat16', None)])
 def test_matrix_products_in_float32_are_exact_in_the_backward_pass_too(dtype, expected):
     """GPUs and TPUs would round their factors."""
-    model = llama.from_config(make('mix').config, dtype)
+    model = families.from_config(make('mix').config, dtype)
     params = jax.eval_shape(model.init, jax.random.key(0))['params']
     gradient = jax.make_jaxpr(jax.grad(lambda params: mean_loss(model, params, text(np.random.default_rng(0)))))(params)
     products = [e.params['precision'] for e in equations(gradient.jaxpr) if e.primitive.name == 'dot_general']
@@ -477,7 +477,7 @@ def test_vocabulary_padding_is_not_counted_and_learns_nothing():
     params = jax.jit(model.init)(jax.random.key(0))['params']
     assert params['embed']['embedding'].shape == (128, 8)
     expected = reference.init(np.random.default_rng(0), ('pre',) * 3, **SIZES)
-    assert llama.num_params(model.config, params) == sum(np.size(leaf) for leaf in jax.tree.leaves(expected))
+    assert model.num_params(params) == sum(np.size(leaf) for leaf in jax.tree.leaves(expected))
     grads = jax.jit(jax.grad(lambda p: mean_loss(model, p, text(np.random.default_rng(0)))))(params)
     assert not np.any(grads['head']['kernel'][:, 11:]) and not np.any(grads['embed']['embedding'][11:])
     assert model.apply({'params': params}, np.zeros((1, 3), int))[0].shape == (1, 3, 11)
@@ -494,7 +494,7 @@ def test_parameters_and_flops_by_hand():
     for tied, matrices in ((True, 1), (False, 2)):
         model = dataclasses.replace(sizes, tie_word_embeddings=tied)
         built = Program(dataclasses.replace(config, model=model), memory.abstract_mesh(configs.Mesh(1, 1, 1), 1))
-        assert llama.num_params(model, built.state.params) == matrices * 11 * 8 + 3 * of_layer + 8
+        assert built.model.num_params(built.state.params) == matrices * 11 * 8 + 3 * of_layer + 8
         assert built.flops_per_position() == 6 * (11 * 8 + 3 * of_layer + 8) + 6 * 3 * 10 * 24
         assert memory.memory(built)['weights'] == 4 * (matrices * 128 * 8 + 3 * of_layer + 8)
 

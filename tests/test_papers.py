@@ -10,7 +10,7 @@ import pytest
 
 from mixln_jax import config as configs
 from mixln_jax import main, recipes
-from mixln_jax.models import llama
+from mixln_jax.models import families
 from mixln_jax.report import command as report
 from mixln_jax.system.errors import UsageError
 
@@ -63,7 +63,7 @@ def test_every_cell_builds(table):
 
 @functools.cache  # most cells have the network of another
 def builds(sizes):
-    jax.eval_shape(llama.from_config(sizes).init, jax.random.key(0))
+    jax.eval_shape(families.from_config(sizes).init, jax.random.key(0))
 
 
 def by_hand(model):
@@ -73,8 +73,8 @@ def by_hand(model):
 
 def test_what_the_cells_change():
     assert load('mixln_table5', '0.33').model.post_ratio == 0.33
-    assert llama.from_config(load('mixln_table5', '0.33').model).norm_position.count('post') == 8
-    assert set(llama.from_config(load('mixln_table5', '0').model).norm_position) == {'pre'}
+    assert families.from_config(load('mixln_table5', '0.33').model).norm_position.count('post') == 8
+    assert set(families.from_config(load('mixln_table5', '0').model).norm_position) == {'pre'}
     scaled = load('mixln_table8', 'pre_init_embed').model
     assert (scaled.init, scaled.scale_embed, scaled.embed_std) == ('scaled', True, pytest.approx((2 / 3840) ** 0.5))
     assert not load('mixln_table8', 'mix_init').model.scale_embed
@@ -104,8 +104,8 @@ def test_the_sizes_in_the_docs_are_those_of_the_networks():
         for scheme, number in zip(schemes, numbers[1:], strict=True):
             values = recipes.load(f'{ROOT}/configs/llama_{size}.py', [('model.norm_position', scheme)])
             model = configs.build(values).model
-            params = jax.eval_shape(llama.from_config(model).init, jax.random.key(0))['params']
-            assert f'{llama.num_params(model, params):,}' == number, (size, scheme)
+            params = jax.eval_shape(families.from_config(model).init, jax.random.key(0))['params']
+            assert f'{families.from_config(model).num_params(params):,}' == number, (size, scheme)
 
 
 class TestReport:

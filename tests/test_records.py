@@ -12,7 +12,7 @@ from corpora import Texts
 
 from mixln_jax import config as configs
 from mixln_jax.data import batches, rows, tokenizers
-from mixln_jax.models import llama
+from mixln_jax.models import families, network
 from mixln_jax.runs import log
 from mixln_jax.system import hardware
 from mixln_jax.tasks import language
@@ -183,13 +183,13 @@ def test_perplexity():
 
 def test_flops_of_a_position():
     """1000 weights without a table of 100; 3 layers, rows of 7, width 5."""
-    assert llama.flops_per_position(1100, 100, 3, 5, 7) == 6 * 1000 + 6 * 3 * 7 * 5
+    assert network.flops_per_position(1100, 100, 3, 5, 7) == 6 * 1000 + 6 * 3 * 7 * 5
 
 
 def test_entropy_of_tokens_is_of_those_that_count():
     """Three padded rows, each an epoch long: what is predicted are a b </s>, b </s> and </s>, never padding."""
     texts = rows.Documents(Texts(['xab', 'yb', 'z']), tokenizers.Bytes(), 8)
-    model = llama.from_config(configs.Model(vocab_size=259, hidden_size=8, num_heads=2))
+    model = families.from_config(configs.Model(vocab_size=259, hidden_size=8, num_heads=2))
     training = batches.training(texts, seed=0, batch_size=3)
     found = language.Language(model).baseline(map(training.__getitem__, range(1000)))
     # a: 1 in 6, b: 2 in 6, </s>: 3 in 6; of 6,000 tokens, whose correction for three kinds is 2 / 12,000.

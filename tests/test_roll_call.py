@@ -17,7 +17,7 @@ from strangers import free_port
 from mixln_jax import config as configs
 from mixln_jax import main, recipes
 from mixln_jax.distributed import addresses, processes, rollcall
-from mixln_jax.models import llama
+from mixln_jax.models import families
 from mixln_jax.runs import environment, workdir
 from mixln_jax.system import signals
 from mixln_jax.system.errors import ProcessLost, Stopped, UsageError
@@ -234,7 +234,7 @@ class TestSecret:
         values, recipe = built(**{'processes.secret': '8642'}), tmp_path / 'recipe.py'
         config = configs.build(values)
         assert config.processes.secret == '8642'
-        shown = [repr(config), json.dumps(workdir.resolved_config(config, llama.from_config(config.model)))]
+        shown = [repr(config), json.dumps(workdir.resolved_config(config, families.from_config(config.model)))]
         assert '"secret": ""' in shown[1]
         recipe.write_text(
             'from mixln_jax import config\n\n\ndef get_config():\n    made = config.default()\n'

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from mixln_jax.data import squad
+from mixln_jax.data import batches, squad
 from mixln_jax.models.hf import bert as hf_bert
 from mixln_jax.system.errors import CheckpointError, DataError, NumericsError, UsageError
 from mixln_jax.tasks import question_answering
@@ -71,7 +71,9 @@ class TestRead:
     def test_three_questions(self, three):
         examples, _ = three
         assert [example.id for example in examples] == ['sat', 'ran', 'slept']
-        assert examples[0] == squad.Example('sat', 'Who sat?', CONTEXT, ('cat', 'big cat'), False)
+        assert examples[0] == squad.Question(
+            'sat', 'Who sat?', CONTEXT, ('cat', 'big cat'), False, CONTEXT.index('cat')
+        )
         assert (examples[2].answers, examples[2].nullable) == ((), True)
 
     @pytest.mark.parametrize(
@@ -233,22 +235,42 @@ class TestFeatures:
             [15, 16, 17],
         ]
 
+    def test_where_the_first_answer_is(self, folder):
+        """[CLS] where the window does not hold all of it, masked where nobody says; characters may be off by two."""
+        context = 'the cat sat on the mat, the dog ran'
+        asked = [
+            squad.Question('a', 'who', context, ('cat sat',), False, 4),
+            squad.Question('b', 'who', context, ('dog',), False, context.index('dog')),
+            squad.Question('c', 'who', context, (), True),
+            squad.Question('d', 'who', context, ('bird',), False),
+        ]
+        features = squad.make_features(asked, squad.open_tokenizer(folder), 10, 3, 2)
+        for row, number in enumerate(features.example):
+            first, last = features.answer[row]
+            shown = context[features.offsets[row, first, 0] : features.offsets[row, last, 1]]
+            whole = not features.questions[number].answers or shown == features.questions[number].answers[0]
+            assert whole if last else not first, row
+            assert features.answer_mask[row] == (number != 3)
+        for number in (0, 1):  # some window holds it
+            assert features.answer[features.example == number].any()
+        assert not features.answer[features.example > 1].any()
+
     def test_batches(self, three):
         _, features = three
-        first, last = features.batches(2)
-        assert {name: array.shape for name, array in last.items()} == dict.fromkeys(first, (2, 24))
+        first, last = batches.evaluation(features, 2)
+        assert all(last[name].shape == (2, 24) for name in ('inputs', 'types', 'token_mask'))
         np.testing.assert_array_equal(first['inputs'], features.inputs[:2])
         np.testing.assert_array_equal(last['token_mask'].sum(axis=1), [24, 0])
 
     def test_a_text_without_tokens_has_a_row_still(self, folder):
         features = squad.make_features(
-            [squad.Example('', 'who', '', ('a',), False)], squad.open_tokenizer(folder), 9, 1, 2
+            [squad.Question('', 'who', '', ('a',), False)], squad.open_tokenizer(folder), 9, 1, 2
         )
         assert tokens(features, 0) == ['[CLS]', 'who', '[SEP]', '[SEP]', *['[PAD]'] * 5]
         start, end = np.ones((2, 1, 9))
-        assert question_answering.best_answers(start, end, features, [squad.Example('', 'who', '', ('a',), False)]) == [
-            ''
-        ]
+        assert question_answering.best_answers(
+            start, end, features, [squad.Question('', 'who', '', ('a',), False)]
+        ) == ['']
 
     @pytest.mark.parametrize('sizes', [(11, 8, 8), (24, 0, 8), (24, 8, 0)])
     def test_sizes(self, folder, sizes):

@@ -11,7 +11,7 @@ from corpora import write
 
 from mixln_jax import config as configs
 from mixln_jax import main
-from mixln_jax.models import llama, placements
+from mixln_jax.models import families, placements
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.runs import weights
 from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
@@ -53,7 +53,7 @@ def finished(corpus, tmp_path_factory):
 def folder(tmp_path_factory):
     """An exported Mix-LN network of other weights than any seed here gives."""
     path = tmp_path_factory.mktemp('exported') / 'folder'
-    model = llama.from_config(configs.Model(norm_position='mix', **SIZES))
+    model = families.from_config(configs.Model(norm_position='mix', **SIZES))
     hf_llama.save(path, model, jax.jit(model.init)(jax.random.key(77))['params'])
     return path
 
@@ -125,7 +125,7 @@ class TestInitFrom:
             name if name in (*placements.PLACEMENTS, *placements.SCHEMES) else 'deepnorm'
         )  # which has the same tensors
         sizes = dict(vocab_size=128, hidden_size=32, intermediate_size=88, num_heads=4, num_layers=8)
-        model = llama.from_config(configs.Model(norm_position=placement, **sizes))
+        model = families.from_config(configs.Model(norm_position=placement, **sizes))
         found = weights.initial(f'hf:{GOLDEN / name}', model)
         assert equal(found, hf_llama.load(GOLDEN / name, placement)[1])
         assert jax.tree.map(np.shape, found) == jax.tree.map(lambda leaf: leaf.shape, model.shapes()['params'])
@@ -149,13 +149,13 @@ class TestInitFrom:
         ],
     )
     def test_another_network_is_named(self, finished, folder, changes, message):
-        model = llama.from_config(configs.Model(**(dict(norm_position='mix', **SIZES) | changes)))
+        model = families.from_config(configs.Model(**(dict(norm_position='mix', **SIZES) | changes)))
         for where in (f'hf:{folder}', str(finished)):
             with pytest.raises(UsageError, match=f'^config.init_from={where}: {message}'):
                 weights.initial(where, model)
 
     def test_removed_layers_have_other_constants(self, tmp_path):
-        model = llama.from_config(configs.Model(norm_position='lns', **SIZES))
+        model = families.from_config(configs.Model(norm_position='lns', **SIZES))
         params = jax.jit(model.init)(jax.random.key(0))['params']
         hf_llama.save(tmp_path / 'cut', model.clone(layer_index=(1, 3, 4), depth=4), params)
         with pytest.raises(UsageError, match='its layer 2 is layer 3 of 4, with other constants'):
@@ -175,7 +175,7 @@ class TestInitFrom:
     )
     def test_what_is_not_there(self, where, kind, message):
         sizes = dict(vocab_size=128, hidden_size=32, intermediate_size=88, num_heads=4, num_layers=8)
-        model = llama.from_config(configs.Model(norm_position='mix', **sizes))
+        model = families.from_config(configs.Model(norm_position='mix', **sizes))
         with pytest.raises(kind, match=f'^config.init_from={where}: .*{message}'):
             weights.initial(where, model)
 
@@ -277,7 +277,8 @@ def test_learned_factors_start_as_they_were_given(corpus, tmp_path, begun):
 )
 def test_networks_that_mean_something_else_by_their_weights(tmp_path, theirs, ours, message):
     networks = [
-        llama.from_config(configs.Model(norm_position='group_pre', **(SIZES | changes))) for changes in (theirs, ours)
+        families.from_config(configs.Model(norm_position='group_pre', **(SIZES | changes)))
+        for changes in (theirs, ours)
     ]
     params = jax.jit(networks[0].init)(jax.random.key(0))['params']
     hf_llama.save(tmp_path / 'folder', networks[0], params)
@@ -292,4 +293,4 @@ def test_networks_that_mean_something_else_by_their_weights(tmp_path, theirs, ou
 
 def test_no_folder_behind_hf():
     with pytest.raises(UsageError, match='config.init_from=hf:: hf: must be followed by a folder'):
-        weights.initial('hf:', llama.from_config(configs.Model(**SIZES)))
+        weights.initial('hf:', families.from_config(configs.Model(**SIZES)))

@@ -14,7 +14,7 @@ import reference
 from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.kernels import cross_entropy
-from mixln_jax.models import llama
+from mixln_jax.models import families
 from mixln_jax.program import optim, step
 from mixln_jax.tasks.language import Language
 
@@ -110,7 +110,7 @@ def equations(jaxpr):
 
 @functools.cache  # compiled once for all tests
 def make_step(**changes):
-    model = llama.from_config(MODEL, 'float32')
+    model = families.from_config(MODEL, 'float32')
     optimizer = optim.optimizer(configs.Optim())
     state = jax.jit(functools.partial(step.init_state, Language(model), optimizer))(jax.random.key(0))
     update = functools.partial(
@@ -142,7 +142,7 @@ def test_accumulation_is_the_whole_batch(accumulate):
 
 def test_accumulation_measures_the_same_factors():
     """Admin's omega, and with it the first step, of rows of unequal length."""
-    model = llama.from_config(dataclasses.replace(MODEL, norm_position='admin'), 'float32')
+    model = families.from_config(dataclasses.replace(MODEL, norm_position='admin'), 'float32')
     optimizer, batch = optim.optimizer(configs.Optim()), batch_of(np.random.default_rng(4))
     begun, found = step.init_state(Language(model), optimizer, jax.random.key(0)), []
     for accumulate in (1, 4):
@@ -233,7 +233,7 @@ class TestOptimisers:
     def test_stack_equals_layers(self, name):
         config = configs.Optim(name=name, **self.changes[name])
         # From 128 on adafactor factors; galore meets square, wide and tall kernels.
-        model = llama.from_config(WIDE if name == 'adafactor' else MODEL, 'float32')
+        model = families.from_config(WIDE if name == 'adafactor' else MODEL, 'float32')
         params, rates = jax.jit(model.init)(jax.random.key(0))['params'], [0.01, 0.005, 0.02, 0.001, 0.01]
         new, gradients, states = moved(optim.optimizer(config), params, rates)
 
@@ -269,7 +269,7 @@ class TestOptimisers:
     def test_what_is_kept_of_a_matrix(self, name):
         """Vectors, or the moments of the shorter side's projection: (8, 256) of 160 x 256, not (160, 8)."""
         sizes = dataclasses.replace(MODEL, hidden_size=160, intermediate_size=256, num_kv_heads=1)
-        params = llama.from_config(sizes, 'float32').shapes()['params']
+        params = families.from_config(sizes, 'float32').shapes()['params']
         state = jax.eval_shape(optim.optimizer(configs.Optim(name=name, galore_rank=8)).init, params)
         shapes = {
             kernel: {
@@ -305,7 +305,7 @@ class TestOptimisers:
     @pytest.mark.parametrize('name', ['adamw', 'sgd', 'lion', 'adafactor', 'muon', 'galore'])
     def test_learned_factors_and_gains_do_not_decay(self, name):
         """Without gradients matrices and the embedding shrink by the decay, everything else stays."""
-        model = llama.from_config(dataclasses.replace(MODEL, norm_position='admin,scale_res_pre*2,hybridnorm'))
+        model = families.from_config(dataclasses.replace(MODEL, norm_position='admin,scale_res_pre*2,hybridnorm'))
         shapes = model.shapes()['params']
         params = jax.tree.map(lambda leaf: jnp.linspace(0.5, 1.5, leaf.size).reshape(leaf.shape), shapes)
         names = {path.split('/')[-1] for path, _ in trees.named_leaves(params)}
@@ -324,7 +324,7 @@ class TestOptimisers:
         """They neither decay nor are projected or made orthogonal; an embedding that is the head decays once."""
         kind = dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
         sizes = dataclasses.replace(MODEL, num_layers=2, norm_position='pre', **kind)
-        params = jax.jit(llama.from_config(sizes, 'float32').init)(jax.random.key(0))['params']
+        params = jax.jit(families.from_config(sizes, 'float32').init)(jax.random.key(0))['params']
         params = jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + (path[-1].key == 'bias'), params)
         optimizer = optim.optimizer(configs.Optim(name=name, weight_decay=0.1, galore_rank=2))
         updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
@@ -337,7 +337,7 @@ class TestOptimisers:
                 np.testing.assert_allclose(update, 0.1 * leaf, rtol=1e-5, err_msg=path)
 
     def test_galore_has_the_rank_that_is_asked(self):
-        params = jax.jit(llama.from_config(MODEL, 'float32').init)(jax.random.key(0))['params']
+        params = jax.jit(families.from_config(MODEL, 'float32').init)(jax.random.key(0))['params']
         optimizer = optim.optimizer(configs.Optim(name='galore', galore_rank=3, galore_scale=0.5))
         grads = jax.tree.map(lambda p: np.random.default_rng(1).normal(size=p.shape).astype(np.float32), params)
         updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
@@ -352,7 +352,7 @@ class TestOptimisers:
     @pytest.mark.parametrize('name', ['adam', 'sgd'])
     def test_first_moment_in_bfloat16(self, name):
         """Half its bytes, everything else as it was, and updates that differ by no more than its rounding."""
-        params = jax.jit(llama.from_config(MODEL, 'float32').init)(jax.random.key(0))['params']
+        params = jax.jit(families.from_config(MODEL, 'float32').init)(jax.random.key(0))['params']
         rng = np.random.default_rng(0)
         gradients = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params) for _ in range(3)]
         found = []
@@ -383,7 +383,7 @@ class TestOptimisers:
             return jax.tree.map(lambda u: u / jnp.linalg.norm(u), updates), state
 
         by_norm = optim.per_layer(*[optax.GradientTransformation(lambda params: optax.EmptyState(), update)] * 2)
-        params = jax.jit(llama.from_config(MODEL, 'float32').init)(jax.random.key(0))['params']
+        params = jax.jit(families.from_config(MODEL, 'float32').init)(jax.random.key(0))['params']
         shown, _ = by_norm.update(params, by_norm.init(params), params)
         for segment in trees.layer_runs(shown):
             for leaf in jax.tree.leaves(segment):
@@ -392,7 +392,7 @@ class TestOptimisers:
 
 
 def test_pure_bfloat16_weights():
-    model = llama.from_config(MODEL)
+    model = families.from_config(MODEL)
     optimizer = optim.optimizer(configs.Optim())
     state = step.init_state(Language(model), optimizer, jax.random.key(0), 'bfloat16')
     update = functools.partial(step.train_step, task=Language(model), optimizer=optimizer, schedule=lambda s: 1e-2)

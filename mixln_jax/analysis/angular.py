@@ -27,25 +27,26 @@ UNIT = 'share of pi: 0 parallel, 1/2 orthogonal, 1 opposite'
 SOURCE = 'Gromov et al. 2024 (arXiv 2403.17887), equation 4; Mix-LN (arXiv 2412.13795), Figures 2, 3, 5'
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def _distances(params, batch, *, model):
-    """Sums over the tokens of each row [B,L+1,L+1]."""
-    _, out = model.apply({'params': params}, batch, capture=True, method='backbone')
-    return command.everywhere(statistics.distance_matrix(out['hidden'], batch['loss_mask']), model)
+@functools.partial(jax.jit, static_argnames='task')
+def _distances(params, batch, *, task):
+    """Sums over the positions of each row [B,L+1,L+1], and their number [B]."""
+    _, out = task.model.apply({'params': params}, batch, capture=True, method='backbone')
+    mask = command.position_mask(task, batch)
+    return command.everywhere((statistics.distance_matrix(out['hidden'], mask), mask.sum(-1)), task.model)
 
 
-def measure(model, params, batches):
-    """The distance between any two depths.
+def measure(task, params, batches):
+    """Returns the distance between any two depths.
 
     Args:
-        model: a network with `backbone` and `stream_sharding`.
-        params: its weights.
-        batches: batches of numpy arrays; see subjects.sample.
+        task: of a network with `stream_sharding`.
+        params: the network's weights.
+        batches: batches of numpy arrays; see samples.sample.
 
     Returns:
         {'distance': {'mean', 'standard_error'}}, [L+1,L+1] each.
     """
-    sums, counts = command.by_row(lambda at: _distances(params, at, model=model), model, batches)
+    sums, counts = command.by_row(functools.partial(_distances, params, task=task), task.model, batches)
     return {'distance': statistics.mean_and_error(sums, counts)}
 
 
@@ -73,9 +74,9 @@ def add_options(add):
 def main(argv):
     """The command; returns its exit code."""
 
-    def work(subject, options, texts):
-        batches = texts(subject, last=options.positions == 'last')
-        return measure(subject.model, subject.params, batches) | {'positions': options.positions}
+    def work(subject, options, sample):
+        batches = sample.batches(last=options.positions == 'last')
+        return measure(subject.task, subject.params, batches) | {'positions': options.positions}
 
     return command.run(sys.modules[__name__], work, argv, add_options)
 

@@ -6,9 +6,12 @@ must be finite), `draw` (figures of many networks) and `columns` (what its table
 
 import argparse
 import contextlib
+import functools
 import os
 import pathlib
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ from tqdm import tqdm
 
 from mixln_jax.analysis import samples, subjects
 from mixln_jax.data import rows as data_rows
+from mixln_jax.data.examples import Examples
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.report import figures
 from mixln_jax.runs import environment, log, weights
@@ -30,22 +34,54 @@ def everywhere(values, model):
     return jax.lax.with_sharding_constraint(values, meshes.replicated(model.stream_sharding.mesh))
 
 
+def position_mask(task, batch):
+    """Inside jit: [B,T], the positions of a batch that count: those that a sample has chosen, else the task's."""
+    return batch.get('position_mask', task.position_mask(batch))
+
+
 def by_row(compiled, model, batches):
     """Runs a function on batches of numpy arrays.
 
     Args:
-        compiled: batch on the devices -> a tree of sums over each row's tokens, [B,...].
+        compiled: batch on the devices -> (a tree of sums over each row's positions [B,...], how many [B] they are of).
         model: says where a batch's rows lie.
-        batches: iterable, see subjects.sample.
+        batches: iterable, see samples.sample.
 
     Returns:
-        (tree [R,...] of all rows, counts [R]: tokens of each).
+        (tree [R,...] of all rows, counts [R]).
     """
-    sums, counts = [], []
-    for batch in batches:
-        sums.append(jax.device_get(compiled(meshes.to_devices(batch, model.stream_sharding))))
-        counts.append(batch['loss_mask'].sum(-1))
-    return jax.tree.map(lambda *of_batches: np.concatenate(of_batches), *sums), np.concatenate(counts)
+    rows = [jax.device_get(compiled(meshes.to_devices(batch, model.stream_sharding))) for batch in batches]
+    return jax.tree.map(lambda *of_batches: np.concatenate(of_batches), *rows)
+
+
+class Sample:
+    """What a network is measured on, by the options of a command; `about` says what it was."""
+
+    def __init__(self, subject: subjects.Subject, options: argparse.Namespace, label: str):
+        """`label`: of the progress bar."""
+        self._subject, self._options, self._label = subject, options, label
+        self.about: dict[str, Any] = {}
+
+    @functools.cached_property
+    def examples(self) -> Examples:
+        """All of the questions or of the text."""
+        options = self._options
+        if options.squad:
+            examples = samples.questions(self._subject, options.squad, options.seq_length)
+            self.about['text'] = examples.fingerprint
+        else:
+            chosen = options.text, options.split, options.seq_length, options.mode, options.data_path
+            examples, self.about['text'] = samples.text(self._subject, *chosen)
+        return examples
+
+    def batches(self, last: bool = False) -> Iterable[dict[str, np.ndarray]]:
+        """Returns batches, see samples.sample, with a progress bar."""
+        options, parts = self._options, subjects.parts(self._options.batch_size)
+        taken = self._subject.task, self.examples, options.tokens or TOKENS, options.batch_size
+        batches = samples.sample(*taken, last, parts)
+        counts = np.concatenate([batch['position_mask'].sum(-1) for batch in batches])
+        self.about.update(tokens=int(counts.sum()), rows=int((counts > 0).sum()))
+        return tqdm(batches, desc=self._label, leave=False, disable=None)
 
 
 def run(job, work, argv, add_options=lambda add: None, check=lambda options: None):
@@ -55,8 +91,7 @@ def run(job, work, argv, add_options=lambda add: None, check=lambda options: Non
 
     Args:
         job: the module.
-        work: (Subject, options, texts) -> the numbers of one network, a dict; `texts(subject, last=False)` gives its
-            batches, with a progress bar.
+        work: (Subject, options, Sample) -> the numbers of one network, a dict.
         argv: words of the command.
         add_options: (add_argument), for options of the job's own.
         check: (options), raises UsageError for those.
@@ -179,23 +214,8 @@ def _is_ours(folder, name):
 def _result(job, place, options, work):
     """The entry of one network in result.json. Raises NumericsError where it is not finite."""
     subject = subjects.open_subject(place, options.norm_position, options.batch_size, options.data_path)
-    about = {}
-
-    def texts(subject, last=False):
-        if options.squad:
-            features, _, about['text'] = samples.questions(subject, options.squad, options.seq_length)
-            singles = samples.rows_of_questions(features)
-        else:
-            of_text = options.text, options.split, options.seq_length, options.mode, options.data_path
-            rows, about['text'] = samples.text(subject, *of_text)
-            singles = samples.rows_of_text(rows)
-        parts = subjects.parts(options.batch_size)
-        batches = samples.sample(singles, options.tokens or TOKENS, options.batch_size, last, parts)
-        counts = np.concatenate([batch['loss_mask'].sum(-1) for batch in batches])
-        about.update(tokens=int(counts.sum()), rows=int((counts > 0).sum()))
-        return tqdm(batches, desc=place.label, leave=False, disable=None)
-
-    numbers = work(subject, options, texts)
+    sample = Sample(subject, options, place.label)
+    numbers = work(subject, options, sample)
     if not all(np.isfinite(part).all() for part in job.whole(numbers)):
         raise NumericsError(f'{subject.found.where}: its {job.NAME} is not finite')
     result = {
@@ -205,7 +225,7 @@ def _result(job, place, options, work):
         'norm_position': list(subject.model.norm_position),
         'layer_index': list(subject.model.layer_index),
     }
-    return log.finite(jax.tree.map(_plain, result | about | numbers, is_leaf=lambda value: value is None))
+    return log.finite(jax.tree.map(_plain, result | sample.about | numbers, is_leaf=lambda value: value is None))
 
 
 def _write(job, folder, results, options):

@@ -18,14 +18,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mixln_jax.analysis import command, samples, statistics
+from mixln_jax.analysis import command, statistics
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.evaluation.harness_options import add_task_options, open_harness
 from mixln_jax.report import figures
 from mixln_jax.system import cli
 from mixln_jax.system.errors import UsageError
-from mixln_jax.tasks import question_answering
-from mixln_jax.tasks.language import Language
 from mixln_jax.tasks.task import Context
 
 NAME = 'drop'
@@ -44,27 +42,36 @@ def masks(layers, block=1):
     return (at < first) | (at >= first + block)
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def _losses(params, batch, keeps, *, model):
-    """Summed losses of each row, with the layers of each of `keeps` [K,L]: [B,K]."""
-    task = Language(model)
-    of = lambda layer_mask: task.losses(params, batch, Context(layer_mask=layer_mask)).per_example  # noqa: E731
-    return command.everywhere(jax.lax.map(of, keeps).T, model)
+@functools.partial(jax.jit, static_argnames='task')
+def _losses(params, batch, layer_masks, *, task):
+    """Summed losses of each row [B,K], with the layers of each of `layer_masks` [K,L], and what to divide by [B]."""
+
+    def losses(layer_mask):
+        losses = task.losses(params, batch, Context(layer_mask=layer_mask))
+        return losses.per_example, losses.example_weight
+
+    sums, weights = jax.lax.map(losses, layer_masks)
+    return command.everywhere((sums.T, weights[0]), task.model)
 
 
-def measure(model, params, batches, blocks=(1,)):
-    """Loss and perplexity with and without layers; model, params and batches as angular.measure.
+def measure(task, params, batches, blocks=(1,)):
+    """Returns the loss with and without layers, and the perplexity where it is the task's headline; arguments as those
+    of angular.measure.
 
     Returns:
         {'loss', 'perplexity'}: {'value', 'standard_error', 'drop': {block: {'mean', 'standard_error'}, [L-block+1]}}.
     """
-    L = len(model.norm_position)
+    L = len(task.model.norm_position)
     removed = [masks(L, block) for block in blocks]
-    keeps = np.concatenate([np.ones((1, L), bool), *removed])
-    keeps = meshes.to_devices(keeps, meshes.replicated(model.stream_sharding.mesh))
-    sums, counts = command.by_row(lambda at: _losses(params, at, keeps, model=model), model, batches)
-    found = statistics.drops(sums, counts)
-    return {name: metric | {'drop': _by_block(metric['drop'], blocks, L)} for name, metric in found.items()}
+    layer_masks = np.concatenate([np.ones((1, L), bool), *removed])
+    layer_masks = meshes.to_devices(layer_masks, meshes.replicated(task.model.stream_sharding.mesh))
+    sums, weights = command.by_row(lambda batch: _losses(params, batch, layer_masks, task=task), task.model, batches)
+    metrics = statistics.drops(sums, weights)
+    return {
+        name: metric | {'drop': _by_block(metric['drop'], blocks, L)}
+        for name, metric in metrics.items()
+        if name in ('loss', task.headline)
+    }
 
 
 def _by_block(drop, blocks, layers):
@@ -183,15 +190,15 @@ def _tasks(subject, harness):
     return of
 
 
-def _squad(subject, options, blocks):
-    """Exact match and F1 of a BERT on all questions, and on how much."""
-    features, examples, text = samples.questions(subject, options.squad, options.seq_length)
-    evaluate = functools.partial(
-        question_answering.evaluate, subject.model, subject.params, features, examples, options.batch_size
-    )
-    metrics = of_questions(lambda layer_mask: evaluate(layer_mask=layer_mask), len(subject.model.norm_position), blocks)
-    about = {'tokens': int(features.token_mask.sum()), 'rows': len(features.inputs), 'questions': len(examples)}
-    return about | {'text': text, 'metrics': metrics}
+def _scores(subject, options, examples, blocks):
+    """The scores of a network on all questions, and on how much."""
+
+    def score(layer_mask):
+        return subject.task.score(subject.params, examples, options.batch_size, layer_mask)
+
+    metrics = of_questions(score, len(subject.model.norm_position), blocks)
+    tokens = int(subject.task.position_mask(examples.batch(range(len(examples)))).sum())
+    return {'tokens': tokens, 'rows': len(examples), 'questions': len(examples.questions), 'metrics': metrics}
 
 
 def main(argv):
@@ -206,13 +213,13 @@ def main(argv):
                 raise UsageError(f'--{name} has no meaning with --squad, of which all questions are asked')
         harness = open_harness(options)
 
-    def work(subject, options, texts):
+    def work(subject, options, sample):
         L, blocks = len(subject.model.norm_position), _blocks(options.blocks)
         if max(blocks) > L:
             raise UsageError(f'--blocks {options.blocks}: {subject.found.where} has {L} layers')
-        if options.squad:
-            return _squad(subject, options, blocks)
-        metrics = measure(subject.model, subject.params, texts(subject), blocks)
+        if subject.task.score:
+            return _scores(subject, options, sample.examples, blocks)
+        metrics = measure(subject.task, subject.params, sample.batches(), blocks)
         if harness:
             metrics |= of_evaluations(_tasks(subject, harness), L, blocks)
         return {'metrics': metrics}

@@ -1,9 +1,14 @@
 """The four analyses during training, on a fixed sample of the text to evaluate on."""
 
+import dataclasses
+from collections.abc import Callable
+
 from mixln_jax import config as configs
 from mixln_jax.analysis import angular, drop, gradients, samples, variance
+from mixln_jax.data.examples import Examples
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.report import figures
+from mixln_jax.tasks.task import Task
 
 POSITIONS = 2048  # of a device at a time: every layer's stream is kept
 
@@ -14,30 +19,33 @@ PICTURES = {'analysis/angular_matrix': lambda matrix: figures.image(figures.heat
 class Analyses:
     """Calling it with the weights gives the values of a metrics line.
 
-    Lists have a number a layer: `analysis/angular_distance` across the layer, `analysis/perplexity_drop` without it,
+    Lists have a number a layer: `analysis/angular_distance` across the layer, `analysis/perplexity_drop` without
+    it (`loss_drop` where the task has no perplexity),
     `analysis/grad_norm` of the sample's mean loss, `analysis/variance` of the stream behind it,
     `analysis/contribution_attention` and `_mlp`; `analysis/angular_matrix` is [L+1,L+1] between any two depths.
     """
 
-    def __init__(self, config: configs.Config, model, rows, watched=iter):
-        """`rows`: text to measure on, of which `config.analysis.tokens` are taken; `watched`: wraps every reading of
-        its batches, and may raise to stop."""
-        self._model, self._watched = model.clone(compute_dtype='float32'), watched
+    def __init__(self, config: configs.Config, task: Task, examples: Examples, watched: Callable = iter):
+        """`examples`: what to measure on, of which `config.analysis.tokens` are taken; `watched`: wraps every reading
+        of its batches, and may raise to stop."""
+        model = task.model.clone(compute_dtype='float32')
+        self._task, self._watched = dataclasses.replace(task, model=model), watched
         parts = meshes.row_parts(model.stream_sharding.mesh)
         wanted = -(-config.analysis.tokens // config.seq_length)
         size = parts * max(1, min(POSITIONS // config.seq_length, -(-wanted // parts)))
-        self._batches = samples.sample(samples.rows_of_text(rows), config.analysis.tokens, size, parts=parts)
+        self._batches = samples.sample(self._task, examples, config.analysis.tokens, size, parts=parts)
 
     def __call__(self, params):
         def of(job):
-            return job.measure(self._model, params, self._watched(self._batches))
+            return job.measure(self._task, params, self._watched(self._batches))
 
         distances, dropped, norms, stream = (of(job) for job in (angular, drop, gradients, variance))
         matrix = distances['distance']['mean']
+        headline = self._task.headline if self._task.headline in dropped else 'loss'
         return {
             'analysis/angular_distance': matrix.diagonal(1).tolist(),
             'analysis/angular_matrix': matrix.tolist(),
-            'analysis/perplexity_drop': dropped['perplexity']['drop']['1']['mean'].tolist(),
+            f'analysis/{headline}_drop': dropped[headline]['drop']['1']['mean'].tolist(),
             'analysis/grad_norm': norms['layers']['mean'].tolist(),
             'analysis/variance': stream['variance']['mean'][1:].tolist(),
             **{

@@ -22,7 +22,7 @@ from mixln_jax.analysis import command
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.report import figures
 from mixln_jax.system.errors import UsageError
-from mixln_jax.tasks.language import Language
+from mixln_jax.tasks.task import Context
 
 NAME = 'gradients'
 DEFINITION = (
@@ -34,13 +34,13 @@ SOURCE = 'Li, Yin, Liu 2025, Mix-LN (arXiv 2412.13795), Figures 3e and 6a'
 ROWS = 32
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def _gradient(params, batch, *, model):
-    """(gradient of the summed losses of a batch, its tokens)."""
-    losses = lambda params: Language(model).losses(params, batch)[:2]  # noqa: E731
-    grads, count = jax.grad(losses, has_aux=True)(params)
-    shardings = meshes.state_shardings(model.stream_sharding.mesh, grads)
-    return jax.lax.with_sharding_constraint(grads, shardings), count
+@functools.partial(jax.jit, static_argnames='task')
+def _gradient(params, batch, *, task):
+    """(gradient of the summed losses of a batch, what it is to be divided by)."""
+    losses = lambda params: task.losses(params, batch, Context())[:2]  # noqa: E731
+    grads, weight = jax.grad(losses, has_aux=True)(params)
+    shardings = meshes.state_shardings(task.model.stream_sharding.mesh, grads)
+    return jax.lax.with_sharding_constraint(grads, shardings), weight
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -55,11 +55,11 @@ def _norms(sums, *, model):
     return command.everywhere({'layers': trees.layer_norms(mean)[0], 'matrices': trees.matrix_norms(mean)}, model)
 
 
-def measure(model, params, batches, rows=None):
+def measure(task, params, batches, rows=None):
     """Norms of gradients.
 
     Args:
-        model, params, batches: as angular.measure.
+        task, params, batches: as angular.measure.
         rows: that share one gradient, a multiple of a batch's; fewer, at the end, are left out. None: all of them.
 
     Returns:
@@ -69,11 +69,12 @@ def measure(model, params, batches, rows=None):
 
     Raises UsageError for fewer than `rows` rows.
     """
+    model = task.model
     found, tokens, sums, of_sums, real = [], 0, None, 0, 0  # of the gradient that is being summed: its tokens, its rows
     for batch in batches:
-        of_batch = _gradient(params, meshes.to_devices(batch, model.stream_sharding), model=model)
+        of_batch = _gradient(params, meshes.to_devices(batch, model.stream_sharding), task=task)
         sums = _sum(sums, of_batch) if sums else of_batch
-        counts = batch['loss_mask'].sum(-1)
+        counts = command.position_mask(task, batch).sum(-1)
         of_sums, real = of_sums + int(counts.sum()), real + int((counts > 0).sum())
         if real == rows:
             found.append(jax.device_get(_norms(sums, model=model)))
@@ -126,13 +127,11 @@ def main(argv):
     """The command; returns its exit code."""
 
     def check(options):
-        if options.squad:
-            raise UsageError('gradients are those of the loss of next tokens, which a BERT does not predict')
         if options.rows < 1 or options.rows % options.batch_size:
             raise UsageError(f'--rows {options.rows} is not a multiple of --batch_size {options.batch_size}')
 
-    def work(subject, options, texts):
-        return measure(subject.model, subject.params, texts(subject), options.rows)
+    def work(subject, options, sample):
+        return measure(subject.task, subject.params, sample.batches(), options.rows)
 
     return command.run(sys.modules[__name__], work, argv, add_options, check)
 

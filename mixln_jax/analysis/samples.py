@@ -5,15 +5,17 @@ import hashlib
 import pathlib
 import sys
 
+import jax
 import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax.data import batches, squad, text_files
 from mixln_jax.data import rows as data_rows
-from mixln_jax.models.bert import Bert
+from mixln_jax.program import step
 from mixln_jax.runs import weights
 from mixln_jax.system import console, files
 from mixln_jax.system.errors import DataError, UsageError
+from mixln_jax.tasks.question_answering import QuestionAnswering
 
 
 def text(subject, path=None, split=None, seq_length=None, mode=None, data_path=None):
@@ -36,7 +38,7 @@ def text(subject, path=None, split=None, seq_length=None, mode=None, data_path=N
         `rows.open_rows_of_run`.
     """
     found = subject.found
-    if isinstance(subject.model, Bert):
+    if isinstance(subject.task, QuestionAnswering):
         raise UsageError(f'{found.where} is a BERT; give --squad FILE, questions and texts for it to read')
     data = found.config.data if found.config else configs.Data()
     length = seq_length or (found.max_length if found.data_mode else min(256, found.max_length))
@@ -84,7 +86,7 @@ class _Begun:
 
 
 def questions(subject, path, seq_length=None):
-    """(Features, Examples, what says which they are: a dict) of a SQuAD file for a BERT.
+    """Returns the rows of a SQuAD file for a BERT.
 
     Args:
         subject: from `open_subject`.
@@ -96,50 +98,41 @@ def questions(subject, path, seq_length=None):
         UsageError: not a BERT, or no tokenizer. DataError: as `squad.read`.
     """
     found = subject.found
-    if not isinstance(subject.model, Bert):
-        raise UsageError(f'--squad {path}: {found.where} is not a BERT')
+    if not isinstance(subject.task, QuestionAnswering):
+        raise UsageError(f'--squad {path}: {found.where} is not a BERT that answers questions')
     length, most = seq_length or min(384, subject.model.config.num_positions), subject.model.config.num_positions
     if length > most:
         raise UsageError(f'--seq_length {length}: {found.where} has {most} positions')
     if length < 8:
         raise UsageError(f'--seq_length {length}: too short for a question and a text')
-    examples = squad.read(path)
+    questions = squad.read(path)
     tokenizer = squad.open_tokenizer(found.where)
-    features = squad.make_features(examples, tokenizer, max_length=length, max_query=min(64, length // 4))
+    features = squad.make_features(questions, tokenizer, max_length=length, max_query=min(64, length // 4))
     digest = hashlib.blake2b(files.read(path, DataError), digest_size=16)
-    return features, examples, {'source': digest.hexdigest(), 'seq_length': length}
+    return dataclasses.replace(features, fingerprint={'source': digest.hexdigest(), 'seq_length': length})
 
 
-def rows_of_text(rows):
-    """Rows from `text` as batches of one, in a random order that is always the same; for `sample`."""
-    return map(batches.evaluation(rows, 1, seed=0).__getitem__, range(len(rows)))
-
-
-def rows_of_questions(features):
-    """Rows from `questions` as batches of one, in a random order that is always the same; for `sample`."""
-    for number in np.random.default_rng(0).permutation(len(features.inputs)):
-        batch = {name: getattr(features, name)[number : number + 1] for name in ('inputs', 'types', 'token_mask')}
-        yield batch | {'loss_mask': batch['token_mask']}
-
-
-def sample(singles, num_tokens, batch_size, last=False, parts=None):
-    """A fixed sample of rows as batches: the same for every network and whatever the batch size.
+def sample(task, examples, num_tokens, batch_size, last=False, parts=None):
+    """Returns a fixed sample of examples as batches: the same for every network and whatever the batch size.
 
     Args:
-        singles: batches of one row, from `rows_of_text` or `rows_of_questions`.
+        task: of the network; it prepares the batches as for an evaluation.
+        examples: from `text` or `questions`; they are taken in a random order that is always the same.
         num_tokens: real tokens, at least, or all rows; whole rows are taken.
         batch_size: rows at a time, at most; the last batch is filled up with rows of weight 0.
         last: whether the last real token of each row alone counts.
         parts: devices that share the rows of a batch, so that of few rows smaller batches can be made; None: none are.
 
     Returns:
-        Batches of numpy arrays (see data/layout.py), of which `loss_mask` says what counts.
+        Batches of numpy arrays, with `position_mask` [B,T]: the positions that count.
     """
-    taken, tokens = [], 0
-    for batch in singles:
-        real = batch['loss_mask'].sum()
+    taken, tokens, singles = [], 0, batches.evaluation(examples, 1, seed=0)
+    for batch in map(singles.__getitem__, range(len(singles))):
+        batch.pop('num_bytes', None)
+        mask = task.position_mask(batch)
+        real = mask.sum()
         if real:
-            taken.append(batch | {'loss_mask': _last(batch['loss_mask'])} if last else batch)
+            taken.append(batch | {'position_mask': _last(mask) if last else mask})
         tokens += real
         if tokens >= num_tokens:
             break
@@ -149,12 +142,14 @@ def sample(singles, num_tokens, batch_size, last=False, parts=None):
     if parts:
         batch_size = min(batch_size, -(-len(taken) // parts) * parts)
     taken += [empty] * (-len(taken) % batch_size)
-    return [
+    joined = (
         {name: np.concatenate([row[name] for row in taken[at : at + batch_size]]) for name in empty}
         for at in range(0, len(taken), batch_size)
-    ]
+    )
+    prepare = jax.jit(lambda batch: task.prepare(batch, step.step_key(0, 0), False))
+    return [jax.device_get(prepare(batch)) for batch in joined]
 
 
 def _last(real):
-    """[1,T] weights with the last position that is not 0 alone."""
+    """[1,T] mask with the last position that is not 0 alone."""
     return real * (np.arange(real.shape[1]) == np.flatnonzero(real[0])[-1])

@@ -12,11 +12,14 @@ from mixln_jax import config as configs
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.models.network import Network
 from mixln_jax.program.program import Program
 from mixln_jax.runs import checkpoint, weights, workdir
 from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli
 from mixln_jax.system.errors import UsageError
+from mixln_jax.tasks import build
+from mixln_jax.tasks.task import Task
 
 INITIAL = 'init'  # the step of weights that no training has changed
 
@@ -38,11 +41,16 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A network in float32, its weights on all devices that share `batch_size` rows evenly."""
+    """A network in float32 as its task sees it, its weights on all devices that share `batch_size` rows evenly."""
 
     found: Weights
-    model: Any
+    task: Task
     params: Any
+
+    @property
+    def model(self) -> Network:
+        """The network."""
+        return self.task.model
 
 
 def places(checkpoints, steps=None) -> list[Place]:
@@ -104,13 +112,14 @@ def open_subject(place: Place, norm_position=None, batch_size=8, data_path=None)
     Raises:
         UsageError, CheckpointError: as `weights.load`; DataError where initial weights need the run's data.
     """
-    found = weights.load(place.run if place.newest else place.folder, norm_position=norm_position, bert=True)
+    found = weights.load(place.run if place.newest else place.folder, norm_position=norm_position)
     mesh = _mesh(batch_size)
     if place.initial:
         params = _initial(found, data_path)
         found = dataclasses.replace(found, params=params, step=0, where=f'{place.run} at initialisation')
     model = found.model.clone(stream_sharding=meshes.batch_sharding(mesh))
-    return Subject(found, model, jax.device_put(found.params, meshes.state_shardings(mesh, found.params)))
+    task = build.from_config(found.config, model) if found.config else build.of_network(model)
+    return Subject(found, task, jax.device_put(found.params, meshes.state_shardings(mesh, found.params)))
 
 
 def _mesh(rows):

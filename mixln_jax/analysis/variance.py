@@ -31,23 +31,24 @@ UNIT = 'variance: squared units of the stream; contribution: a ratio'
 SOURCE = 'Sun et al. 2025, The Curse of Depth (arXiv 2502.05795), sections 3 and 4'
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def _sums(params, batch, *, model):
+@functools.partial(jax.jit, static_argnames='task')
+def _sums(params, batch, *, task):
     """Sums over the tokens of each row: variance [B,L+1], contribution [B,L,2]."""
-    _, out = model.apply({'params': params}, batch, capture=True, method='backbone')
-    variance = statistics.stream_variance(out['hidden'], batch['loss_mask'])
-    return command.everywhere((variance, statistics.contribution(out['branches'], batch['loss_mask'])), model)
+    _, out = task.model.apply({'params': params}, batch, capture=True, method='backbone')
+    mask = command.position_mask(task, batch)
+    sums = statistics.stream_variance(out['hidden'], mask), statistics.contribution(out['branches'], mask)
+    return command.everywhere((sums, mask.sum(-1)), task.model)
 
 
-def measure(model, params, batches):
+def measure(task, params, batches):
     """Variance of the stream and contribution of the sub-layers; arguments as angular.measure.
 
     Returns:
         {'variance': [L+1], 'contribution': {'attention', 'mlp'}: [L]}, each {'mean', 'standard_error'}, 'theory' [L+1],
         NaN where there is none, and 'theory_constant'.
     """
-    (variance, contribution), counts = command.by_row(lambda at: _sums(params, at, model=model), model, batches)
-    variance = statistics.mean_and_error(variance, counts)
+    (variance, contribution), counts = command.by_row(functools.partial(_sums, params, task=task), task.model, batches)
+    variance, model = statistics.mean_and_error(variance, counts), task.model
     factors = placements.growth_factors(model.norm_position, model.layer_index, model.depth)
     theory, constant = statistics.variance_theory(variance['mean'], factors)
     return {
@@ -79,7 +80,7 @@ def draw(results):
 
 def main(argv):
     """The command; returns its exit code."""
-    work = lambda subject, _, texts: measure(subject.model, subject.params, texts(subject))  # noqa: E731
+    work = lambda subject, _, sample: measure(subject.task, subject.params, sample.batches())  # noqa: E731
     return command.run(sys.modules[__name__], work, argv)
 
 

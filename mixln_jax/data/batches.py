@@ -1,7 +1,12 @@
-"""Batches of rows and the order in which training reads them.
+"""Batches of examples and the order in which training reads them.
 
-A batch is a dict of arrays [B,T] (see layout.Layout.batch). The batch of step s follows from the rows, `data.seed` and
-s alone, so the place in the data is one integer, whatever reads ahead.
+A batch is a dict of arrays [B, ...]: those of its examples (see examples.py), `example_mask` [B] float32, 0 in rows
+that only fill the last batch of an evaluation, and `place` [B] uint32, each example's place in the endless stream of
+epochs (modulo 2^32), from which random keys are made. Every array whose name ends in `_mask` is 0 in rows that only
+fill.
+
+The batch of step s follows from the examples, `data.seed` and s alone, so the place in the data is one integer,
+whatever reads ahead.
 """
 
 import atexit
@@ -15,33 +20,45 @@ import numpy as np
 from absl import flags
 
 from mixln_jax.data import text_files, workers
-from mixln_jax.data.rows import Rows
+from mixln_jax.data.examples import Batch, Examples
 from mixln_jax.system import signals
 from mixln_jax.system.errors import DataError
 
-Batch = dict[str, np.ndarray]
 ROUNDS = 8  # of mixing in a permutation
 SETTINGS = 'data.workers', 'data.workers=0'
 
 
-def training(rows: Rows, *, seed: int, batch_size: int, part: np.ndarray | slice = slice(None)) -> grain.MapDataset:
-    """Batches for training: `dataset[s]` is the batch of step s (from 0), or the rows `part` of it.
+def training(
+    examples: Examples, *, seed: int, batch_size: int, part: np.ndarray | slice = slice(None)
+) -> grain.MapDataset:
+    """Returns the batches of training: `dataset[s]` is the batch of step s (from 0), or the rows `part` of it.
 
-    Every row comes once an epoch, each epoch in another order; batches run over the border of epochs. `batch_size` is
-    that of all processes together.
+    Every example comes once an epoch, each epoch in another order; a batch may span two epochs. `batch_size` is that of
+    all processes together.
     """
     part = np.arange(batch_size)[part]
     dataset = grain.MapDataset.range(2**62 // batch_size)  # as good as endless
-    return dataset.map(lambda s: rows.layout.batch(rows.read(order(rows, seed, s * batch_size + part))))
+    return dataset.map(lambda s: at(examples, seed, s * batch_size + part))
 
 
-def order(rows: Rows, seed: int, places: np.ndarray) -> np.ndarray:
-    """The numbers of the rows at `places` (from 0) of the endless stream of epochs."""
-    epochs, places = np.divmod(places, len(rows))
+def at(examples: Examples, seed: int, places: np.ndarray) -> Batch:
+    """Returns the batch of the examples at `places` (from 0) of the endless stream of epochs."""
+    batch = examples.batch(order(examples, seed, places), places // len(examples))
+    return batch | marks(places, np.ones(len(places), bool))
+
+
+def order(examples: Examples, seed: int, places: np.ndarray) -> np.ndarray:
+    """Returns the numbers of the examples at `places` (from 0) of the endless stream of epochs."""
+    epochs, places = np.divmod(places, len(examples))
     numbers = np.empty(len(places), np.int64)
     for epoch in np.unique(epochs):
-        numbers[epochs == epoch] = permuted(places[epochs == epoch], len(rows), seed, epoch)
+        numbers[epochs == epoch] = permuted(places[epochs == epoch], len(examples), seed, epoch)
     return numbers
+
+
+def marks(places: np.ndarray, real: np.ndarray) -> Batch:
+    """Returns the arrays that every batch has: `example_mask` and `place`, of places [B] and of which are real [B]."""
+    return {'example_mask': real.astype(np.float32), 'place': (places % 2**32).astype(np.uint32)}
 
 
 def permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -64,29 +81,29 @@ def permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     return images.astype(np.int64)
 
 
-def evaluation(rows: Rows, batch_size: int, seed: int | None = None, sized: bool = False) -> grain.MapDataset:
-    """All rows once, in order, or with a `seed` in the order of an epoch of training; the last batch is filled up with
-    rows of weight 0. `sized` adds `num_bytes` [B], the bytes of text that each row's targets stand for, where known."""
+def evaluation(examples: Examples, batch_size: int, seed: int | None = None) -> grain.MapDataset:
+    """Returns batches of all examples once, in order, or with a `seed` in the order of an epoch of training; rows that
+    fill up the last batch have masks of 0. They have `num_bytes` [B] where it is known; see examples.py."""
 
     def batch(number):
         places = np.arange(batch_size) + number * batch_size
-        real = places < len(rows)
+        real = places < len(examples)
         wanted = np.where(real, places, 0)
-        block = rows.read(wanted if seed is None else order(rows, seed, wanted), sized)
-        made = rows.layout.batch(block)
-        if sized and block.num_bytes is not None:
-            made['num_bytes'] = block.num_bytes * real
-        return made | {'loss_mask': made['loss_mask'] * real[:, None].astype(np.float32)}
+        made = examples.batch(wanted if seed is None else order(examples, seed, wanted))
+        for name, values in made.items():
+            if name.endswith('_mask') or name == 'num_bytes':
+                made[name] = values * real.reshape(-1, *(1,) * (values.ndim - 1)).astype(values.dtype)
+        return made | marks(places, real)
 
-    return grain.MapDataset.range(-(-len(rows) // batch_size)).map(batch)
+    return grain.MapDataset.range(-(-len(examples) // batch_size)).map(batch)
 
 
 def read(dataset: grain.MapDataset, start: int, workers: int) -> Generator[Batch]:
     """The batches from step `start` on, read ahead by threads or by `workers` processes; the same ones either way.
 
-    Each process holds a copy of the rows. Close the iterator (`.close()`) to end threads and processes; collecting it
-    or leaving Python does so too. Where a process has ended, or cannot start, iterating raises what `workers.explained`
-    says.
+    Each process holds a copy of the examples. Close the iterator (`.close()`) to end threads and processes; collecting
+    it or leaving Python does so too. Where a process has ended, or cannot start, iterating raises what
+    `workers.explained` says.
     """
     batches = _read(dataset, start, workers)
     _reading.add(batches)

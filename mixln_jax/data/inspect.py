@@ -42,9 +42,9 @@ def inspect(workdir: str | pathlib.Path, step: int, num_rows: int | None = None,
     tokenizer = tokenizers.load(workdir / 'tokenizer', rows.seen_by_run(workdir)[0].get('tokenizer'))
     of = rows.open_rows_of_run(workdir, config, config.data.split, tokenizer, data_path)
     places = (step - 1) * config.batch_size + np.arange(config.batch_size)
-    numbers = batches.order(of, config.data.seed, places)[:num_rows]
-    batch = of.layout.batch(of.read(numbers))
-    for i, number in enumerate(numbers.tolist()):
+    places = places[:num_rows]
+    batch = batches.at(of, config.data.seed, places)
+    for i, number in enumerate(batches.order(of, config.data.seed, places).tolist()):
         row = {name: values[i].tolist() for name, values in batch.items()}
         yield {'row': i, 'origin': of.origin(number), 'text': _texts(row, tokenizer), **row}
 

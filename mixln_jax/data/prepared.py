@@ -23,6 +23,7 @@ from isal import isal_zlib
 
 from mixln_jax import config
 from mixln_jax.data import layout, text_files, tokenizers
+from mixln_jax.data.examples import Rows
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.system import console, files
 from mixln_jax.system.errors import DataError, reading
@@ -104,8 +105,8 @@ def notes_file(shard: str) -> str:
     return f'{shard.removesuffix(".bin")}.rows'
 
 
-class Prepared:
-    """The rows of one split; see rows.Rows. Raises DataError, naming the file, for what is missing or cut short."""
+class Prepared(Rows):
+    """The rows of one split; see examples.Rows. Raises DataError, naming the file, for what is missing or cut short."""
 
     def __init__(self, folder: str | pathlib.Path, split: str):
         about = description(folder)

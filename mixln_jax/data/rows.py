@@ -2,13 +2,13 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mixln_jax import config
 from mixln_jax.data import layout, prepared, tokenizers
+from mixln_jax.data.examples import Rows
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import Tokenizer
@@ -19,25 +19,7 @@ from mixln_jax.system.errors import DataError, UsageError, reading
 MOVED = "where the run's data is now: data.data_dir of a tfds data set, data.path of another source [where it was]"
 
 
-class Rows(Protocol):
-    """Rows by number. `fingerprint` says what they follow from, part by part; `layout` how to read them."""
-
-    fingerprint: dict
-    layout: Layout
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Sequence[int] | np.ndarray, sized: bool = False) -> Block:
-        """Returns the rows [n, T+1]; bytes of text, where they take time to find, only if `sized` asks for them.
-
-        Raises DataError, naming the record, for a row that cannot be read.
-        """
-
-    def origin(self, i: int) -> str:
-        """Where a row comes from, for people."""
-
-
-class Documents:
+class Documents(Rows):
     """pad: row i is document i, made when asked for, so of any source."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, seq_length: int):
@@ -65,7 +47,7 @@ class Documents:
         return self._source.origin(i)
 
 
-class InMemory:
+class InMemory(Rows):
     """pack and concat: a source of up to 1 GB, tokenised at the start.
 
     Raises DataError where the text does not fill one row.

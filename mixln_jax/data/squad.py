@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 import tokenizers
 
+from mixln_jax.data.examples import Batch, Numbers
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, DataError, UsageError, reading
 
@@ -15,23 +17,28 @@ SPECIALS = '[CLS]', '[SEP]', '[PAD]'
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-    """A question. `nullable`: its file (v2.0) has questions that the text does not answer, with no `answers`."""
+class Question:
+    """A question about a text. `nullable`: its file (v2.0) has questions that the text does not answer, with no
+    `answers`. `start`: the character at which the first answer begins; None: there is no answer, or nobody says."""
 
     id: str
     question: str
     context: str
     answers: tuple[str, ...]
     nullable: bool
+    start: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Rows [CLS] question [SEP] window [SEP], padded to T, as arrays [N,T]; `example` [N] is each row's question.
+    """Examples that are rows [CLS] question [SEP] window [SEP], padded to T, as arrays [N,T]; `example` [N] is each
+    row's question, its number in `questions`.
 
     `inputs` and `types` int32 and `token_mask` float32 (1 at tokens, 0 at padding) are what the network sees. `context`
     bool: tokens of the text; `begins` bool: those that no other window of the question shows with more text around
-    them; `offsets` [N,T,2] int32: the characters of the text that they stand for.
+    them; `offsets` [N,T,2] int32: the characters of the text that they stand for. `answer` [N,2] int32: the first and
+    the last token of the first answer, both 0, [CLS], where the window does not hold all of it; `answer_mask` [N]
+    float32: 0 where nobody says where it is.
     """
 
     inputs: np.ndarray
@@ -41,15 +48,22 @@ class Features:
     begins: np.ndarray
     offsets: np.ndarray
     example: np.ndarray
+    answer: np.ndarray
+    answer_mask: np.ndarray
+    questions: tuple[Question, ...] = ()
+    fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def batches(self, batch_size):
-        """Yields dicts of `inputs`, `types` and `token_mask` [batch_size,T]; rows that fill up the last are masked."""
-        for first in range(0, len(self.inputs), batch_size):
-            rows = np.arange(first, first + batch_size)
-            real = rows < len(self.inputs)
-            rows = np.where(real, rows, first)
-            batch = {name: getattr(self, name)[rows] for name in ('inputs', 'types', 'token_mask')}
-            yield batch | {'token_mask': batch['token_mask'] * real[:, None].astype(np.float32)}
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, numbers: Numbers, epochs: Numbers | None = None) -> Batch:
+        """Returns `inputs`, `types` and `token_mask` [n,T], `answer` [n,2] and `answer_mask` [n]; see examples.py."""
+        names = 'inputs', 'types', 'token_mask', 'answer', 'answer_mask'
+        return {name: getattr(self, name)[np.asarray(numbers)] for name in names}
+
+    def origin(self, number: int) -> str:
+        """Returns which question a row is of."""
+        return f'question {self.questions[self.example[number]].id}, row {number}'
 
 
 SHIFT = 2  # characters by which an `answer_start` may be off, as some are in files that people made
@@ -57,7 +71,7 @@ _KINDS = {list: 'a list', str: 'a text', bool: 'true or false'}  # what a value 
 
 
 def read(path):
-    """The questions of a SQuAD file, v1.1 or v2.0, as a list of Examples.
+    """Returns the questions of a SQuAD file, v1.1 or v2.0.
 
     Raises DataError: missing, not JSON, or not of this form, naming the place; a context or an answer that is empty; an
     answer that the context does not have at its `answer_start`, where it has one, naming the question.
@@ -69,7 +83,7 @@ def read(path):
         except DataError as error:
             lines = '; a file of SQuAD is one object, not one a line' if 'Extra data' in str(error) else ''
             raise DataError(f'{error}{lines}') from None
-    examples, seen = [], set()
+    questions, seen = [], set()
 
     def take(owner, name, kind, where):
         value = owner.get(name) if isinstance(owner, dict) else None
@@ -100,10 +114,18 @@ def read(path):
                 if name in seen:
                     raise DataError(f'{path}: two questions have the id {name}')
                 seen.add(name)
-                examples.append(Example(name, question, context, texts, lacks is not None))
-    if not examples:
+                start = _start(answers[0], context) if answers else None
+                questions.append(Question(name, question, context, texts, lacks is not None, start))
+    if not questions:
         raise DataError(f'{path} has no questions')
-    return examples
+    return questions
+
+
+def _start(answer, context):
+    """The character at which an answer begins, near the one that its file says; None where nobody knows."""
+    said = answer.get('answer_start')
+    start = context.find(answer['text'], max((said or 0) - SHIFT, 0))
+    return None if start < 0 else start
 
 
 def _problem(answer, context):
@@ -154,11 +176,11 @@ def _from_vocabulary(folder):
     )
 
 
-def make_features(examples, tokenizer, max_length=384, stride=128, max_query=64):
-    """The Features of a list of Examples.
+def make_features(questions, tokenizer, max_length=384, stride=128, max_query=64):
+    """Returns the Features of a list of Questions.
 
     Args:
-        examples: from `read`.
+        questions: from `read`.
         tokenizer: from `open_tokenizer`.
         max_length: T. A text that does not fit becomes several windows.
         stride: tokens from the beginning of a window to that of the next.
@@ -180,9 +202,9 @@ def make_features(examples, tokenizer, max_length=384, stride=128, max_query=64)
         return np.array(found.ids, np.int32), np.array(found.offsets, np.int32).reshape(-1, 2)
 
     windows = []
-    for number, example in enumerate(examples):
-        query = tokenizer.encode(example.question, add_special_tokens=False).ids[:max_query]
-        total = len(encoded(example.context)[0])
+    for number, question in enumerate(questions):
+        query = tokenizer.encode(question.question, add_special_tokens=False).ids[:max_query]
+        total = len(encoded(question.context)[0])
         spans = _windows(total, max_length - len(query) - 3, stride)
         windows += [(number, query, *at) for at in zip(spans, _shows_best(spans, total), strict=True)]
     shape = len(windows), max_length
@@ -194,9 +216,13 @@ def make_features(examples, tokenizer, max_length=384, stride=128, max_query=64)
         begins=np.zeros(shape, bool),
         offsets=np.zeros((*shape, 2), np.int32),
         example=np.array([number for number, *_ in windows], np.int32),
+        answer=np.zeros((len(windows), 2), np.int32),
+        answer_mask=np.ones(len(windows), np.float32),
+        questions=tuple(questions),
     )
     for row, (number, query, (start, end), best) in enumerate(windows):
-        ids, offsets = encoded(examples[number].context)
+        question = questions[number]
+        ids, offsets = encoded(question.context)
         first = len(query) + 2
         last = first + end - start  # the second [SEP]
         made.inputs[row, : last + 1] = [cls, *query, sep, *ids[start:end], sep]
@@ -205,7 +231,24 @@ def make_features(examples, tokenizer, max_length=384, stride=128, max_query=64)
         made.context[row, first:last] = True
         made.begins[row, first:last] = best
         made.offsets[row, first:last] = offsets[start:end]
+        if question.answers:
+            made.answer[row], made.answer_mask[row] = _labels(question, offsets, start, end, first)
     return made
+
+
+def _labels(question, offsets, start, end, first):
+    """((first, last) token of the first answer in its row, 1.0), or ((0, 0), 0.0) where nobody says where it is.
+
+    The row holds the tokens `start` to `end` of the text, from position `first` on; (0, 0) where not all of the answer
+    is among them (run_squad.py).
+    """
+    if question.start is None:
+        return (0, 0), 0.0
+    covered = (offsets[:, 1] > question.start) & (offsets[:, 0] < question.start + len(question.answers[0]))
+    tokens = np.flatnonzero(covered)
+    if not len(tokens) or tokens[0] < start or tokens[-1] >= end:
+        return (0, 0), 1.0
+    return (tokens[0] - start + first, tokens[-1] - start + first), 1.0
 
 
 def _windows(total, room, stride):

@@ -44,7 +44,7 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     ),  # galore: of a small rank
     (r'/embedding$', (P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor')))),
     (r'/head/kernel$', (P('fsdp', 'tensor'),)),
-    (r'/(q|k|v|gate|up)/kernel$', (P('fsdp', 'tensor'), P(('fsdp', 'tensor'), None))),
+    (r'/(q|k|v|gate|up|transform)/kernel$', (P('fsdp', 'tensor'), P(('fsdp', 'tensor'), None))),
     (r'/(o|down)/kernel$', (P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor')))),
     (r'((norm\w*/|_)scale|/bias|/span/kernel)$', (P(),)),
 )

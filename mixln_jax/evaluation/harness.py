@@ -24,7 +24,6 @@ from mixln_jax import config as configs
 from mixln_jax.data import tokenizers
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.kernels import cross_entropy
-from mixln_jax.models.bert import Bert
 from mixln_jax.runs.weights import Weights, open_tokenizer
 from mixln_jax.system import console, errors
 from mixln_jax.system.errors import DataError, NumericsError, UsageError, first_line
@@ -59,13 +58,13 @@ class Harness(TemplateLM):
             max_length: the window; None: what the weights were trained for.
             mesh: from `mesh.make_mesh`; None: all devices along `data`.
 
-        Raises UsageError for a BERT, a folder without a tokenizer, or one with more ids than the network; DataError for
-        an unreadable one.
+        Raises UsageError for a network that sees both sides, such as a BERT, a folder without a tokenizer, or one with
+        more ids than the network; DataError for an unreadable one.
         """
         super().__init__()
         self._where = weights.where
-        if isinstance(weights.model, Bert):
-            raise UsageError(f'{self._where} is a BERT, which does not predict next tokens')
+        if not weights.model.causal:
+            raise UsageError(f'{self._where} sees both sides of a token, so it does not predict the next one')
         if weights.config and weights.tokenizer:
             self._tokenizer: tokenizers.Tokenizer = weights.tokenizer
             self.prefix_token_id = self._tokenizer.eos_id

@@ -54,16 +54,14 @@ def evaluate(
             num_bytes = num_bytes + int(batch['num_bytes'].sum()) if 'num_bytes' in batch else None
         batch = {name: values for name, values in batch.items() if name != 'num_bytes'}
         sums.append(eval_step(params, meshes.to_devices(batch, sharding)))
-        tokens += int(batch['loss_mask'].sum())
+        tokens += int(task.position_mask(batch).sum())
         if len(sums) > 1:
             sums[-2] = jax.device_get(sums[-2])  # the batch before: keeps the device busy and its queue short
         if tokens >= num_tokens and len(sums) % at_a_time == 0:
             break
     sums = jax.device_get(sums)
     totals = {name: sum(float(batch[name]) for batch in sums) for name in sums[0]}
-    # In whole numbers, beyond float32.
-    counted: dict[str, Any] = {'weight': tokens, 'tokens': tokens, 'num_bytes': num_bytes}
-    values = task.summary(totals | counted) | {'tokens': tokens}
+    values = task.summary(totals | {'tokens': tokens, 'num_bytes': num_bytes}) | {'tokens': tokens}
     return {f'eval/{name}': value for name, value in values.items()}
 
 
@@ -95,7 +93,7 @@ def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size
     program = Program(dataclasses.replace(config, batch_size=batch_size, accumulate=1), mesh)
     rows = data_rows.open_rows_of_run(found.workdir, config, split or config.eval.split, found.tokenizer, data_path)
     params = jax.device_put(found.params, jax.tree.map(lambda leaf: leaf.sharding, program.state.params))
-    with contextlib.closing(batches.read(batches.evaluation(rows, batch_size, sized=True), 0, workers=0)) as reader:
+    with contextlib.closing(batches.read(batches.evaluation(rows, batch_size), 0, workers=0)) as reader:
         values = evaluate(
             program.eval_step,
             params,

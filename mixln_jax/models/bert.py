@@ -1,23 +1,18 @@
-"""BERT (Devlin et al. 2019, arXiv 1810.04805): embeddings, LayerNorm, the shared stack, a head that finds spans."""
+"""BERT (Devlin et al. 2019, arXiv 1810.04805): embeddings, LayerNorm, the shared stack, a head."""
 
-import dataclasses
+import functools
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mixln_jax import config as configs
-from mixln_jax.models import layers, transformer
+from mixln_jax.kernels import attention
+from mixln_jax.models import layers, placements, transformer
 from mixln_jax.models.layers import LayerNorm
+from mixln_jax.models.network import Network
 from mixln_jax.system.errors import UsageError
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(configs.Model):
-    """The keys of config.Model, of which those of rotary positions and key/value heads mean nothing, and BERT's own."""
-
-    num_positions: int = 512  # rows of the table of positions: the longest T
-    num_types: int = 2  # kinds of tokens: those of the question, those of the text
 
 
 class Attention(nn.Module):
@@ -54,78 +49,112 @@ class MLP(nn.Module):
 
 
 PARTS = transformer.Parts(LayerNorm, Attention, MLP)
+WORDS, SPANS = 'words', 'spans'  # heads
 
 
-class Bert(nn.Module):
-    """A BERT whose layers each have their own placement: `post` is Devlin et al.'s, and that of all published weights.
+class Bert(Network):
+    """BERT; see Network. `post` is Devlin et al.'s placement, and that of all published weights.
 
-    `norm_position` [L], `layer_index` [L] and `depth` are as in Llama. A network without `span_head` has
-    a backbone alone.
+    `head`: `words` predicts tokens (the pre-training head of Devlin et al., without its bias over the vocabulary),
+    `spans` finds the answers to questions, and with an empty name there is none.
     """
 
-    config: Config
-    norm_position: tuple[str, ...]
-    layer_index: tuple[int, ...]
-    depth: int
-    compute_dtype: str = 'float32'
-    span_head: bool = True
-    stream_sharding: jax.sharding.NamedSharding | None = None  # of the residual stream; None: one device
+    head: str = WORDS
+
+    causal: ClassVar[bool] = False
+    padded: ClassVar[dict[str, int]] = {'words/embedding': 0}
+    lookups: ClassVar[tuple[str, ...]] = ('positions/embedding', 'types/embedding')  # the words' table is the head too
+    fixed: ClassVar[tuple[str, ...]] = (
+        'num_kv_heads', 'head_dim', 'attention_bias', 'mlp_bias', 'tie_word_embeddings', 'scale_embed', 'rope_theta',
+        'rope_type',
+    )  # fmt: skip
 
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
         table = lambda rows: layers.Embedding(rows, config.hidden_size, dtype, self.stream_sharding)  # noqa: E731
-        self.words = table(config.vocab_size)
+        self.words = table(self.rows)
         self.positions = table(config.num_positions)
         self.types = table(config.num_types)
         self.embed_norm = LayerNorm(config.norm_eps, dtype)
         self.layers = transformer.Stack(
             config, dtype, self.norm_position, self.layer_index, self.depth, self.stream_sharding, PARTS
         )
-        if self.span_head:
+        if not placements.PLACEMENTS[self.norm_position[-1]].mlp.post:  # else the last layer ends in a norm
+            self.norm = LayerNorm(config.norm_eps, dtype)
+        if self.head == WORDS:
+            self.transform = layers.linear(config.hidden_size, dtype, None, bias=True)
+            self.transform_norm = LayerNorm(config.norm_eps, dtype)
+        elif self.head == SPANS:
             self.span = layers.linear(2, jnp.float32, None, bias=True)
 
     def backbone(
         self, batch: layers.Batch, layer_mask: jax.Array | None = None, capture: bool = False
     ) -> tuple[jax.Array, dict]:
-        """Returns the final hidden states, the input of the head.
+        """Returns the hidden states that the head multiplies.
 
         Args:
             batch: `inputs` [B,T] int32, token ids; `types` [B,T], the kind of each token (default 0); `token_mask`
-                [B,T], 0 at padding, which no token attends to (default: no padding). Other arrays are ignored.
+                [B,T], 0 at padding, which no token attends to (default: no padding); `positions` and `segment_ids` of
+                packed rows as in Llama. Other arrays are ignored.
             layer_mask, capture: as in Llama.
 
         Returns:
-            x [B,T,D] and a dict as in Llama: `hidden` begins with the normalised sum of the embeddings.
+            x [B,T,D] and a dict as in Llama: `hidden` begins with the normalised sum of the embeddings and ends with
+            the output of layer L.
 
         Raises:
             UsageError: more tokens than the network has positions.
         """
         batch = layers.as_batch(batch)
-        ids = batch['inputs']
-        if ids.shape[1] > self.config.num_positions:
-            raise UsageError(f'rows of {ids.shape[1]} tokens, but BERT has {self.config.num_positions} positions')
-        with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
+        ids, most = batch['inputs'], self.config.num_positions
+        if ids.shape[1] > most:
+            said = f'rows of {ids.shape[1]} tokens, but BERT has {most} positions'
+            raise UsageError(f'{said} (config.model.num_positions)')
+        with jax.default_matmul_precision(self.precision):
+            positions = batch.get('positions', jnp.arange(ids.shape[1])[None])
             types = batch.get('types', jnp.zeros_like(ids))
-            mask = batch['token_mask'][:, None, None, :] > 0 if 'token_mask' in batch else None
-            positions = jnp.arange(ids.shape[1])[None]
             first = self.embed_norm(self.words(ids) + self.types(types) + self.positions(positions))
-            last, out = self.layers(first, None, mask, layer_mask, capture)
+            last, out = self.layers(first, None, _seen(batch), layer_mask, capture)
             if capture:
                 out['hidden'] = jnp.concatenate([first[None], out['hidden']])
-            return last, out or {}
+            return self._head_input(last), out or {}
 
-    def __call__(self, batch: layers.Batch, layer_mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Returns logits (start [B,T], end [B,T]) in float32 of where the answer to a question begins and ends."""
-        if not self.span_head:
-            raise UsageError('this BERT has no head that finds spans (qa_outputs)')
-        x, _ = self.backbone(batch, layer_mask)
-        with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
+    def _head_input(self, x):
+        if not placements.PLACEMENTS[self.norm_position[-1]].mlp.post:
+            x = self.norm(x)
+        return self.transform_norm(nn.gelu(self.transform(x), False)) if self.head == WORDS else x
+
+    def __call__(
+        self, batch: layers.Batch, layer_mask: jax.Array | None = None, capture: bool = False
+    ) -> tuple[jax.Array, Any]:
+        """Returns logits [B,T,V] in float32 and the dict of `backbone`; with the head `spans` logits (start [B,T], end
+        [B,T]) of where the answer to a question begins and ends."""
+        if not self.head:
+            raise UsageError('this BERT has no head: neither one that finds spans (qa_outputs) nor one for words')
+        x, out = self.backbone(batch, layer_mask, capture)
+        with jax.default_matmul_precision(self.precision):
+            if self.head == WORDS:
+                return self.words.attend(x)[..., : self.config.vocab_size], out
             start, end = jnp.moveaxis(self.span(x), -1, 0)
             return start, end
 
     @nn.nowrap
-    def shapes(self):
-        """The variables as ShapeDtypeStructs."""
-        method = '__call__' if self.span_head else 'backbone'
-        ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-        return jax.eval_shape(lambda ids: self.init(jax.random.key(0), ids, method=method), ids)
+    def head_kernel(self, params: Any) -> jax.Array:
+        """Returns the matrix [D,Vp] of the head `words`: the table of words."""
+        return params['words']['embedding'].T
+
+    @nn.nowrap
+    def shapes(self) -> dict[str, Any]:
+        """Returns the variables as ShapeDtypeStructs."""
+        init = functools.partial(nn.Module.init, self, method='__call__' if self.head else 'backbone')
+        return jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+
+
+def _seen(batch):
+    """Which keys a query sees: a bool array that broadcasts to [B,1,T,T]; None: all of them."""
+    masks = []
+    if 'token_mask' in batch:
+        masks.append(batch['token_mask'][:, None, None, :] > 0)
+    if 'segment_ids' in batch:
+        masks.append(attention.document_mask(batch['segment_ids']))
+    return functools.reduce(jnp.logical_and, masks) if masks else None

@@ -15,15 +15,16 @@ OUTPUTS = ('attention/o/kernel', 'mlp/down/kernel')  # what a sub-layer adds to 
 QUERY_KEY = ('attention/q/kernel', 'attention/k/kernel')
 
 
-def initialize(key, shapes, config, norm_position, depth):
+def initialize(key, shapes, config, norm_position, depth, padded):
     """Fills a tree of parameter shapes.
 
     Args:
         key: a JAX random key.
         shapes: the parameters as ShapeDtypeStructs: `layers/segment_<i>/...` stacked, everything else single.
-        config: config.Model: init, init_std, embed_std, vocab_size (rows or columns beyond it are zero).
+        config: config.Model: init, init_std, embed_std, vocab_size.
         norm_position: placement name of each layer.
         depth: L in the constants of `scaled` and `deepnorm`.
+        padded: {path: axis} of the leaves with an axis over the vocabulary; what lies beyond vocab_size is zero.
 
     Returns:
         The tree of arrays. Norm gains are 1, biases 0; `scaled` divides sub-layer outputs by sqrt(2L) (GPT-2);
@@ -45,7 +46,8 @@ def initialize(key, shapes, config, norm_position, depth):
             std = _std('/'.join(names[2:]), shape.shape[1:], config, placements.PLACEMENTS[name].init, depth)
             draw = lambda number: _normal(_fold(key, '/'.join(names[2:]), number), shape.shape[1:], shape.dtype)  # noqa: E731
             return jax.vmap(draw)(jnp.arange(first + 1, end + 1)) * std
-        vocab_axis, std = (0, config.embed_std) if names[-1] == 'embedding' else (1, config.init_std)
+        std = config.embed_std if names[-1] == 'embedding' else config.init_std
+        vocab_axis = padded.get('/'.join(names))
         used = tuple(config.vocab_size if axis == vocab_axis else size for axis, size in enumerate(shape.shape))
         values = _normal(_fold(key, '/'.join(names), 0), used, shape.dtype) * std
         return jnp.pad(values, [(0, size - n) for size, n in zip(shape.shape, used, strict=True)])

@@ -13,7 +13,6 @@ from jax.experimental import topologies
 from mixln_jax import config as configs
 from mixln_jax import recipes
 from mixln_jax.distributed import mesh as meshes
-from mixln_jax.models import llama
 from mixln_jax.plan import hlo
 from mixln_jax.plan.memory import abstract_mesh, fits, memory, proposal, topology_size
 from mixln_jax.program.program import Program
@@ -53,8 +52,7 @@ def plan(config: configs.Config, topology: str, mfu: float, compile: bool):
     kind, count = topology_size(topology)
     device, capacity = KINDS[kind], DEVICES[KINDS[kind]].memory or 0
     program = Program(config, abstract_mesh(config.mesh, count))
-    sizes, params = config.model, program.state.params
-    number = llama.num_params(sizes, params)
+    number = program.model.num_params(program.state.params)
     positions = config.batch_size * config.seq_length
     a_position = program.flops_per_position()
     seconds = a_position * positions / (mfu * DEVICES[device].flops * count)

@@ -52,7 +52,7 @@ def memory(program: Program) -> dict[str, int]:
     layer = inside[model.remat]
     working = inside['none'] if model.remat != 'none' else 0  # of the layer at hand, recomputed
     scores = 8 * H // tensor * max(S - first for first, S in attention.blocks(T))  # and of its attention
-    padded = program.state.params['embed']['embedding'].shape[0]
+    padded = program.model.rows
     chunk = min(rows * T, max(cross_entropy.CHUNK, rows))
     return {
         'weights': _held(program.state.params),

@@ -7,10 +7,10 @@ import jax
 from mixln_jax import config as configs
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.kernels import attention
-from mixln_jax.models import llama
+from mixln_jax.models import families
 from mixln_jax.program import optim, step
 from mixln_jax.system.errors import UsageError
-from mixln_jax.tasks import language
+from mixln_jax.tasks import build
 
 
 class Program:
@@ -30,8 +30,8 @@ class Program:
         official = config.compat != 'none'
         device = mesh.devices.flat[0] if isinstance(mesh, jax.sharding.Mesh) else None  # plans have none
         kernel = attention_kernel(config, device)
-        self.model = llama.from_config(config.model, config.compute_dtype, self._rows, official, kernel)
-        self.task = language.of_config(config, self.model)
+        self.model = families.from_config(config.model, config.compute_dtype, self._rows, official, kernel)
+        self.task = build.from_config(config, self.model)
         optimizer = optim.optimizer(config.optim)
         init = functools.partial(step.init_state, self.task, optimizer, param_dtype=config.param_dtype)
         shapes = jax.eval_shape(init, jax.random.key(0))
@@ -42,23 +42,24 @@ class Program:
             step.train_step,
             task=self.task,
             optimizer=optimizer,
+            seed=config.seed,
             schedule=optim.schedule(config.optim, config.num_steps, official),
             clip_norm=config.optim.clip_norm,
             accumulate=config.accumulate,
             shardings=shardings.params,
         )
         self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
-        measure = functools.partial(step.measure_factors, model=self.model, accumulate=config.accumulate)
+        measure = functools.partial(
+            step.measure_factors, task=self.task, seed=config.seed, accumulate=config.accumulate
+        )
         self.measure_factors = jax.jit(measure, donate_argnums=0, out_shardings=shardings)
-        self.eval_step = jax.jit(functools.partial(step.eval_step, task=self.task), out_shardings=everywhere)
+        self.eval_step = jax.jit(
+            functools.partial(step.eval_step, task=self.task, seed=config.seed), out_shardings=everywhere
+        )
 
     def flops_per_position(self) -> int:
-        """FLOPs of training on one position, by formula; a tied embedding counts as the head that it is too."""
-        sizes, params = self.config.model, self.state.params
-        embedding, width = sizes.vocab_size * sizes.hidden_size, sizes.num_heads * sizes.head_size
-        alone = 0 if sizes.tie_word_embeddings else embedding  # parameters that are looked up and nothing else
-        number, length = llama.num_params(sizes, params), self.config.seq_length
-        return llama.flops_per_position(number, alone, sizes.num_layers, width, length)
+        """Returns the FLOPs of training on one position, by formula."""
+        return self.model.flops_per_position(self.state.params, self.config.seq_length)
 
     def batch(self, size):
         """A batch of `size` rows as ShapeDtypeStructs."""

@@ -21,7 +21,8 @@ class State:
     opt_state: Any
     bad_step: (
         jax.Array
-    )  # the first step whose loss or gradient was not finite; 0: none. While set, a step is the identity
+    )  # the first step whose loss or gradient was not finite, 0: none; while set, a step changes nothing
+    frozen: Any = None  # weights that are never updated
 
 
 def init_state(task, optimizer, key, param_dtype='float32'):
@@ -31,20 +32,23 @@ def init_state(task, optimizer, key, param_dtype='float32'):
     return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
 
-def measure_factors(state, batch, *, model, accumulate=1):
+def measure_factors(state, batch, *, task, seed=0, accumulate=1):
     """Returns a fresh State with the measured factors (Admin's omega) set by one forward pass over the whole batch."""
+    model = task.model
 
     def branches(micro_batch):
         _, out = model.apply({'params': state.params}, micro_batch, capture=True, method='backbone')
         return out['branches']
 
-    micro = micro_batches(batch, accumulate)
+    micro = micro_batches(task.prepare(batch, step_key(seed, 0), True), accumulate)
     whole = {name: jnp.concatenate(values, axis=2) for name, values in jax.lax.map(branches, micro).items()}
-    variances = transformer.branch_variances(whole, jnp.concatenate(micro['loss_mask']), model.config.hidden_size)
+    variances = transformer.branch_variances(
+        whole, jnp.concatenate(jax.vmap(task.position_mask)(micro)), model.config.hidden_size
+    )
     return state.replace(params=model.with_measured(state.params, variances))
 
 
-def train_step(state, batch, *, task, optimizer, schedule, clip_norm=0.0, accumulate=1, shardings=None):
+def train_step(state, batch, *, task, optimizer, schedule, seed=0, clip_norm=0.0, accumulate=1, shardings=None):
     """Returns the state after one update, and its metrics.
 
     Args:
@@ -53,6 +57,7 @@ def train_step(state, batch, *, task, optimizer, schedule, clip_norm=0.0, accumu
         task: a tasks.task.Task.
         optimizer: from `optim.optimizer`.
         schedule: update number from 0 -> learning rate.
+        seed: of the random choices that the task makes; see `step_key`.
         clip_norm: largest global gradient norm; 0: no clipping.
         accumulate: micro-batches; they share one sum and one weight, so the mathematics is the whole batch's.
         shardings: of the weights, which their gradients are to have too; None: one device.
@@ -62,7 +67,8 @@ def train_step(state, batch, *, task, optimizer, schedule, clip_norm=0.0, accumu
         `sum`, `weight` and of the task's metrics. A non-finite loss or gradient leaves weights and moments untouched
         and sets `bad_step`.
     """
-    loss_and_gradient = jax.value_and_grad(lambda params, part: _train_losses(task, params, part), has_aux=True)
+    context = Context(train=True, frozen=state.frozen)
+    loss_and_gradient = jax.value_and_grad(lambda params, part: _sums(task, params, part, context), has_aux=True)
 
     def split(grads):  # left alone, XLA may let every device hold the whole sum
         return jax.lax.with_sharding_constraint(grads, shardings) if shardings else grads
@@ -71,8 +77,8 @@ def train_step(state, batch, *, task, optimizer, schedule, clip_norm=0.0, accumu
         (_, sums), grads = loss_and_gradient(state.params, micro_batch)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), totals, (sums, split(grads))), None
 
-    parts = micro_batches(batch, accumulate)
-    sums = jax.eval_shape(lambda: _train_losses(task, state.params, jax.tree.map(lambda part: part[0], parts))[1])
+    parts = micro_batches(task.prepare(batch, step_key(seed, state.step), True), accumulate)
+    sums = jax.eval_shape(lambda: _sums(task, state.params, jax.tree.map(lambda part: part[0], parts), context)[1])
     zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)  # noqa: E731
     (sums, grads), _ = jax.lax.scan(add, (zeros(sums), split(zeros(state.params))), parts)
     loss, grads = jax.tree.map(lambda total: total / jnp.maximum(sums['weight'], 1), (sums['sum'], grads))
@@ -87,7 +93,7 @@ def train_step(state, batch, *, task, optimizer, schedule, clip_norm=0.0, accumu
         params = optax.apply_updates(state.params, jax.tree.map(lambda update: -learning_rate * update, updates))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         bad_step = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
-        updated = State(state.step + 1, params, opt_state, bad_step)
+        updated = state.replace(step=state.step + 1, params=params, opt_state=opt_state, bad_step=bad_step)
         kept = state.replace(bad_step=bad_step)
         state = jax.tree.map(lambda new, old: jnp.where(bad_step == 0, new, old), updated, kept)
     return state, {
@@ -99,16 +105,20 @@ def train_step(state, batch, *, task, optimizer, schedule, clip_norm=0.0, accumu
     } | sums
 
 
-def _train_losses(task, params, batch):
-    """Returns the sum of the losses of a micro-batch, and all sums by name."""
-    losses = task.losses(params, batch, Context(train=True))
+def _sums(task, params, batch, context):
+    """Returns the sum of the losses of a prepared batch, and all sums by name."""
+    losses = task.losses(params, batch, context)
     return losses.sum, {'sum': losses.sum, 'weight': losses.weight} | losses.metrics
 
 
-def eval_step(params, batch, *, task):
+def eval_step(params, batch, *, task, seed=0):
     """Returns the sums of a batch: `sum`, `weight` and the task's metrics."""
-    losses = task.losses(params, batch, Context())
-    return {'sum': losses.sum, 'weight': losses.weight} | losses.metrics
+    return _sums(task, params, task.prepare(batch, step_key(seed, 0), False), Context())[1]
+
+
+def step_key(seed: int, step: jax.Array | int) -> jax.Array:
+    """Returns the random key of update number `step`, from 0; evaluation takes that of 0."""
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def micro_batches(batch, accumulate):

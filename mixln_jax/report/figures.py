@@ -152,16 +152,18 @@ def gradients(results):
 
 @style.styled
 def gradient_matrices(results):
-    """Norm of the gradient by layer for each of the seven matrices, on one axis; `analysis.gradients`."""
+    """Norm of the gradient by layer for each matrix that all networks have, on one axis; `analysis.gradients`."""
     figure, axes = style.chart(2, 4, style.PAGE, 1.3, sharex=True, sharey=True)
-    quantities = [_measured(result['matrices'][name]) for name in MATRICES for result in results]
-    for ax, name in zip(axes, MATRICES, strict=False):
+    names = [name for name in MATRICES if all(name in result['matrices'] for result in results)]
+    quantities = [_measured(result['matrices'][name]) for name in names for result in results]
+    for ax, name in zip(axes, names, strict=False):
         of_matrix = [_measured(result['matrices'][name]) for result in results]
         handles = style.lines(ax, of_matrix, results)
         ax.set_title(name)
     style.scale(axes[0], quantities)
-    axes[-1].set_axis_off()
-    axes[3].xaxis.set_tick_params(labelbottom=True)  # the panel below it is empty
+    for empty in range(len(names), len(axes)):
+        axes[empty].set_axis_off()
+        axes[empty - 4].xaxis.set_tick_params(labelbottom=True)  # of the panel above it
     figure.supxlabel('layer', fontsize=7.5)
     figure.supylabel('gradient norm', fontsize=7.5)
     return style.legend(figure, handles, results)

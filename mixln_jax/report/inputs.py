@@ -9,7 +9,7 @@ import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax.models import placements
-from mixln_jax.report import figures, sections
+from mixln_jax.report import sections
 from mixln_jax.report.overview import SEEDS, colour_key, groups
 from mixln_jax.runs import log, workdir
 from mixln_jax.system import files
@@ -199,7 +199,7 @@ def _check(job, result):
         'angular': lambda: [(result['distance'], (L + 1, L + 1))],
         'gradients': lambda: [
             (result['layers'], (L,)),
-            *((result['matrices'][name], (L,)) for name in figures.MATRICES),
+            *((values, (L,)) for values in result['matrices'].values()),
         ],
         'variance': lambda: [
             (result['variance'], (L + 1,)),

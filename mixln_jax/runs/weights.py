@@ -12,12 +12,10 @@ import tokenizers as library
 from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.data import tokenizers
-from mixln_jax.models import llama, placements, transformer
-from mixln_jax.models.bert import Bert
-from mixln_jax.models.hf import bert as hf_bert
+from mixln_jax.models import families, hf, placements, transformer
 from mixln_jax.models.hf import config as hf_config
-from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.models.hf import tensors
+from mixln_jax.models.network import Network
 from mixln_jax.runs import checkpoint
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError
@@ -43,7 +41,7 @@ class Weights:
             `open_tokenizer` opens.
     """
 
-    model: llama.Llama | Bert
+    model: Network
     params: Any
     where: str
     step: int | None = None
@@ -70,7 +68,7 @@ class Weights:
         return _of_export(pathlib.Path(self.where)).get('data_mode')
 
 
-def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weights:
+def load(path, compute_dtype='float32', norm_position=None, causal=True) -> Weights:
     """Opens weights for evaluation, analysis or export.
 
     Args:
@@ -78,7 +76,7 @@ def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weigh
             Hugging Face folder.
         compute_dtype: of the network; the weights keep their type.
         norm_position: placement of a Hugging Face folder that does not say it.
-        bert: whether the folder of a BERT will do too.
+        causal: whether it must be a network that predicts the next token; else it may also be a BERT.
 
     Raises:
         UsageError: nothing there, or a `norm_position` for a run or a BERT, which have their own; as `read_newest`.
@@ -86,13 +84,8 @@ def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weigh
     """
     given = path
     path, of_run = find(given)
-    if bert and hf_bert.is_bert(path):
-        if norm_position:
-            raise UsageError(f'--norm_position: {path} is a BERT, which has Post-LN')
-        model, params = hf_bert.load(path, compute_dtype)
-        return Weights(model, params, str(path))
     if not of_run:
-        model, params = hf_llama.load(path, norm_position, compute_dtype)
+        model, params = hf.load(path, norm_position, compute_dtype)
         tokenizer = None
         if (path / 'tokenizer/fingerprint.json').is_file():  # from an export
             tokenizer = tokenizers.load(path / 'tokenizer', _of_export(path).get('tokenizer'))
@@ -101,7 +94,7 @@ def load(path, compute_dtype='float32', norm_position=None, bert=False) -> Weigh
         raise UsageError(f'--norm_position: {path} is a run of ours, which knows its placement')
     folder, params, about = read_newest(given, checkpoint.read_params)
     config = configs.from_resolved(about['config'])
-    model = llama.from_config(config.model, compute_dtype)
+    model = families.from_config(config.model, compute_dtype)
     expected, shapes = (
         {name: leaf.shape for name, leaf in trees.named_leaves(tree)} for tree in (model.shapes()['params'], params)
     )
@@ -271,7 +264,7 @@ def initial(where, model):
             tensors.refuse_others(folder)
             found, stated = hf_config.read(folder / 'config.json')
             _check_same(model, found, stated)
-            found, params = hf_llama.read(folder, model.norm_position)
+            found, params = hf.read(folder, model.norm_position)
         elif checkpoint_folder(where):
             found = load(where)
             _check_same(model, found.model)

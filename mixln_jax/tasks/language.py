@@ -1,54 +1,57 @@
 """Language modelling: the next token of every real token."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixln_jax import config as configs
-from mixln_jax.data import layout
+from mixln_jax.data import batches, layout
 from mixln_jax.kernels import cross_entropy
-from mixln_jax.tasks.task import Context, Losses, Task
+from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses, Task
 
 ENOUGH = 500_000  # tokens, for their frequencies
-EVALUATION = Context()
 
 
-class Language:
-    """Next-token prediction: the sum of the tokens' losses over their number, on every path."""
+@dataclasses.dataclass(frozen=True)
+class Language(Task):
+    """Next-token prediction: the sum of the tokens' losses over their number, on every path.
 
-    headline, label = 'perplexity', 'ppl'
-    metrics: tuple[str, ...] = ('tokens',)
+    `mode` and `seq_length` say how rows are made; see data/layout.py.
+    """
 
-    def __init__(self, model: Any, mode: str = 'pad', seq_length: int = 2):
-        """`mode` and `seq_length` say how rows are made; see data/layout.py."""
-        self.model, self._mode, self._seq_length = model, mode, seq_length
+    mode: str = 'pad'
+    seq_length: int = 2
+
+    headline: ClassVar[str] = 'perplexity'
+    label: ClassVar[str] = 'ppl'
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        rows = layout.Layout(self._mode, 0, 0)
-        batch = rows.batch(rows.block(np.zeros((batch_size, self._seq_length + 1), layout.TOKEN)))
+        rows = layout.Layout(self.mode, 0, 0)
+        batch = rows.batch(rows.block(np.zeros((batch_size, self.seq_length + 1), layout.TOKEN)))
+        batch |= batches.marks(np.arange(batch_size), np.ones(batch_size, bool))
         return {name: jax.ShapeDtypeStruct(values.shape, values.dtype) for name, values in batch.items()}
 
-    def initial(self, params: Any) -> Any:
-        return params
+    def position_mask(self, batch: Mapping[str, Any]) -> Any:
+        return batch['loss_mask']
 
-    def losses(self, params: Any, batch: Mapping[str, jax.Array], context: Context = EVALUATION) -> Losses:
+    def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
         model = self.model
         x, _ = model.apply({'params': self._read(params)}, batch, context.layer_mask, method='backbone')
         mesh = model.stream_sharding and model.stream_sharding.mesh
         total, count, aux = cross_entropy.token_losses(
             x, model.head_kernel(params), batch['targets'], batch['loss_mask'], model.config.vocab_size, mesh=mesh
         )
-        return Losses(total, count, aux['token_loss'].sum(-1), {'tokens': count})
+        return Losses(total, count, aux['token_loss'].sum(-1), batch['loss_mask'].sum(-1), {'tokens': count})
 
     def _read(self, params):
         """Returns the parameters as the network reads them."""
         return params
 
-    def summary(self, totals: Mapping[str, float]) -> dict[str, float | None]:
+    def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
         loss = totals['sum'] / totals['weight']
         found: dict[str, float | None] = {'loss': loss, 'perplexity': perplexity(loss)}
         if 'num_bytes' in totals:
@@ -74,7 +77,7 @@ class OfficialLanguage(Language):
     def initial(self, params: Any) -> Any:
         return self._with_last_row(params, jnp.zeros_like)
 
-    def losses(self, params: Any, batch: Mapping[str, jax.Array], context: Context = EVALUATION) -> Losses:
+    def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
         found = super().losses(params, batch, context)
         mean = found.sum / jnp.maximum(found.weight, 1)
         if context.train:
@@ -89,17 +92,11 @@ class OfficialLanguage(Language):
         table, row = params['embed']['embedding'], self.model.config.vocab_size - 1
         return params | {'embed': {'embedding': table.at[row].set(change(table[row]))}}
 
-    def summary(self, totals: Mapping[str, float]) -> dict[str, float | None]:
+    def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
         found = super().summary(totals)
         if 'batches' in totals:  # their count starts at one (torchrun_main.py, evaluate_model), so this is too low
             found['perplexity_official'] = perplexity(totals['batch_means'] / (totals['batches'] + 1))
         return found
-
-
-def of_config(config: configs.Config, model: Any) -> Task:
-    """Returns the task of a run."""
-    kind = Language if config.compat == 'none' else OfficialLanguage
-    return kind(model, config.data.mode, config.seq_length)
 
 
 def perplexity(loss: float) -> float:

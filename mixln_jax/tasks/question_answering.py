@@ -6,20 +6,67 @@ Q questions, N rows (windows of texts, in the order of the questions), T tokens.
 """
 
 import collections
+import dataclasses
 import functools
 import re
 import string
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from mixln_jax.data import batches, squad
 from mixln_jax.system.errors import NumericsError, UsageError
+from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses, Task
 
 ARTICLES = re.compile(r'\b(a|an|the)\b')
 PUNCTUATION = str.maketrans('', '', string.punctuation)
 N_BEST = 20  # positions at which an answer may begin, and as many at which it may end
 LONGEST = 30  # tokens of an answer
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionAnswering(Task):
+    """Answers to questions about a text, as spans of it; the loss is the mean of the cross-entropies of the first and
+    the last token of the answer (Devlin et al. 2019, section 4.2), over all rows."""
+
+    headline: ClassVar[str] = 'exact_match'
+    label: ClassVar[str] = 'EM'
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        row, length = (batch_size,), self.model.config.num_positions
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            'inputs': ((*row, length), 'i4'),
+            'types': ((*row, length), 'i4'),
+            'token_mask': ((*row, length), 'f4'),
+            'answer': ((*row, 2), 'i4'),
+            'answer_mask': (row, 'f4'),
+            'example_mask': (row, 'f4'),
+            'place': (row, 'u4'),
+        }
+        return {name: jax.ShapeDtypeStruct(shape, np.dtype(kind)) for name, (shape, kind) in shapes.items()}
+
+    def position_mask(self, batch: Mapping[str, Any]) -> Any:
+        return batch['token_mask']
+
+    def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
+        logits = jnp.stack(self.model.apply({'params': params}, batch, context.layer_mask), axis=1)  # [B,2,T]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['answer']).mean(-1)
+        per_example = losses * batch['answer_mask']
+        weights, tokens = batch['answer_mask'], batch['token_mask'].sum()
+        return Losses(per_example.sum(), weights.sum(), per_example, weights, {'tokens': tokens})
+
+    def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
+        return {'loss': totals['sum'] / totals['weight']}
+
+    def score(
+        self, params: Any, examples: squad.Features, batch_size: int, layer_mask: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Returns {'exact_match', 'f1'}: [Q] float64 in 0..1; see `evaluate`."""
+        return evaluate(self.model, params, examples, examples.questions, batch_size, layer_mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -46,7 +93,10 @@ def logits(model, params, features, batch_size, layer_mask=None):
         if (largest := getattr(features, name).max()) >= rows:
             raise UsageError(f'the features have {name} up to {largest}, but the network has a table of {rows}')
     layer_mask = np.asarray([True] * model.config.num_layers if layer_mask is None else layer_mask, bool)
-    found = jax.device_get([_logits(model, params, batch, layer_mask) for batch in features.batches(batch_size)])
+    dataset = batches.evaluation(features, batch_size)
+    found = jax.device_get(
+        [_logits(model, params, batch, layer_mask) for batch in map(dataset.__getitem__, range(len(dataset)))]
+    )
     start, end = np.concatenate(found, axis=1)[:, : len(features.inputs)]
     if not np.isfinite(start[features.token_mask > 0] + end[features.token_mask > 0]).all():
         raise NumericsError('the logits of where answers begin and end are not finite')

@@ -1,66 +1,115 @@
-"""What is learned, as the step, the evaluation and the lines for people see it.
+"""What is learned, as the step, the evaluation, the analyses and the lines for people see it.
 
-A task knows what a batch holds, what its loss is and what the headline number is called. Everything else is shared.
+A task knows what a batch holds, what its loss is and what its headline number is called. Everything else is shared.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
+
+from mixln_jax.data.tokenizers import Tokenizer
+
+Batch = Mapping[str, jax.Array]  # arrays [B, ...] by name; see data/batches.py
 
 
 class Context(NamedTuple):
     """What a loss may depend on besides the weights and the batch.
 
     `layer_mask` [L] bool: layers that are False are the identity; None: all of them run. `train`: whether it is the
-    training loss.
+    training loss. `frozen`: the weights of the state that are never updated.
     """
 
     layer_mask: jax.Array | None = None
     train: bool = False
+    frozen: Any = None
+
+
+EVALUATION = Context()
 
 
 class Losses(NamedTuple):
     """The losses of a batch: sums, which the caller adds up over batches and divides once.
 
     `sum`: of the losses, differentiable. `weight`: what the sum is divided by. `per_example` [B]: each example's own
-    sum. `metrics`: more sums, by name; `tokens` counts real tokens.
+    sum, and `example_weight` [B] what that is divided by. `metrics`: more sums, by name; `tokens` counts real tokens.
     """
 
     sum: jax.Array
     weight: jax.Array
     per_example: jax.Array
+    example_weight: jax.Array
     metrics: dict[str, jax.Array]
 
 
-class Task(Protocol):
-    """What the step, the evaluation, hooks and progress lines know of what is learned.
+@dataclasses.dataclass(frozen=True)
+class Task(abc.ABC):
+    """What the step, the evaluation, hooks, progress lines and analyses know of what is learned.
 
-    `model` is the network. `headline` names the number that people look at first, `label` is its short name. `metrics`
-    are the names of the sums that its losses have besides.
+    `model` is the network. Equal tasks are equal as objects too, so that what is compiled for one serves the other.
+
+    Class attributes: `headline` names the number that people look at first, `label` is its short name; `metrics` are
+    the names of the sums that its losses have besides; `score`, where a task is measured by more than its losses, is a
+    function (params, examples, batch_size, layer_mask) -> {name: [Q] in 0..1, of every question}.
     """
 
     model: Any
-    headline: str
-    label: str
-    metrics: tuple[str, ...]
 
+    headline: ClassVar[str]
+    label: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]] = ('tokens',)
+    score: ClassVar[Callable[..., dict[str, np.ndarray]] | None] = None
+
+    @abc.abstractmethod
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the arrays of a batch, by name."""
+        """Returns the arrays of a batch, by name, before `prepare`."""
 
-    def initial(self, params: Any) -> Any:
-        """Returns the parameters that training begins with, of those that the model draws."""
+    @abc.abstractmethod
+    def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
+        """Returns the losses of a prepared batch; called inside jit."""
 
-    def losses(self, params: Any, batch: Mapping[str, jax.Array], context: Context) -> Losses:
-        """Returns the losses of a batch; called inside jit."""
+    @abc.abstractmethod
+    def position_mask(self, batch: Mapping[str, Any]) -> Any:
+        """Returns [B,T]: 1 at the positions of the residual stream that count in measurements, 0 at others; of numpy
+        arrays a numpy array."""
 
-    def summary(self, totals: Mapping[str, float]) -> dict[str, float | None]:
+    @abc.abstractmethod
+    def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
         """Returns `loss`, the headline number and others, by name, of sums over batches.
 
         Args:
             totals: `sum`, `weight` and the task's metrics; in an evaluation `num_bytes` too, where it is known.
         """
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises UsageError where the task needs an id that the tokenizer gives to a token of its own."""
+        del tokenizer
+
+    def initial(self, params: Any) -> Any:
+        """Returns the parameters that training begins with, given those that the model draws."""
+        return params
+
+    def prepare(self, batch: Batch, key: jax.Array, train: bool) -> Batch:
+        """Returns the batch that the network sees, with random choices made; called inside jit on a whole batch.
+
+        Args:
+            batch: the arrays of `batch_spec`.
+            key: of the step; what is drawn for an example also depends on the example's `place` and on nothing else, so
+                neither the mesh nor accumulation changes it.
+            train: whether it is for the training loss.
+        """
+        del key, train
+        return batch
+
     def baseline(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float | None:
         """Returns the loss of a network that knows frequencies alone; None where that means nothing."""
+        del batches
+        return None
+
+
+def example_keys(key: jax.Array, batch: Batch) -> jax.Array:
+    """Returns a random key [B] for each example of a batch, made of the step's key and the example's place."""
+    return jax.vmap(lambda place: jax.random.fold_in(key, place))(batch['place'])

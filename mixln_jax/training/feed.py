@@ -3,17 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
-
 from mixln_jax.data import batches
-from mixln_jax.data.rows import Rows
+from mixln_jax.data.examples import Batch, Examples
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.distributed import processes
 from mixln_jax.evaluation.loop import evaluate
 from mixln_jax.program.program import Program
 from mixln_jax.system.signals import Stop
-
-Batch = dict[str, np.ndarray]
 
 
 class Feed:
@@ -44,20 +40,20 @@ class Feed:
             self._stop.check()
             yield batch
 
-    def training(self, rows: Rows) -> tuple[Any, Callable[[Batch], Any]]:
+    def training(self, examples: Examples) -> tuple[Any, Callable[[Batch], Any]]:
         """Returns the data set of this process's part of every batch, and the function that puts a batch on the
         devices."""
         config, size = self._config, self._config.batch_size
         part = meshes.local_rows(self._sharding, size)
-        dataset = batches.training(rows, seed=config.data.seed, batch_size=size, part=part)
+        dataset = batches.training(examples, seed=config.data.seed, batch_size=size, part=part)
         return dataset, lambda batch: meshes.to_devices(batch, self._sharding, size)
 
-    def evaluation(self, eval_step: Callable, rows: Rows) -> Callable[[Any], dict[str, float | None]]:
-        """Returns the function that evaluates weights on `rows`."""
+    def evaluation(self, eval_step: Callable, examples: Examples) -> Callable[[Any], dict[str, float | None]]:
+        """Returns the function that evaluates weights on `examples`."""
         config = self._config
 
         def evaluate_weights(params: Any) -> dict[str, float | None]:
-            dataset = batches.evaluation(rows, config.batch_size // config.accumulate, sized=True)
+            dataset = batches.evaluation(examples, config.batch_size // config.accumulate)
             reader = batches.read(dataset, 0, workers=0)
             try:
                 return evaluate(

@@ -21,11 +21,11 @@ from mixln_jax import config as configs
 from mixln_jax.analysis import during
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
-from mixln_jax.data.rows import Rows
+from mixln_jax.data.examples import Examples
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.distributed import processes
-from mixln_jax.models import llama, placements
+from mixln_jax.models import placements
 from mixln_jax.program.program import Program
 from mixln_jax.program.step import State
 from mixln_jax.runs import checkpoint, environment, log
@@ -79,7 +79,7 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
             if is_finished(shared, checkpoints, config.num_steps):
                 console.say(f'mixln_jax: {shared} is already finished ({config.num_steps} steps)')
                 return
-            data = _open_data(config)
+            data = _open_data(config, program.task)
             _describe(program, data.training, verbose)
             state, about = first_state(program, resolved, checkpoints, data.training.fingerprint, stop)
             if checkpoints.latest() is not None:
@@ -102,11 +102,11 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
-    """The tokenizer, the rows to train on and the rows to evaluate on."""
+    """The tokenizer, the examples to train on and those to evaluate on."""
 
     tokenizer: Tokenizer
-    training: Rows
-    evaluation: Rows
+    training: Examples
+    evaluation: Examples
 
 
 class _Records:
@@ -196,7 +196,7 @@ class _Job:
         evaluate = feed.evaluation(eval_step, self.data.evaluation)
         found = [hooks.Evaluation(config.eval.every, evaluate, program.task.headline, lines)]
         if config.analysis.tokens:
-            analyses = during.Analyses(config, program.model, self.data.evaluation, feed.checked)
+            analyses = during.Analyses(config, program.task, self.data.evaluation, feed.checked)
             found.append(hooks.Analysis(config.analysis.every, analyses, lines))
         return found
 
@@ -255,9 +255,10 @@ def _start_jax(config):
     return mesh
 
 
-def _open_data(config):
+def _open_data(config, task):
     """Returns the data of a run; warns where it evaluates on text that it trains on."""
     tokenizer = data_rows.open_tokenizer(config.data)
+    task.check_tokenizer(tokenizer)
     rows = [
         data_rows.open_rows(config.data, split, tokenizer, config.seq_length, config.model.vocab_size)
         for split in (config.data.split, config.eval.split)
@@ -279,7 +280,7 @@ def _describe(program, rows, verbose):
     console.say(
         f'{mesh.size} x {mesh.devices.flat[0].device_kind}{attention}'
         f'; placement {placements.spelled(model.norm_position)}\n'
-        f'{llama.num_params(config.model, params):,} parameters{"" if verbose else " (--verbose lists them)"}\n'
+        f'{model.num_params(params):,} parameters{"" if verbose else " (--verbose lists them)"}\n'
         f'{per_step:,} positions a step, {per_step * config.num_steps:,} in {config.num_steps:,} steps, '
         f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows\n'
         f'optimiser {config.optim.name}: {", ".join(f"{name} {number:g}" for name, number in numbers.items()) or "-"}'

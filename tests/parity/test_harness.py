@@ -28,7 +28,7 @@ from mixln_jax.analysis import drop
 from mixln_jax.data import tokenizers
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.evaluation import harness
-from mixln_jax.models import llama
+from mixln_jax.models import families
 from mixln_jax.runs import weights
 from mixln_jax.system.errors import NumericsError, UsageError
 
@@ -268,7 +268,7 @@ class TestBeginnings:
     def test_of_a_run_are_those_of_its_rows(self, mode, start):
         sizes = configs.Model(vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
         config = configs.Config(seq_length=16, model=sizes, data=configs.Data(mode=mode, tokenizer='bytes'))
-        model = llama.from_config(sizes, 'float32')
+        model = families.from_config(sizes, 'float32')
         params = model.init(jax.random.key(0))['params']
         lm = harness.Harness(weights.Weights(model, params, '', 1, config, tokenizers.Bytes()), 1, mesh=on('1'))
         assert lm.max_length == 16 and lm.prefix_token_id == 258

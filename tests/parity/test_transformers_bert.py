@@ -49,7 +49,7 @@ def ours_computes(model, params):
     batch = {'inputs': IDS, 'types': TYPES, 'token_mask': WEIGHTS}
     find = jax.jit(lambda p, **how: model.apply({'params': p}, batch, **how), static_argnames=('capture', 'method'))
     _, out = find(params, capture=True, method='backbone')
-    return out['hidden'], find(params) if model.span_head else []
+    return out['hidden'], find(params) if model.head else []
 
 
 @pytest.mark.parametrize('max_shard_size', ['5GB', '200KB'])
@@ -75,7 +75,7 @@ def test_hidden_states_and_logits(tmp_path, theirs, max_shard_size):
 def test_rows_are_those_of_their_tokenizer(tmp_path):
     """With windows that overlap by what our stride leaves."""
     ours = squad.open_tokenizer(write_vocabulary(tmp_path))
-    features = squad.make_features([squad.Example('', 'Who sat?', CONTEXT, ('cat',), False)], ours, 13, 3, 5)
+    features = squad.make_features([squad.Question('', 'Who sat?', CONTEXT, ('cat',), False)], ours, 13, 3, 5)
     tokenizer = transformers.BertTokenizer(str(tmp_path / 'vocab.txt'), do_lower_case=True)
     found = tokenizer(
         'Who sat?', CONTEXT, truncation='only_second', max_length=13, stride=7 - 3, padding='max_length',

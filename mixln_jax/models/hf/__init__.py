@@ -1,4 +1,30 @@
-"""Hugging Face folders: `read` and `save` are those of LLaMA."""
+"""Hugging Face folders, by the family of their network; `read` and `save` are those of LLaMA."""
 
+import pathlib
+from typing import Any
+
+from mixln_jax.models.hf import bert, config, llama
 from mixln_jax.models.hf.llama import read as read
 from mixln_jax.models.hf.llama import save as save
+from mixln_jax.models.network import Network
+from mixln_jax.system.errors import UsageError
+
+
+def load(folder: pathlib.Path, norm_position: str | None = None, compute_dtype: str = 'float32') -> tuple[Network, Any]:
+    """Returns the network and the parameters of a Hugging Face folder: a BERT's, or one of LLaMA's family.
+
+    Args:
+        folder: holds config.json and safetensors.
+        norm_position: placement of a LLaMA folder that does not say it.
+        compute_dtype: of the network; weights are float32.
+
+    Raises:
+        UsageError: a `norm_position` for a BERT, which has its own; as `llama.load`.
+        CheckpointError: unreadable, damaged or another network.
+    """
+    path = folder / 'config.json'
+    if not path.is_file() or config.read_json(path).get('model_type') != 'bert':
+        return llama.load(folder, norm_position, compute_dtype)
+    if norm_position:
+        raise UsageError(f'--norm_position: {folder} is a BERT, which has Post-LN')
+    return bert.load(folder, compute_dtype)

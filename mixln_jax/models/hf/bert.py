@@ -79,19 +79,14 @@ def load(folder, compute_dtype='float32'):
         layer_index=tuple(range(1, L + 1)),
         depth=L,
         compute_dtype=compute_dtype,
-        span_head=f'{SPAN}.weight' in found or 'BertForQuestionAnswering' in architectures,
+        head=bert.SPANS if f'{SPAN}.weight' in found or 'BertForQuestionAnswering' in architectures else '',
     )
-    shapes, named = model.shapes()['params'], 'BertForQuestionAnswering' if model.span_head else 'BertModel'
+    shapes = jax.eval_shape(model.without_padding, model.shapes()['params'])
+    named = 'BertForQuestionAnswering' if model.head else 'BertModel'
     params = tensors.fill(
         folder, found, shapes, model.norm_position, lambda leaf: tensor_name(leaf, prefix, old), named
     )
-    return model, jax.tree.map(jnp.asarray, params)
-
-
-def is_bert(folder):
-    """Whether a folder's config.json says that it holds a BERT."""
-    path = pathlib.Path(folder) / 'config.json'
-    return path.is_file() and hf_config.read_json(path).get('model_type') == 'bert'
+    return model, jax.tree.map(jnp.asarray, model.with_padding(params))
 
 
 def tensor_name(path, prefix, old):
@@ -111,14 +106,13 @@ def tensor_name(path, prefix, old):
 
 
 def _read_config(path):
-    """(bert.Config of a config.json, the names of its architectures)."""
+    """(config.Model of a config.json, the names of its architectures)."""
     found = hf_config.read_json(path)
     if found.get('model_type') != 'bert':
         raise CheckpointError(f'{path}: model_type={found.get("model_type")!r} is not bert')
     values = hf_config.take(path, found, CONFIG_KEYS | TABLES, FIXED)
-    tables = {name: values.pop(name) for name in TABLES}
-    for name, rows in tables.items():
-        if type(rows) is not int or rows < 1:
-            raise CheckpointError(f'{path}: {TABLES[name]}={rows!r} is not a number of rows')
-    model = hf_config.build(path, values | {'norm_position': 'post'})
-    return bert.Config(**vars(model), **tables), found.get('architectures') or []
+    for name, key in TABLES.items():
+        if type(values[name]) is not int or values[name] < 1:
+            raise CheckpointError(f'{path}: {key}={values[name]!r} is not a number of rows')
+    model = hf_config.build(path, values | {'family': 'bert', 'norm_position': 'post'})
+    return model, found.get('architectures') or []

@@ -34,7 +34,6 @@ WHOLE = {
     'norm/scale': 'model.norm.weight',
     'head/kernel': 'lm_head.weight',
 }
-VOCAB_AXIS = {'embed/embedding': 0, 'head/kernel': 1}
 DTYPES = ('float32', 'bfloat16')
 ABOUT = {'max_position_embeddings': 2048, 'bos_token_id': None, 'eos_token_id': None}  # for other tools; nothing here
 
@@ -92,21 +91,15 @@ def read(folder, norm_position=None, compute_dtype='float32'):
     _check_head(folder, found, model.config.tie_word_embeddings)
     if not stated:
         _check_pre(folder, found)
-    shapes, named = model.shapes()['params'], f'norm_position={model.config.norm_position}'
     params = tensors.fill(
         folder,
         found,
-        jax.eval_shape(lambda params: _unpadded(params, model.config.vocab_size), shapes),
+        jax.eval_shape(model.without_padding, model.shapes()['params']),
         model.norm_position,
         lambda path: tensor_name(path, model.norm_position),
-        named,
+        f'norm_position={model.config.norm_position}',
     )
-
-    def pad(leaf, to):
-        widths = [(0, size - n) for size, n in zip(to.shape, leaf.shape, strict=True)]
-        return leaf if leaf.shape == to.shape else np.pad(leaf, widths)
-
-    return model, jax.tree.map(pad, params, shapes)
+    return model, model.with_padding(params)
 
 
 def _buffers(config):
@@ -189,7 +182,7 @@ def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.
     config = hf_config.content(model) | ABOUT | special | (about or {})
     config |= {'dtype': dtype, 'torch_dtype': dtype}  # the latter for transformers 4
     named = {}
-    params = _unpadded(jax.device_get(params), sizes.vocab_size)
+    params = model.without_padding(jax.device_get(params))
     for path, leaf in trees.named_leaves(tensors.by_layer(params, model.norm_position)):
         name = tensor_name(path, model.norm_position)
         if name in named:
@@ -209,13 +202,3 @@ def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.
     if config['model_type'] == hf_config.OTHER_TYPE:
         shutil.copy(hf_config.MODELLING, folder)
     (folder / 'config.json').write_text(json.dumps(config, indent=1) + '\n', encoding='utf-8')
-
-
-def _unpadded(params, vocab_size):
-    """Without the rows and columns that only pad the vocabulary."""
-
-    def cut(path, leaf):
-        axis = VOCAB_AXIS.get(trees.path_name(path))
-        return leaf if axis is None else leaf[(slice(None),) * axis + (slice(vocab_size),)]
-
-    return jax.tree_util.tree_map_with_path(cut, params)

@@ -1,0 +1,131 @@
+"""What every family of networks has: its fields, its initial weights, and its numbers of parameters and FLOPs."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixln_jax import config as configs
+from mixln_jax import trees
+from mixln_jax.models import placements, transformer
+from mixln_jax.models.initialize import initialize
+
+VOCAB_MULTIPLE = 128  # rows of embedding and head in memory, so that they tile and shard
+
+
+class Network(nn.Module):
+    """A network whose layers each have their own placement.
+
+    `norm_position` [L] names the placements; `layer_index` [L] (from 1) and `depth` feed their constants and stay as
+    trained when layers are removed.
+
+    A family is a subclass with two methods. `backbone(batch, layer_mask, capture)` returns the hidden states [B,T,D]
+    that the head multiplies; `head_kernel(params)` returns the head's matrix [D,Vp].
+
+    Class attributes: `causal`, whether a position sees those before it alone; `fixed`, the keys of `config.model` that
+    mean nothing to the family; `padded`, the axis over the vocabulary of each leaf that has one, by path; `lookups`,
+    the paths of tables of which a position reads a row and does nothing else.
+    """
+
+    config: configs.Model
+    norm_position: tuple[str, ...]
+    layer_index: tuple[int, ...]
+    depth: int
+    compute_dtype: str = 'bfloat16'
+    stream_sharding: jax.sharding.NamedSharding | None = None  # of the residual stream; None: one device
+    attention_kernel: str = 'blocks'  # see kernels/attention.py
+
+    causal: ClassVar[bool] = True
+    fixed: ClassVar[tuple[str, ...]] = ()
+    padded: ClassVar[dict[str, int]] = {}
+    lookups: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the vocabulary in memory."""
+        return -(-self.config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def precision(self) -> str | None:
+        """Precision of matrix products: the highest in float32, which GPUs and TPUs would cut short."""
+        return 'highest' if self.compute_dtype == 'float32' else None
+
+    @nn.nowrap
+    def init(self, key: jax.Array) -> dict[str, Any]:  # type: ignore[override]
+        """Returns initial variables {'params': ...} in float32; see initialize.py."""
+        shapes = self.shapes()['params']
+        return {'params': initialize(key, shapes, self.config, self.norm_position, self.depth, self.padded)}
+
+    @nn.nowrap
+    def shapes(self) -> dict[str, Any]:
+        """Returns the variables as ShapeDtypeStructs."""
+        return jax.eval_shape(super().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+
+    @nn.nowrap
+    def measured(self) -> bool:
+        """Returns whether some factors are set by `with_measured` before the first step."""
+        return transformer.measured(self.norm_position)
+
+    @nn.nowrap
+    def with_measured(self, params: Any, variances: jax.Array) -> Any:
+        """Returns the parameters with those factors set, from Var[F] of every sub-layer [2L]."""
+        omega = placements.admin_omega(variances)
+        return params | {'layers': transformer.with_omega(params['layers'], self.norm_position, omega)}
+
+    @nn.nowrap
+    def without_padding(self, params: Any) -> Any:
+        """Returns the parameters without the rows and columns that pad the vocabulary."""
+
+        def cut(path, leaf):
+            axis = self.padded.get(trees.path_name(path))
+            return leaf if axis is None else leaf[(slice(None),) * axis + (slice(self.config.vocab_size),)]
+
+        return jax.tree_util.tree_map_with_path(cut, params)
+
+    @nn.nowrap
+    def with_padding(self, params: Any) -> Any:
+        """Returns numpy parameters with rows and columns of zeros that pad the vocabulary."""
+
+        def pad(leaf, shape):
+            widths = [(0, size - n) for size, n in zip(shape.shape, leaf.shape, strict=True)]
+            return np.pad(leaf, widths) if any(map(any, widths)) else leaf
+
+        return jax.tree.map(pad, params, self.shapes()['params'])
+
+    @nn.nowrap
+    def num_params(self, params: Any) -> int:
+        """Returns the number of parameters, without the rows and columns that pad the vocabulary."""
+        return sum(
+            leaf.size // leaf.shape[self.padded[name]] * self.config.vocab_size if name in self.padded else leaf.size
+            for name, leaf in trees.named_leaves(params)
+        )
+
+    @nn.nowrap
+    def flops_per_position(self, params: Any, seq_length: int) -> int:
+        """Returns the FLOPs of training on one position in a row of `seq_length`, by formula; a tied embedding counts
+        as the head that it is too."""
+        leaves = dict(trees.named_leaves(params))
+        looked_up = self.num_params({name: leaves[name] for name in self.lookups if name in leaves})
+        if self.config.tie_word_embeddings:
+            looked_up = 0
+        width = self.config.num_heads * self.config.head_size
+        number = self.num_params(params)
+        return flops_per_position(number, looked_up, self.config.num_layers, width, seq_length, self.causal)
+
+
+def flops_per_position(
+    num_params: int, looked_up: int, num_layers: int, attention_width: int, seq_length: int, causal: bool = True
+) -> int:
+    """Returns the FLOPs of training on one position: 6 N + 6 L T A, or 6 N + 12 L T A where attention sees both sides.
+
+    Args:
+        num_params: of the whole network.
+        looked_up: parameters of tables that are not multiplied; N is `num_params` without them.
+        num_layers: L.
+        attention_width: A, the features of all query heads together.
+        seq_length: T.
+        causal: whether attention sees the positions before alone.
+    """
+    return 6 * (num_params - looked_up) + (6 if causal else 12) * num_layers * seq_length * attention_width
