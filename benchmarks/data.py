@@ -1,6 +1,6 @@
 """Speed of the way from text to batches, in tokens a second and core, beside the bare tokenizer as the ceiling.
 
-python -m benchmarks.data --path books.jsonl.gz --tokenizer-path t5.model [--documents 20000] [--rounds 5]
+python -m benchmarks.data --path books.jsonl.gz --tokenizer_path t5.model [--documents 20000] [--rounds 5]
 """
 
 import argparse
@@ -33,7 +33,7 @@ def seconds(job):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--path', required=True)
-    parser.add_argument('--tokenizer-path', required=True)
+    parser.add_argument('--tokenizer_path', required=True)
     parser.add_argument('--documents', type=int, default=20_000)
     parser.add_argument('--rounds', type=int, default=5)
     options = parser.parse_args()

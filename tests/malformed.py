@@ -23,7 +23,8 @@ import vocabularies
 
 from mixln_jax import config, recipes, replay
 from mixln_jax.data import datasets, prepared, text_files, tokenizers, verify
-from mixln_jax.data.prepare import shards, units
+from mixln_jax.data.prepare import job as jobs
+from mixln_jax.data.prepare import units
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import tensors
 
@@ -204,7 +205,7 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
     index = json.dumps({'weight_map': dict.fromkeys('ab', 'part.safetensors')}).encode()
     tensor = safetensors.numpy.save({'a': np.ones(3, np.float32), 'b': np.ones((2, 2), np.float16)})
     first = json.loads(rows['.prepare/plan.json'])['first for training']
-    job = shards.Job(data, 'tokens', '', '', tokenizers.Bytes(), corpora.T, first, 0)
+    job = jobs.Job(data, 'tokens', '', '', tokenizers.Bytes(), corpora.T, first, 0)
     of_files = units.list_units(data, '')
 
     test_datasets.write(folder)

@@ -171,7 +171,7 @@ def test_a_folder_and_a_text_of_its_own(tmp_path, capsys):
     said = capsys.readouterr()
     assert 'folder was trained on rows of up to 32 tokens, not 48' in said.err and ' of 1 rows' in said.out
     assert command('angular', *words, '--split', 'train') == 4
-    assert '--text holds one document only' in capsys.readouterr().err
+    assert '--text holds only one document' in capsys.readouterr().err
 
 
 def test_what_a_text_is_follows_from_its_files(tmp_path):
@@ -199,7 +199,7 @@ def test_what_a_text_is_follows_from_its_files(tmp_path):
         made(f'{folder}/*')
     for wrong, message in (
         ('none', '--text: there is no file none'),
-        ('gs://a/b', '--text: gs://a/b is no file of'),
+        ('gs://a/b', '--text: gs://a/b is not a file of'),
     ):
         with pytest.raises(DataError, match=f'^{message}'):
             made(wrong)

@@ -38,9 +38,9 @@ def test_blocks_are_the_whole(T, heads, kv_heads, documents):
     rng = np.random.default_rng(T)
     q, dy = rng.normal(size=(2, 2, T, heads, 8))
     k, v = rng.normal(size=(2, 2, T, kv_heads, 8))
-    segments = np.sort(rng.integers(documents, size=(2, T)))
-    mask = attention.document_mask(segments) if documents > 1 else None
-    expected = reference(q, k, v, segments[:, None, :, None] == segments[:, None, None, :], dy)
+    segment_ids = np.sort(rng.integers(documents, size=(2, T)))
+    mask = attention.document_mask(segment_ids) if documents > 1 else None
+    expected = reference(q, k, v, segment_ids[:, None, :, None] == segment_ids[:, None, None, :], dy)
 
     @jax.jit
     def ours(q, k, v, dy):

@@ -12,7 +12,7 @@ from corpora import T, Texts, open_, prepare_to, two_files, write
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from vocabularies import KINDS, LLAMA, T5, open_file, prose, sentencepiece_model, with_settings
 
-from mixln_jax.data import batches, layout, prepared, rows, tokenizers
+from mixln_jax.data import batches, layout, learned_tokenizer, prepared, rows, tokenizers
 from mixln_jax.evaluation import loop as evaluation
 from mixln_jax.system.errors import DataError, UsageError
 from mixln_jax.tasks.language import Language
@@ -147,7 +147,7 @@ def test_both_ways_to_find_spans_agree(name, opened, monkeypatch):
 def test_spans_of_long_texts_go_on_from_piece_to_piece(name, opened, monkeypatch):
     tokenizer, text = opened(name), ' '.join(prose(40, seed=4))
     whole = tokenizer.spans(text)
-    monkeypatch.setattr(tokenizers, 'LONGEST', 100)
+    monkeypatch.setattr(learned_tokenizer, 'LONGEST', 100)
     cut = tokenizer.spans(text)
     assert cut[0].tolist() == whole[0].tolist() and cut[1].tolist() == whole[1].tolist()
     assert tokenizer.spans(text, 50)[1].tolist() == whole[1][:50].tolist()
@@ -255,7 +255,7 @@ class TestNotes:
             about = json.loads(path.read_text())
             about['train']['digest'] = '0'
             path.write_text(json.dumps(about))
-        with pytest.raises(UsageError, match='train-00000-of-00001.bin holds other rows than its text gives today'):
+        with pytest.raises(UsageError, match='train-00000-of-00001.bin holds other rows than its text gives now'):
             prepare_to(tmp_path / 'out', data)
         assert len(open_(keys)) > 0  # as it was
 
@@ -274,7 +274,7 @@ class TestNotes:
             assert len(open_(keys)) == len(made)
             return
         with pytest.raises(
-            DataError, match=r'out: text may have the id of padding .*mixln_jax\.data\.prepare \.\.\. --out'
+            DataError, match=r'out: text can have the id of padding .*mixln_jax\.data\.prepare \.\.\. --out'
         ):
             open_(keys)
         prepare_to(tmp_path / 'out', data, mode)

@@ -144,6 +144,27 @@ def test_numbers_of_options(capsys):
     assert cli.split_list(' a, b ,,c') == ['a', 'b', 'c'] and not cli.split_list(' , ')
 
 
+def test_hyphens_in_the_names_of_options(capsys):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument('--seq_length', type=int)
+    parser.add_argument('--data_dir')
+    parser.add_argument('words', nargs='*')
+    wanted = {'seq_length': 64, 'data_dir': 'my-data', 'words': []}
+    for words in (['--seq_length=64', '--data_dir', 'my-data'], ['--seq-length', '64', '--data-dir=my-data']):
+        assert vars(cli.parse(parser, words)) == wanted
+    assert cli.parse(parser, ['--data-dir=--seq-length']).data_dir == '--seq-length'
+    assert cli.parse(parser, ['--', '--seq-length', 'a-b']).words == ['--seq-length', 'a-b']
+    others = ['--config.data.path=x-y', '--config.seq-length=1', '--seq-lengths=1']
+    assert cli.parse(parser, ['--seq-length', '1', *others], known=True)[1] == others
+    with pytest.raises(UsageError, match='unrecognized arguments: --seq-lengths'):
+        cli.parse(parser, ['--seq-lengths'])
+    with pytest.raises(UsageError, match='argument --seq_length: invalid int value'):
+        cli.parse(parser, ['--seq-length', 'long'])
+    with pytest.raises(SystemExit):
+        cli.parse(parser, ['--help'])
+    assert '--seq_length' in (shown := capsys.readouterr().out) and '--seq-length' not in shown
+
+
 @pytest.mark.parametrize(
     'path, text, words',
     [

@@ -330,7 +330,7 @@ def test_rows_in_the_place_of_others_are_refused_by_all(corpus, tmp_path, capsys
     for command, words in TestMovedData.commands(tmp_path / 'run', tmp_path).items():
         assert command(words) == 4
         error = capsys.readouterr().err.splitlines()[-1]
-        assert 'damaged, or ' in error and 'run once more' in error
+        assert 'damaged, or ' in error and 'made the folder again' in error
     tokens(corpus, made, 'pad')
     main.run(config, tmp_path / 'run')
     main.run(config, tmp_path / 'whole')

@@ -215,7 +215,7 @@ class TestErrors:
 
     def test_wrong_count(self, root):
         describe(root / 'c4/en/3.1.0', '"7"', '"8"')
-        with pytest.raises(DataError, match='7 records, not the 8|13 records, not 14'):
+        with pytest.raises(DataError, match='7 records, but dataset_info.json has 8|13 records, not 14'):
             open_(root)
 
     def test_damaged_record(self, tmp_path):
@@ -275,7 +275,7 @@ class TestErrors:
     def test_parquet_beyond_memory(self, tmp_path, monkeypatch):
         to_parquet(write(tmp_path))
         monkeypatch.setattr(datasets, 'IN_MEMORY', 100)
-        with pytest.raises(DataError, match='parquet is read into memory whole'):
+        with pytest.raises(DataError, match='parquet is read into memory as a whole'):
             open_(tmp_path)
 
     def test_no_text_field(self, tmp_path):

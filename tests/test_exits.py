@@ -150,9 +150,9 @@ class TestWorkers:
     @pytest.mark.parametrize(
         'error, begun, code, words',
         [
-            ('exit code -9', True, 7, 'killed (SIGKILL), most often for lack of memory: lower data.workers'),
-            ('exit code -9', False, 7, 'lack of memory'),
-            ('exit code -7', True, 2, 'no room in /dev/shm'),
+            ('exit code -9', True, 7, 'killed (SIGKILL), most often because memory ran out: lower data.workers'),
+            ('exit code -9', False, 7, 'because memory ran out'),
+            ('exit code -7', True, 2, 'no shared memory in /dev/shm'),
             ('exit code -11', True, 1, 'ended by signal 11 (Segmentation fault)'),
             ('exit code 1', False, 2, "`if __name__ == '__main__':`"),
             ('exit code 3', True, 1, 'has ended with exit code 3'),
@@ -210,7 +210,7 @@ class TestPaths:
         [
             (main, ['--config', QUICKSTART, '--workdir', 'gs://b/run']),
             (prepare, ['--source', 'stdlib', '--format', 'tokens', '--tokenizer', 'bytes', '--out', 's3://b/run']),
-            (train_tokenizer, ['--source', 'stdlib', '--vocab-size', '300', '--out', 'gs://b/run']),
+            (train_tokenizer, ['--source', 'stdlib', '--vocab_size', '300', '--out', 'gs://b/run']),
             (inspect, ['--workdir', 'gs://b/run', '--step', '1']),
             (export, ['--checkpoint', 'runs/a', '--out', 'gs://b/run']),
             (export, ['--checkpoint', 'gs://b/run', '--out', 'out']),

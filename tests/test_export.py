@@ -180,5 +180,7 @@ def test_tokenizers_for_transformers_give_the_same_ids(tmp_path, opened, name):
 
 
 def test_a_tokenizer_with_other_ids_is_not_written(tmp_path, opened, monkeypatch):
-    monkeypatch.setitem(tokenizer_json._MADE, 'bytes', lambda _: library.Tokenizer.from_buffer(vocabularies.unigram()))
+    monkeypatch.setitem(
+        tokenizer_json._CONVERTERS, 'bytes', lambda _: library.Tokenizer.from_buffer(vocabularies.unigram())
+    )
     assert not opened('bytes').export(tmp_path / 'out')

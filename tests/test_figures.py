@@ -115,17 +115,17 @@ class TestDrop:
         assert panels(figures.drop(results[:1], 'loss', among=results))[0].get_ylim() == first.get_ylim()
 
     def test_blocks(self):
-        [ax] = panels(figures.drop([dropped('a', [3.0, 1.0, 2.0])], block=2))
+        [ax] = panels(figures.drop([dropped('a', [3.0, 1.0, 2.0])], 'perplexity', block=2))
         assert heights(ax) == [3, 1] and ax.get_xlabel() == 'first of 2 layers left out'
 
     def test_a_layer_that_ruins_the_network_hides_no_other(self):
-        [ax] = panels(figures.drop([dropped('a', [5000.0, 1.5, 2.0, -0.5])]))
+        [ax] = panels(figures.drop([dropped('a', [5000.0, 1.5, 2.0, -0.5])], 'perplexity'))
         assert ax.get_yscale() == 'symlog' and ax.get_ylabel().endswith('logarithmic beyond ±1')
-        [ax] = panels(figures.drop([dropped('a', [50.0, 1.5, 2.0, -0.5])]))
+        [ax] = panels(figures.drop([dropped('a', [50.0, 1.5, 2.0, -0.5])], 'perplexity'))
         assert ax.get_yscale() == 'linear' and 'logarithmic' not in ax.get_ylabel()
 
     def test_not_finite_is_a_cross(self):
-        [ax] = panels(figures.drop([dropped('a', [3.0, None, float('inf'), 1.0])]))
+        [ax] = panels(figures.drop([dropped('a', [3.0, None, float('inf'), 1.0])], 'perplexity'))
         assert ax.get_ylim()[1] < 4
         [cross] = [line for line in ax.lines if line.get_marker() == 'x']
         assert cross.get_xdata().tolist() == [2, 3]
@@ -134,10 +134,10 @@ class TestDrop:
 
 def test_layers_keep_their_numbers_in_a_pruned_network():
     pruned = {'layer_index': [1, 4, 5], 'norm_position': ['post', 'pre', 'pre']}
-    [ax] = panels(figures.drop([dropped('a', [1.0, 2.0, 3.0]) | pruned]))
+    [ax] = panels(figures.drop([dropped('a', [1.0, 2.0, 3.0]) | pruned], 'perplexity'))
     assert [bar.get_x() + bar.get_width() / 2 for bar in ax.patches] == pytest.approx([1, 4, 5])
     assert [line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1] == [2.5]  # post | pre
-    [ax] = panels(figures.drop([dropped('a', [1.0, 2.0, 3.0]) | pruned], block=2))
+    [ax] = panels(figures.drop([dropped('a', [1.0, 2.0, 3.0]) | pruned], 'perplexity', block=2))
     assert [bar.get_x() + bar.get_width() / 2 for bar in ax.patches] == pytest.approx([1, 4])
     [ax] = panels(figures.gradients([gradient('a', [1.0, 2.0, 3.0]) | pruned]))
     assert ax.lines[0].get_xdata().tolist() == [1, 4, 5]
@@ -219,7 +219,7 @@ def test_any_number_of_results_and_layers(count, L):
     names = [f'_a $very_long$ name {"of a run " * 5}{i}' for i in range(count)]
     drawn = [
         figures.angular([angular(name, L) for name in names]),
-        figures.drop([dropped(name, values[1:]) for name in names]),
+        figures.drop([dropped(name, values[1:]) for name in names], 'perplexity'),
         figures.gradients([gradient(name, values[1:]) for name in names]),
         figures.variance([stream(name, values, values) for name in names]),
         figures.contribution([stream(name, values, None) for name in names]),

@@ -19,7 +19,7 @@ from mixln_jax import config as configs
 from mixln_jax import evaluate, main
 from mixln_jax.analysis import command
 from mixln_jax.data import train_tokenizer
-from mixln_jax.data.prepare import shards
+from mixln_jax.data.prepare import job as jobs
 from mixln_jax.report import command as report
 from mixln_jax.report import figures, markdown, page
 from mixln_jax.runs import checkpoint, weights, workdir
@@ -79,7 +79,7 @@ class TestPaths:
         [
             (evaluate.main, ['--checkpoint', 'x', '--out', '']),
             (report.main, ['.', '--out', '']),
-            (train_tokenizer.main, ['--source', 'stdlib', '--vocab-size', '300', '--out', '']),
+            (train_tokenizer.main, ['--source', 'stdlib', '--vocab_size', '300', '--out', '']),
             (main.main, ['--config', 'configs/quickstart.py', '--workdir', '']),
         ],
     )
@@ -165,15 +165,15 @@ class TestPlaces:
     def test_prepare_keeps_out_of_a_run(self, tmp_path):
         run = make_run(tmp_path / 'run')
         before = tree(run)
-        with pytest.raises(UsageError, match='holds what no preparation made: checkpoints'):
-            shards.Job(None, 'tokens', '', str(run), None, 8, None, 0).check_plan([])
+        with pytest.raises(UsageError, match='holds a file that no preparation has made: checkpoints'):
+            jobs.Job(None, 'tokens', '', str(run), None, 8, None, 0).check_plan([])
         assert tree(run) == before
 
     @pytest.mark.parametrize('name', ['tokenizer.json', 'merges.txt', 'notes'])
     def test_a_tokenizer_of_somebody_else(self, tmp_path, name):
         (tmp_path / name).write_text('{"added_tokens": [{"content": "<s>"}]}')
         for out in (tmp_path, tmp_path / name):
-            with pytest.raises(UsageError, match=f'--out {out}(:| holds) .*no tokenizer of ours'):
+            with pytest.raises(UsageError, match=f'--out {out}(: not a tokenizer of|.* not write)'):
                 train_tokenizer._check_replaceable(out)
 
     def test_files_of_somebody_else(self, tmp_path, capsys):

@@ -165,7 +165,7 @@ class TestReport:
         shown = capsys.readouterr()
         assert '33.00' in shown.out and '0 of 10' in shown.out
         assert shown.err == (
-            f'mixln_jax: warning: skipped 3 that are no runs: {", ".join(others)} (no config.json of a run)\n'
+            f'mixln_jax: warning: skipped 3 that are not runs: {", ".join(others)} (no config.json of a run)\n'
         )
         assert report.main([others[0], 'nowhere', *others[1:]]) == 2
         said = capsys.readouterr().err.splitlines()

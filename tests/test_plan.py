@@ -135,20 +135,20 @@ def test_command(tmp_path, capsys):
     assert '8 x TPU v5 lite (16 GiB each); mesh data 8, fsdp 1, tensor 1' in shown
     # Embedding and head, four layers of four square and three MLP matrices, nine norms.
     count = 2 * 1000 * 64 + 4 * (4 * 64**2 + 3 * 64 * 176) + 9 * 64
-    assert f'parameters        {count:,}' in shown
+    assert f'parameters          {count:,}' in shown
     flops = (6 * (count - 64_000) + 6 * 4 * 256 * 64) * 64 * 256
-    assert f'FLOPs a step      {flops:.3g}' in shown
+    assert f'FLOPs per step      {flops:.3g}' in shown
     assert f'{flops / (0.5 * 197e12 * 8):.3g} h for 3,600 steps' in shown
     assert 'fits' in shown and 'does not fit' not in shown
 
 
 def test_what_the_compiler_expects(capsys):
     """1.5e9 cycles of a v5e are a second, in which its 197e12 FLOP/s could do twice the work."""
-    plan.say_expected({'mlp': 1_125_000_000, 'attention': 375_000_000}, 'TPU v5 lite', 98.5e12)
+    plan.print_expected({'mlp': 1_125_000_000, 'attention': 375_000_000}, 'TPU v5 lite', 98.5e12)
     shown = capsys.readouterr().out.splitlines()
-    assert 'expects 1 s a step (50% MFU)' in shown[0]
+    assert 'expects 1 s per step (50% MFU)' in shown[0]
     assert shown[1].split() == ['mlp', '0.75', 's', '75%'] and shown[2].split() == ['attention', '0.25', 's', '25%']
-    plan.say_expected({}, 'TPU v5 lite', 1)
+    plan.print_expected({}, 'TPU v5 lite', 1)
     assert not capsys.readouterr().out
 
 
@@ -188,7 +188,7 @@ def test_more_devices_where_nothing_else_helps(tmp_path, capsys, monkeypatch):
     assert plan.main(['--config', recipe(tmp_path), '--topology', 'v5e:2x4']) == 0
     shown = capsys.readouterr().out
     assert 'does not fit' in shown
-    assert 'it fits on 16 devices, by formula with --config.accumulate=4 --config.model.remat=full' in shown
+    assert 'it fits on 16 devices, by formula, with --config.accumulate=4 --config.model.remat=full' in shown
 
 
 class Compiled:
@@ -231,13 +231,13 @@ class TestCompile:
     def test_fits(self, tmp_path, monkeypatch, capsys):
         assert self.run(tmp_path, monkeypatch, lambda config: 16) == [(1, 'none', 1)]
         shown = capsys.readouterr().out
-        assert 'the compiler needs   16.000 GiB a device: fits\n' in shown and 'it fits' not in shown
+        assert 'the compiler needs   16.000 GiB per device: fits\n' in shown and 'it fits' not in shown
 
     def test_does_not_fit(self, tmp_path, monkeypatch, capsys):
         asked = self.run(tmp_path, monkeypatch, lambda config: 40 // config.accumulate)
         assert asked == [(1, 'none', 1), (2, 'none', 1), (4, 'none', 1)]
         shown = capsys.readouterr().out
-        assert 'the compiler needs   40.000 GiB a device: does not fit\n' in shown
+        assert 'the compiler needs   40.000 GiB per device: does not fit\n' in shown
         assert shown.endswith('it fits with --config.accumulate=4\n')
 
     def test_the_compiler_gives_up(self, tmp_path, monkeypatch, capsys):
@@ -277,4 +277,4 @@ class TestCompile:
         monkeypatch.setattr(plan.topologies, 'get_topology_desc', missing)
         assert plan.main(['--config', recipe(tmp_path), '--topology', 'v5e:2x4', '--compile']) == 3
         error = capsys.readouterr().err
-        assert '--compile: v5e:2x4 cannot be compiled for here: no libtpu (pip install "jax[tpu]")' in error
+        assert '--compile: cannot compile for v5e:2x4 here: no libtpu (pip install "jax[tpu]")' in error

@@ -16,7 +16,8 @@ from corpora import all_tokens, contents, documents, texts, write
 from mixln_jax import config
 from mixln_jax.data import prepared, rows, sources, tokenizers, train_tokenizer
 from mixln_jax.data.prepare import command as prepare
-from mixln_jax.data.prepare import shards, units
+from mixln_jax.data.prepare import job as jobs
+from mixln_jax.data.prepare import units
 from mixln_jax.system import outputs
 from mixln_jax.system.errors import DataError, UsageError
 
@@ -60,7 +61,7 @@ class TestDataSet:
         assert len(found['validation']) == 20
         first = read['train'][0]
         assert first['url'].startswith(b'http://a/') and first['timestamp'] == b'2019-04-25'
-        assert {*first} == {*shards.FIELDS} and first['content-type'] == b''
+        assert {*first} == {*jobs.FIELDS} and first['content-type'] == b''
         assert documents(dataset(tmp_path), 'train') == found['train']
         origin = sources.open_source(dataset(tmp_path), 'train').origin(0)
         assert 'c4-train.array_record-00000-of-00003, record 0' in origin
@@ -115,7 +116,7 @@ class TestTokens:
     )
     def test_splits_that_share_records(self, corpus, tmp_path, capsys, split, validation, shared):
         prepare.prepare(data(corpus / '*.gz'), str(tmp_path / 'text'), format='tfds')
-        words = ['--source', 'tfds', '--data-dir', str(tmp_path / 'text'), '--split', split, '--validation', validation]
+        words = ['--source', 'tfds', '--data_dir', str(tmp_path / 'text'), '--split', split, '--validation', validation]
         words += ['--format', 'tokens', '--tokenizer', 'bytes', '--out', str(tmp_path / 'out'), '--workers', '1']
         assert prepare.main(words) == (2 if shared else 0)
         told = f'--split {split} and --validation {validation} share records of {tmp_path}/text/c4'
@@ -147,7 +148,7 @@ class TestAgain:
     def test_hosts_share_the_work(self, corpus, tmp_path, capsys, parts):
         """--shards A:B names those from A on and before B, no others; together the hosts make what one makes."""
         words = ['--source', 'jsonl', '--path', f'{corpus}/*.gz', '--format', 'tokens', '--tokenizer', 'bytes']
-        words += ['--mode', 'pack', '--seq-length', '32', '--workers', '1', '--out']
+        words += ['--mode', 'pack', '--seq_length', '32', '--workers', '1', '--out']
         assert prepare.main([*words, str(tmp_path / 'whole')]) == 0
         whole, out = contents(tmp_path / 'whole'), tmp_path / 'out'
         names = sorted(name for name in whole if name.endswith('.bin'))
@@ -198,7 +199,7 @@ class TestAgain:
         prepare.prepare(data(of), str(out), format='tokens', seq_length=32)
         before = contents(out)
         for other, seq_length, words in (
-            (data(of), 16, 'seq-length'),
+            (data(of), 16, 'seq_length'),
             (data(corpus / '*.gz'), 32, 'files'),
             (data(of, mode='pack'), 32, 'mode'),
             (data(of, tokenizer='huggingface', tokenizer_path=str(tmp_path / 'tokenizer.json')), 32, 'tokenizer'),
@@ -319,7 +320,7 @@ class TestBadInput:
     def test_no_room(self, corpus, tmp_path, monkeypatch):
         usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
         monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: usage)
-        with pytest.raises(UsageError, match=r'room for 0.00 MB, about 0.\d\d MB are needed; nothing was written'):
+        with pytest.raises(UsageError, match=r'room for 0.00 MB, but about 0.\d\d MB are needed; nothing was written'):
             prepare.prepare(data(corpus / '*.gz'), str(tmp_path), format='tfds')
         assert not contents(tmp_path)
 
@@ -347,8 +348,8 @@ class TestBadInput:
             for path in [*tmp_path.rglob('*-00001-of-*')] if state == 'damaged' else ():
                 path.write_bytes(path.read_bytes()[:-1])
         of = data(corpus / '*.gz')
-        folder = shards.folder(str(tmp_path), format, of.name)
-        job = shards.Job(of, format, str(tmp_path), str(folder), tokenizers.Bytes(), 32, 2**60, 0)
+        folder = jobs.folder(str(tmp_path), format, of.name)
+        job = jobs.Job(of, format, str(tmp_path), str(folder), tokenizers.Bytes(), 32, 2**60, 0)
         (folder / prepared.WORK).mkdir(parents=True, exist_ok=True)
         wanted = units.list_units(of, '')[slice(*(int(end) if end else None for end in first.split(':')))]
         partial = folder / f'{job.file(wanted[0], "train")}.partial'
@@ -366,7 +367,7 @@ class TestBadInput:
     @pytest.mark.parametrize('first, second', [('0:1', '1:3'), ('1:3', '0:1'), ('1:2', '2:'), ('2:', ':2')])
     def test_other_shards_than_those_of_another_process(self, corpus, tmp_path, first, second):
         of = data(corpus / '*.gz')
-        job = shards.Job(of, 'tokens', '', str(tmp_path), tokenizers.Bytes(), 32, 2**60, 0)
+        job = jobs.Job(of, 'tokens', '', str(tmp_path), tokenizers.Bytes(), 32, 2**60, 0)
         (tmp_path / prepared.WORK).mkdir()
         one, other = (slice(*(int(end) if end else None for end in part.split(':'))) for part in (first, second))
         (tmp_path / prepared.WORK / 'both-00001.lock').touch()  # of a process that was killed
@@ -392,7 +393,7 @@ class TestBadInput:
     def test_errors_name_the_option(self, corpus, tmp_path):
         with pytest.raises(DataError, match='^--validation: there is no file none$'):
             prepare.prepare(data(corpus / '*.gz'), str(tmp_path), format='tokens', validation='none')
-        with pytest.raises(DataError, match='^--path: gs://a/b is no file of this machine; copy it here first$'):
+        with pytest.raises(DataError, match='^--path: gs://a/b is not a file of this machine; copy it here first$'):
             prepare.prepare(data('gs://a/b', source='text'), str(tmp_path), format='tokens')
 
     NAMES = ['./a.jsonl', '{}/a.jsonl', 'c/../a.jsonl', '~/a.jsonl', 'link', 'hard', 'copy.jsonl', 'a*']
@@ -428,7 +429,7 @@ class TestBadInput:
         path, content = tmp_path / 'a.json', b'{"content": "a b"}\n{"content": "c"}\n'
         path.write_bytes(gzip.compress(content) if packed else content)
         words = ['--source', 'jsonl', '--path', str(path), '--format', 'tokens', '--tokenizer', 'bytes', '--out']
-        assert prepare.main([*words, str(tmp_path / 'out'), '--skip-bad', skip_bad]) == 4
+        assert prepare.main([*words, str(tmp_path / 'out'), '--skip_bad', skip_bad]) == 4
         why = 'no field `text` that is a string (fields: content)'
         place = {'0': ':1', '1': ':2', '9': ': no text in this file: 2 malformed lines, the first of them 1'}[skip_bad]
         assert capsys.readouterr().err.splitlines()[-1] == f'mixln_jax: {path}{place}: {why}'
@@ -449,11 +450,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         'name, content, holds',
         [
-            ('a.jsonl', '{"text": "x"}\n', 'one document only'),
-            ('a.txt', 'x\n\n' * 9, 'one document only'),
-            ('a.jsonl,b.jsonl', '{"text": "x"}\n', '2 documents, all of the same text'),
-            ('a.jsonl', '{"text": "x"}\n' * 50, '50 documents, all of the same text'),
-            ('a.jsonl,b.jsonl', '{"text": "x"}\n' * 2500, '5,000 documents, all of the same text'),
+            ('a.jsonl', '{"text": "x"}\n', 'only one document'),
+            ('a.txt', 'x\n\n' * 9, 'only one document'),
+            ('a.jsonl,b.jsonl', '{"text": "x"}\n', '2 documents, all with the same text'),
+            ('a.jsonl', '{"text": "x"}\n' * 50, '50 documents, all with the same text'),
+            ('a.jsonl,b.jsonl', '{"text": "x"}\n' * 2500, '5,000 documents, all with the same text'),
         ],
     )
     @pytest.mark.parametrize('format', ['tokens', 'tfds'])
@@ -464,7 +465,7 @@ class TestBadInput:
             pathlib.Path(file).write_text(content)
         words = ['--source', 'text' if 'txt' in name else 'jsonl', '--path', name, '--tokenizer', 'bytes']
         assert prepare.main([*words, '--format', format, '--out', 'out']) == 4
-        needed = 'two different ones are needed, one to validate on, or --validation FILES'
+        needed = 'two different documents are needed, one of them for validation, or --validation FILES'
         assert capsys.readouterr().err == f'mixln_jax: --path holds {holds}; {needed}\n'
         assert not pathlib.Path('out').exists()
 
@@ -515,12 +516,12 @@ class TestBadInput:
             ('--source jsonl --path x --out x --format tokens --workers 0', '--workers must be at least 1'),
             ('--source jsonl --path x --out x --format tokens --workers 100000', '--workers must be at most 1024'),
             (
-                '--source jsonl --path x --out x --format tokens --seq-length 1e12',
-                '--seq-length must be at most 1048576',
+                '--source jsonl --path x --out x --format tokens --seq_length 1e12',
+                '--seq_length must be at most 1048576',
             ),
-            ('--source jsonl --path x --out x --format tokens --max_document 0', '--max-document must be at least 1'),
-            ('--source jsonl --path x --out x --format tokens --skip-bad -1', '--skip-bad must be at least 0'),
-            ('--source jsonl --path x --out x --format tokens --seq-length 1', '--seq-length must be at least 2'),
+            ('--source jsonl --path x --out x --format tokens --max_document 0', '--max_document must be at least 1'),
+            ('--source jsonl --path x --out x --format tokens --skip_bad -1', '--skip_bad must be at least 0'),
+            ('--source jsonl --path x --out x --format tokens --seq_length 1', '--seq_length must be at least 2'),
             ('--source stdlib --validation x --out x --format tfds', '--validation does not go with --source stdlib'),
             ('--source text --out x --format tfds', '--source text needs --path FILES'),
             ('--source stdlib --out gs://x/y --format tfds', '--out gs://x/y: a path on this machine is needed'),
@@ -534,6 +535,12 @@ class TestBadInput:
         error = capsys.readouterr().err
         assert message in error and error.count('\n') == 1
         assert not list(tmp_path.iterdir())
+
+    def test_hyphens_in_options(self):
+        words = (
+            '--source jsonl --path my-file --out x --format tokens --seq{0}length 16 --skip{0}bad=3 --max{0}document 9'
+        )
+        assert prepare.parse(words.format('-').split()) == prepare.parse(words.format('_').split())
 
     def test_codes(self, corpus, tmp_path, capsys):
         words = ['--source', 'jsonl', '--format', 'tokens', '--tokenizer', 'bytes', '--workers', '1']

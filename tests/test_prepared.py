@@ -320,7 +320,7 @@ def test_a_damaged_shard_whose_text_is_another_stays(folder, data, tmp_path):
     counts['train']['digest'] = '0' * 32
     job_counts.write_text(json.dumps(counts))
     before = shard.read_bytes()
-    with pytest.raises(UsageError, match=f'{shard} holds other rows than its text gives today'):
+    with pytest.raises(UsageError, match=f'{shard} holds other rows than its text gives now'):
         prepare_to(folder, data)
     assert shard.read_bytes() == before and (folder / 'tokens.json').exists()
 

@@ -19,7 +19,7 @@ from mixln_jax.analysis import angular, command
 from mixln_jax.data import rows, squad
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import tensors
-from mixln_jax.report import inputs, overview, sections
+from mixln_jax.report import inputs, overview, results, sections
 from mixln_jax.runs import checkpoint, log, weights, workdir
 from mixln_jax.system import cli, errors
 
@@ -172,7 +172,7 @@ READERS = {
             5,
             read_report,
         )
-        for name in inputs.ANALYSES
+        for name in results.ANALYSES
     },
     'report: config.json': ('run/config.json', CONFIG, 2, read_report),
     'report: metrics.jsonl': (

@@ -9,7 +9,7 @@ import pytest
 
 from mixln_jax import config as configs
 from mixln_jax.report import command as report
-from mixln_jax.report import figures, inputs, overview, sections, style
+from mixln_jax.report import figures, inputs, numbers, overview, results, sections, style
 
 L = 3
 LINES = (
@@ -153,7 +153,7 @@ def test_the_whole_page(made, capsys):
             '33.25 ± 0.5',
         ):
             assert word in said, word
-        for job in inputs.ANALYSES:
+        for job in results.ANALYSES:
             assert f'python -m mixln_jax.analysis.{job} --checkpoint {two}' in said
         assert f'--checkpoint {one}' not in said
     assert 'What <drop> is.' in seen.text and 'A & B 2025' in seen.text and '<drop>' not in page
@@ -235,7 +235,7 @@ def test_words_for_numbers(made, capsys):
     write_analysis(three, 'drop', result('drop'))
     assert report.main([str(one), str(two), str(three)]) == 5
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and 'one/metrics.jsonl: layers/grad_norm of step 11 is no number' in said[0]
+    assert len(said) == 2 and 'one/metrics.jsonl: layers/grad_norm of step 11 is not a number' in said[0]
     assert 'two/analysis/drop/result.json: not' in said[1] and '7,000' in read()[0]
 
 
@@ -402,9 +402,9 @@ class TestComparison:
             made('b', lines, self.DATA | data, **(evaluated | keys)),
         ]
         assert report.main([*map(str, folders)]) == 0
-        warning = f'Perplexities are not comparable. The runs differ in {said}. Bits per byte may be'
+        warning = f'Perplexity cannot be compared. The runs differ in {said}. Bits per byte can be compared'
         for text in (capsys.readouterr().err, *read()):
-            assert (warning in text) if said else ('not comparable' not in text), text
+            assert (warning in text) if said else ('cannot be compared' not in text), text
 
     def test_who_is_apart_is_named_alone(self, made):
         folders = [made(f'a{i}', data=self.DATA, seed=i) for i in range(4)]
@@ -415,7 +415,7 @@ class TestComparison:
     def test_text_that_is_not_known(self, made):
         folders = [made('a', data=self.DATA), made('b', data='words'), made('c')]
         [*_, note] = overview.overview(inputs.read([*map(str, folders)])[0]).notes
-        assert note == 'Not known, as environment.json does not say it: what text b, c saw.'
+        assert note == 'The text that b, c read is not known: environment.json does not name it.'
 
     def test_a_run_that_was_not_finite(self, made):
         """debug/report.json says from when on; one of an attempt before says nothing of a run that is further."""
@@ -445,7 +445,7 @@ class TestComparison:
      (1.5e12, '1.5e+12'), (0.0, '0')],
 )  # fmt: skip
 def test_numbers_for_people(value, shown):
-    assert sections.short(value) == shown
+    assert numbers.short(value) == shown
 
 
 def test_layers_at_one_step_are_lines_of_all_runs(made):
@@ -469,6 +469,64 @@ def test_layers_at_one_step_are_lines_of_all_runs(made):
     assert lines.caption == 'At the last step that was measured of each, from 8 to 10.'
     assert [line.get_ydata()[0] for line in lines.figure.axes[0].lines] == [1, 2, 8]
     assert heat.alt.startswith('Heat map of c')
+
+
+def classified(accuracy, last=0.5):
+    """The lines of a run that knows no perplexity; it was evaluated at steps 5 and 10."""
+    return [
+        {'step': 5, 'tokens': 500, 'train/loss': 2.0, 'eval/accuracy': 0.25, 'eval/loss': 2.5},
+        {'step': 10, 'tokens': 1000, 'train/loss': 1.5, 'eval/accuracy': accuracy, 'eval/loss': last},
+    ]
+
+
+class TestHeadline:
+    """What runs are compared by is read from what they have logged."""
+
+    def test_accuracy(self, made, capsys):
+        """The highest first, four decimals, in every table, figure, caption and warning."""
+        text = {'source': 'ab', 'tokenizer': 'cd'}
+        lines = classified(0.75) + [{'step': 11, 'tokens': 1100, 'analysis/accuracy_drop': [0.25, -0.125, None]}]
+        low, high = made('low', lines, text), made('high', classified(0.875), text | {'source': 'ef'}, seed=1)
+        drop = {'accuracy': {'value': 0.75, 'drop': {'1': measured([-0.5, 0, 0.25])}}}
+        drop = {'loss': drop['accuracy'], 'arc_easy/acc': drop['accuracy'], **drop}
+        write_analysis(low, 'drop', result('drop', metrics=drop))
+        assert report.main([str(low), str(high)]) == 0
+        page, text = read()
+        rows = table(text)
+        assert [(row['run'], row['accuracy']) for row in rows] == [('high', '0.8750'), ('low', '0.7500')]
+        assert 'Last evaluation of each run, highest accuracy first' in text
+        assert [row['accuracy'] for row in table(text, 'What was run')] == ['0.7500', '0.8750']
+        by_step = table(text, 'Accuracy in evaluation, by step')
+        assert by_step == [
+            {'step': '5', 'low': '0.2500', 'high': '0.2500'},
+            {'step': '10', 'low': '0.7500', 'high': '0.8750'},
+        ]
+        assert 'Accuracy cannot be compared. The runs differ in the documents' in capsys.readouterr().err
+        seen = Reader(page)
+        assert 'Accuracy in evaluation.' in seen.text and 'Change in accuracy without each layer' in seen.headings
+        drops = [heading for heading in seen.headings if heading.startswith('Change in')]
+        assert drops[:3] == [f'Change in {name} without each layer' for name in ('accuracy', 'arc_easy/acc', 'loss')]
+        assert 'erplexity' not in page + text and 'its per byte' not in page + text
+
+    def test_loss(self, made):
+        lines = [{'step': 10, 'tokens': 9, 'eval/loss': loss} for loss in (2.5, 1.25)]
+        folders = [made('worse', lines[:1]), made('better', lines[1:])]
+        assert report.main([*map(str, folders)]) == 0
+        assert [(row['run'], row['loss']) for row in table(read()[1])] == [('better', '1.2500'), ('worse', '2.5000')]
+
+    def test_runs_of_two_kinds(self, made):
+        """Each has a column of its own; neither is a sample of the other."""
+        made('a', logged(30.0)), made('b', classified(0.75)), made('c', (), seed=1)
+        assert report.main(['b', 'c', 'a']) == 0
+        text = read()[1]
+        rows = table(text)
+        assert [(row['run'], row['perplexity'], row['accuracy']) for row in rows] == [
+            ('a', '30.00', '-'),
+            ('b', '-', '0.7500'),
+            ('c', '-', '-'),
+        ]
+        assert 'lowest perplexity first, highest accuracy first' in text and '## Perplexity and accuracy' in text
+        assert list(table(text, 'Accuracy in evaluation')[0]) == ['step', 'b']
 
 
 def test_the_first_columns_fit_a_narrow_screen(made):

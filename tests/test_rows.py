@@ -303,5 +303,5 @@ class TestOpenRows:
     @pytest.mark.parametrize('mode', ['pack', 'concat'])
     def test_data_sets_are_prepared_first(self, mode):
         data = config.Data(tokenizer='bytes', mode=mode)
-        with pytest.raises(DataError, match=f'--source tfds --name c4/en --mode {mode} --seq-length {T}'):
+        with pytest.raises(DataError, match=f'--source tfds --name c4/en --mode {mode} --seq_length {T}'):
             open_(data)

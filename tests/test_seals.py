@@ -81,8 +81,10 @@ def reads(keys, split):
         try:
             made.read([number])
         except DataError as error:
-            assert re.search(rf'{file}\.(bin, row {row}: damaged, or not|rows: damaged, or the notes of)', str(error))
-            assert 'run once more' in str(error)
+            assert re.search(
+                rf'{file}\.(bin, row {row}: damaged, or the row of|rows: damaged, or the notes of)', str(error)
+            )
+            assert 'made the folder again' in str(error)
         else:
             good.setdefault(file, []).append(int(row))
     return good
@@ -189,10 +191,10 @@ def exchange_names(splits):
 def test_a_description_that_names_files_of_another_split(keys, out, change, split):
     describe(out, change)
     with pytest.raises(
-        DataError, match=r'tokens\.json: .*splits\.train names validation-.*, which is of another split'
+        DataError, match=r'tokens\.json: .*splits\.train names validation-.*, which belongs to another split'
     ):
         open_(keys, split)
-    with pytest.raises(DataError, match='of another split'):
+    with pytest.raises(DataError, match='belongs to another split'):
         damaged(out)
 
 
@@ -357,6 +359,6 @@ def test_other_rows_than_the_text_gives_are_not_sealed(tmp_path, keys, out):
     about = json.loads(counts.read_text())
     about['train']['digest'] = '0' * 32
     counts.write_text(json.dumps(about))
-    with pytest.raises(UsageError, match='holds other rows than its text gives today'):
+    with pytest.raises(UsageError, match='holds other rows than its text gives now'):
         mend(tmp_path, out, kept)
     assert contents(out) == kept

@@ -143,7 +143,7 @@ COMMANDS = {
     'analysis.variance': ['--checkpoint', 'a'],
     'data.inspect': ['--workdir', 'a', '--step', '1'],
     'data.prepare': ['--source', 'stdlib', '--format', 'tokens', '--tokenizer', 'bytes', '--out', 'c'],
-    'data.train_tokenizer': ['--source', 'stdlib', '--vocab-size', '300', '--out', 'd'],
+    'data.train_tokenizer': ['--source', 'stdlib', '--vocab_size', '300', '--out', 'd'],
 }
 
 

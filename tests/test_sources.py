@@ -155,7 +155,7 @@ class TestReader:
             assert [line for line, _ in text_files.Reader('jsonl', str(tmp_path / name))] == [1, 2]
             assert list(text_files.Reader('text', str(tmp_path / name))) == [(1, {'text': (self.GOOD * 2).decode()})]
 
-    FORMS = 'the source jsonl reads an object with a field `text` a line, the source text plain text'
+    FORMS = 'the source jsonl reads lines that are objects with a field `text`, the source text reads plain text'
     OTHERS = {
         'plain text': ('One line.\nAnd one more.\n', f'1: not JSON: .*; {FORMS}$'),
         'a table': ('text,label\na,1\n', f'1: not JSON: .*; {FORMS}$'),
@@ -202,7 +202,7 @@ class TestReader:
     def test_other_forms_are_named(self, tmp_path, kind, how):
         """Whatever their names, and none of their bytes is skipped as malformed."""
         path = self.packed(how, self.GOOD * 3, tmp_path / 'a.jsonl')
-        with pytest.raises(DataError, match=f'^{path} is .*{how.removesuffix(".gz")}.*; (unpack|write) it'):
+        with pytest.raises(DataError, match=f'^{path} is .*{how.removesuffix(".gz")}.*; (unpack|decompress|write) it'):
             list(text_files.Reader(kind, path, skip_bad=10**9))
 
     @pytest.mark.parametrize('begin', ['BZh91', 'PK', 'PAR1 and PAR2', '7z', 'ustar', 'ARROW1', '\u04ff'])
@@ -276,7 +276,7 @@ class TestBounds:
         os.mkfifo(tmp_path / 'pipe')
         for path, what in ((tmp_path / 'pipe', 'a pipe'), ('/dev/zero', 'a device')):
             with pytest.raises(DataError, match=f'{path}: cannot be read: it is {what}, not a file'):
-                text_files.of_source(source, str(path))
+                text_files.paths_of_source(source, str(path))
             with pytest.raises(DataError, match=f'it is {what}'):
                 list(text_files.Reader(source, str(path)))
 
@@ -295,7 +295,7 @@ def test_a_thread_that_panics_is_heard():
         raise Panic
 
     with pytest.raises(Panic):
-        text_files.each(5, fail, [1])
+        text_files.call_each(5, fail, [1])
 
 
 class TestPaths:
@@ -316,7 +316,10 @@ class TestPaths:
             ('{}/none*.jsonl', r'no file .*none\*.jsonl'),
             ('{}', 'is a folder'),
             ('{}/*', 'folder is a folder'),
-            ('{}/a,gs://bucket/*.jsonl', 'config.data.path: gs://bucket/.*no file of this machine; copy it here first'),
+            (
+                '{}/a,gs://bucket/*.jsonl',
+                'config.data.path: gs://bucket/.*not a file of this machine; copy it here first',
+            ),
             ('{}/nowhere', 'nowhere: cannot be read: No such file'),
             ('{}/nowher*', 'nowhere: cannot be read: No such file'),
         ],
@@ -417,7 +420,7 @@ class TestKinds:
 class TestEach:
     def test_answers_in_order(self, monkeypatch):
         monkeypatch.setattr(text_files, 'AT_ONCE', 3)
-        assert text_files.each(None, lambda i: time.sleep(0.001 * (7 - i)) or i * i, range(7)) == [
+        assert text_files.call_each(None, lambda i: time.sleep(0.001 * (7 - i)) or i * i, range(7)) == [
             0,
             1,
             4,
@@ -426,7 +429,7 @@ class TestEach:
             25,
             36,
         ]
-        assert text_files.each(None, str, []) == []
+        assert text_files.call_each(None, str, []) == []
 
     def test_an_error_ends_the_others(self, monkeypatch):
         monkeypatch.setattr(text_files, 'AT_ONCE', 1)
@@ -438,24 +441,24 @@ class TestEach:
                 raise ValueError('two')
 
         with pytest.raises(ValueError, match='two'):
-            text_files.each(None, work, range(10_000))
+            text_files.call_each(None, work, range(10_000))
         assert done == [0, 1, 2]
 
     def test_no_answer_names_what_was_asked(self):
         free = threading.Event()
         with pytest.raises(text_files.NoAnswer, match=r'^no answer within 0.2 s$') as caught:
-            text_files.each(0.2, lambda i: free.wait() if i in (3, 5) else i, range(40))
+            text_files.call_each(0.2, lambda i: free.wait() if i in (3, 5) else i, range(40))
         assert caught.value.item == 3
         free.set()
 
     def test_as_long_as_some_end_the_others_may_take_their_time(self, monkeypatch):
         monkeypatch.setattr(text_files, 'AT_ONCE', 1)
-        assert text_files.each(1.0, lambda i: time.sleep(0.2) or i, range(8)) == list(range(8))
+        assert text_files.call_each(1.0, lambda i: time.sleep(0.2) or i, range(8)) == list(range(8))
 
     def test_threads_end(self):
         before = threading.active_count()
         for _ in range(50):
-            text_files.each(10, str, range(8))
+            text_files.call_each(10, str, range(8))
         deadline = time.monotonic() + 10
         while threading.active_count() > before:
             assert time.monotonic() < deadline
@@ -513,10 +516,10 @@ class TestSplit:
 
     @pytest.mark.parametrize(
         'count, holds',
-        [(1, 'one document only'), (2, '2 documents, all of the same text'), (5000, '5,000 documents, all')],
+        [(1, 'only one document'), (2, '2 documents, all with the same text'), (5000, '5,000 documents, all')],
     )
     def test_equal_documents_cannot_be_split(self, tmp_path, count, holds):
-        with pytest.raises(DataError, match=f'^config.data.path holds {holds}.*; two different ones are needed'):
+        with pytest.raises(DataError, match=f'^config.data.path holds {holds}.*; two different documents are needed'):
             sources.open_source(options(write(tmp_path / 'a.jsonl', ['same'] * count)), 'train')
 
 

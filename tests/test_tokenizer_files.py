@@ -223,7 +223,7 @@ def test_a_server_that_drips(tmp_path, monkeypatch):
     monkeypatch.setattr(download, 'WHOLE', 0.2)
     answer = contextlib.nullcontext()
     answer.read1 = lambda _: time.sleep(0.02) or b'x'
-    with pytest.raises(ValueError, match='not there after 0.2 s'):
+    with pytest.raises(ValueError, match='not arrived after 0.2 s'):
         download._received(answer, time.monotonic() + 0.2)
 
 
@@ -306,7 +306,7 @@ def train(*words):
 
 def test_train(corpus, tmp_path, capsys):
     out = tmp_path / 'out'
-    assert train('--source', 'text', '--path', corpus, '--vocab-size', 500, '--out', out) == 0
+    assert train('--source', 'text', '--path', corpus, '--vocab_size', 500, '--out', out) == 0
     said = capsys.readouterr().out
     keys = dict(word.removeprefix('--config.').split('=') for word in said.split() if word.startswith('--config.'))
     assert keys.pop('model.vocab_size') == '500'
@@ -323,7 +323,7 @@ def test_train(corpus, tmp_path, capsys):
 
 def test_train_repeats_itself(corpus, tmp_path):
     """In another process, with other hashes; into a file and into a folder."""
-    words = ['--source', 'text', '--path', corpus, '--vocab-size', '500']
+    words = ['--source', 'text', '--path', corpus, '--vocab_size', '500']
     command = [sys.executable, '-m', 'mixln_jax.data.train_tokenizer', *words, '--out', tmp_path / 'one.json']
     root = pathlib.Path(__file__).parents[1]
     subprocess.run(command, check=True, cwd=root, env=os.environ | {'PYTHONHASHSEED': '7', 'RAYON_NUM_THREADS': '1'})
@@ -333,10 +333,10 @@ def test_train_repeats_itself(corpus, tmp_path):
     assert one.fingerprint == two.fingerprint and not (tmp_path / 'tokenizer_config.json').exists()
 
 
-@pytest.mark.parametrize('count, holds', [(1, 'one document only'), (50, '50 documents, all of the same text')])
+@pytest.mark.parametrize('count, holds', [(1, 'only one document'), (50, '50 documents, all with the same text')])
 def test_train_on_one_document(tmp_path, capsys, count, holds):
     (tmp_path / 'a.jsonl').write_text('{"text": "a b c"}\n' * count)
-    words = ['--source', 'jsonl', '--vocab-size', 500, '--out', tmp_path / 'out', '--path']
+    words = ['--source', 'jsonl', '--vocab_size', 500, '--out', tmp_path / 'out', '--path']
     for path, line in (
         (tmp_path / 'a.jsonl', f' holds {holds}; two '),
         (tmp_path / 'b', f': there is no file {tmp_path}/b'),
@@ -351,7 +351,7 @@ def test_two_trainings_at_once(corpus, tmp_path, capsys, monkeypatch, name):
     """Into one --out, or into one that a link leads to: the second is refused, and changes nothing."""
     out, original = tmp_path / 'outs' / name, train_tokenizer.train
     (tmp_path / 'link').symlink_to(tmp_path / 'outs')
-    words = ['--source', 'text', '--path', corpus, '--vocab-size', '500', '--out']
+    words = ['--source', 'text', '--path', corpus, '--vocab_size', '500', '--out']
 
     def second(*arguments):
         monkeypatch.setattr(train_tokenizer, 'train', original)
@@ -369,7 +369,7 @@ def test_two_trainings_at_once(corpus, tmp_path, capsys, monkeypatch, name):
 
 
 def test_train_on_too_little_text(corpus, tmp_path, capsys):
-    assert train('--source', 'text', '--path', corpus, '--vocab-size', 50_000, '--out', tmp_path / 'out') == 0
+    assert train('--source', 'text', '--path', corpus, '--vocab_size', 50_000, '--out', tmp_path / 'out') == 0
     said = capsys.readouterr()
     size = tokenizers.load(tmp_path / 'out').vocab_size
     assert 260 < size < 50_000
@@ -379,15 +379,15 @@ def test_train_on_too_little_text(corpus, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('words', 'code', 'line'),
     [
-        ('', 2, '--source, --vocab-size, --out'),
-        ('--source web --vocab-size 300 --out x', 2, 'argument --source: invalid choice'),
-        ('--source text --path a --vocab-size many --out x', 2, 'argument --vocab-size: invalid int value'),
-        ('--source stdlib --vocab-size 259 --out x', 2, '--vocab-size 259 is too small.* 260'),
-        ('--source stdlib --vocab-size 1000000000 --out x', 2, '--vocab-size must be at most 16777216'),
-        ('--source stdlib --vocab-size 300 --out x --bogus', 2, '--bogus'),
-        ('--source text --vocab-size 300 --out x', 2, '--path FILES is missing'),
-        ('--source text --path none.txt --vocab-size 300 --out x', 4, r'there is no file none\.txt'),
-        ('--source text --path corpus.txt --vocab-size 300 --out corpus.txt', 2, r'corpus\.txt'),
+        ('', 2, '--source, --vocab_size, --out'),
+        ('--source web --vocab_size 300 --out x', 2, 'argument --source: invalid choice'),
+        ('--source text --path a --vocab_size many --out x', 2, 'argument --vocab_size: invalid int value'),
+        ('--source stdlib --vocab_size 259 --out x', 2, '--vocab_size 259 is too small.* 260'),
+        ('--source stdlib --vocab_size 1000000000 --out x', 2, '--vocab_size must be at most 16777216'),
+        ('--source stdlib --vocab_size 300 --out x --bogus', 2, '--bogus'),
+        ('--source text --vocab_size 300 --out x', 2, '--path FILES is missing'),
+        ('--source text --path none.txt --vocab_size 300 --out x', 4, r'there is no file none\.txt'),
+        ('--source text --path corpus.txt --vocab_size 300 --out corpus.txt', 2, r'corpus\.txt'),
     ],
 )
 def test_train_errors(words, code, line, corpus, capsys, monkeypatch):

@@ -26,7 +26,7 @@ from vocabularies import (
 )
 
 from mixln_jax import config
-from mixln_jax.data import tokenizers
+from mixln_jax.data import learned_tokenizer, tokenizers
 from mixln_jax.system.errors import DataError, UsageError
 
 TEXTS = '', 'plain', 'one  two\n three', 'nul\0nul', 'größer 日本語', '🙂👩\u200d🚀', '</s> <pad><s>'
@@ -126,19 +126,19 @@ def content_of(tokenizer):
 @pytest.mark.parametrize('name', KINDS)
 @pytest.mark.parametrize('joint', [' ', '\n', '\n\n  ', '. '])
 def test_long_texts_have_the_same_ids(name, joint, opened, monkeypatch):
-    monkeypatch.setattr(tokenizers, 'LONGEST', 200)
+    monkeypatch.setattr(learned_tokenizer, 'LONGEST', 200)
     tokenizer = opened(name)
     text = joint.join(prose(60, seed=2))
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32 and ids.tolist() == whole(tokenizer, text)
     for limit in (0, 1, 100, 777):
         assert tokenizer.encode(text, limit).tolist() == ids[:limit].tolist()
-    assert len(text) > 15 * tokenizers.LONGEST
+    assert len(text) > 15 * learned_tokenizer.LONGEST
 
 
 @pytest.mark.parametrize('name', ['t5', 'byte_level', 'wordpiece'])
 def test_long_texts_of_lines_have_the_same_ids(name, opened, monkeypatch):
-    monkeypatch.setattr(tokenizers, 'LONGEST', 50)
+    monkeypatch.setattr(learned_tokenizer, 'LONGEST', 50)
     tokenizer, text = opened(name), '\n'.join(words())
     assert tokenizer.encode(text).tolist() == whole(tokenizer, text)
 
@@ -150,7 +150,7 @@ def test_long_texts_without_spaces(name, text, opened, monkeypatch):
     sizes, encode = [], tokenizer._ids
     monkeypatch.setattr(tokenizer, '_ids', lambda piece: sizes.append(len(piece)) or encode(piece))
     ids = tokenizer.encode(text)
-    assert max(sizes) <= tokenizers.LONGEST and len(sizes) >= 3
+    assert max(sizes) <= learned_tokenizer.LONGEST and len(sizes) >= 3
     if name == 'byte_level':
         assert tokenizer.decode(ids) == text
     assert tokenizer.encode(text, 5).tolist() == ids[:5].tolist()
@@ -162,7 +162,7 @@ def test_a_limit_saves_work(opened, monkeypatch):
     monkeypatch.setattr(tokenizer, '_ids', lambda piece: sizes.append(len(piece)) or encode(piece))
     text = '\n'.join(prose(2000))
     tokenizer.encode(text, 256)
-    assert len(sizes) == 1 and len(text) > 10 * tokenizers.LONGEST
+    assert len(sizes) == 1 and len(text) > 10 * learned_tokenizer.LONGEST
     tokenizer.encode(text)
     assert len(text) - 100 < sum(sizes[1:]) <= len(text)
 

@@ -92,7 +92,7 @@ def test_a_killed_worker_is_told_in_one_line(tmp_path):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 7
     assert errors.splitlines() == [
-        'mixln_jax: a worker process was killed (SIGKILL), most often for lack of memory: lower data.workers'
+        'mixln_jax: a worker process was killed (SIGKILL), most often because memory ran out: lower data.workers'
     ]
 
 

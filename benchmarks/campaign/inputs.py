@@ -69,10 +69,10 @@ NEEDED = {
     variance.main: ['--checkpoint', 'nowhere'],
     prepare.main: ['--source', 'jsonl', '--path', 'nowhere', '--out', 'out', '--format', 'tokens'],
     inspect.main: ['--workdir', 'nowhere', '--step', '1'],
-    train_tokenizer.main: ['--source', 'jsonl', '--path', 'nowhere', '--vocab-size', '300', '--out', 'out.json'],
+    train_tokenizer.main: ['--source', 'jsonl', '--path', 'nowhere', '--vocab_size', '300', '--out', 'out.json'],
 }
 NOT_TRIED = {'--help', '--traceback', '--config', '--compile', '--tasks'}  # lm_eval looks through all it has for 10 s
-TOKENS = ['--tokenizer', 'bytes', '--format', 'tokens', '--seq-length', '16', '--workers', '1', '--out', 'made']
+TOKENS = ['--tokenizer', 'bytes', '--format', 'tokens', '--seq_length', '16', '--workers', '1', '--out', 'made']
 JSONL = ['--source', 'jsonl', '--path']
 WHOLE = {
     'a run': (inspect.main, ['--workdir', '{}', '--step', '1']),
@@ -80,7 +80,7 @@ WHOLE = {
     'gzip': (prepare.main, [*JSONL, '{}/a.gz', *TOKENS]),
     'huggingface': (
         prepare.main,
-        [*JSONL, '{}/good.jsonl', *TOKENS, '--tokenizer', 'huggingface', '--tokenizer-path', '{}/tokenizer.json'],
+        [*JSONL, '{}/good.jsonl', *TOKENS, '--tokenizer', 'huggingface', '--tokenizer_path', '{}/tokenizer.json'],
     ),
     'tokens.json': (inspect.main, ['--verify', '--data_path', '{}']),
     'rows': (inspect.main, ['--verify', '--data_path', '{}']),

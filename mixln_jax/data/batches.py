@@ -121,7 +121,7 @@ def _read(dataset, start, num_workers):
             workers.start_tracker()
         batches = iter(ahead.mp_prefetch(processes, worker_init_fn=_start_worker))
         with workers.starting():
-            batch = text_files.within(None, lambda: _first(batches))  # a signal ends this wait
+            batch = text_files.call_within(None, lambda: _first(batches))  # a signal ends this wait
         while True:
             begun = True
             batch = {name: np.array(values) for name, values in batch.items()}  # frees the worker's shared memory

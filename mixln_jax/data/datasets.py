@@ -1,7 +1,8 @@
-"""TensorFlow data sets as a source, read without TensorFlow: ArrayRecord shards or parquet, local or in a bucket."""
+"""TensorFlow data sets as a source: ArrayRecord shards or parquet, local or in a bucket, read without TensorFlow."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -12,47 +13,49 @@ from mixln_jax.data import text_files
 from mixln_jax.system import files
 from mixln_jax.system.errors import DataError, first_line, reading
 
-TIME_OUT = 20  # seconds in which a bucket must answer while a data set is opened
-PATIENCE = 60  # the same while records are read: they are worth a wait to a run that has trained
-LAST = 1  # the same once it was silent: batches that are read ahead need not wait as long, one after the other
-SLOWEST = 10**6  # bytes a second at which parquet must come
+TIME_OUT = 20  # seconds within which a bucket must answer while a data set is opened
+PATIENCE = 60  # the same while records are read: a run that has trained can afford to wait
+LAST = 1  # the same after a bucket did not answer: batches that are read ahead should not each wait as long
+SLOWEST = 10**6  # bytes per second at which parquet must arrive
 IN_MEMORY = 10**9  # bytes; TFDS reads parquet whole
 
 
 class Dataset:
-    """One split of a data set that lies in `data_dir`/<name>/<version>, TFDS's own layout; see sources.Source.
+    """One split of a data set in `data_dir`/<name>/<version>, the layout of TFDS; see sources.Source.
 
     Args:
-        name: 'c4/en', or 'c4/en:3.1.0' for one version; without it the newest.
-        split: its split, or a slice of one as TFDS spells it: 'train[10%:]'.
+        name: 'c4/en', or 'c4/en:3.1.0' for one version; without a version the newest.
+        split: a split, or a slice of one in TFDS's notation: 'train[10%:]'.
         data_dir: folder or gs:// address; empty: TFDS's default (~/tensorflow_datasets or $TFDS_DATA_DIR).
 
-    Raises DataError, naming folder or file: no such data set, version or split, a bucket that does not answer within 20
-    seconds, a shard that is missing or cut short, a file format without random access, no field with text. Reading
-    raises it too, naming the record; of a bucket that is silent for a minute, from TimeoutError.
+    Raises:
+        DataError: the data set, version or split does not exist; a bucket does not answer within 20 seconds; a shard is
+            missing or cut short; the file format has no random access; there is no field with text. The message names
+            folder or file. Reading raises DataError too, and names the record; if a bucket does not answer for a
+            minute, its cause is a TimeoutError.
     """
 
     def __init__(self, name: str, split: str, data_dir: str = ''):
         root = data_dir or str(tfds.core.constants.DATA_DIR)
         limit = TIME_OUT if '://' in root else None
-        with reading(f'data set {name} in {root}', DataError):  # whatever TFDS, ArrayRecord or Arrow may say
+        with reading(f'data set {name} in {root}', DataError):  # TFDS, ArrayRecord and Arrow raise many kinds of errors
             if limit:
                 _check_answers(root, limit)
-            above = epath.Path(root).expanduser()
+            parent = epath.Path(root).expanduser()
             [builder] = _ask(
-                limit, lambda name: tfds.builder_from_directory(_folder(above, name)), [name], f'{{}} in {root}'.format
+                limit, lambda name: tfds.builder_from_directory(_folder(parent, name)), [name], f'{{}} in {root}'.format
             )
             info, self.folder = builder.info, str(builder.data_path)
             parts = _parts(info, split)
             self._files = [part.filename for part in parts]
             self._skipped = [part.skip for part in parts]
-            self.ends = np.cumsum([part.take for part in parts])  # number of the record behind each shard
+            self.ends = np.cumsum([part.take for part in parts])  # number of the record after each shard
             self.num_bytes = info.splits[split].num_bytes
             text_files.allow_open(2 * len(self._files))
             _check_shards(info, parts, limit)
             self._field = _text_field(info)
             self._features = tfds.features.FeaturesDict({self._field: tfds.features.Text()})
-            whole = info.file_format.value == 'parquet'  # is read now
+            whole = info.file_format.value == 'parquet'  # it is read completely now
             self._limit = PATIENCE if limit and not whole else None
             [records] = _ask(
                 limit and limit + whole * self.num_bytes / SLOWEST,
@@ -61,36 +64,36 @@ class Dataset:
                 ),
                 [self.folder],
             )
-            self._records = records.data_source  # without what reads the description again where it is unpickled
+            self._records = records.data_source  # the wrapper would read the description again in each worker
             if len(self) != self.ends[-1]:
                 raise DataError(f'{self.folder}: split {split} has {len(self)} records, not {self.ends[-1]}')
             self.fingerprint = self._digest()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> str:
         return self.__getitems__([i])[0]
 
-    def __getitems__(self, indices):
+    def __getitems__(self, indices: Sequence[int]) -> list[str]:
         records = self._from_bucket(indices) if self._limit else self._from_folder(indices)
         return [self._text(i, record) for i, record in zip(indices, records, strict=True)]
 
-    def origin(self, i):
+    def origin(self, i: int) -> str:
         i = range(len(self))[i]
         shard = int(np.searchsorted(self.ends, i, side='right'))
         first = self.ends[shard - 1] if shard else 0
         return f'{self._files[shard]}, record {i - first + self._skipped[shard]}'
 
-    def shares(self, other) -> str | None:
-        """A file of which both have a record, or None."""
+    def shares(self, other: 'Dataset') -> str | None:
+        """Returns the name of a file from which both data sets have the same record; None if there is no such file."""
         for file, first, end in self._spans():
-            if any(file == also and first < stop and start < end for also, start, stop in other._spans()):
+            if any(file == name and first < stop and start < end for name, start, stop in other._spans()):
                 return file
         return None
 
     def _spans(self):
-        """What it has of each file: (name, first record, the one after the last)."""
+        """Returns the records of each file: (name, first record, record after the last)."""
         return zip(self._files, self._skipped, self._skipped + np.diff(self.ends, prepend=0), strict=True)
 
     def __setstate__(self, state):
@@ -100,11 +103,12 @@ class Dataset:
     def _from_folder(self, indices):
         try:
             return self._records.__getitems__(list(indices))
-        except Exception:  # which of them was it?
+        except Exception:  # read one by one, to find the record that fails
             return [self._record(i) for i in indices]
 
     def _from_bucket(self, indices):
-        """In threads that do not, as ArrayRecord's own would, keep Python from ending where they hang."""
+        """Reads records in threads that do not keep Python from ending if they hang, as ArrayRecord's own threads
+        would."""
         try:
             return _ask(self._limit, self._record, indices, self.origin)
         except DataError as error:
@@ -120,14 +124,14 @@ class Dataset:
 
     def _text(self, i, record):
         if not record:
-            raise DataError(f'{self.origin(i)}: cannot be read: nothing is there')
+            raise DataError(f'{self.origin(i)}: cannot be read: the record is empty')
         try:
             return self._features.deserialize_example_np(record)[self._field].decode()
-        except Exception as error:  # protobuf's own errors, a missing field, bytes that are no UTF-8
+        except Exception as error:  # protobuf's own errors, a missing field, bytes that are not UTF-8
             raise DataError(f'{self.origin(i)}: no text in `{self._field}`: {first_line(error)}') from error
 
     def _digest(self):
-        """Of the shape and of 16 records spread over all: reading everything would take hours."""
+        """Returns a digest of the shape and of 16 records spread over the data set; reading all would take hours."""
         digest = hashlib.blake2b(f'{self.ends.tolist()} {self.num_bytes}'.encode(), digest_size=16)
         for text in self.__getitems__(np.unique(np.linspace(0, len(self) - 1, 16).astype(int)).tolist()):
             digest.update(hashlib.blake2b(text.encode()).digest())
@@ -135,7 +139,7 @@ class Dataset:
 
 
 def _folder(root, name):
-    """The folder of a version, the newest if none is named."""
+    """Returns the folder of a version, of the newest if the name has no version. Raises DataError."""
     name, _, version = name.partition(':')
     folder = root / name
     versions = {}
@@ -146,34 +150,39 @@ def _folder(root, name):
     if version:
         versions = {number: path for number, path in versions.items() if str(number) == version}
     if not versions:
-        there = ', '.join(sorted(path.name for path in folder.iterdir())) if folder.exists() else 'nothing'
+        present = ', '.join(sorted(path.name for path in folder.iterdir())) if folder.exists() else 'nothing'
         raise DataError(
-            f'there is no data set {folder / (version or "<version>")}/dataset_info.json (there is {there}); '
+            f'there is no data set {folder / (version or "<version>")}/dataset_info.json (there is {present}); '
             'config.data.data_dir is the folder above it, python -m mixln_jax.data.prepare makes it (docs/c4.md)'
         )
-    found = versions[max(versions)]
+    newest = versions[max(versions)]
     for file in ('dataset_info.json', 'features.json'):
-        if '://' not in str(found) and (found / file).exists():
-            files.read(found / file, DataError)  # a pipe would be waited for, a large one fill the memory
-    return found
+        if '://' not in str(newest) and (newest / file).exists():
+            files.read(newest / file, DataError)  # TFDS would wait for a pipe, and read a file of any size
+    return newest
 
 
 def _parts(info, split):
-    """What TFDS reads for a split or a slice of one, a file each. Raises DataError for what has no random access."""
-    kind, where = info.file_format.value, info.data_dir
+    """Returns TFDS's reading instructions for a split or a slice, one for each file.
+
+    Raises DataError if the files have no random access, or the split does not exist or is empty.
+    """
+    kind, folder = info.file_format.value, info.data_dir
     if kind not in ('array_record', 'parquet'):
         raise DataError(
-            f'{where}: {kind} files cannot be read in any order; convert them once: '
-            f'tfds convert_format --dataset_dir={where} --out_file_format=array_record'
+            f'{folder}: {kind} files cannot be read in any order; convert them once: '
+            f'tfds convert_format --dataset_dir={folder} --out_file_format=array_record'
         )
     if kind == 'parquet' and sum(split.num_bytes for split in info.splits.values()) > IN_MEMORY:
-        raise DataError(f'{where}: parquet is read into memory whole, over 1 GB; convert it to array_record')
+        raise DataError(
+            f'{folder}: parquet is read into memory as a whole, and this is over 1 GB; convert it to array_record'
+        )
     try:
         parts = [part for part in info.splits[split].file_instructions if part.take]
     except (KeyError, ValueError) as error:
-        raise DataError(f'{where}: no split {split} (there is {", ".join(info.splits) or "none"})') from error
+        raise DataError(f'{folder}: no split {split} (there is {", ".join(info.splits) or "none"})') from error
     if not parts:
-        raise DataError(f'{where}: split {split} has no records')
+        raise DataError(f'{folder}: split {split} has no records')
     return parts
 
 
@@ -185,15 +194,16 @@ def _text_field(info):
 
 
 def _ask(limit, function, items, name=str):
-    """files.each; DataError, which begins with `name(item)`, where a bucket has not answered for `limit` seconds."""
+    """Returns the result of `text_files.call_each`; raises DataError, which begins with `name(item)`, if a bucket does
+    not answer for `limit` seconds."""
     try:
-        return text_files.each(limit, function, items)
+        return text_files.call_each(limit, function, items)
     except text_files.NoAnswer as error:
         raise DataError(f'{name(error.item)}: {error}; is there a network?') from error
 
 
 def _check_shards(info, parts, limit):
-    """All shards are there with all their records; else training would find out days later."""
+    """Raises DataError if a shard or a record is missing; otherwise training would discover it days later."""
 
     def check(part):
         if not epath.Path(part.filename).exists():
@@ -206,14 +216,12 @@ def _check_shards(info, parts, limit):
             return
         try:
             reader = ArrayRecordReader(str(part.filename))
-            found = reader.num_records()
+            count = reader.num_records()
             reader.close()
         except Exception as error:
             raise DataError(f'{part.filename}: cut short or damaged: {first_line(error)}') from error
-        if found != part.examples_in_shard:
-            raise DataError(
-                f'{part.filename}: {found} records, not the {part.examples_in_shard} that dataset_info.json tells of'
-            )
+        if count != part.examples_in_shard:
+            raise DataError(f'{part.filename}: {count} records, but dataset_info.json has {part.examples_in_shard}')
 
     _ask(limit, check, parts, lambda part: part.filename)
 
@@ -227,10 +235,16 @@ def _check_answers(root, limit):
         raise DataError(f'config.data.data_dir={root}: {first_line(error)}') from error
 
 
-def write_description(folder: str, name: str, fields: Iterable[str], splits: dict[str, list[dict]]):
-    """Makes a folder of ArrayRecord shards a data set: writes dataset_info.json and features.json.
+def write_description(
+    folder: str, name: str, fields: Iterable[str], splits: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """Writes dataset_info.json and features.json, which make a folder of ArrayRecord shards a data set.
 
-    `splits` holds of every shard, in order, how many `documents` and `bytes` of examples it has.
+    Args:
+        folder: of the shards.
+        name: of the data set.
+        fields: the text fields of a record.
+        splits: {split: {'documents', 'bytes'} of every shard, in order}.
     """
     path = epath.Path(folder)
     infos = [

@@ -1,20 +1,21 @@
 """A folder of prepared rows: what `data.prepare --format tokens` writes and `data.source=tokens` reads.
 
-    tokens.json                 what the rows are, and every shard with its rows and a digest of its bytes
+    tokens.json                 a description of the rows, and of every shard: its number of rows, a digest of its bytes
     train-00000-of-00008.bin    rows of T+1 ids, uint16 or uint32 little-endian, nothing else
-    train-00000-of-00008.rows   a note of each row, see `note`, and the SEAL of the shard, see `seal`
+    train-00000-of-00008.rows   a note on each row (see `note`), then the seal of the shard (see `seal`)
     validation-...
     tokenizer/                  the tokenizer that made the ids
 
-tokens.json is written last: without it a folder is not a data set. Folders of version 0.1 have no .rows: theirs can be
-read where the ids alone say which of them are real, without bytes of text, and data.prepare adds what is missing. The
-.rows of later folders may have no seal; data.prepare adds it.
+tokens.json is written last: without it a folder is not a data set. Folders of version 0.1 have no .rows files. Their
+rows can be read if the ids alone tell which of them are real; the bytes of text are then unknown. The .rows files of
+later folders may have no seal. data.prepare adds whatever is missing.
 """
 
 import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,52 +30,67 @@ from mixln_jax.system import console, files
 from mixln_jax.system.errors import DataError, reading
 
 DESCRIPTION = 'tokens.json'
-WORK = '.prepare'  # folder with the plan of data.prepare and one file a finished shard
+WORK = '.prepare'  # folder with the plan of data.prepare and one file for each finished shard
 NOT_OURS = 'not what data.prepare writes'
 NOT_THIS_SHARD = 'damaged, or the notes of another shard: its seal is another'
+WRITE_AGAIN = 'run the command that made the folder again: it writes such shards anew'
 SEAL = 16  # bytes
-AT_ONCE = 2**14  # notes that are sealed in one go
+AT_ONCE = 2**14  # notes that are sealed at a time
 
 
 def note(seq_length: int) -> np.dtype:
-    """Returns the type of what a .rows file holds of each row: where documents end (a bit for each of T+1 ids), the
-    bytes of text that its targets stand for, and a checksum: the CRC-32 of the row's ids and these, combined with the
-    row's salt where the file has a seal (see `salts`)."""
+    """Returns the type of a note: what a .rows file records of each row.
+
+    `ends`: where documents end, a bit for each of T+1 ids. `num_bytes`: the bytes of text for which the targets stand.
+    `crc`: the CRC-32 of the ids and of the fields before, combined with the row's salt if the file has a seal
+    (`salts`).
+    """
     return np.dtype([('ends', 'u1', -(-(seq_length + 1) // 8)), ('num_bytes', '<u4'), ('crc', '<u4')])
 
 
 def notes(block: Block, dtype: np.dtype) -> np.ndarray:
-    """Returns the notes [n], not sealed yet, on rows whose ids are kept as `dtype`."""
-    made = np.zeros(len(block.ids), note(block.ids.shape[1] - 1))
-    made['ends'], made['num_bytes'] = np.packbits(block.ends, axis=1), block.num_bytes
-    made['crc'] = _checksums([ids.tobytes() for ids in block.ids.astype(dtype)], [of_row.tobytes() for of_row in made])
-    return made
+    """Returns the notes [n], not yet sealed, on rows whose ids are stored as `dtype`."""
+    records = np.zeros(len(block.ids), note(block.ids.shape[1] - 1))
+    records['ends'], records['num_bytes'] = np.packbits(block.ends, axis=1), block.num_bytes
+    rows = [ids.tobytes() for ids in block.ids.astype(dtype)]
+    records['crc'] = _checksums(rows, [record.tobytes() for record in records])
+    return records
 
 
-def _checksums(rows, notes, crc32=isal_zlib.crc32):  # as a local: it is called for every row
-    """Returns the CRC-32 [n] of rows and their notes, both lists of bytes, as it is while the notes are not sealed."""
-    return np.array([crc32(ids + of_row[:-4]) for ids, of_row in zip(rows, notes, strict=True)], np.uint32)
+def _checksums(rows, notes, crc32=isal_zlib.crc32):  # an argument, because local names are faster in a loop
+    """Returns the CRC-32 [n] of rows and their notes, both lists of bytes; a seal is not applied."""
+    return np.array([crc32(ids + record[:-4]) for ids, record in zip(rows, notes, strict=True)], np.uint32)
 
 
-def wrong(rows: list[bytes], notes: list[bytes], noted: np.dtype, salts: np.ndarray) -> np.ndarray:
-    """Returns the indices of the rows that are damaged, or whose notes, of the type `noted`, are, or that are not the
-    rows of these `salts` [n]; zeros stand for notes without a seal."""
+def damaged_rows(rows: Sequence[bytes], notes: Sequence[bytes], noted: np.dtype, salts: np.ndarray) -> np.ndarray:
+    """Returns the indices of rows that are damaged, whose notes are damaged, or that belong to another place.
+
+    Args:
+        rows: the bytes of each row.
+        notes: the bytes of the note on each row.
+        noted: the type of the notes.
+        salts: uint32 [n], of the places from which the rows were read; 0 for notes without a seal.
+    """
     return np.flatnonzero(_checksums(rows, notes) ^ salts != np.frombuffer(b''.join(notes), noted)['crc'])
 
 
 def seal(file: str, digest: str) -> bytes:
-    """Returns what the .rows of a shard end with and what its checksums are salted with, which follows from the name of
-    the shard and the digest of its content: rows that are not those of this very shard do not pass for them."""
+    """Returns the seal of a shard, SEAL bytes that follow from its name and the digest of its content.
+
+    A .rows file ends with it, and its checksums are salted with it: notes and rows of another shard are recognised.
+    """
     return xxhash.xxh3_128(f'{pathlib.PurePath(file).name} {digest}'.encode(errors='backslashreplace')).digest()
 
 
 def salts(seeds: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Returns what the checksums of rows are combined with, by exclusive or, so that a row passes in its place alone
-    (elsewhere with a chance of 2^-32): SplitMix64 (Steele, Lea and Flood 2014), its upper half.
+    """Returns the salts of rows, uint32 [n]; their checksums are combined with these by exclusive or.
+
+    A row then passes the check only in its own place; elsewhere the chance is 2^-32. A salt is the upper half of
+    SplitMix64 (Steele, Lea and Flood 2014).
 
     Args:
         seeds: uint64 [n], the first eight bytes of the seals of the rows' shards.
-        numbers: [n], of the rows in their shards.
+        numbers: [n], the numbers of the rows in their shards.
     """
     mixed = seeds + (np.asarray(numbers).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -83,32 +99,33 @@ def salts(seeds: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def shard_salts(seal: bytes, numbers: np.ndarray) -> np.ndarray:
-    """Returns the `salts` [n] of rows of one shard."""
+    """Returns the `salts` [n] of rows of one shard, given its seal."""
     return salts(np.frombuffer(seal, '<u8', 1), numbers)
 
 
-def add_seal(path: str | os.PathLike, noted: np.dtype, seal: bytes):
-    """Seals a .rows file that has a note of each row, and no seal."""
+def add_seal(path: str | os.PathLike, noted: np.dtype, seal: bytes) -> None:
+    """Seals a .rows file that has a note on each row, and no seal yet."""
     with open(path, 'r+b') as file:
         first = 0
         while content := file.read(AT_ONCE * noted.itemsize):
-            made = np.frombuffer(content, noted).copy()
-            made['crc'] ^= shard_salts(seal, first + np.arange(len(made)))
+            records = np.frombuffer(content, noted).copy()
+            records['crc'] ^= shard_salts(seal, first + np.arange(len(records)))
             file.seek(first * noted.itemsize)
-            file.write(made.tobytes())
-            first += len(made)
+            file.write(records.tobytes())
+            first += len(records)
         file.write(seal)
 
 
 def notes_file(shard: str) -> str:
-    """The name of the .rows file that goes with a shard."""
+    """Returns the name of the .rows file of a shard."""
     return f'{shard.removesuffix(".bin")}.rows'
 
 
 class Prepared(Rows):
-    """The rows of one split; see examples.Rows. Raises DataError, naming the file, for what is missing or cut short."""
+    """The prepared rows of one split."""
 
     def __init__(self, folder: str | pathlib.Path, split: str):
+        """Opens the split of a folder. Raises DataError, which names the file, if a file is missing or cut short."""
         about = description(folder)
         folder = files.local(folder, 'config.data.path')
         self.layout = Layout(about['mode'], about['pad_id'], about['eos_id'])
@@ -145,10 +162,10 @@ class Prepared(Rows):
         self._handles: dict[Any, Any] = {}
         text_files.allow_open(4 * len(self._files))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def read(self, indices, sized=False):
+    def read(self, indices: Sequence[int], sized: bool = False) -> Block:
         shards = np.searchsorted(self._ends, indices, side='right')
         numbers = np.asarray(indices) - np.concatenate([[0], self._ends])[shards]
         wanted = list(zip(indices, shards.tolist(), numbers.tolist(), strict=True))
@@ -159,21 +176,21 @@ class Prepared(Rows):
             raise DataError(f'{self.origin(bad)}: an id is not below the vocabulary size {self._vocab_size}')
         if not self._note:
             return Block(ids, _ends_by_ids(ids, self.layout), None)
-        said = self._read(wanted, self._notes, self._note.itemsize)
+        read_notes = self._read(wanted, self._notes, self._note.itemsize)
         salted = salts(self._seeds[shards], numbers) * self._sealed[shards]
-        for bad in wrong(rows, said, self._note, salted)[:1]:
+        for bad in damaged_rows(rows, read_notes, self._note, salted)[:1]:
             raise DataError(
-                f'{self.origin(indices[bad])}: damaged, or not the row that belongs here: its checksum is another; the '
-                'command that made the folder, run once more, writes such shards again'
+                f'{self.origin(indices[bad])}: damaged, or the row of another place: its checksum is another; '
+                f'{WRITE_AGAIN}'
             )
-        said = np.frombuffer(b''.join(said), self._note)
-        ends = np.unpackbits(said['ends'], axis=1, count=self._width).view(bool)
-        return Block(ids, ends, said['num_bytes'].astype(np.int64))
+        records = np.frombuffer(b''.join(read_notes), self._note)
+        ends = np.unpackbits(records['ends'], axis=1, count=self._width).view(bool)
+        return Block(ids, ends, records['num_bytes'].astype(np.int64))
 
     def _read(self, wanted, names, size):
-        """What `size` bytes each the rows (number, shard, row in it) have in files of these names."""
-        # Read, not mapped: a file that someone cuts short is an error with a name, not a dead process.
-        found = []
+        """Returns `size` bytes of each wanted row (number, shard, row in the shard), from the files of these names."""
+        # Not memory-mapped: a file that is cut short while it is used then gives an error, not a dead process.
+        contents = []
         for i, shard, row in wanted:
             try:
                 content = os.pread(self._handles.get(names[shard]) or self._open(names, shard), size, row * size)
@@ -181,8 +198,8 @@ class Prepared(Rows):
                 raise DataError(f'{self.origin(i)}: cannot be read: {error.strerror}') from error
             if len(content) != size:
                 raise DataError(f'{self.origin(i)}: cut short')
-            found.append(content)
-        return found
+            contents.append(content)
+        return contents
 
     def _open(self, names, shard):
         file = names[shard]
@@ -194,23 +211,20 @@ class Prepared(Rows):
         return self._handles[file]
 
     def _check_seal(self, shard, handle):
-        """Raises DataError for a .rows file of another shard."""
-        found = os.pread(handle, SEAL, self._rows[shard] * self._note.itemsize)
-        if found or self._sealed[shard]:  # data.prepare may have added it since
+        """Raises DataError if a .rows file belongs to another shard."""
+        content = os.pread(handle, SEAL, self._rows[shard] * self._note.itemsize)
+        if content or self._sealed[shard]:  # data.prepare may have added the seal after the folder was opened
             self._sealed[shard] = True
-            if found != self._seals[shard]:
+            if content != self._seals[shard]:
                 os.close(handle)
-                raise DataError(
-                    f'{self._notes[shard]}: {NOT_THIS_SHARD}; the command that made the folder, run once more, writes '
-                    'such shards again'
-                )
+                raise DataError(f'{self._notes[shard]}: {NOT_THIS_SHARD}; {WRITE_AGAIN}')
 
-    def origin(self, i):
+    def origin(self, i: int) -> str:
         i = range(len(self))[i]
         shard = int(np.searchsorted(self._ends, i, side='right'))
         return f'{self._files[shard]}, row {i - (self._ends[shard - 1] if shard else 0)}'
 
-    def __del__(self, close=os.close):  # Python's end takes `os` apart
+    def __del__(self, close=os.close):  # an argument, because `os` may be gone when Python ends
         for handle in getattr(self, '_handles', {}).values():
             close(handle)
 
@@ -222,48 +236,50 @@ class Prepared(Rows):
         text_files.allow_open(4 * len(self._files))
 
 
-def check_sizes(file: str, shard: dict, size: int, noted: np.dtype | None) -> bool:
-    """Returns whether the notes of a shard are sealed. Raises DataError where the shard, whose rows have `size` bytes,
-    or its notes are missing or cut short.
+def check_sizes(file: str, shard: Mapping[str, Any], size: int, noted: np.dtype | None) -> bool:
+    """Checks the sizes of a shard and its notes; returns whether the notes are sealed.
 
     Args:
-        file: its path.
-        shard: what tokens.json says of it.
+        file: the path of the shard.
+        shard: its description in tokens.json.
         size: bytes of a row.
-        noted: the type of its notes; None: it has none.
+        noted: the type of its notes; None: it has no notes.
+
+    Raises:
+        DataError: a file is missing or has another size.
     """
     _check_size(file, [shard['rows'] * size])
     if not noted:
         return False
     sealed = shard['rows'] * noted.itemsize + SEAL
-    # While data.prepare seals a folder, tokens.json does not know it yet.
+    # While data.prepare adds seals to a folder, tokens.json does not mention them yet.
     return _check_size(notes_file(file), [sealed] if 'sealed' in shard else [sealed - SEAL, sealed]) == sealed
 
 
 def _check_size(file, wanted):
     try:
-        found = files.regular(file, DataError).st_size
+        size = files.regular(file, DataError).st_size
     except FileNotFoundError:
-        found = None
-    if found not in wanted:
-        raise DataError(f'{file}: {"missing" if found is None else f"{found} bytes, not {wanted[0]}"}')
-    return found
+        size = None
+    if size not in wanted:
+        raise DataError(f'{file}: {"missing" if size is None else f"{size} bytes, not {wanted[0]}"}')
+    return size
 
 
 def _check_ids_tell(folder, layout):
-    """Raises DataError where rows without notes cannot be read: text may have the id of padding or of an end."""
+    """Raises DataError if rows without notes cannot be read, because text can have the id of padding or of an end."""
     tokenizer = open_tokenizer(folder)
     if layout.mode != 'concat' and any(map(tokenizer.can_yield, (layout.pad_id, layout.eos_id))):
         raise DataError(
-            f'{folder}: text may have the id of padding or of an end, so the rows do not tell which ids are real; '
-            f'run the command that made the folder once more (python -m mixln_jax.data.prepare ... --out {folder}): '
+            f'{folder}: text can have the id of padding or of an end, so the rows do not tell which ids are real; '
+            f'run the command that made the folder again (python -m mixln_jax.data.prepare ... --out {folder}): '
             'it adds what is missing and leaves the rows as they are'
         )
-    console.say(f'{folder}: made by version 0.1, bits per byte are not known; data.prepare, run once more, adds them')
+    console.say(f'{folder}: made by version 0.1, so bits per byte are not known; run data.prepare again to add them')
 
 
 def _ends_by_ids(ids, layout):
-    """[n, T+1] bool: where documents end in rows in which eos and padding are no text."""
+    """Returns where documents end, [n, T+1] bool, in rows whose text never has the id of eos or padding."""
     ends = ids == layout.eos_id
     if layout.mode == 'pad':
         return ends & (ends.cumsum(1) == 1)
@@ -272,16 +288,21 @@ def _ends_by_ids(ids, layout):
     return ends & follows_real
 
 
-def description(folder: str | pathlib.Path) -> dict:
-    """tokens.json of a folder. Raises DataError where there is none: not prepared, or not to the end; naming the key,
-    where it says what no folder of rows has."""
+def description(folder: str | pathlib.Path) -> dict[str, Any]:
+    """Returns the content of a folder's tokens.json.
+
+    Raises:
+        DataError: the file does not exist, so the folder is not prepared, or not completely; or the value of a key,
+        which
+            is named, is impossible.
+    """
     path = files.local(folder, 'config.data.path') / DESCRIPTION
     try:
         about = files.read_json(path, DataError, NOT_OURS)
     except FileNotFoundError:
         raise DataError(
             f'config.data.path={folder}: no {DESCRIPTION}; python -m mixln_jax.data.prepare --format tokens makes such '
-            'a folder, and writes that file last'
+            'a folder, and writes this file last'
         ) from None
     with reading(path, DataError, NOT_OURS):
         _check(about)
@@ -289,7 +310,7 @@ def description(folder: str | pathlib.Path) -> dict:
 
 
 def _check(about):
-    """Raises ValueError, naming the key, for a value in tokens.json that cannot be."""
+    """Raises ValueError, which names the key, if a value in tokens.json is impossible."""
     _need(about, 'mode', lambda value: value in [*layout.FILL])
     _need(about, 'seq_length', _whole(2, config.LONGEST + 1))
     _need(about, 'vocab_size', _whole(1, config.LARGEST_VOCABULARY + 1))
@@ -307,15 +328,15 @@ def _check(about):
         check_counts(shard)
     if len({shard['file'] for shard in shards}) != len(shards):
         raise ValueError('it names a file twice')
-    for split, of_split in about['splits'].items():
-        for shard in of_split:
+    for split, split_shards in about['splits'].items():
+        for shard in split_shards:
             if not shard['file'].startswith(f'{split}-'):
-                raise ValueError(f'splits.{split} names {shard["file"]}, which is of another split')
+                raise ValueError(f'splits.{split} names {shard["file"]}, which belongs to another split')
 
 
-def check_counts(shard: dict):
-    """Raises ValueError, naming the key, where a shard's counts cannot be."""
-    # Also no absolute path: a description from elsewhere must not open files outside its folder.
+def check_counts(shard: Mapping[str, Any]) -> None:
+    """Raises ValueError, which names the key, if a value in the description of a shard is impossible."""
+    # The name must not be a path: a description from elsewhere must not open files outside its folder.
     _need(shard, 'file', lambda name: isinstance(name, str) and name == pathlib.PurePath(name).name not in ('', '..'))
     _need(shard, 'rows', _whole(0, 2**40))
     _need(shard, 'digest', lambda value: isinstance(value, str))
@@ -333,17 +354,17 @@ def _need(group, key, good, above=''):
 
 
 def _whole(least, below):
-    """Whether a value is an integer in this range; True is none."""
+    """Returns a function that tells whether a value is an integer in this range; True is not an integer."""
     return lambda value: type(value) is int and least <= value < below
 
 
 def open_tokenizer(folder: str) -> tokenizers.Tokenizer:
-    """The tokenizer that made the rows. Raises DataError where it is missing or another one."""
+    """Returns the tokenizer that made the rows. Raises DataError if it is missing or is another tokenizer."""
     about = description(folder)
     tokenizer = tokenizers.load(files.local(folder, 'config.data.path') / 'tokenizer')
     if tokenizer.fingerprint != about.get('tokenizer'):
         raise DataError(f'{folder}/tokenizer is not the tokenizer that made the rows')
     for name in ('vocab_size', 'pad_id', 'eos_id'):
-        if (said := about[name]) != (value := getattr(tokenizer, name)):
-            raise DataError(f'{folder}/{DESCRIPTION}: {NOT_OURS}: {name} is {said}, its tokenizer has {value}')
+        if about[name] != (value := getattr(tokenizer, name)):
+            raise DataError(f'{folder}/{DESCRIPTION}: {NOT_OURS}: {name} is {about[name]}, its tokenizer has {value}')
     return tokenizer

@@ -120,7 +120,7 @@ def open_rows(data: config.Data, split: str, tokenizer: Tokenizer, seq_length: i
     if data.source == 'tfds':
         raise DataError(
             f'data.mode={data.mode} of a tfds data set needs rows made beforehand: python -m mixln_jax.data.prepare '
-            f'--source tfds --name {data.name} --mode {data.mode} --seq-length {seq_length} --format tokens --out DIR'
+            f'--source tfds --name {data.name} --mode {data.mode} --seq_length {seq_length} --format tokens --out DIR'
         )
     source = open_source(data, split)
     console.say(f'{data.mode}: tokenises {len(source):,} documents of {split}')

@@ -1,8 +1,9 @@
-"""Sources of documents: plain text, by number.
+"""Sources of documents: plain texts that have numbers.
 
-A source in memory has a train and a validation split. A document's side follows from a hash of its text (stdlib: of the
-name of its module), never from the order of files: 1 % (stdlib: 5 %) goes to validation, but at least 20 texts, or half
-of fewer than 40. So equal texts are on the same side, and adding files to a large source moves no document.
+A source in memory has a train and a validation split. The split of a document follows from a hash of its text (stdlib:
+of the name of its module), never from the order of files. 1 % (stdlib: 5 %) of the documents are for validation, but at
+least 20, or half of fewer than 40. Equal texts are therefore in the same split, and adding files to a large source
+moves no document to another split.
 """
 
 import array
@@ -12,7 +13,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -22,47 +23,49 @@ from mixln_jax.data import stdlib, text_files
 from mixln_jax.system.errors import DataError
 
 LARGEST = 10**9  # bytes of text in memory
-HELD_OUT = {'stdlib': 20, 'jsonl': 100, 'text': 100}  # one in so many documents is for validation
+HELD_OUT = {'stdlib': 20, 'jsonl': 100, 'text': 100}  # one of so many documents is for validation
 
 
 class Source(Protocol):
-    """Documents by number. `fingerprint` names their content: other documents, or another order, have another.
+    """Documents that have numbers."""
 
-    That of a data set rests on its shape and a sample.
-    """
-
-    fingerprint: str
+    fingerprint: str  # of content and order; the fingerprint of a data set covers its shape and a sample
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> str: ...
 
     def __getitems__(self, indices: Sequence[int]) -> list[str]:
-        """Several documents at once. Raises DataError, naming file and record, for one that cannot be read."""
+        """Returns several documents. Raises DataError, which names file and record, if one cannot be read."""
 
     def origin(self, i: int) -> str:
-        """Where a document stands, for people: file and line or record."""
+        """Returns the place of a document for people: its file, and the line or record."""
 
 
 def open_source(data: config.Data, split: str) -> Source:
-    """The documents of `data.source` in `split`, 'train', 'validation' or 'all'; a data set may have others.
+    """Returns the documents of one split of `data.source`.
 
-    tfds is a TensorFlow data set (see datasets.py). stdlib is the embedded corpus; jsonl and text are the files of
-    `data.path`, see files.py.
+    tfds is a TensorFlow data set (datasets.py). stdlib is the embedded corpus (stdlib.py). jsonl and text are the files
+    of `data.path` (text_files.py).
 
-    Raises DataError, naming file and line, for what is missing, unreadable or malformed; for more than 1 GB of text to
-    hold in memory; and, of 'train' and 'validation', for fewer than two different documents, which cannot be split.
+    Args:
+        data: the keys of a run's config.
+        split: 'train', 'validation' or 'all'; a data set has splits of its own.
+
+    Raises:
+        DataError: text is missing, unreadable or malformed (the message names file and line); it is more than the 1 GB
+            that is held in memory; or there are fewer than two different documents, which cannot be split.
     """
     if data.source == 'tfds':
-        from mixln_jax.data import datasets  # takes a second that nobody else need wait for
+        from mixln_jax.data import datasets  # takes a second, which other sources need not spend
 
         return datasets.Dataset(data.name, split, data.data_dir)
     if split not in ('train', 'validation', 'all'):
-        raise DataError(f'data.source={data.source} has no split {split} (there is train, validation, all)')
+        raise DataError(f'data.source={data.source} has no split {split}, only train, validation and all')
     state = None
     if data.source != 'stdlib':
-        found = text_files.of_source(data.source, data.path)
-        state = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in found)
+        paths = text_files.paths_of_source(data.source, data.path)
+        state = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths)
     gathered = _gather(data.source, state)
     if split == 'all':
         return Texts(gathered, np.arange(len(gathered.ranks)))
@@ -70,25 +73,26 @@ def open_source(data: config.Data, split: str) -> Source:
 
 
 class Texts:
-    """Documents as one blob of UTF-8, so that each costs little more than its bytes."""
+    """The documents of one split in one blob of UTF-8, so that each needs little more memory than its bytes."""
 
-    def __init__(self, gathered, numbers):
+    def __init__(self, gathered: '_Gathered', numbers: np.ndarray):
+        """Selects documents; `numbers` [n] are their places in `gathered`."""
         self._gathered, self._numbers = gathered, numbers
         digest = hashlib.blake2b(np.diff(gathered.ends, prepend=0)[numbers].tobytes(), digest_size=16)
         for i in range(len(self)):
             digest.update(self._bytes(i))
         self.fingerprint = gathered.prefix + digest.hexdigest()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> str:
         return self._bytes(i).decode()
 
-    def __getitems__(self, indices):
+    def __getitems__(self, indices: Sequence[int]) -> list[str]:
         return [self[i] for i in indices]
 
-    def origin(self, i):
+    def origin(self, i: int) -> str:
         number = self._numbers[i]
         file = self._gathered.names[self._gathered.places[number, 0]]
         return f'{file}:{self._gathered.places[number, 1]}'
@@ -100,13 +104,15 @@ class Texts:
 
 
 class _Gathered:
-    """Every document of a source, both splits: `blob`, `ends` [n] in it, `ranks` [n], `places` [n, 2] (file, line)."""
+    """All documents of a source: `blob`, `ends` [n] in the blob, `ranks` [n], `places` [n, 2] (file, line)."""
 
-    def __init__(self, one_in, prefix=''):
+    def __init__(self, one_in: int, prefix: str = ''):
+        """One of `one_in` documents will be for validation; fingerprints begin with `prefix`."""
         self.prefix, self.blob, self.names, self._one_in = prefix, bytearray(), [], one_in
         self._ends, self._ranks, self._places = array.array('q'), array.array('Q'), array.array('q')
 
-    def add(self, text, unit, file, line):
+    def add(self, text: bytes, unit: bytes, file: str, line: int) -> None:
+        """Adds a document; the hash of `unit` decides its split. Raises DataError beyond LARGEST bytes."""
         if file not in self.names[-1:]:
             self.names.append(file)
         self.blob += text
@@ -119,19 +125,22 @@ class _Gathered:
         self._ranks.append(rank(unit))
         self._places.extend((len(self.names) - 1, line))
 
-    def close(self):
+    def close(self) -> None:
+        """Makes arrays of the lists, after the last document."""
         self.ends, self.ranks = np.array(self._ends, np.int64), np.array(self._ranks, np.uint64)
         self.places = np.array(self._places, np.int64).reshape(-1, 2)
         del self._ends, self._ranks, self._places
 
     @functools.cached_property
-    def first_for_training(self):
+    def first_for_training(self) -> np.uint64:
+        """The lowest rank of a document for training."""
         return np.uint64(first_for_training((int(number) for number in self.ranks), self._one_in))
 
 
 @functools.lru_cache(maxsize=1)  # both splits come from one reading
-def _gather(kind, state):
-    """All documents of a source."""
+def _gather(kind: str, state: Any) -> _Gathered:
+    """Returns all documents of a source; `state` are its files as (path, size, time), so that changed files are read
+    again."""
     if kind == 'stdlib':
         gathered = _Gathered(HELD_OUT[kind], f'python-{platform.python_version()}-')
         for name, text in stdlib.gather():
@@ -147,28 +156,36 @@ def _gather(kind, state):
 
 
 def rank(unit: bytes) -> int:
-    """The hash (XXH3), below 2^64, that sends what belongs together to one split."""
+    """Returns a hash (XXH3), below 2^64: it decides the split of documents that belong together."""
     return xxhash.xxh3_64_intdigest(unit)
 
 
 def first_for_training(ranks: Iterable[int], one_in: int, key: str = 'config.data.path', way: str = '') -> int:
-    """The rank below which documents are for validation: one in `one_in`, but at least 20, or half of fewer than 40.
+    """Returns the lowest rank of documents for training; lower ranks are for validation.
 
-    Reads no further than the answer needs. Raises DataError for fewer than two different ranks, naming the `key` that
-    names the files and, where there is one, another `way` out.
+    One of `one_in` documents is for validation, but at least 20, or half of fewer than 40.
+
+    Args:
+        ranks: of all documents; they are read only as far as necessary.
+        one_in: the inverse share of documents for validation.
+        key: the setting that names the files, for messages.
+        way: another way out, for messages.
+
+    Raises:
+        DataError: there are fewer than two different ranks.
     """
     share, count = 2**64 // one_in, 0
     smallest: list[int] = []
     for number in ranks:
         count += 1
-        at = bisect.bisect_left(smallest, number)
-        if at < 40 and smallest[at : at + 1] != [number]:
-            smallest.insert(at, number)
+        place = bisect.bisect_left(smallest, number)
+        if place < 40 and smallest[place : place + 1] != [number]:
+            smallest.insert(place, number)
             del smallest[40:]
             if len(smallest) >= 20 and smallest[19] < share:
                 return share
     if len(smallest) < 2:
-        documents = 'one document only' if count == 1 else f'{count:,} documents, all of the same text'
-        raise DataError(f'{key} holds {documents}; two different ones are needed, one to validate on{way}')
+        documents = 'only one document' if count == 1 else f'{count:,} documents, all with the same text'
+        raise DataError(f'{key} holds {documents}; two different documents are needed, one of them for validation{way}')
     held_out = max(bisect.bisect_left(smallest, share), min(20, len(smallest) // 2))
     return smallest[min(held_out, len(smallest) - 1) - 1] + 1

@@ -1,7 +1,7 @@
-"""The embedded corpus: English that every CPython carries, so that a first run needs no download.
+"""The embedded corpus: English text that every CPython contains, so that a first run needs no download.
 
-It is the language reference behind `help()` and the docstrings of the standard library, about 2 MB. Sources are parsed,
-never imported. The text differs between Python versions.
+It consists of the language reference that `help()` shows and the docstrings of the standard library, about 2 MB.
+Sources are parsed, never imported. The text differs between Python versions.
 """
 
 import ast
@@ -19,16 +19,18 @@ from mixln_jax.system.errors import DataError
 
 _NOT_LIBRARY = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test', 'lib2to3'}
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-_SHORTEST = 500  # characters after which a module's next definition starts a new document
+_SHORTEST = 500  # characters of a document, after which the next definition of a module starts a new one
 
 
 def gather() -> list[tuple[str, str]]:
-    """All documents as pairs (name of the module or topic, text), sorted by name; a module's in the order of its code.
+    """Returns all documents as pairs (name of the module or topic, text), sorted by name.
 
     A document is one topic of the language reference, or the docstrings of consecutive top-level definitions of a
-    module, each under its dotted name. The result is cached in $XDG_CACHE_HOME/mixln_jax (or ~/.cache/mixln_jax).
+    module, each under its dotted name. Documents of a module are in the order of its code. The result is cached in
+    $XDG_CACHE_HOME/mixln_jax (or ~/.cache/mixln_jax).
 
-    Raises DataError where this Python has no library sources.
+    Raises:
+        DataError: this Python has no library sources.
     """
     root = pathlib.Path(sysconfig.get_path('stdlib'))
     pages = sorted(_files(root))
@@ -39,14 +41,14 @@ def gather() -> list[tuple[str, str]]:
         if digest.decode() == _digest(body):
             return [(name, text) for name, text in json.loads(body)]
     except (OSError, ValueError):
-        pass  # absent or damaged: gathered anew
+        pass  # missing or damaged: the corpus is gathered again
     documents = [(name, text.strip()) for path in pages for name, text in _documents(path, root)]
     if not documents:
         raise DataError(
             f'no library sources in {root}, so data.source=stdlib has no text; use data.source=text or jsonl'
         )
     documents.sort(key=lambda document: document[0])
-    # A home that cannot be written to, as on some clusters, costs a few seconds at each start and nothing else.
+    # If the home folder cannot be written to, as on some clusters, each start takes a few seconds longer.
     with contextlib.suppress(OSError):
         body = json.dumps(documents).encode()
         outputs.write(cache, _digest(body).encode() + b'\n' + body)
@@ -61,7 +63,7 @@ def _files(root):
 
 def _documents(path, root):
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # odd escapes in old modules
+        warnings.simplefilter('ignore')  # old modules contain invalid escapes
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, UnicodeDecodeError):
@@ -83,9 +85,9 @@ def _documents(path, root):
 
 
 def _docstrings(name, node):
-    """The docstrings of a definition and of all that is defined inside it."""
-    inner = (_docstrings(f'{name}.{child.name}', child) for child in node.body if isinstance(child, _DEFINITIONS))
-    return _section(name, node) + ''.join(inner)
+    """Returns the docstrings of a definition and of all definitions inside it."""
+    nested = (_docstrings(f'{name}.{child.name}', child) for child in node.body if isinstance(child, _DEFINITIONS))
+    return _section(name, node) + ''.join(nested)
 
 
 def _section(name, node):

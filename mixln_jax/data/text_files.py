@@ -1,4 +1,4 @@
-"""Documents from files: JSON lines and plain text, packed by gzip or not, one after the other."""
+"""Documents from files of JSON lines or plain text, plain or compressed by gzip, one after the other."""
 
 import functools
 import glob
@@ -9,8 +9,8 @@ import re
 import resource
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import orjson
 from isal import igzip, isal_zlib
@@ -18,24 +18,25 @@ from isal import igzip, isal_zlib
 from mixln_jax.system.errors import DataError
 from mixln_jax.system.files import regular
 
-LARGEST = 64 * 10**6  # bytes of a line, which is a document or a piece of one, unless `prepare` is told otherwise
-PIECE = 2000  # characters of a text document, at least
+T = TypeVar('T')
+LARGEST = 64 * 10**6  # bytes of a line, which is a document or a part of one; `prepare` has an option for it
+PIECE = 2000  # the least number of characters of a text document
 STEP = 2**15  # bytes
-LONGEST = 10**7  # characters after which a text document without a blank line ends with the next line
-AT_ONCE = 32  # calls that wait for answers
+LONGEST = 10**7  # characters after which a text document without a blank line ends at the next line
+AT_ONCE = 32  # calls that wait for answers at a time
 GZIP = b'\x1f\x8b'
 JSON = ('.json', '.jsonl', '.ndjson', '.jsonlines')
 BEGINS = re.compile(r'\{\s*("|\}|$)|\[\s*(\{|\[|"|$)')  # JSON: an object or an array, also over several lines
-FORMS = 'the source jsonl reads an object with a field `text` a line, the source text plain text'
-LONG = 'data.prepare takes longer ones with --max_document BYTES, or leaves them out with --skip-bad N'
-ARRAY = "is the file a JSON array? jq -c '.[]' FILE makes it an object a line"
-# What begins so is not read: place, bytes, and what it is.
+FORMS = 'the source jsonl reads lines that are objects with a field `text`, the source text reads plain text'
+LONG = 'data.prepare accepts longer ones with --max_document BYTES, or leaves them out with --skip_bad N'
+ARRAY = "is the file a JSON array? jq -c '.[]' FILE writes one object per line"
+# Files that cannot be read: position and bytes by which they are recognised, and a description.
 FOREIGN = (
-    (0, GZIP, 'packed by gzip twice; unpack it once'),
-    (0, b'\x28\xb5\x2f\xfd', 'packed by zstd; unpack it, or pack it with gzip'),
-    (0, b'\xfd7zXZ\0', 'packed by xz; unpack it, or pack it with gzip'),
-    (4, b'1AY&SY', 'packed by bzip2; unpack it, or pack it with gzip'),
-    (0, b'\x04\x22\x4d\x18', 'packed by lz4; unpack it, or pack it with gzip'),
+    (0, GZIP, 'compressed by gzip twice; decompress it once'),
+    (0, b'\x28\xb5\x2f\xfd', 'compressed by zstd; decompress it, or use gzip'),
+    (0, b'\xfd7zXZ\0', 'compressed by xz; decompress it, or use gzip'),
+    (4, b'1AY&SY', 'compressed by bzip2; decompress it, or use gzip'),
+    (0, b'\x04\x22\x4d\x18', 'compressed by lz4; decompress it, or use gzip'),
     (0, b'PK\x03\x04', 'a zip archive; unpack it'),
     (0, b'7z\xbc\xaf', 'a 7z archive; unpack it'),
     (257, b'ustar', 'a tar archive; unpack it'),
@@ -47,52 +48,66 @@ FOREIGN = (
 
 
 def paths(patterns: str, key: str = 'config.data.path') -> list[str]:
-    """The files that comma-separated paths and globs name, sorted; a file of several names once, by the first of them.
+    """Returns the files that comma-separated paths and globs name, sorted. A file with several names appears once.
 
-    Raises DataError, naming `key`, for a path or glob that names no file of this machine.
+    Args:
+        patterns: paths and globs.
+        key: the setting that holds them, for messages.
+
+    Raises:
+        DataError: a path or glob names no file of this machine.
     """
     parts = [os.path.expanduser(part.strip()) for part in patterns.split(',') if part.strip()]
     if not parts:
         raise DataError(f'{key} is empty; this source needs files')
-    found = set()
+    every_path = set()
     for pattern in parts:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         if not matches and '://' in pattern:
-            raise DataError(f'{key}: {pattern} is no file of this machine; copy it here first')
+            raise DataError(f'{key}: {pattern} is not a file of this machine; copy it here first')
         if not matches:
             raise DataError(f'{key}: there is no file {pattern}')
         for path in matches:
             if os.path.isdir(path):
                 raise DataError(f'{key}: {path} is a folder; name its files, for instance {path}/*')
-        found.update(matches)
-    once: dict[object, str] = {}
-    for path in sorted(found):
-        once.setdefault(_identity(path), path)
-    return list(once.values())
+        every_path.update(matches)
+    by_identity = {}
+    for path in sorted(every_path):
+        by_identity.setdefault(_identity(path), path)
+    return list(by_identity.values())
 
 
 def _identity(path: str) -> tuple[int, int, int]:
-    """The same for all names of a file, spelled otherwise or links. Raises DataError for a link to nothing."""
+    """Returns a key that is equal for all names of a file, links included. Raises DataError for a broken link."""
     try:
         state = regular(path, DataError)
     except FileNotFoundError as error:
         raise DataError(f'{path}: cannot be read: {error.strerror}') from error
-    return state.st_dev, state.st_ino, state.st_size  # size: not every network's file system numbers its files
+    return (
+        state.st_dev,
+        state.st_ino,
+        state.st_size,
+    )  # with the size, because some network file systems do not number their files
 
 
-def of_source(source: str, patterns: str, key: str = 'config.data.path') -> list[str]:
-    """`paths` for the source jsonl or text. DataError also for JSON in the source text; jsonl tells as it is read."""
-    found = paths(patterns, key)
-    for path in found if source == 'text' else ():
+def paths_of_source(source: str, patterns: str, key: str = 'config.data.path') -> list[str]:
+    """Returns the `paths` for the source jsonl or text.
+
+    Raises:
+        DataError: as `paths`; or the source is text and a file is JSON. The source jsonl checks files while they are
+        read.
+    """
+    names = paths(patterns, key)
+    for path in names if source == 'text' else ():
         if kind(path) == 'jsonl':
             raise DataError(f'{path} is JSON lines, not plain text; the source jsonl reads it')
-    return found
+    return names
 
 
-def kind_of_all(found: list[str]) -> str:
-    """'jsonl' or 'text', what these files are. Raises DataError where some are this and some that."""
-    kinds: dict[str, str] = {}
-    for path in found:
+def kind_of_all(names: Sequence[str]) -> str:
+    """Returns the kind of all these files, 'jsonl' or 'text'. Raises DataError if they are of both kinds."""
+    kinds = {}
+    for path in names:
         kinds.setdefault(kind(path), path)
     if len(kinds) > 1:
         raise DataError(
@@ -102,10 +117,12 @@ def kind_of_all(found: list[str]) -> str:
 
 
 def kind(path: str) -> str:
-    """'jsonl' or 'text': what a file is by its name, else by its first line that is no comment.
+    """Returns the kind of a file, 'jsonl' or 'text', by its name, else by its first line that is not a comment.
 
-    JSON that cannot be read, such as an array, is jsonl too, whose reader says what is wrong with it. Raises DataError
-    for a file that cannot be read.
+    Malformed JSON, such as an array, is jsonl too; the reader of jsonl reports what is wrong with it.
+
+    Raises:
+        DataError: the file cannot be read.
     """
     if path.lower().removesuffix('.gz').endswith(JSON):
         return 'jsonl'
@@ -115,36 +132,43 @@ def kind(path: str) -> str:
 
 
 class NoAnswer(TimeoutError):
-    """Nothing was heard in time; of `item` not before either."""
+    """No call has ended within the time; `item` is the first whose call has not ended."""
 
-    def __init__(self, seconds: float, item):
+    def __init__(self, seconds: float, item: Any):
         super().__init__(f'no answer within {seconds:g} s')
         self.item = item
 
 
-def each(seconds: float | None, function: Callable, items: Iterable) -> list:
-    """[function(item) for item in items], some at a time in threads; raises what the first of them to fail raises.
+def call_each(seconds: float | None, function: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
+    """Returns [function(item) for item in items]; up to AT_ONCE calls run at a time, in threads.
 
-    Raises NoAnswer where none has ended for so many seconds (None: they may take any time), as with file systems of
-    buckets, which try again for minutes where there is no network. A call that hangs goes on in its thread, a daemon:
-    those of a ThreadPoolExecutor would keep Python from ending.
+    A call that hangs goes on in its thread, a daemon thread; a thread of a ThreadPoolExecutor would keep Python from
+    ending.
+
+    Args:
+        seconds: the longest time in which no call ends; None: there is no limit. File systems of buckets, for example,
+        try
+            again for minutes if there is no network.
+        function: to call.
+        items: its arguments.
+
+    Raises:
+        NoAnswer: no call has ended for `seconds`. Otherwise the first exception of a call is raised.
     """
-    items, stopped = list(items), threading.Event()
-    results: dict[int, Any] = {}
-    asked: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    answers: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+    items, results, stopped = list(items), {}, threading.Event()
+    waiting, answers = queue.SimpleQueue(), queue.SimpleQueue()
     for number, item in enumerate(items):
-        asked.put((number, item))
+        waiting.put((number, item))
 
     def work():
         while not stopped.is_set():
             try:
-                number, item = asked.get_nowait()
+                number, item = waiting.get_nowait()
             except queue.Empty:
                 return
             try:
                 answers.put((number, function(item), None))
-            except BaseException as error:  # also a library's own, which would else leave who asked waiting
+            except BaseException as error:  # of any kind: the caller would otherwise wait for ever
                 stopped.set()
                 answers.put((number, None, error))
 
@@ -164,13 +188,14 @@ def each(seconds: float | None, function: Callable, items: Iterable) -> list:
     return [results[number] for number in range(len(items))]
 
 
-def within(seconds: float, call: Callable):
-    """What `call()` gives or raises; NoAnswer, a TimeoutError, where that takes longer."""
-    return each(seconds, lambda _: call(), [None])[0]
+def call_within(seconds: float | None, call: Callable[[], T]) -> T:
+    """Returns `call()`. Raises NoAnswer, a TimeoutError, if that takes more than `seconds`; None: there is no limit."""
+    return call_each(seconds, lambda _: call(), [None])[0]
 
 
-def allow_open(count: int):
-    """Lets this process hold `count` files open: data sets keep theirs so, and C4 has 1,024, many systems' limit."""
+def allow_open(count: int) -> None:
+    """Allows this process to hold `count` files open, as data sets do; C4 has 1,024, which is the limit of many
+    systems."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + 1024 if hard == resource.RLIM_INFINITY else min(hard, count + 1024)
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -178,50 +203,60 @@ def allow_open(count: int):
 
 
 class _Steps(io.FileIO):
-    """A file that is read a little at a time, so that its position tells how much of it has come out of gzip."""
+    """A file that is read in small steps, so that its position tells how much of it has been decompressed."""
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: Any) -> int:
         return super().readinto(memoryview(buffer)[:STEP])
 
 
 class Reader:
     """The documents of one file, in order, as pairs (line number from 1, record); record['text'] is never blank.
 
-    jsonl is one JSON object a line with a field `text`, as C4's own files are. text is cut at blank lines into
-    documents of at least 2,000 characters that, put together, are the file.
+    A jsonl file has one JSON object with a field `text` on each line, as the files of C4. A text file is cut at blank
+    lines into documents of at least 2,000 characters; together they are the file.
 
-    After (and during) the iteration `empty` counts documents without text, `bad` the lines that were skipped because
-    they could not be read, and `position` is how far the file has been read, in bytes as stored.
+    During and after the iteration, `empty` is the number of documents without text, `bad` the number of malformed lines
+    that were skipped, `skipped` the reasons for the first of them, and `position` how far the file has been read, in
+    bytes as stored.
 
-    Iterating raises DataError, naming file and line, for what is unreadable, for the line after the first `skip_bad`
-    that are malformed, and for a file without any text, with the reason. What gzip cannot unpack is never skipped. A
-    line of more than `largest` bytes is malformed, and never held whole.
+    Iterating raises DataError, which names file and line, if the file is unreadable, if more than `skip_bad` lines are
+    malformed, and if the file has no text, with the reason. Data that gzip cannot decompress are never skipped. A line
+    of more than `largest` bytes is malformed; it is never held in memory as a whole.
     """
 
     def __init__(self, kind: str, path: str, skip_bad: int = 0, largest: int = LARGEST):
+        """Prepares to read a file.
+
+        Args:
+            kind: 'jsonl' or 'text'.
+            path: of the file.
+            skip_bad: malformed lines to skip before one is an error.
+            largest: bytes of a line.
+        """
         self.empty = self.bad = self._number = self._end = 0
         self._raw = None
-        self.skipped: list[str] = []  # why, for the first few
+        self.skipped = []  # the reasons for the first few lines
         self._path, self._skip_bad, self._largest = path, skip_bad, largest
         self._records = {'jsonl': self._jsonl, 'text': self._text}[kind]
 
     @property
     def position(self) -> int:
+        """How many bytes of the file, as stored, have been read."""
         return self._raw.tell() if self._raw and not self._raw.closed else self._end
 
-    def __iter__(self) -> Iterator[tuple[int, dict]]:
-        nothing = True
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        any_text = False
         for number, record in self._records():
             if not record['text'].strip():
                 self.empty += 1
                 continue
-            nothing = False
+            any_text = True
             yield number, record
-        if nothing:
+        if not any_text:
             raise DataError(f'{self._path}: no text in this file: {self._why()}')
 
     def _why(self):
-        """Why there is no text."""
+        """Returns the reason why there is no text."""
         if self.bad:
             return f'{self.bad} malformed lines, the first of them {self.skipped[0].removeprefix(f"{self._path}:")}'
         if self.empty:
@@ -229,20 +264,21 @@ class Reader:
         return f'{self._number} blank lines' if self._number else 'it is empty'
 
     def _lines(self):
-        """Pairs (line number from 1, line with its end), UTF-8."""
+        """Yields pairs (line number from 1, line with its end), decoded from UTF-8."""
         number = 0
         try:
             regular(self._path, DataError)
             with _Steps(self._path) as self._raw:
-                packed = self._path.lower().endswith('.gz') or os.pread(self._raw.fileno(), 2, 0) == GZIP
-                # igzip finds its lines in Python, a BufferedReader in C.
-                unpacked = igzip.open(self._raw) if packed else self._raw
-                lines = io.BufferedReader(unpacked)  # 8 kB: what one read unpacks before an error is lost, and its line
+                compressed = self._path.lower().endswith('.gz') or os.pread(self._raw.fileno(), 2, 0) == GZIP
+                # igzip splits lines in Python, a BufferedReader in C.
+                content = igzip.open(self._raw) if compressed else self._raw
+                # Of 8 kB: the bytes that one read has decompressed before an error are lost, and their lines.
+                lines = io.BufferedReader(content)
                 try:
                     head = lines.peek()
-                    for place, begin, what in FOREIGN:
-                        if head.startswith(begin, place):
-                            raise DataError(f'{self._path} is {what}')
+                    for start, signature, description in FOREIGN:
+                        if head.startswith(signature, start):
+                            raise DataError(f'{self._path} is {description}')
                     for number, line in enumerate(iter(functools.partial(lines.readline, self._largest + 1), b''), 1):
                         self._number = number
                         if (text := self._decoded(number, line, lines)) is not None:
@@ -250,11 +286,11 @@ class Reader:
                 finally:
                     self._end = self._raw.tell()
         except (OSError, EOFError, isal_zlib.error) as error:
-            where = f'{self._path}:{number + 1}' if number else self._path
-            raise DataError(f'{where}: cannot be read: {error}') from error
+            name = f'{self._path}:{number + 1}' if number else self._path
+            raise DataError(f'{name}: cannot be read: {error}') from error
 
     def _decoded(self, number, line, lines):
-        """The text of a line; None where it is left out. `lines` has the rest of one that is too long."""
+        """Returns the text of a line; None if it is skipped. `lines` has the rest of a line that is too long."""
         if len(line) > self._largest:
             self._skip(number, f'more than {self._largest:,} bytes in a line; {LONG}')
             while line and not line.endswith(b'\n'):
@@ -272,7 +308,7 @@ class Reader:
         self.skipped = [*self.skipped, f'{self._path}:{number}: {problem}'][:5]
 
     def _text(self):
-        """Pieces of the file; the last, shorter than the others, joins the one before it."""
+        """Yields pieces of the file; the last piece, which may be short, is joined to the one before it."""
         before, piece, first = None, [], 1
         length = 0
         for number, line in self._lines():
@@ -290,24 +326,26 @@ class Reader:
             yield first, {'text': rest}
 
     def _jsonl(self):
-        right = False  # whether there was a record, so that the file is of this form
+        """Yields the records of the file."""
+        is_jsonl = False  # whether the file has had a record: then it is a file of JSON lines
         for number, line in self._lines():
             if not line.strip():
                 continue
             try:
                 record = orjson.loads(line)
             except ValueError as error:
-                problem = f'not JSON: {str(error).partition(":")[0]}' + ('' if right else f'; {FORMS}')
+                problem = f'not JSON: {str(error).partition(":")[0]}' + ('' if is_jsonl else f'; {FORMS}')
             else:
                 problem = _problem(record)
             if problem:
-                self._skip(number, problem if right or line.lstrip()[0] != '[' else f'{problem}; {ARRAY}')
+                self._skip(number, problem if is_jsonl or line.lstrip()[0] != '[' else f'{problem}; {ARRAY}')
                 continue
-            right = True
+            is_jsonl = True
             yield number, record
 
 
 def _problem(record):
+    """Returns what is wrong with a record; None if it is right."""
     if not isinstance(record, dict):
         return f'a JSON object with a field `text` is needed, not {type(record).__name__}'
     if not isinstance(record.get('text'), str):

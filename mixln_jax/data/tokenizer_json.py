@@ -1,6 +1,7 @@
-"""A tokenizer as the files that transformers opens, where these give the same ids."""
+"""Tokenizers as files that transformers opens, if these give the same ids."""
 
 import pathlib
+from typing import Any
 
 import tokenizers as library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -16,46 +17,52 @@ PROBES = (
 )
 
 
-def write(tokenizer, folder):
-    """Writes tokenizer.json and tokenizer_config.json; returns whether there are such that give the ids of PROBES.
+def write(tokenizer: Any, folder: str | pathlib.Path) -> bool:
+    """Writes tokenizer.json and tokenizer_config.json if they give the same ids for PROBES; returns whether they do.
 
-    Texts that spell a special token are read as that token by transformers, as letters here.
+    There is one difference: transformers reads a text that spells a special token as that token, a `tokenizer` of ours
+    as letters.
+
+    Args:
+        tokenizer: a tokenizers.Tokenizer.
+        folder: for the two files.
     """
-    made = _MADE[tokenizer.kind](tokenizer)
-    if made is None or any(
-        made.encode(text, add_special_tokens=False).ids != tokenizer.encode(text).tolist() for text in PROBES
+    converted = _CONVERTERS[tokenizer.kind](tokenizer)
+    if converted is None or any(
+        converted.encode(text, add_special_tokens=False).ids != tokenizer.encode(text).tolist() for text in PROBES
     ):
         return False
     roles = {'pad': tokenizer.pad_id, 'bos': tokenizer.bos_id, 'eos': tokenizer.eos_id}
-    # By its model_type alone, transformers would open any tokenizer as LLaMA's own, with other ids and no word.
+    # Without the class, transformers would open any tokenizer as LLaMA's own, with other ids and without a warning.
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
-    settings |= {f'{role}_token': made.id_to_token(number) for role, number in roles.items()}
-    outputs.write(pathlib.Path(folder, 'tokenizer.json'), made.to_str(pretty=True).encode() + b'\n')
+    settings |= {f'{role}_token': converted.id_to_token(number) for role, number in roles.items()}
+    outputs.write(pathlib.Path(folder, 'tokenizer.json'), converted.to_str(pretty=True).encode() + b'\n')
     outputs.write_json(pathlib.Path(folder, 'tokenizer_config.json'), settings)
     return True
 
 
 def _alphabet():
+    """Returns {character: byte}: since GPT-2 a printable character stands for each byte."""
     shown, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     return {chr(byte if byte in shown else next(others)): byte for byte in range(256)}
 
 
-ALPHABET = _alphabet()  # {character: the byte that it stands for since GPT-2}
+ALPHABET = _alphabet()
 
 
 def _from_bytes(tokenizer):
-    """Every byte is a token, under its character."""
+    """Returns a BPE without merges: every byte is a token, named by its character."""
     specials = {'<pad>': tokenizer.pad_id, '<s>': tokenizer.bos_id, '</s>': tokenizer.eos_id}
-    made = library.Tokenizer(models.BPE(ALPHABET | specials, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(list(specials))
-    return made
+    converted = library.Tokenizer(models.BPE(ALPHABET | specials, []))
+    converted.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    converted.decoder = decoders.ByteLevel()
+    converted.add_special_tokens(list(specials))
+    return converted
 
 
 def _from_sentencepiece(tokenizer):
-    """Of the unigram model (T5's); for others None."""
-    # Not above: a process that has transformers' own copy of these messages cannot register them again.
+    """Returns the conversion of a unigram model (T5's, for example); None for other models."""
+    # Imported here: a process that has loaded transformers' own copy of these messages cannot register them again.
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.contents['tokenizer.model'])
@@ -63,26 +70,26 @@ def _from_sentencepiece(tokenizer):
         return None
     vocabulary = [(piece.piece, piece.score) for piece in model.pieces]
     unknown = next(number for number, piece in enumerate(model.pieces) if piece.type == piece.UNKNOWN)
-    made = library.Tokenizer(models.Unigram(vocabulary, unknown, model.trainer_spec.byte_fallback))
+    converted = library.Tokenizer(models.Unigram(vocabulary, unknown, model.trainer_spec.byte_fallback))
     steps = [normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap)]
     if model.normalizer_spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(library.Regex(' {2,}'), ' ')]
-    made.normalizer = normalizers.Sequence(steps)
+    converted.normalizer = normalizers.Sequence(steps)
     prepend = 'always' if model.normalizer_spec.add_dummy_prefix else 'never'
-    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
-    made.decoder = decoders.Metaspace(prepend_scheme=prepend)
-    made.add_special_tokens([piece.piece for piece in model.pieces if piece.type == piece.CONTROL])
-    return made
+    converted.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    converted.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    converted.add_special_tokens([piece.piece for piece in model.pieces if piece.type == piece.CONTROL])
+    return converted
 
 
 def _from_hugging_face(tokenizer):
-    made = library.Tokenizer.from_buffer(tokenizer.contents['tokenizer.json'])
-    made.no_truncation()
-    made.no_padding()
-    return made
+    converted = library.Tokenizer.from_buffer(tokenizer.contents['tokenizer.json'])
+    converted.no_truncation()
+    converted.no_padding()
+    return converted
 
 
-_MADE = {
+_CONVERTERS = {
     'bytes': _from_bytes,
     'sentencepiece': _from_sentencepiece,
     'huggingface': _from_hugging_face,

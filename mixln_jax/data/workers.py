@@ -1,4 +1,4 @@
-"""Worker processes: how they start, and what has gone wrong where one has ended, in one line."""
+"""Worker processes: how they start, and one-line errors that explain why one has ended."""
 
 import contextlib
 import errno
@@ -18,18 +18,19 @@ from mixln_jax.system.errors import Exit, MemoryExhausted, UsageError
 SHARED = '/dev/shm'
 NO_SEMAPHORES = errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOSYS
 GUARD = (
-    'a worker process ended before its work began: it runs the script once more, so the script must have its job under '
-    "`if __name__ == '__main__':` (one that is read from standard input cannot have workers)"
+    'a worker process ended before its work began: it imports the script again, so the script must start its job under '
+    "`if __name__ == '__main__':` (a script that is read from standard input cannot have workers)"
 )
 
 
-def start_tracker():
-    """Starts multiprocessing's process that frees what others have left in shared memory.
+def start_tracker() -> None:
+    """Starts multiprocessing's resource tracker, the process that frees shared memory which others have left.
 
-    It must not end by a SIGHUP, which the run answers, nor tell of what a killed worker has left: the run does.
+    It must survive a SIGHUP, which the run handles, and must not report what a killed worker has left: the run reports
+    it.
     """
     quiet, before = 'ignore:resource_tracker', signal.pthread_sigmask(signal.SIG_BLOCK, signals.signals())
-    sys.warnoptions.append(quiet)  # which processes that Python starts inherit
+    sys.warnoptions.append(quiet)  # inherited by the processes that Python starts
     try:
         resource_tracker.ensure_running()
     finally:
@@ -39,9 +40,9 @@ def start_tracker():
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Inside, starting a worker ends also where the worker dies before it has read all of its data.
+    """Inside this context, starting a worker ends even if the worker dies before it has read all of its data.
 
-    multiprocessing by itself would then write for ever: it keeps the worker's end of the pipe open too.
+    multiprocessing alone would then write for ever, because it keeps the worker's end of the pipe open too.
     """
     spawn = util.spawnv_passfds
 
@@ -60,7 +61,7 @@ def starting() -> Iterator[None]:
 
 
 def _drain(pid, pipe):
-    """Reads what a process has left in its pipe when it ends."""
+    """Waits until a process ends, then reads what is left in its pipe."""
     with contextlib.suppress(ChildProcessError):  # multiprocessing was faster
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     while select.select([pipe], [], [], 1)[0] and os.read(pipe, 2**16):
@@ -69,12 +70,12 @@ def _drain(pid, pipe):
 
 
 def explained(error: Exception, settings: tuple[str, str], begun: bool) -> Exception:
-    """What an error in starting workers or hearing from them stands for; the error itself where it is another one.
+    """Returns an error that explains why workers cannot start or have ended; `error` itself if it has another cause.
 
     Args:
-        error: what was raised.
-        settings: what says how many workers there are, and how to have none.
-        begun: whether workers have done some of their work.
+        error: raised while workers were started, or while their results were read.
+        settings: the setting that determines the number of workers, and the one without workers; for the message.
+        begun: whether workers have done part of their work.
     """
     code = re.search(r'terminated unexpectedly with exit code (-?\d+)', str(error))  # grain's words
     if code:
@@ -89,23 +90,29 @@ def explained(error: Exception, settings: tuple[str, str], begun: bool) -> Excep
 
 
 def ended(code: int, settings: tuple[str, str], begun: bool) -> Exit:
-    """What the exit code of a worker, as multiprocessing gives it, stands for; `explained` has the other arguments."""
+    """Returns an error that explains the end of a worker.
+
+    Args:
+        code: the exit code of the worker, as multiprocessing reports it.
+        settings: as in `explained`.
+        begun: as in `explained`.
+    """
     if code >= 0:
         return Exit(f'a worker process has ended with exit code {code}') if begun else UsageError(GUARD)
     if -code == signal.SIGBUS:
         return _no_shared_memory('SIGBUS', settings)
     if -code == signal.SIGKILL:
         return MemoryExhausted(
-            f'a worker process was killed (SIGKILL), most often for lack of memory: lower {settings[0]}'
+            f'a worker process was killed (SIGKILL), most often because memory ran out: lower {settings[0]}'
         )
     return Exit(f'a worker process was ended by signal {-code} ({signal.strsignal(-code)})')
 
 
 def _no_shared_memory(reason, settings):
-    """Workers hand batches over in shared memory, and their locks are there."""
+    """Returns the error for a lack of shared memory, in which workers keep their batches and locks."""
     with contextlib.suppress(OSError):
         reason = f'{shutil.disk_usage(SHARED).total / 1e6:,.1f} MB: {reason}'
     return UsageError(
-        f'worker processes find no room in {SHARED} ({reason}): give {settings[1]}, or make {SHARED} larger '
+        f'worker processes get no shared memory in {SHARED} ({reason}): give {settings[1]}, or make {SHARED} larger '
         '(docker run --shm-size=2g)'
     )

@@ -1,35 +1,42 @@
-"""Options of the lm-evaluation-harness."""
+"""Command-line options of the lm-evaluation-harness."""
 
+import argparse
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
+from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli
 from mixln_jax.system.errors import UsageError
 
-# Options without and with --tasks.
+# Options that are allowed only without, or only with, --tasks.
 OF_TEXT, OF_TASKS = ('split', 'tokens', 'data_path'), ('task_path', 'limit', 'num_fewshot')
 
 
-def add_task_options(add):
-    """Options for `open_harness`."""
+def add_task_options(add: Callable[..., Any]) -> None:
+    """Adds the options that `open_harness` reads; `add` is a parser's add_argument."""
     add('--tasks', metavar='TASK,...', help='tasks of the lm-evaluation-harness: arc_easy,hellaswag')
     add('--task_path', metavar='DIR', help='YAML files that define more tasks')
     add('--limit', type=count_or_share, metavar='N', help='documents of each task, or a share below 1 of them [all]')
-    add('--num_fewshot', type=int, metavar='N', help='examples before each document [what the task says]')
+    add('--num_fewshot', type=int, metavar='N', help='examples before each document [set by the task]')
 
 
-def count_or_share(text):
-    """How many documents: an integer, or a share of them. Raises ValueError for any other text."""
+def count_or_share(text: str) -> int | float:
+    """Returns a number of documents, or a share of them below 1. Raises ValueError for any other text."""
     value = cli.finite(text)
     return value if 0 < value < 1 else cli.integer(text)
 
 
-def open_harness(options):
-    """Opens the tasks that `add_task_options` names: a function of Weights that gives (Harness, evaluate).
+def open_harness(options: argparse.Namespace) -> Callable[[Weights], tuple[Any, Callable[[], Any]]] | None:
+    """Opens the tasks of the options that `add_task_options` has added.
 
-    `evaluate()` gives what `harness.run` does. None without --tasks.
+    Returns:
+        A function from Weights to (Harness, evaluate), where `evaluate()` returns the result of `harness.run`. None
+        without --tasks.
 
-    Raises UsageError for options out of range or without --tasks, where lm_eval is not installed, and as
-    `harness.open_tasks`; the function as `Harness`.
+    Raises:
+        UsageError: an option is out of range or needs --tasks, lm_eval is not installed, a task is unknown.
+        DataError: a task cannot be read.
     """
     for name, least in (('limit', 1), ('num_fewshot', 0)):
         value = getattr(options, name)
@@ -46,15 +53,15 @@ def open_harness(options):
     if options.task_path and not pathlib.Path(options.task_path).is_dir():
         raise UsageError(f'--task_path {options.task_path} is not a folder')
     try:
-        from mixln_jax.evaluation import harness  # not for those who need no tasks
+        from mixln_jax.evaluation import harness  # imported only with --tasks: it needs lm_eval
     except ModuleNotFoundError as error:
         if error.name.partition('.')[0] != 'lm_eval':
             raise
         raise UsageError('--tasks needs the lm-evaluation-harness: pip install lm_eval') from error
     manager = harness.open_tasks(names, options.task_path)
 
-    def of(found):
-        model = harness.Harness(found, options.batch_size or 32)
+    def on_weights(weights):
+        model = harness.Harness(weights, options.batch_size or 32)
         return model, lambda: harness.run(model, manager, names, options.limit, options.num_fewshot)
 
-    return of
+    return on_weights

@@ -1,1 +1,1 @@
-"""What runs on a device: attention, cross-entropy, matrix products."""
+"""Computations on devices: attention, cross-entropy, matrix products."""

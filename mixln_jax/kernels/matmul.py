@@ -1,40 +1,49 @@
-"""Matrix products."""
+"""Matrix multiplication."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from mixln_jax.kernels import matmul
 
+def precision(a: jax.Array) -> str | None:
+    """Returns the precision of matrix products with `a`: the highest for float32, the default otherwise.
 
-def precision(a):
-    """Of matrix products with `a`: exact in float32. A backward pass written by hand is traced outside of the backbone,
-    whose default it does not see."""
+    Backward passes that are written by hand need it: they are traced outside the network, where the precision that the
+    network sets does not apply.
+    """
     return 'highest' if a.dtype == jnp.float32 else None
 
 
 @jax.custom_vjp
-def product(x, kernel):
-    """[..., D] times [D, F], with a gradient in an order that suits CPUs.
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns x @ kernel, with a gradient that is fast on CPUs.
 
-    JAX would write that of the kernel as (dy^T x)^T, for which XLA on CPU transposes dy, and what made dy with it; with
-    x^T dy a whole train step takes a sixth less (benchmarks/NOTES.md). Elsewhere compilers choose the order themselves.
+    JAX would compute the kernel's gradient as (dy^T x)^T, for which XLA on CPU transposes dy and the operations that
+    produce it. With x^T dy a whole train step takes a sixth less time (benchmarks/NOTES.md). Compilers for other
+    devices choose the order themselves.
+
+    Args:
+        x: [..., D].
+        kernel: [D, F].
+
+    Returns:
+        [..., F].
     """
     return x @ kernel
 
 
-def _product_forward(x, kernel):
+def _matmul_forward(x, kernel):
     return x @ kernel, (x, kernel)
 
 
-def _product_backward(saved, dy):
+def _matmul_backward(saved, dy):
     x, kernel = saved
-    dot = functools.partial(jnp.einsum, precision=matmul.precision(x))
+    dot = functools.partial(jnp.einsum, precision=precision(x))
     dx = dot('...f,df->...d', dy, kernel)
-    if kernel.shape[0] > kernel.shape[1]:  # of x and dy the smaller one is transposed
+    if kernel.shape[0] > kernel.shape[1]:  # the smaller of x and dy is transposed
         return dx, dot('...f,...d->fd', dy, x).T
     return dx, dot('...d,...f->df', x, dy)
 
 
-product.defvjp(_product_forward, _product_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mixln_jax import config as configs
-from mixln_jax.kernels.matmul import product
+from mixln_jax.kernels.matmul import matmul
 
 Batch = Mapping[str, jax.Array] | jax.Array  # arrays [B,...] by name, or token ids [B,T] alone
 
@@ -56,7 +56,7 @@ class Embedding(nn.Module):
 
     def attend(self, x):
         """[...,D] -> [...,rows] float32: the table as a head."""
-        return product(x.astype(jnp.float32), self.embedding.T.astype(jnp.float32))
+        return matmul(x.astype(jnp.float32), self.embedding.T.astype(jnp.float32))
 
     def __call__(self, ids):
         """[B,T] -> [B,T,D]."""
@@ -95,7 +95,7 @@ def linear(features, dtype, name, bias=False):
 
 
 def _dot_general(x, kernel, *_, **__):
-    return product(x, kernel)
+    return matmul(x, kernel)
 
 
 class LayerNorm(nn.Module):

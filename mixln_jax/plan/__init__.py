@@ -1,1 +1,1 @@
-"""What a run would need."""
+"""The plan of a run: memory, time and communication, without its hardware."""

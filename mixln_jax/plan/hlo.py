@@ -1,5 +1,5 @@
-"""What the text of a compiled program says: how often what runs, what devices say to each other, and how long the
-compiler for TPUs expects each part to take."""
+"""Reads the text of a compiled program: how often each operation runs, what devices exchange, and how long the compiler
+for TPUs expects each part to take."""
 
 import collections
 import math
@@ -8,12 +8,14 @@ from collections.abc import Iterator
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'f16': 2, 's8': 1, 'u8': 1, 'pred': 1}
-PARTS = ('attention', 'mlp', 'embed', 'head', 'update')  # names of modules and scopes, as they stand in op_name
+PARTS = ('attention', 'mlp', 'embed', 'head', 'update')  # names of modules and scopes, as in op_name
 
 
 def operations(text: str) -> Iterator[tuple[str, int, bool]]:
-    """Every operation as (its line, how often it runs in an execution, whether it is inside of a fusion); what stands
-    in a loop runs as often as the loop, and all branches of a condition run."""
+    """Yields every operation: its line, how often it runs in one execution, whether it is inside a fusion.
+
+    An operation in a loop runs in every round of the loop. All branches of a condition are counted.
+    """
     lines, limits, entry, name = collections.defaultdict(list), {}, None, None
     for line in text.splitlines():
         if head := re.match(r'(ENTRY )?%?([\w.-]+) .*\{$', line):
@@ -21,7 +23,7 @@ def operations(text: str) -> Iterator[tuple[str, int, bool]]:
             entry = name if head[1] else entry
         elif ' = ' in line:
             lines[name].append(line)
-            # Loops of JAX's end when a counter reaches a constant, which stands in the computation that compares.
+            # JAX's loops end when a counter reaches a constant; the computation of the condition contains it.
             if constant := re.search(r' = s32\[\]\S* constant\((\d+)\)', line):
                 limits[name] = int(constant[1])
 
@@ -31,21 +33,23 @@ def operations(text: str) -> Iterator[tuple[str, int, bool]]:
             condition = re.search(r'condition=%?([\w.-]+)', line)
             rounds = limits.get(condition[1], 1) if condition else 1
             for called in re.findall(r'(?:body|to_apply|calls|\w+_computations?)=\{?(%?[\w.-]+(?:, %[\w.-]+)*)', line):
-                for inner in re.findall(r'[\w.-]+', called):
-                    yield from walk(inner, times * rounds, fused or ' fusion(' in line)
+                for computation in re.findall(r'[\w.-]+', called):
+                    yield from walk(computation, times * rounds, fused or ' fusion(' in line)
 
     return walk(entry, 1, False)
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """{kind: (how often in an execution, bytes of their results on a device)}; what a device says to itself alone does
-    not count."""
-    totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    """Returns {kind: (how often it runs in one execution, bytes of all results on a device)} of the collectives.
+
+    Collectives among groups of one device are not counted.
+    """
+    totals = collections.defaultdict(lambda: [0, 0])
     alone = re.compile(r'replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\]<)')
     for line, times, _ in operations(text):
         operation = re.search(rf'= (.*?) ({"|".join(COLLECTIVES)})(-start)?\(', line)
         if operation and not alone.search(line):
-            # An asynchronous one shows its operands before its results, and its state, which has no dimensions.
+            # An asynchronous collective shows its operands before its results, and a state without dimensions.
             shapes = re.findall(r'(\w+)\[([\d,]+)\]', operation[1])
             shapes = shapes[len(shapes) // 2 :] if operation[3] else shapes
             size = sum(BYTES.get(kind, 4) * math.prod(map(int, filter(None, dims.split(',')))) for kind, dims in shapes)
@@ -55,9 +59,12 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
 
 
 def expected_cycles(text: str) -> dict[str, int]:
-    """{part: cycles of a TPU that the compiler expects of it}, the most first: those of PARTS, `norms` and `the rest`.
-    Collectives count nothing. Empty where the compiler expects nothing, which only that for TPUs does."""
-    totals: collections.Counter[str] = collections.Counter()
+    """Returns {part: cycles of a TPU that the compiler expects}, the largest first.
+
+    The parts are PARTS, `norms` and `the rest`. Collectives have no cycles. Only the compiler for TPUs expects cycles;
+    the result is empty for others.
+    """
+    totals = collections.Counter()
     for line, times, fused in operations(text):
         cycles = re.search(r'"estimated_cycles":"(\d{1,12})"', line)  # more: unknown
         if cycles and not fused:
@@ -66,7 +73,7 @@ def expected_cycles(text: str) -> dict[str, int]:
 
 
 def part(line: str) -> str:
-    """Which part of the network an operation belongs to, by the modules and scopes in its metadata."""
+    """Returns the part of the network to which an operation belongs, by the modules and scopes in its metadata."""
     words = re.findall(r'\w+', (re.search(r'op_name="([^"]*)"', line) or ['', ''])[1])
     if any(re.fullmatch(r'(\w+_)?norm(_\w+)?', word) for word in words):
         return 'norms'

@@ -1,9 +1,11 @@
-"""Memory by formula."""
+"""The memory that a run needs on each device, by formula."""
 
 import dataclasses
 import itertools
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
@@ -15,29 +17,35 @@ from mixln_jax.program.program import Program
 from mixln_jax.system.errors import UsageError
 from mixln_jax.system.hardware import KINDS
 
-SPARE = 0.95  # of the memory; the rest is the runtime's
+SPARE = 0.95  # the share of the memory that a run may use; the rest is for the runtime
 
 
 def topology_size(topology: str) -> tuple[str, int]:
-    """('v5e', 64) of 'v5e:8x8', ('h100', 8) of 'h100:8'. Raises UsageError."""
+    """Returns the kind and the number of devices: ('v5e', 64) for 'v5e:8x8', ('h100', 8) for 'h100:8'.
+
+    Raises:
+        UsageError: the kind is unknown or the shape malformed.
+    """
     kind, _, shape = topology.partition(':')
     if kind not in KINDS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', shape):
-        raise UsageError(f'--topology {topology}: KIND:SHAPE such as v5e:8x8 or h100:8, of {", ".join(sorted(KINDS))}')
+        raise UsageError(
+            f'--topology {topology}: KIND:SHAPE such as v5e:8x8 or h100:8; KIND is one of {", ".join(sorted(KINDS))}'
+        )
     return kind, math.prod(map(int, shape.split('x')))
 
 
 def abstract_mesh(sizes: configs.Mesh, count: int) -> AbstractMesh:
-    """A mesh of `count` devices that nobody needs to have. Raises UsageError as `mesh.make_mesh` does."""
+    """Returns a mesh of `count` devices that need not exist. Raises UsageError as `mesh.make_mesh` does."""
     shape = meshes.resolve(sizes, count, 'devices', whole=True)
     return AbstractMesh(shape, meshes.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def memory(program: Program) -> dict[str, int]:
-    """Bytes on a device by kind; activations and logits are estimates, the rest is exact.
+    """Returns {kind: bytes} on each device. Activations and logits are estimates, the rest is exact.
 
-    Activations: what the backward pass needs of every layer, by remat policy: `full` keeps the stream, `dots` the
-    results of the matrix products besides, `none` what enters products, norms and gates (after Korthikanti et al. 2022,
-    section 4; benchmarks/README.md has what compilers say).
+    Activations are what the backward pass needs of every layer. It depends on the remat policy: `full` keeps the
+    residual stream; `dots` also keeps the results of matrix products; `none` keeps the inputs of products, norms and
+    gates (after Korthikanti et al. 2022, section 4; benchmarks/README.md compares this with compilers).
     """
     config, mesh = program.config, program.mesh
     model, width = config.model, 2 if config.compute_dtype == 'bfloat16' else 4
@@ -45,39 +53,47 @@ def memory(program: Program) -> dict[str, int]:
     A, K = H * model.head_size, model.kv_heads * model.head_size  # features of all queries, of all keys
     tensor = mesh.shape['tensor']
     rows = config.batch_size // config.accumulate // meshes.row_parts(mesh)
-    # Of a layer: what lies whole on every device of `tensor`, and what is split.
-    features = {'full': (0, 0), 'dots': (2 * D, A + 2 * K + 2 * F), 'none': (3 * D, 2 * A + 2 * K + 3 * F)}
-    inside = {remat: (whole + split // tensor) * width for remat, (whole, split) in features.items()}
+    # Features that a layer keeps: whole on every device of `tensor`, and split among these devices.
+    inside = {'full': (0, 0), 'dots': (2 * D, A + 2 * K + 2 * F), 'none': (3 * D, 2 * A + 2 * K + 3 * F)}
+    inside = {remat: (whole + split // tensor) * width for remat, (whole, split) in inside.items()}
     stream = D * width
     layer = inside[model.remat]
-    working = inside['none'] if model.remat != 'none' else 0  # of the layer at hand, recomputed
-    scores = 8 * H // tensor * max(S - first for first, S in attention.blocks(T))  # and of its attention
+    working = inside['none'] if model.remat != 'none' else 0  # of the layer that is recomputed
+    scores = 8 * H // tensor * max(S - first for first, S in attention.blocks(T))  # of its attention
     padded = program.model.rows
     chunk = min(rows * T, max(cross_entropy.CHUNK, rows))
     return {
-        'weights': _held(program.state.params),
-        'optimiser': _held(program.state.opt_state),
-        'gradients': _held(program.state.params) * (2 if config.accumulate > 1 else 1),
+        'weights': _local_bytes(program.state.params),
+        'optimiser': _local_bytes(program.state.opt_state),
+        'gradients': _local_bytes(program.state.params) * (2 if config.accumulate > 1 else 1),
         'activations': rows * T * (model.num_layers * (stream + layer) + working + scores + 4 * stream),
         'logits': chunk * padded // tensor * (4 + 4 + width) + D * padded // tensor * (4 + width),
     }
 
 
-def _held(tree):
-    """Bytes that one device holds of a tree."""
+def _local_bytes(tree):
+    """Returns the bytes of a tree that one device holds."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def fits(program, capacity):
-    """Whether a run fits, by formula."""
+def fits(program: Program, capacity: int) -> bool:
+    """Returns whether a run fits into `capacity` bytes on each device, by formula."""
     return sum(memory(program).values()) <= SPARE * capacity
 
 
-def proposal(config, count, capacity, check):
-    """What to set so that a run fits, what costs the least first; None if nothing helps.
+def proposal(
+    config: configs.Config, count: int, capacity: int, check: Callable[[configs.Config], Any]
+) -> list[str] | None:
+    """Returns the words of a command line with which a run fits, the cheapest change first; None if nothing helps.
 
-    For the mesh of `config` and for one of fsdp alone, and for each remat policy that saves more: the largest
-    micro-batch that fits by formula, or half of it, if `check` agrees.
+    The search tries the mesh of `config` and a mesh of fsdp alone, and each remat policy that saves more memory. For
+    each it takes the largest micro-batch that fits by formula, or the next smaller one, if `check` agrees.
+
+    Args:
+        config: of the run.
+        count: number of devices.
+        capacity: bytes on each device.
+        check: whether a config that fits by formula really fits.
     """
     policies = dict.fromkeys([config.model.remat, *(['dots', 'full'] if config.model.remat != 'full' else [])])
     for mesh, remat in itertools.product([config.mesh, configs.Mesh(1, count, 1)], policies):
@@ -89,10 +105,10 @@ def proposal(config, count, capacity, check):
             try:
                 fit = words and fits(Program(other, abstract_mesh(mesh, count)), capacity)
             except UsageError:
-                continue  # does not divide
+                continue  # the batch or the model cannot be divided in this way
             if fit and check(other):
                 return words
             checked += bool(fit)
-            if checked == 2:  # compiling takes minutes
+            if checked == 2:  # because compiling takes minutes
                 break
     return None

@@ -1,1 +1,1 @@
-"""The report: what came out of runs, as text, HTML and figures."""
+"""Reports: the results of runs as text, HTML and figures."""

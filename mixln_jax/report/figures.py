@@ -1,51 +1,55 @@
-"""Figures of what was measured: results in, matplotlib's Figure out, for a column (3.25 inches) or a page (6.75).
+"""Figures of measurements: from results to matplotlib's Figure, for a column (3.25 inches) or a page (6.75).
 
-A result is one element of `results` in the result.json of an analysis; its layers have the numbers `layer_index`. A
-quantity in it is {'mean': list, 'standard_error': list or None}; None or nan is a number that is not known or not
-finite, and is left blank or marked with a cross. Beside its own keys a result may have `colour`, its number in
-drawing.COLOURS; else its place counts.
+A result is one element of `results` in the result.json of an analysis; `layer_index` numbers its layers. A quantity in
+it is {'mean': list, 'standard_error': list or None}. None or nan is a number that is unknown or not finite; it is left
+blank or marked with a cross. A result may have a `colour`, an index into style.COLOURS; otherwise its position is used.
 """
 
 import contextlib
 import io
 import itertools
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib import ticker
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from mixln_jax.report import style
 from mixln_jax.system import outputs
 
 MATRICES = ('attention/q', 'attention/k', 'attention/v', 'attention/o', 'mlp/gate', 'mlp/up', 'mlp/down')
+Result = Mapping[str, Any]
 UNITS = {'loss': 'nats', 'exact_match': '%', 'f1': '%'}
 
 
-def image(figure):
-    """The pixels of a figure, [H,W,3] uint8."""
+def image(figure: Figure) -> np.ndarray:
+    """Returns the pixels of a figure, [H, W, 3] uint8."""
     with matplotlib.rc_context(style.STYLE):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         return np.array(canvas.buffer_rgba())[..., :3]
 
 
-def svg(figure):
-    """A figure as the bytes of an SVG file: the same bytes for the same figure."""
-    return _saved(figure, 'svg', {'Date': None, 'Creator': None})
+def svg(figure: Figure) -> bytes:
+    """Returns the content of an SVG file of a figure: the same bytes for the same figure."""
+    return _encoded(figure, 'svg', {'Date': None, 'Creator': None})
 
 
-def save(figure, folder, name):
-    """Writes <folder>/<name>.png (300 dots an inch) and <name>.svg; without a date, so that equal figures are equal."""
+def save(figure: Figure, folder: str | pathlib.Path, name: str) -> None:
+    """Writes <folder>/<name>.svg and <name>.png (300 dots per inch), without a date: equal figures give equal files."""
     folder = pathlib.Path(folder)
-    outputs.write(folder / f'{name}.svg', svg(figure))  # first: it shows whose both are
-    outputs.write(folder / f'{name}.png', _saved(figure, 'png', {'Software': None}))
+    outputs.write(folder / f'{name}.svg', svg(figure))  # first: `is_drawn` recognises this one
+    outputs.write(folder / f'{name}.png', _encoded(figure, 'png', {'Software': None}))
 
 
 def is_drawn(path: pathlib.Path) -> bool:
-    """Whether a file is an SVG of `save`: matplotlib's, without a date."""
+    """Returns whether a file is an SVG that `save` has written: one of matplotlib's, without a date."""
     with contextlib.suppress(OSError):
         with open(path, 'rb') as file:
             head = file.read(3000)
@@ -54,17 +58,18 @@ def is_drawn(path: pathlib.Path) -> bool:
 
 
 @style.styled
-def angular(results, among=None):
-    """Angular distance of the residual stream over n layers from depth l, a heat map a result, on one scale from 0.
+def angular(results: Sequence[Result], among: Sequence[Result] | None = None) -> Figure:
+    """Draws the angular distance of the residual stream over n layers from depth l: one heat map for each result.
 
-    Depth l is behind l layers; in a pruned network they are not those of the first l numbers.
+    All maps share one scale, which starts at 0. Depth l comes after l layers; in a pruned network these are not the
+    layers with the first l numbers.
 
-    The axes of Gromov et al. 2024 (arXiv 2403.17887), figure 4, and Mix-LN, figures 2, 3 and 5: cell (l, n) is
-    d(x_l, x_{l+n}), which exists for l + n <= L; yellow is small.
+    The axes are those of Gromov et al. 2024 (arXiv 2403.17887), figure 4, and of Mix-LN, figures 2, 3 and 5: cell (l,
+    n) is d(x_l, x_{l+n}), which exists for l + n <= L; yellow is small.
 
     Args:
-        results: of `analysis.angular`.
-        among: all results that share the scale; None: these.
+        results: from `analysis.angular`.
+        among: all results that share the scale; None: `results`.
     """
     cells = [span_cells(result['distance']['mean']) for result in results]
     largest = _largest(span_cells(result['distance']['mean']) for result in among or results)
@@ -83,15 +88,15 @@ def angular(results, among=None):
     return figure
 
 
-def heat_map(matrix, title=''):
-    """The heat map of one matrix of angular distances [L+1,L+1] between the depths of a network; see `angular`."""
+def heat_map(matrix: ArrayLike, title: str = '') -> Figure:
+    """Draws one matrix of angular distances [L+1, L+1] between the depths of a network; see `angular`."""
     return angular([{'label': title, 'distance': {'mean': matrix}}])
 
 
-def span_cells(matrix):
-    """A matrix of distances between depths, [L+1,L+1], as [L,L]: row n - 1 and column l is d(x_l, x_{l+n}).
+def span_cells(matrix: ArrayLike) -> np.ma.MaskedArray:
+    """Returns distances between depths, [L+1, L+1], as cells [L, L]: row n - 1 and column l is d(x_l, x_{l+n}).
 
-    Cells with l + n > L do not exist: they are masked. Those that are not finite are nan.
+    Cells with l + n > L do not exist and are masked. Cells that are not finite are nan.
     """
     matrix = np.array(matrix, float)
     l, n = np.meshgrid(np.arange(len(matrix) - 1), np.arange(1, len(matrix)))
@@ -100,48 +105,55 @@ def span_cells(matrix):
 
 
 @style.styled
-def drop(results, metric='perplexity', block=1, among=None):
-    """What a metric becomes without a block of layers minus what it is with all: bars over layers, a panel a result.
+def drop(results: Sequence[Result], metric: str, block: int = 1, among: Sequence[Result] | None = None) -> Figure:
+    """Draws the change of a metric when a block of layers is removed: bars over the layers, a panel for each result.
 
     Args:
-        results: of `analysis.drop` that have `metric`.
-        block: how many layers are left out together.
-        among: all results that share the axis; None: these.
+        results: from `analysis.drop`; all have `metric`.
+        metric: the name of a metric in the results.
+        block: how many neighbouring layers are removed together.
+        among: all results that share the axis; None: `results`.
     """
-    low, high, scale, threshold = style.bar_axis(
-        [_measured(r['metrics'][metric]['drop'][f'{block}']) for r in among or results]
-    )
+    axis = style.bar_axis([_measured(result['metrics'][metric]['drop'][f'{block}']) for result in among or results])
     figure, axes, columns = style.panels(len(results), sharey=True, most_columns=2)
     marked = [style.placements(ax, result) for ax, result in zip(axes, results, strict=True)]
     ends = [number for result in results for number in result['layer_index']]
+    unit = f' ({UNITS[metric]})' if metric in UNITS else ''
+    scale = f'\nlogarithmic beyond ±{axis.threshold:g}' if axis.threshold else ''
     for number, (ax, result) in enumerate(zip(axes, results, strict=True)):
-        mean, error = _measured(result['metrics'][metric]['drop'][f'{block}'])
-        layers = style.layers(result)[: len(mean)]
-        colour, _ = style.look(result, number)
-        ax.bar(layers, np.nan_to_num(mean, posinf=0, neginf=0), 0.78, color=colour, linewidth=0)
-        if error is not None:
-            ax.errorbar(layers, mean, error, fmt='none', ecolor=style.INK, elinewidth=0.6)
-        ax.axhline(0, color=style.INK, linewidth=0.5)
-        if not np.isfinite(mean).all():
-            lost = layers[~np.isfinite(mean)]
-            ax.plot(lost, np.zeros(len(lost)), 'x', color=style.INK, markersize=3.5, clip_on=False)
-            ax.annotate('× not finite', (1, 1), xycoords='axes fraction', ha='right', va='top', fontsize=6.5)
-        if scale == 'symlog':
-            ax.set_yscale('symlog', linthresh=threshold, linscale=0.6)
-        ax.set(ylim=(low, high), xlim=(min(ends) - 0.7, max(ends) + 0.7))
+        _bars(ax, result, _measured(result['metrics'][metric]['drop'][f'{block}']), style.look(result, number)[0])
+        if axis.threshold:
+            ax.set_yscale('symlog', linthresh=axis.threshold, linscale=0.6)
+        ax.set(ylim=(axis.low, axis.high), xlim=(min(ends) - 0.7, max(ends) + 0.7))
         style.integers(ax.xaxis)
-        left_out = 'layer left out' if block == 1 else f'first of {block} layers left out'
-        ax.set_xlabel(left_out if number + columns >= len(results) else '')
-        unit = f' ({UNITS[metric]})' if metric in UNITS else ''
-        scaled = f'\nlogarithmic beyond ±{threshold:g}' if scale == 'symlog' else ''
-        ax.set_ylabel(style.plain(f'change in {metric}{unit}{scaled}') if number % columns == 0 else '')
+        removed = 'layer left out' if block == 1 else f'first of {block} layers left out'
+        ax.set_xlabel(removed if number + columns >= len(results) else '')
+        ax.set_ylabel(style.plain(f'change in {metric}{unit}{scale}') if number % columns == 0 else '')
         style.title(ax, result['label'], figure, columns, pad=10 if any(marked) else 4)
     return figure
 
 
+def _bars(ax, result, quantity, colour):
+    """Draws bars with their standard errors; a cross marks what is not finite."""
+    mean, error = quantity
+    layers = style.layers(result)[: len(mean)]
+    ax.bar(layers, np.nan_to_num(mean, posinf=0, neginf=0), 0.78, color=colour, linewidth=0)
+    if error is not None:
+        ax.errorbar(layers, mean, error, fmt='none', ecolor=style.INK, elinewidth=0.6)
+    ax.axhline(0, color=style.INK, linewidth=0.5)
+    if not np.isfinite(mean).all():
+        lost = layers[~np.isfinite(mean)]
+        ax.plot(lost, np.zeros(len(lost)), 'x', color=style.INK, markersize=3.5, clip_on=False)
+        ax.annotate('× not finite', (1, 1), xycoords='axes fraction', ha='right', va='top', fontsize=6.5)
+
+
 @style.styled
-def gradients(results):
-    """Norm of the gradient of the loss by layer, a line a result, with its standard error; `analysis.gradients`."""
+def gradients(results: Sequence[Result]) -> Figure:
+    """Draws the norm of the loss's gradient by layer, with standard errors: a line for each result.
+
+    Args:
+        results: from `analysis.gradients`.
+    """
     figure, [ax] = style.chart()
     quantities = [_measured(result['layers']) for result in results]
     handles = style.lines(ax, quantities, results)
@@ -151,14 +163,17 @@ def gradients(results):
 
 
 @style.styled
-def gradient_matrices(results):
-    """Norm of the gradient by layer for each matrix that all networks have, on one axis; `analysis.gradients`."""
+def gradient_matrices(results: Sequence[Result]) -> Figure:
+    """Draws the norm of the gradient by layer, in a panel for each matrix that all networks have, with one axis.
+
+    Args:
+        results: from `analysis.gradients`.
+    """
     figure, axes = style.chart(2, 4, style.PAGE, 1.3, sharex=True, sharey=True)
     names = [name for name in MATRICES if all(name in result['matrices'] for result in results)]
     quantities = [_measured(result['matrices'][name]) for name in names for result in results]
     for ax, name in zip(axes, names, strict=False):
-        of_matrix = [_measured(result['matrices'][name]) for result in results]
-        handles = style.lines(ax, of_matrix, results)
+        handles = style.lines(ax, [_measured(result['matrices'][name]) for result in results], results)
         ax.set_title(name)
     style.scale(axes[0], quantities)
     for empty in range(len(names), len(axes)):
@@ -170,10 +185,14 @@ def gradient_matrices(results):
 
 
 @style.styled
-def variance(results):
-    """Variance of the residual stream with depth, a line a result, the theory dash-dotted; `analysis.variance`."""
+def variance(results: Sequence[Result]) -> Figure:
+    """Draws the variance of the residual stream with depth: a line for each result, the theory dash-dotted.
+
+    Args:
+        results: from `analysis.variance`.
+    """
     figure, [ax] = style.chart()
-    depths = lambda result: np.arange(len(result['variance']['mean']))  # noqa: E731
+    depths = [np.arange(len(result['variance']['mean'])) for result in results]
     handles = style.lines(ax, [_measured(result['variance']) for result in results], results, depths)
     line = {'linewidth': 0.9, 'dashes': (4, 1.5, 1, 1.5)}  # unlike the dashes of a second seed
     theory = []
@@ -185,8 +204,8 @@ def variance(results):
     ax.set_yscale('log')
     style.decades(ax)
     measured = np.concatenate([result['variance']['mean'] for result in results]).astype(float)
-    measured = measured[measured > 0]  # also no nan
-    if measured.size:  # a theory that leaves them far behind must not flatten the lines
+    measured = measured[measured > 0]  # nan is excluded too
+    if measured.size:  # a theory far away from the measurements must not flatten their lines
         bottom, top = ax.get_ylim()
         ax.set_ylim(max(bottom, measured.min() / 10), min(top, measured.max() * 10))
     ax.set(xlabel='depth (layers passed)', ylabel='variance of the residual stream')
@@ -196,71 +215,88 @@ def variance(results):
 
 
 @style.styled
-def contribution(results):
-    """|F(x)| / |x|, what attention and MLP add relative to the residual stream, by layer; `analysis.variance`."""
+def contribution(results: Sequence[Result]) -> Figure:
+    """Draws |F(x)| / |x|, what attention and MLP add relative to the residual stream, by layer.
+
+    Args:
+        results: from `analysis.variance`.
+    """
     figure, axes = style.chart(2, 1, style.COLUMN, 1.45, sharex=True, sharey=True)
-    quantities = {name: [_measured(r['contribution'][name]) for r in results] for name in ('attention', 'mlp')}
-    for ax, (name, of_part) in zip(axes, quantities.items(), strict=True):
-        handles = style.lines(ax, of_part, results)
+    quantities = {
+        name: [_measured(result['contribution'][name]) for result in results] for name in ('attention', 'mlp')
+    }
+    for ax, (name, part) in zip(axes, quantities.items(), strict=True):
+        handles = style.lines(ax, part, results)
         ax.set_title({'attention': 'attention', 'mlp': 'MLP'}[name])
         ax.set_ylabel('$|F(x)|\\,/\\,|x|$')
-    style.scale(axes[0], [q for of_part in quantities.values() for q in of_part])
+    style.scale(axes[0], [*itertools.chain(*quantities.values())])
     axes[-1].set_xlabel('layer')
     return style.legend(figure, handles, results)
 
 
 @style.styled
-def curves(series, xlabel, ylabel, log=None):
-    """Numbers over the training, a line each.
+def curves(series: Sequence[Mapping[str, Any]], xlabel: str, ylabel: str, log: bool | None = None) -> Figure:
+    """Draws numbers over the training, a line for each of `series`.
 
     Args:
-        series: {'label', 'x': list, 'y': list, 'points': None or (x, y) of a few numbers marked beside the line};
+        series: {'label', 'x': list, 'y': list, 'points': None or (x, y) of a few numbers that are marked in addition};
             `x` may be empty.
-        log: whether the y axis is logarithmic; None: where it spans more than a decade.
+        xlabel: the label of the x axis.
+        ylabel: the label of the y axis.
+        log: whether the y axis is logarithmic; None: if the numbers span more than a decade.
     """
     figure, [ax] = style.chart()
-    handles = []
-    for number, one in enumerate(series):
-        colour, dash = style.look(one, number)
-        marker = 'o' if len(one['x']) <= 40 else None  # one point alone is no line
-        handles += ax.plot(one['x'], np.array(one['y'], float), color=colour, linestyle=dash, marker=marker)
-        if one.get('points'):
-            ax.plot(*np.array(one['points'], float), 'o', color=colour, mec='white', markersize=4.5, mew=0.6)
-    ys = [np.array([*one['y'], *(one.get('points') or ((), ()))[1]], float) for one in series]
-    style.scale(ax, [(y, None) for y in ys], log)
+    handles, heights = [], []
+    for number, curve in enumerate(series):
+        colour, dash = style.look(curve, number)
+        marker = 'o' if len(curve['x']) <= 40 else None  # a single point is not a line
+        handles += ax.plot(curve['x'], np.array(curve['y'], float), color=colour, linestyle=dash, marker=marker)
+        points = np.array(curve.get('points') or ((), ()), float)
+        if points.size:
+            ax.plot(*points, 'o', color=colour, mec='white', markersize=4.5, mew=0.6)
+        heights.append((np.array([*curve['y'], *points[1]], float), None))
+    style.scale(ax, heights, log)
     ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
     ax.set(xlabel=xlabel, ylabel=ylabel)
     return style.legend(figure, handles, series)
 
 
 @style.styled
-def by_layer(values, results, quantity):
-    """A number a layer, all layers of a network: a line a result.
+def by_layer(values: Sequence[ArrayLike], results: Sequence[Result], quantity: str) -> Figure:
+    """Draws one number for each layer of whole networks: a line for each result.
 
     Args:
-        values: [L] of each result, by layer from 1 on.
-        results: {'label'}, with `colour` or not.
+        values: [L] of each result, from the first layer on.
+        results: {'label'}, optionally with `colour`.
         quantity: the label of the y axis.
     """
     figure, [ax] = style.chart()
-    quantities = [(np.array(of, float), None) for of in values]
-    numbered = [result | {'layer_index': range(1, len(of) + 1)} for result, of in zip(results, values, strict=True)]
-    handles = style.lines(ax, quantities, numbered)
+    quantities = [(np.array(numbers, float), None) for numbers in values]
+    layers = [range(1, len(numbers) + 1) for numbers in values]
+    handles = style.lines(ax, quantities, results, layers)
     style.scale(ax, quantities)
     ax.set(xlabel='layer', ylabel=quantity)
     return style.legend(figure, handles, results)
 
 
 @style.styled
-def evolution(values, steps, label, quantity, among=None):
-    """A number a layer over the training: a heat map, a row a layer, a column a step that was measured.
+def evolution(
+    values: ArrayLike,
+    steps: Sequence[int],
+    label: str,
+    quantity: str,
+    among: Sequence[ArrayLike] | None = None,
+) -> Figure:
+    """Draws one number for each layer over the training: a heat map with a row for each layer, a column for each step.
 
     Args:
-        values: [S,L], of `steps` [S].
-        quantity: what the colour bar says.
-        among: all such `values` that share the scale; None: these alone.
+        values: [S, L].
+        steps: [S], the steps that were measured.
+        label: the title.
+        quantity: the label of the colour bar.
+        among: all `values` that share the scale; None: these alone.
     """
-    norm = style.norm([np.array(v, float) for v in among or [values]])
+    norm = style.norm([np.array(others, float) for others in among or [values]])
     values = np.array(values, float).T
     figure, [ax] = style.chart()
     extent = (0.5, len(steps) + 0.5, 0.5, len(values) + 0.5)
@@ -274,7 +310,7 @@ def evolution(values, steps, label, quantity, among=None):
     return figure
 
 
-def _saved(figure, form, metadata):
+def _encoded(figure, form, metadata):
     body = io.BytesIO()
     with matplotlib.rc_context(style.STYLE):
         figure.savefig(body, format=form, dpi=300, metadata=metadata)
@@ -282,7 +318,7 @@ def _saved(figure, form, metadata):
 
 
 def _measured(quantity):
-    """(mean, standard error or None) as arrays; what is not known is nan."""
+    """Returns (mean, standard error or None) of a quantity as arrays; unknown numbers are nan."""
     error = quantity.get('standard_error')
     return np.array(quantity['mean'], float), None if error is None else np.array(error, float)
 

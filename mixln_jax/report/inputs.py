@@ -1,132 +1,205 @@
-"""What a report reads: runs and the results of analyses."""
+"""The runs of a report, and the number by which they are compared."""
 
 import dataclasses
-import math
+import itertools
+import json
 import os
 import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax.models import placements
-from mixln_jax.report import sections
-from mixln_jax.report.overview import SEEDS, colour_key, groups
+from mixln_jax.report import style
+from mixln_jax.report.numbers import number
+from mixln_jax.report.results import ANALYSES, LARGEST, check_lines, read_content
 from mixln_jax.runs import log, workdir
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
-LARGEST = 2**63  # of a whole number in a file
-ANALYSES = ('angular', 'drop', 'gradients', 'variance')
+SEEDS = ('seed', 'data.seed')
+
+
+@dataclasses.dataclass(frozen=True)
+class Headline:
+    """The number by which runs are compared: the last value under one key of metrics.jsonl."""
+
+    key: str
+    label: str
+    lower_is_better: bool
+    digits: int  # decimals that are shown
+
+    @property
+    def name(self) -> str:
+        """The name of the metric in the results of analyses: the key without `eval/`."""
+        return self.key.removeprefix('eval/')
+
+
+HEADLINES = (
+    Headline('eval/perplexity', 'perplexity', lower_is_better=True, digits=2),
+    Headline('eval/accuracy', 'accuracy', lower_is_better=False, digits=4),
+    Headline('eval/loss', 'loss', lower_is_better=True, digits=4),
+)
 
 
 @dataclasses.dataclass(eq=False)
 class Run:
-    """What a work directory holds."""
+    """The content of a work directory."""
 
     folder: str  # as given
     config: configs.Config
-    lines: list  # of metrics.jsonl
-    environment: dict
-    analyses: dict  # job -> its result.json
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    environment: dict[str, Any]
+    analyses: dict[str, dict[str, Any]]  # {job: content of its result.json}
     name: str
     colour: int
-    debug: dict = dataclasses.field(default_factory=dict)  # what it wrote where a step was not finite
+    debug: dict[str, Any] = dataclasses.field(default_factory=dict)  # debug/report.json, of a step that was not finite
 
     @property
-    def placement(self):
+    def placement(self) -> str:
+        """The placement of all layers, as `post x 1, pre x 2`."""
         model = self.config.model
         return placements.spelled(placements.resolve(model.norm_position, model.num_layers, model.post_ratio))
 
     @property
-    def keys(self):
+    def keys(self) -> dict[str, Any]:
         """{key: value} of the configuration, flat."""
         return configs.flatten(self.config)
 
     @property
-    def seeds(self):
+    def seeds(self) -> tuple[int, ...]:
+        """The values of SEEDS."""
         return tuple(self.keys[name] for name in SEEDS)
 
     @property
-    def step(self):
+    def step(self) -> int:
+        """The last step that was logged."""
         return self.lines[-1]['step'] if self.lines else 0
 
     @property
-    def steps(self):
-        """How far it has come, a text."""
+    def steps(self) -> str:
+        """How many steps have been made, for people: `10`, or `5 of 10` while the run is unfinished."""
         last = self.config.num_steps
         return f'{self.step:,}' if self.step == last else f'{self.step:,} of {last:,}'
 
     @property
-    def bad_step(self):
-        """The step at which it ended because a loss or gradient was not finite, None where it did not."""
-        step = sections.number(self.debug.get('step'))
+    def bad_step(self) -> int | None:
+        """The step at which the run ended because a loss or gradient was not finite; None if none was."""
+        step = number(self.debug.get('step'))
         return int(step) if self.step < step < LARGEST else None
 
     @property
-    def text(self):
-        """{part: value} of what it has read, and of what it is evaluated on; {} where that is not known."""
+    def text(self) -> dict[str, Any]:
+        """A description of the text that the run reads and is evaluated on, {part: value}; {} if it is not known."""
         data, (_, tokens) = self.environment.get('data'), self.last('eval/tokens')
         if not isinstance(data, dict):
             return {}
         wanted = self.config.eval.tokens
         return data | {'split': self.config.eval.split, 'amount': min(wanted, tokens or wanted)}
 
-    def last(self, key):
-        """The newest value of a metric: (step, number), nan where it is not finite; (None, None): never logged."""
+    @property
+    def headline(self) -> Headline:
+        """The number by which this run is compared with others."""
+        return headline(self)
+
+    @property
+    def evaluation(self) -> tuple[int | None, float | None]:
+        """(step, value) of the last evaluation, as `last` returns them."""
+        return self.last(self.headline.key)
+
+    def last(self, key: str) -> tuple[int | None, float | None]:
+        """Returns (step, value) of the newest value of a metric, nan if it is not finite; (None, None) if it was never
+        logged."""
         line = next((line for line in reversed(self.lines) if key in line), None)
-        return (line['step'], sections.number(line[key])) if line else (None, None)
+        return (line['step'], number(line[key])) if line else (None, None)
 
-    def results(self, job):
-        """Of an analysis, by step, with the run's name and colour; `checkpoint_label` is their own label."""
-        named = [
-            {**result, 'label': self.name, 'checkpoint_label': result.get('label'), 'colour': self.colour}
-            for result in self.analyses[job]['results']
+    def results(self, job: str) -> list[dict[str, Any]]:
+        """Returns the results of an analysis, ordered by step, labelled with the run's name and colour.
+
+        `checkpoint_label` is the label that the analysis gave, `headline` the name of the run's headline metric.
+        """
+        own = {'label': self.name, 'colour': self.colour, 'headline': self.headline.name}
+        labelled = [
+            {**result, 'checkpoint_label': result.get('label'), **own} for result in self.analyses[job]['results']
         ]
-        return sorted(named, key=lambda result: -1 if result.get('step') is None else result['step'])
+        return sorted(labelled, key=lambda result: -1 if result.get('step') is None else result['step'])
 
 
-def read(folders):
-    """(runs, problems, others) of folders; one with a problem hides no other, and `others` are no runs at all."""
+def headline(run: Run) -> Headline:
+    """Returns the first of HEADLINES that the run has logged; the first of all if it was never evaluated."""
+    logged = set().union(*run.lines)
+    return next((one for one in HEADLINES if one.key in logged), HEADLINES[0])
+
+
+def headlines(runs: Iterable[Run]) -> list[Headline]:
+    """Returns the headlines of those runs that were evaluated, in the order of HEADLINES; never an empty list."""
+    present = {run.headline for run in runs if run.evaluation[0] is not None} or {HEADLINES[0]}
+    return [one for one in HEADLINES if one in present]
+
+
+def labels(several: Sequence[Headline]) -> str:
+    """Returns the labels of headlines for a sentence: `perplexity and accuracy`."""
+    return ' and '.join(one.label for one in several)
+
+
+def read(folders: Iterable[str]) -> tuple[list[Run], list[Exception], list[str]]:
+    """Reads work directories; a problem in one of them hides no other.
+
+    Returns:
+        The runs, the problems (UsageError, CheckpointError), and the folders that are not runs at all.
+    """
     runs, problems, others = [], [], []
     for path, folder in {pathlib.Path(os.path.realpath(files.local(folder, ''))): folder for folder in folders}.items():
         try:
             if not _is_run(path):
                 others.append(folder)
                 continue
-            config, metrics = configs.read(path / 'config.json'), path / 'metrics.jsonl'
-            lines = log.read_metrics(metrics)
-            with reading(metrics, CheckpointError):
-                _check_lines(metrics, lines)
-            run = Run(folder, config, lines, {}, {}, '', len(runs))
-            with reading(path / 'config.json', UsageError):
-                _ = run.placement
+            run = _read_run(path, folder, len(runs))
         except (UsageError, CheckpointError) as problem:
             problems.append(problem)
             continue
         runs.append(run)
-        for name, job in (
-            ('environment', ''),
-            ('debug/report', ''),
-            *((f'analysis/{job}/result', job) for job in ANALYSES),
-        ):
-            try:
-                content = _content(path / f'{name}.json', job) or {}
-            except CheckpointError as problem:
-                problems.append(problem)
-                continue
-            if job and content:
-                run.analyses[job] = content
-            elif not job:
-                setattr(run, 'environment' if name == 'environment' else 'debug', content)
+        problems += _read_analyses(run, path)
     for run, name in zip(runs, workdir.short_names([run.folder for run in runs]), strict=True):
         run.name = name
-    colour_key(groups(runs))
+    _assign_colours(groups(runs))
     return runs, problems, others
 
 
+def _read_run(path, folder, colour):
+    """Returns the run in a folder, without its analyses. Raises UsageError and CheckpointError."""
+    config, metrics = configs.read(path / 'config.json'), path / 'metrics.jsonl'
+    lines = log.read_metrics(metrics)
+    with reading(metrics, CheckpointError):
+        check_lines(metrics, lines)
+    run = Run(folder, config, lines, {}, {}, '', colour)
+    with reading(path / 'config.json', UsageError):
+        _ = run.placement
+    return run
+
+
+def _read_analyses(run, path):
+    """Adds environment, debug report and analyses to a run; returns the problems in these files."""
+    problems = []
+    for attribute, name in (('environment', 'environment.json'), ('debug', 'debug/report.json')):
+        try:
+            setattr(run, attribute, read_content(path / name) or {})
+        except CheckpointError as problem:
+            problems.append(problem)
+    for job in ANALYSES:
+        try:
+            if content := read_content(path / f'analysis/{job}/result.json', job):
+                run.analyses[job] = content
+        except CheckpointError as problem:
+            problems.append(problem)
+    return problems
+
+
 def _is_run(path):
-    """Whether a path, which must exist, has the config.json of a run, be it damaged. Others may have one too, such as
-    Hugging Face folders."""
+    """Returns whether a folder has the config.json of a run, even a damaged one. Hugging Face folders have a
+    config.json too. Raises UsageError if the folder does not exist."""
     try:
         return 'model' in files.read_json(path / 'config.json', UsageError)
     except FileNotFoundError:
@@ -137,88 +210,39 @@ def _is_run(path):
         return not path.is_file()
 
 
-def _check_lines(path, lines):
-    """Raises CheckpointError for a value that is not a number, or numbers."""
-    for line in lines:
-        for name, value in line.items():
-            if not _numeric(value):
-                raise CheckpointError(f'{path}: {name} of step {line["step"]} is no number')
+def groups(runs: Iterable[Run]) -> list[list[Run]]:
+    """Returns the runs in groups, the best headline first.
+
+    The runs of a group differ in seeds alone and have made equally many steps.
+    """
+    grouped = {}
+    for run in runs:
+        step, value = run.evaluation
+        settings = {name: value for name, value in run.keys.items() if name not in SEEDS}
+        alike = [run.step, step, run.headline.key, run.text, settings]
+        known = step is not None and np.isfinite(value)
+        candidates = grouped.setdefault(json.dumps(alike if known else run.name), [])
+        # The same seeds again are not a further sample.
+        group = next((group for group in candidates if run.seeds not in [other.seeds for other in group]), None)
+        group.append(run) if group else candidates.append([run])
+    return sorted(itertools.chain(*grouped.values()), key=_rank)
 
 
-def _numeric(value):
-    """Whether a value, or all in a list of lists, are numbers or None, which stands for one that is not finite."""
-    if isinstance(value, list):
-        return all(map(_numeric, value))
-    if isinstance(value, float):
-        return not 1e100 <= abs(value) < math.inf  # no axis can be drawn for what is near the largest float
-    return value is None or isinstance(value, int) and abs(value) < LARGEST
+def _rank(group):
+    """Returns the key by which groups are sorted: those that were never evaluated are last."""
+    best = group[0].headline
+    values = [run.evaluation[1] for run in group]
+    if None in values:
+        return 2, 0, 0
+    mean = np.mean(values)
+    if not np.isfinite(mean):
+        return 1, 0, 0
+    return 0, HEADLINES.index(best), mean if best.lower_is_better else -mean
 
 
-def _content(path, job):
-    """A JSON file, None where there is none; CheckpointError where it is malformed or not the result of `job`."""
-    problem = f'not {f"the result of mixln_jax.analysis.{job}" if job else "what a run writes"}'
-    try:
-        content = files.read_json(path, CheckpointError, problem)
-    except FileNotFoundError:
-        return None
-    with reading(path, CheckpointError, problem):
-        for name in ('definition', 'unit', 'source') if job else ():
-            if not isinstance(content.get(name), str | None):
-                raise ValueError(f'{name} that is no text')
-        for result in content['results'] if job else ():
-            _check(job, result)
-        if job and not content['results']:
-            raise ValueError('it has no results')
-    return content
-
-
-def _check(job, result):
-    """Raises ValueError, KeyError or TypeError for an element of `results` that is not as the figures need it."""
-    L = len(result['norm_position'])
-    for name, kind in (('norm_position', str), ('layer_index', int)):
-        if not (isinstance(result[name], list) and {*map(type, result[name])} == {kind} and len(result[name]) == L):
-            raise ValueError(f'{name} that is not a list with something of every layer')
-    if not _numeric(result['layer_index']) or result['layer_index'] != sorted({*result['layer_index']}):
-        raise ValueError('layer_index that does not rise')
-    for name in ('step', 'tokens', 'rows', 'gradients', 'rows_per_gradient', 'theory_constant'):
-        if isinstance(result.get(name), list) or not _numeric(result.get(name)):
-            raise ValueError(f'{name} that is no number')
-    for name, kind in (('label', str | None), ('text', dict | None)):
-        if not isinstance(result.get(name), kind):
-            raise ValueError(f'{name} that is none')
-    if any(isinstance(value, list | dict) for value in [*(result.get('text') or {}).values(), result.get('positions')]):
-        raise ValueError('a list where one value belongs')
-    single = [{'mean': of.get('value'), **of} for of in result['metrics'].values()] if job == 'drop' else []
-    single += (result.get('outside') or {}).values() if job == 'gradients' else []
-    for one in ([of['mean'], of.get('standard_error')] for of in single):
-        if any(isinstance(value, list) for value in one) or not _numeric(one):
-            raise ValueError('a value that is no number')
-    if job == 'drop' and any(f'{int(block)}' != block for of in single for block in of['drop']):
-        raise ValueError('a block that is no number of layers')
-    shapes = {
-        'angular': lambda: [(result['distance'], (L + 1, L + 1))],
-        'gradients': lambda: [
-            (result['layers'], (L,)),
-            *((values, (L,)) for values in result['matrices'].values()),
-        ],
-        'variance': lambda: [
-            (result['variance'], (L + 1,)),
-            *((result['contribution'][name], (L,)) for name in ('attention', 'mlp')),
-        ],
-        'drop': lambda: [
-            (quantity, (L + 1 - int(block),))
-            for metric in result['metrics'].values()
-            for block, quantity in metric['drop'].items()
-        ],
-    }
-    for quantity, shape in shapes[job]():
-        if not _numeric([quantity['mean'], quantity.get('standard_error')]):
-            raise ValueError('what is no number among numbers')
-        mean, error = np.array(quantity['mean'], float), quantity.get('standard_error')
-        error = np.zeros(shape) if error is None else np.array(error, float)
-        if not mean.shape == error.shape == shape:
-            raise ValueError(f'shapes {mean.shape} and {error.shape} where {shape} belongs')
-        if (error < 0).any():
-            raise ValueError('a negative standard error')
-    if job == 'variance' and result.get('theory') and np.array(result['theory'], float).shape != (L + 1,):
-        raise ValueError('theory of another length')
+def _assign_colours(grouped):
+    """Gives the runs of a group one colour, and each a dash of its own, if there are enough of both."""
+    if len(grouped) <= len(style.COLOURS) and max(map(len, grouped), default=0) <= len(style.DASHES):
+        for colour, group in enumerate(sorted(grouped, key=lambda group: group[0].colour)):
+            for dash, run in enumerate(group):
+                run.colour = colour + dash * len(style.COLOURS)

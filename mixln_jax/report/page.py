@@ -1,9 +1,10 @@
-"""One self-contained HTML page of sections: text, figures as SVG, tables. No script, and nothing is fetched."""
+"""A report as one self-contained HTML page: text, tables, and figures as SVG. No scripts; nothing is fetched."""
 
 import base64
 import dataclasses
 import html
 import re
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -64,17 +65,17 @@ NUMERIC = re.compile(r'|-|not finite|[-+]?[\d.,]+(e[-+]?\d+)?( of [\d,]+| ± .*|
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Texts under a head; a `folded` one opens on a click."""
+    """A table of texts; a `folded` table opens with a click."""
 
     caption: str
-    head: tuple
-    rows: list
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
     folded: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A figure and what it shows in words, for those who do not see it; a `wide` one takes the whole width."""
+    """A figure and a description of it for readers who cannot see it; a `wide` picture takes the whole width."""
 
     figure: Figure
     alt: str
@@ -84,26 +85,38 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """The content under a heading: texts (`code` between backticks), smaller notes, pictures side by side, tables."""
+    """The content under a heading: texts (`code` in backticks), notes in a smaller font, pictures side by side,
+    tables."""
 
     heading: str
-    texts: tuple = ()
-    notes: tuple = ()
-    pictures: tuple = ()
-    tables: tuple = ()
-    parts: tuple = ()  # Sections under this one
-    warnings: tuple = ()  # texts that stand before all others
+    texts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    tables: tuple[Table, ...] = ()
+    parts: 'tuple[Section, ...]' = ()  # sections below this one
+    warnings: tuple[str, ...] = ()  # shown before all other texts
 
 
-def render(title, lead, sections, colours):
-    """The page, a text.
+def without_empty_columns(
+    head: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Returns (head, rows) of a table without the columns that have no content."""
+    kept = [number for number, column in enumerate(zip(*rows, strict=True)) if not {*column} <= {'-', ''}]
+    return tuple(head[number] for number in kept), [tuple(row[number] for number in kept) for row in rows]
+
+
+def render(title: str, lead: str, sections: Sequence[Section], colours: Mapping[str, str]) -> str:
+    """Returns the page as HTML.
 
     Args:
-        title, lead: texts.
-        sections: Sections.
-        colours: {name: CSS colour}: in cells that are names of runs each gets a dot of the colour of its lines.
+        title: the heading of the page.
+        lead: the text below it.
+        sections: the content.
+        colours: {name of a run: CSS colour}. In a cell that names runs, each gets a dot in the colour of its lines.
     """
-    links = ''.join(f'<li><a href="#{_anchor(s.heading)}">{_text(s.heading)}</a></li>' for s in sections)
+    links = ''.join(
+        f'<li><a href="#{_anchor(section.heading)}">{_text(section.heading)}</a></li>' for section in sections
+    )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -118,7 +131,7 @@ def render(title, lead, sections, colours):
 def _section(section, level, colours):
     id = f' id="{_anchor(section.heading)}"' if level == 2 else ''
     pictures = ''.join(map(_picture, section.pictures))
-    pairs = ' pairs' if len(section.pictures) in (2, 4) else ''  # two and two, not three and one
+    pairs = ' pairs' if len(section.pictures) in (2, 4) else ''  # two rows of two, not three and one
     return (
         f'<section{id}>\n<h{level}>{_text(section.heading)}</h{level}>\n'
         + ''.join(f'<p class="warning"><strong>Warning.</strong> {_coded(text)}</p>\n' for text in section.warnings)
@@ -141,8 +154,7 @@ def _picture(picture):
 
 def _table(table, colours):
     numeric = [all(NUMERIC.fullmatch(text) for text in column) for column in zip(*table.rows, strict=True)]
-
-    numeric[0] = False  # what the row is about
+    numeric[0] = False  # the first column names the rows
 
     def cell(tag, text, number, scope=''):
         names = text.split(', ')

@@ -18,10 +18,11 @@ from mixln_jax.system.signals import stopped_line
 Parsed = TypeVar('Parsed')
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Returns the parsed options. --help prints the help and exits with 0.
+def parse(parser, argv, known=False):
+    """Returns the options of a command line; with `known` a pair: the parser's own options, and the other words.
 
-    Raises UsageError, one line, where argparse would print its usage and exit.
+    Options are spelled with underscores; hyphens in their place are accepted. Raises UsageError, in one line, where
+    argparse would print its usage. --help exits with 0.
     """
     return _parse(parser, argv, parser.parse_args)
 
@@ -43,11 +44,26 @@ def _parse(
 
     parser.error = error  # type: ignore[method-assign]
     if empty := next((word for word in argv if re.fullmatch(r'--[\w-]+=--', word)), None):
-        error(f'{empty}: -- is not a value')  # in some Python versions argparse takes it for an empty list
+        error(f'{empty}: -- is no value')  # some Pythons' argparse makes an empty list of it
+    argv = _underscored(parser, argv)
     try:
         return parse_words(argv)
     except argparse.ArgumentError as problem:
         error(str(problem))
+
+
+def _underscored(parser, argv):
+    """Returns the words with hyphens replaced in the names of options that the parser knows with underscores."""
+    options = {option for action in parser._actions for option in action.option_strings}
+    words = list(argv)
+    for number, word in enumerate(words):
+        if word == '--':  # only values follow
+            break
+        name, equals, value = word.partition('=')
+        spelled = f'--{name[2:].replace("-", "_")}'
+        if name.startswith('--') and spelled in options:
+            words[number] = f'{spelled}{equals}{value}'
+    return words
 
 
 def integer(text: str) -> int:

@@ -1,1 +1,1 @@
-"""Preparing data sets."""
+"""Preparation of data sets: from text to TFDS data sets, or to rows of tokens."""

@@ -1,7 +1,7 @@
-"""`python -m mixln_jax.data.prepare`: text to a TFDS data set, or to rows of tokens, once, on one host or on many.
+"""`python -m mixln_jax.data.prepare`: turns text into a TFDS data set or into rows of tokens, on one host or many.
 
-A file of the input is one shard of the output: the unit of work of a process, of what a rerun leaves out, and of what
-`--shards` gives to a host. A shard's bytes follow from its file and the options alone.
+Each file of the input becomes one shard of the output. Processes work on shards, a rerun leaves out the finished ones,
+and `--shards` gives some of them to a host. The bytes of a shard follow from its file and the options alone.
 """
 
 import argparse
@@ -16,21 +16,24 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import tqdm
 
 from mixln_jax import config
 from mixln_jax.data import text_files, tokenizers
 from mixln_jax.data import workers as worker_processes
+from mixln_jax.data.prepare import job as jobs
 from mixln_jax.data.prepare import shards
 from mixln_jax.data.prepare.units import list_units, read
 from mixln_jax.data.sources import HELD_OUT, first_for_training, rank
 from mixln_jax.system import cli, console, signals
 from mixln_jax.system.errors import UsageError
 
-SAMPLE = 1_000_000  # bytes of text from which the size of the output is foretold
-MARGIN = 1.1  # of that forecast
-PAUSE = 0.2  # seconds between looks at what the workers report
+SAMPLE = 1_000_000  # bytes of text from which the size of the output is estimated
+MARGIN = 1.1  # factor on this estimate
+PAUSE = 0.2  # seconds between readings of the workers' reports
 SETTINGS = '--workers', '--workers 1'
 RANGES = {
     'workers': (1, config.WORKERS),
@@ -52,21 +55,33 @@ def prepare(
     skip_bad: int = 0,
     max_document: int = text_files.LARGEST,
 ) -> bool:
-    """Prepares `data` into `out`; see the command's help for the arguments. Whether the data set is complete now.
+    """Prepares `data` into `out`; returns whether the data set is complete now.
+
+    Args:
+        data: source, tokenizer and mode.
+        out: the output folder.
+        format: 'tfds' or 'tokens'.
+        seq_length: positions in a row of tokens.
+        validation: files for validation, or the split of a data set; empty: a hash of the text decides.
+        only: the shards to prepare.
+        workers: processes.
+        skip_bad: malformed records to leave out in each file.
+        max_document: bytes of a line or of a record; longer ones are malformed.
 
     Raises:
-        UsageError: `out` holds another preparation, another process prepares one of these shards, or there is no room.
+        UsageError: `out` holds another preparation, another process prepares one of these shards, or the disk is too
+        small.
         DataError: as sources and tokenizers do.
-        MemoryExhausted, UsageError, Exit: a worker process has ended, as `workers.ended` says.
+        MemoryExhausted, UsageError, Exit: a worker process has ended, see `workers.ended`.
     """
     signals.end_if_imported()
-    folder = shards.folder(out, format, data.name)
+    folder = jobs.folder(out, format, data.name)
     units = list_units(data, validation)
     tokenizer = tokenizers.open_tokenizer(data) if format == 'tokens' else None
     first = None if any(unit.split for unit in units) else _first_for_training(units, data, skip_bad, max_document)
-    job = shards.Job(data, format, out, str(folder), tokenizer, seq_length, first, skip_bad, max_document)
+    job = jobs.Job(data, format, out, str(folder), tokenizer, seq_length, first, skip_bad, max_document)
     job.check_plan(units)
-    # What to validate on is little: the host with the first shard makes all of it.
+    # The validation split is small: the host with the first shard prepares all of it.
     mine = [
         unit
         for unit in units
@@ -79,14 +94,14 @@ def prepare(
 
 
 def _complete(job, units, mine, workers):
-    """Prepares those of the units that are `mine`. Whether all are there now, and so a data set."""
+    """Prepares the units `mine`; returns whether all units are complete now, and so a data set."""
     _verify(job, [unit for unit in mine if job.result(unit, notes=False)])
     pending = [unit for unit in mine if not job.result(unit)]
     if pending:
         workers = min(workers, len(pending))
         _check_room(job, pending)
         if job.lack_notes_alone(pending):
-            console.say(f'writes the .rows files in {job.folder}: where documents end, bytes of text and checksums')
+            console.say(f'writing the .rows files in {job.folder}: ends of documents, bytes of text and checksums')
         elif not job.repeats(pending):
             job.begin()
         console.say(f'{len(pending)} of {len(units)} shards to prepare into {job.folder}, {workers} processes')
@@ -103,34 +118,34 @@ def _complete(job, units, mine, workers):
 
 
 def _first_for_training(units, data, skip_bad, max_document):
-    """Reads as far as is needed to know: for C4 some thousand documents."""
+    """Returns the lowest rank of documents for training; for C4 this reads some thousand documents."""
     documents = (pair for unit in units for pair in read(data, unit, skip_bad, max_document))
     ranks = (rank(decides.encode()) for decides, _ in documents)
     return first_for_training(ranks, HELD_OUT[data.source], '--path', ', or --validation FILES')
 
 
 def _verify(job, finished):
-    """Reads the rows of units that are finished; those that are damaged are none any more."""
+    """Reads the rows of finished units and marks damaged units as not finished."""
     if job.format == 'tokens' and finished:
-        console.say(f'reads the rows of {len(finished)} finished shards')
+        console.say(f'checking the rows of {len(finished)} finished shards')
         for unit in finished:
             if damage := job.verify(unit):
                 console.say(f'mixln_jax: {damage}; the shard is written again')
 
 
 def _check_room(job, pending):
-    """Writes the first documents into a temporary folder and scales their size up."""
+    """Raises UsageError if the disk is too small: writes the first documents to a temporary folder and extrapolates."""
     free = shutil.disk_usage(job.folder).free
     with tempfile.TemporaryDirectory() as folder:
         sample = dataclasses.replace(job, folder=folder)
         seen = shards.write(sample, pending[0], lambda *_: None, limit=SAMPLE)
-        made = '*.rows' if job.lack_notes_alone(pending) else '*-of-*'
-        written = sum(path.stat().st_size for path in pathlib.Path(folder).glob(made))
+        pattern = '*.rows' if job.lack_notes_alone(pending) else '*-of-*'
+        written = sum(path.stat().st_size for path in pathlib.Path(folder).glob(pattern))
     needed = int(MARGIN * written * sum(unit.size for unit in pending) / max(seen['position'], 1))
-    console.say(f'about {_size(needed)} to write, {_size(free)} are free')
+    console.say(f'about {_size(needed)} to write, {_size(free)} free')
     if needed > free:
         raise UsageError(
-            f'{job.folder} has room for {_size(free)}, about {_size(needed)} are needed; nothing was written'
+            f'{job.folder} has room for {_size(free)}, but about {_size(needed)} are needed; nothing was written'
         )
 
 
@@ -182,12 +197,12 @@ def _write_with_processes(job, pending, workers, report):
             for future in done:
                 future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
-        # The pool ends the others by SIGTERM, and waits for all: how one ended is not known before.
+        # The pool ends the other workers with SIGTERM. The exit codes are known after it has waited for all.
         pool.shutdown(cancel_futures=True)
         codes = [worker.exitcode for worker in started if worker.exitcode not in (None, -signal.SIGTERM)]
         raise worker_processes.ended(codes[0] if codes else -signal.SIGTERM, SETTINGS, begun) from error
     finally:
-        for worker in multiprocessing.active_children():  # after an error, or a signal, in the middle of a shard
+        for worker in multiprocessing.active_children():  # after an error or a signal in the middle of a shard
             if worker not in others:
                 worker.kill()
         pool.shutdown(cancel_futures=True)
@@ -208,10 +223,10 @@ def _write_in_worker(job, unit):
 
 def _summarise(job, results):
     for split in ('train', 'validation'):
-        of = [result[split] for result in results if split in result]
+        counts = [result[split] for result in results if split in result]
         console.say(
-            f'{split}: {sum(shard["documents"] for shard in of):,} documents in {len(of)} shards'
-            + (f', {sum(shard["rows"] for shard in of):,} rows' if job.format == 'tokens' else '')
+            f'{split}: {sum(shard["documents"] for shard in counts):,} documents in {len(counts)} shards'
+            + (f', {sum(shard["rows"] for shard in counts):,} rows' if job.format == 'tokens' else '')
         )
     empty, bad = (sum(result[name] for result in results) for name in ('empty', 'bad'))
     console.say(f'{empty:,} documents without text and {bad:,} bad records were left out')
@@ -220,57 +235,15 @@ def _summarise(job, results):
     console.say(f'mixln_jax: complete: {job.usage()}')
 
 
-def parse(argv):
-    """The arguments of `prepare` by name. Raises UsageError; --help prints and exits with 0."""
-    choices = {field.name: field.metadata['choices'] for field in dataclasses.fields(config.Data)}
-    parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.prepare', description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add('--source', required=True, choices=[kind for kind in choices['source'] if kind != 'tokens'])
-    add('--path', default='', metavar='FILES', help='jsonl, text: paths or globs, separated by commas')
-    add('--out', required=True, metavar='DIR', help='for tfds the later config.data.data_dir, for tokens data.path')
-    add('--format', required=True, choices=('tfds', 'tokens'), help='text as ArrayRecord shards, or rows of tokens')
-    add(
-        '--validation',
-        default='',
-        metavar='FILES',
-        help='files to validate on, else 1 %% by a hash of the text; --source tfds: its split',
-    )
-    add('--name', default='c4/en', metavar='NAME', help='data set to write, or to read with --source tfds [c4/en]')
-    add('--data-dir', default='', metavar='DIR', help='--source tfds: folder or gs:// address above it')
-    add('--split', default='train', metavar='SPLIT', help='--source tfds: its split to train on [train]')
-    add('--tokenizer', default='sentencepiece', choices=choices['tokenizer'], help='tokens: [sentencepiece]')
-    add('--tokenizer-path', default='', metavar='FILE', help='tokens: as config.data.tokenizer_path [T5 vocabulary]')
-    add('--mode', default='pad', choices=choices['mode'], help='tokens: how documents fill rows [pad]')
-    add('--seq-length', type=int, default=256, metavar='T', help='tokens: positions in a row [256]')
-    add(
-        '--shards',
-        default=':',
-        dest='only',
-        metavar='A:B',
-        help='only these of the shards, so that hosts share the work [all]',
-    )
-    add('--workers', type=int, default=os.cpu_count(), metavar='N', help='processes, a shard each [one a core]')
-    add('--skip-bad', type=int, default=0, metavar='N', help='malformed records to leave out in each file [0]')
-    add(
-        *('--max-document', '--max_document'),
-        type=int,
-        default=text_files.LARGEST,
-        metavar='BYTES',
-        help='longer lines of a file, or documents of a data set, are malformed records [%(default)s]',
-    )
-    add('--traceback', action='store_true', help='show where an error comes from')
+def parse(argv: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of `prepare` by name. Raises UsageError; --help prints and exits with 0."""
+    parser = _parser()
     options = cli.parse(parser, argv)
-    try:
-        start, colon, end = options.only.partition(':')
-        options.only = slice(int(start or 0), int(end) if end else None)
-        if not colon or options.only.start < 0 or (end and int(end) <= options.only.start):
-            raise ValueError
-    except ValueError:
-        raise UsageError('--shards is A:B, such as 0:8; A is the first, B the one behind the last') from None
+    options.only = _shard_range(options.only)
     for name, (least, most) in RANGES.items():
         if not least <= (value := getattr(options, name)) <= most:
             must = f'at least {least}' if value < least else f'at most {most}'
-            raise UsageError(f'--{name.replace("_", "-")} must be {must}')
+            raise UsageError(f'--{name} must be {must}')
     if options.source in ('jsonl', 'text') and not options.path:
         raise UsageError(f'--source {options.source} needs --path FILES')
     if options.source == 'tfds' and options.format == 'tfds':
@@ -283,8 +256,67 @@ def parse(argv):
     return arguments | {'data': config.Data(**{key: arguments.pop(key) for key in keys})}
 
 
-def main(argv):
-    """The command; returns its exit code."""
+def _shard_range(text):
+    """Returns the shards of `A:B` as a slice. Raises UsageError."""
+    try:
+        start, colon, end = text.partition(':')
+        only = slice(int(start or 0), int(end) if end else None)
+        if not colon or only.start < 0 or (end and only.stop <= only.start):
+            raise ValueError
+    except ValueError:
+        raise UsageError('--shards is A:B, such as 0:8; A is the first shard, B the one after the last') from None
+    return only
+
+
+def _parser():
+    choices = {field.name: field.metadata['choices'] for field in dataclasses.fields(config.Data)}
+    parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.prepare', description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add('--source', required=True, choices=[kind for kind in choices['source'] if kind != 'tokens'])
+    add('--path', default='', metavar='FILES', help='jsonl, text: paths or globs, separated by commas')
+    add('--out', required=True, metavar='DIR', help='for tfds the later config.data.data_dir, for tokens data.path')
+    add('--format', required=True, choices=('tfds', 'tokens'), help='text as ArrayRecord shards, or rows of tokens')
+    add(
+        '--validation',
+        default='',
+        metavar='FILES',
+        help='files for validation, else 1 %% by a hash of the text; --source tfds: a split',
+    )
+    add('--name', default='c4/en', metavar='NAME', help='data set to write, or to read with --source tfds [c4/en]')
+    add('--data_dir', default='', metavar='DIR', help='--source tfds: folder or gs:// address that contains it')
+    add('--split', default='train', metavar='SPLIT', help='--source tfds: the split for training [train]')
+    add('--tokenizer', default='sentencepiece', choices=choices['tokenizer'], help='tokens: [sentencepiece]')
+    add('--tokenizer_path', default='', metavar='FILE', help='tokens: as config.data.tokenizer_path [T5 vocabulary]')
+    add('--mode', default='pad', choices=choices['mode'], help='tokens: how documents fill rows [pad]')
+    add('--seq_length', type=int, default=256, metavar='T', help='tokens: positions in a row [256]')
+    add(
+        '--shards',
+        default=':',
+        dest='only',
+        metavar='A:B',
+        help='prepare only these shards, so that hosts share the work [all]',
+    )
+    add(
+        '--workers',
+        type=int,
+        default=os.cpu_count(),
+        metavar='N',
+        help='processes, each works on a shard [one per core]',
+    )
+    add('--skip_bad', type=int, default=0, metavar='N', help='malformed records to leave out in each file [0]')
+    add(
+        '--max_document',
+        type=int,
+        default=text_files.LARGEST,
+        metavar='BYTES',
+        help='longer lines of a file, or documents of a data set, are malformed records [%(default)s]',
+    )
+    add('--traceback', action='store_true', help='show where an error comes from')
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
 
     def job():
         arguments = parse(argv)

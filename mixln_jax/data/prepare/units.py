@@ -1,43 +1,53 @@
-"""The units of `data.prepare`: what it takes a shard from, and the documents in it."""
+"""The units of `data.prepare`: the parts of the input from which it makes one shard each, and their documents."""
 
 import dataclasses
 import functools
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from mixln_jax import config
 from mixln_jax.data import stdlib, text_files
 from mixln_jax.system.errors import DataError, UsageError
 
 READ_AT_ONCE = 256  # records of a data set
-ENDS = 2**16  # bytes
+ENDS = 2**16  # bytes at the beginning and the end of a file that its digest covers
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What one process turns into shard `number` of `count` of a split, or of both where the hash of a text decides."""
+    """The input of shard `number` of `count` of one split; without a `split`, of both: hashes of texts decide."""
 
     split: str | None
     number: int
     count: int
-    path: str  # of a file; the split of a data set
+    path: str  # of a file; the name of a data set's split
     size: int  # bytes as stored
-    records: tuple[int, int] = (0, 0)  # of a data set
-    digest: str = ''  # of what a file begins and ends with
+    records: tuple[int, int] = (0, 0)  # of a data set: the first, and the one after the last
+    digest: str = ''  # of the beginning and the end of a file
 
     @property
-    def name(self):
+    def name(self) -> str:
+        """The name of the unit in the names of its files."""
         return f'{self.split or "both"}-{self.number:05}'
 
     @property
-    def splits(self):
+    def splits(self) -> tuple[str, ...]:
+        """The splits for which the unit has a shard."""
         return (self.split,) if self.split else ('train', 'validation')
 
 
 def list_units(data: config.Data, validation: str) -> list[Unit]:
-    """The shards that a source makes: a file each; of a data set its own; one of the embedded corpus.
+    """Returns the units of a source: its files, or the shards of a data set, or the embedded corpus as one unit.
 
-    Raises UsageError for a file, a copy of one or a record that is both to train and to validate on.
+    Args:
+        data: the source.
+        validation: files, or the split of a data set, for validation; empty: a hash of the text decides, or the split
+            `validation` of a data set.
+
+    Raises:
+        UsageError: a file, a copy of it, or a record is used both for training and for validation.
     """
     if data.source == 'stdlib':
         return [Unit(None, 0, 1, 'stdlib', sum(len(text) for _, text in stdlib.gather()))]
@@ -48,28 +58,28 @@ def list_units(data: config.Data, validation: str) -> list[Unit]:
                 f'--split {sides["train"]} and --validation {sides["validation"]} share records of {file}; '
                 "take, for instance, 'train[1%:]' and 'train[:1%]'"
             )
-        return [unit for split, of in sides.items() for unit in _units_of(open_dataset(data, of), split, of)]
+        return [unit for split, name in sides.items() for unit in _dataset_units(open_dataset(data, name), split, name)]
     if not validation:
-        return _units_from(text_files.of_source(data.source, data.path, '--path'), None)
-    train = _units_from(text_files.of_source(data.source, data.path, '--path'), 'train')
-    held_out = _units_from(text_files.of_source(data.source, validation, '--validation'), 'validation')
-    known = {unit.digest: unit.path for unit in train}  # also of links, other spellings and copies of a file
+        return _file_units(text_files.paths_of_source(data.source, data.path, '--path'), None)
+    train = _file_units(text_files.paths_of_source(data.source, data.path, '--path'), 'train')
+    held_out = _file_units(text_files.paths_of_source(data.source, validation, '--validation'), 'validation')
+    known = {unit.digest: unit.path for unit in train}  # equal for links to a file and for its copies
     for unit in held_out:
-        if (also := known.get(unit.digest)) == unit.path:
-            raise UsageError(f'--path and --validation both name {also}')
-        if also:
-            raise UsageError(f'--path {also} and --validation {unit.path} are one file, or have the same content')
+        if (same := known.get(unit.digest)) == unit.path:
+            raise UsageError(f'--path and --validation both name {same}')
+        if same:
+            raise UsageError(f'--path {same} and --validation {unit.path} are one file, or have the same content')
     return train + held_out
 
 
-def _units_from(paths, split):
+def _file_units(paths, split):
     return [
         Unit(split, i, len(paths), path, os.path.getsize(path), digest=_digest(path)) for i, path in enumerate(paths)
     ]
 
 
 def _digest(path):
-    """Of the size, the first and the last bytes; those of a gzip file hold a checksum of its content."""
+    """Returns a digest of the size and of the first and last bytes; a gzip file ends with a checksum of its content."""
     try:
         with open(path, 'rb') as file:
             size = file.seek(0, os.SEEK_END)
@@ -82,22 +92,34 @@ def _digest(path):
         raise DataError(f'{path}: cannot be read: {error}') from error
 
 
-def _units_of(dataset, split, of):
+def _dataset_units(dataset, split, name):
     starts = [0, *dataset.ends[:-1].tolist()]
     for i, records in enumerate(zip(starts, dataset.ends.tolist(), strict=True)):
         size = dataset.num_bytes * (records[1] - records[0]) // len(dataset)
-        yield Unit(split, i, len(starts), of, max(size, 1), records)
+        yield Unit(split, i, len(starts), name, max(size, 1), records)
+
+
+class Documents(Protocol):
+    """The documents of a unit, and counters that grow while they are read; see text_files.Reader."""
+
+    empty: int
+    bad: int
+    position: int
+    skipped: Sequence[str]
+
+    def __iter__(self) -> Iterator[tuple[str, dict]]:
+        """Yields (the text whose hash decides the split, the record with its `text`)."""
 
 
 class _FromFile(text_files.Reader):
-    """A file's documents; their text decides the split."""
+    """The documents of a file; their text decides the split."""
 
     def __iter__(self):
         return ((record['text'], record) for _, record in super().__iter__())
 
 
 class _FromStdlib:
-    """The embedded corpus; a module is on one side."""
+    """The embedded corpus; the documents of a module are in the same split."""
 
     empty = bad = position = 0
     skipped = ()
@@ -109,7 +131,7 @@ class _FromStdlib:
 
 
 class _FromDataset:
-    """A shard of a data set, which has its split."""
+    """The records of one shard of a data set, all of one split."""
 
     empty = bad = position = 0
     skipped = ()
@@ -125,7 +147,7 @@ class _FromDataset:
             try:
                 texts = self._dataset.__getitems__(numbers)
             except DataError as error:
-                if isinstance(error.__cause__, TimeoutError):  # no record is bad: the bucket is silent
+                if isinstance(error.__cause__, TimeoutError):  # no record is bad: the bucket does not answer
                     raise
                 texts = [self._one(number) for number in numbers]
             self.position = self._unit.size * (numbers[-1] + 1 - first) // (end - first)
@@ -153,15 +175,22 @@ class _FromDataset:
 
 
 @functools.lru_cache(maxsize=2)  # train and validation
-def open_dataset(data: config.Data, split: str):
-    """The datasets.Dataset of a split, opened once."""
-    from mixln_jax.data import datasets  # takes a second that others need not wait for
+def open_dataset(data: config.Data, split: str) -> 'datasets.Dataset':  # noqa: F821
+    """Returns the data set of a split, which is opened once."""
+    from mixln_jax.data import datasets  # takes a second, which other sources need not spend
 
     return datasets.Dataset(data.name, split, data.data_dir)
 
 
-def read(data: config.Data, unit: Unit, skip_bad: int, largest: int = text_files.LARGEST):
-    """The documents of a unit: pairs (what decides the split, record with `text`), with files.Reader's counters."""
+def read(data: config.Data, unit: Unit, skip_bad: int, largest: int = text_files.LARGEST) -> Documents:
+    """Returns the documents of a unit.
+
+    Args:
+        data: the source.
+        unit: from `list_units`.
+        skip_bad: malformed records to leave out before one is an error.
+        largest: bytes of a line or of a record; longer ones are malformed.
+    """
     if data.source == 'stdlib':
         return _FromStdlib()
     if data.source == 'tfds':
