@@ -81,12 +81,12 @@ def _check_sizes(config, mesh):
     parts, tensor = meshes.row_parts(mesh), mesh.shape['tensor']
     if config.batch_size % (config.accumulate * parts):
         raise UsageError(
-            f'config.batch_size={config.batch_size} does not divide by config.accumulate={config.accumulate} '
+            f'config.batch_size={config.batch_size} is not divisible by config.accumulate={config.accumulate} '
             f'times {parts} parts (config.mesh.data times config.mesh.fsdp)'
         )
     if (heads := config.model.kv_heads) % tensor:
         raise UsageError(
-            f'{heads} key/value heads (config.model.num_kv_heads, num_heads) do not divide by '
+            f'{heads} key/value heads (config.model.num_kv_heads, num_heads) are not divisible by '
             f'config.mesh.tensor={tensor}'
         )
 

@@ -93,7 +93,7 @@ def _read(path, found, norm_position, compute_dtype):
             raise CheckpointError(f'{path}: {key} is not that of norm_position, layer_index and depth here')
     if any(placements.PLACEMENTS[name].mlp.grouped for name in names) and config.hidden_size % config.norm_groups:
         raise CheckpointError(
-            f'{path}: hidden_size={config.hidden_size} does not divide by {config.norm_groups} groups'
+            f'{path}: hidden_size={config.hidden_size} is not divisible by {config.norm_groups} groups'
         )
     return model, bool(given) or says is not None
 
