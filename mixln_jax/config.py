@@ -65,10 +65,25 @@ class Model:
     mlp_bias: bool = key(False, 'the matrices of the MLP have biases', weights=True)
     tie_word_embeddings: bool = key(False, 'the head is the embedding, transposed', weights=True)
     norm_position: str = key(
-        'mix', 'placement of the norms: a name for all layers, mix, or a list such as post*3,pre*9'
+        'mix',
+        'placement of the norms: a name for all layers, mix, or a list such as post*3,pre*9; +prores after a name, as '
+        'in mix+prores, ramps up its sub-layers',
     )
     post_ratio: float = key(0.25, 'share of Post-LN layers under mix', at_least=0.0, at_most=1.0)
     norm_groups: int = key(4, 'groups of features in the norms of group_pre', at_least=1)
+    ramp_steps: int = key(
+        1000,
+        '+prores: updates T after which the first layer is ramped up; layer l is after T * l',
+        at_least=1,
+        at_most=100_000,
+    )
+    ramp_offset: int = key(
+        'auto',
+        '+prores: updates that the ramp has made before the first step; auto: those of the weights of init_from, else '
+        '0; a run that goes on keeps its own',
+        at_least=0,
+        at_most=2**30,
+    )
     norm_eps: float = key(1e-6, 'epsilon of the norms', above=0.0, weights=True)
     rope_theta: float = key(10000.0, 'base of the rotary angles', above=1.0, weights=True)
     rope_type: str = key(
@@ -114,6 +129,11 @@ class Model:
     def head_size(self) -> int:
         """Features of a head."""
         return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def ramp_start(self) -> int:
+        """Updates that the ramps have made before the first step."""
+        return 0 if self.ramp_offset == 'auto' else self.ramp_offset
 
     @property
     def kv_heads(self) -> int:
@@ -447,7 +467,7 @@ def _build(cls, values, prefix, earlier):
 
 def takes_auto(field):
     """Whether the value of a key is a number or `auto`."""
-    return field.type is float and field.default == 'auto'
+    return field.type in (int, float) and field.default == 'auto'
 
 
 def _as(kind, value):
@@ -513,6 +533,8 @@ def _check_together(config):
         raise UsageError(f'config.processes.stall={config.processes.stall:g} must be 0 or at least 1 second')
     if config.batch_size * config.seq_length >= 2**31:
         raise UsageError('config.batch_size times config.seq_length must be below 2^31 positions')
+    if config.num_steps + model.ramp_start >= 2**31:
+        raise UsageError('config.num_steps plus config.model.ramp_offset must be below 2^31')
     sizes = dataclasses.asdict(config.mesh)
     for name, size in sizes.items():
         if size == 0:

@@ -147,9 +147,10 @@ def _override(config, path, text):
         config = config[part] if inside else config
     kind, field = type(config[name]), dict(all_fields(Config, '')).get(path)
     number = field and takes_auto(field)
+    kind = field.type if number else kind
     read = {bool: lambda text: BOOLEANS[text.strip().lower()], int: integer}.get(kind, kind)
     try:
-        config[name] = text if number and text == 'auto' else float(text) if number else read(text)
+        config[name] = text if number and text == 'auto' else read(text)
     except (ValueError, KeyError):
         wanted = 'a number or auto' if number else 'true or false' if kind is bool else f'of type {kind.__name__}'
         raise UsageError(f'config.{path} must be {wanted}, not {text!r}') from None

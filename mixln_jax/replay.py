@@ -25,8 +25,8 @@ from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.data import layout
 from mixln_jax.kernels import cross_entropy
-from mixln_jax.models import llama
-from mixln_jax.program import step
+from mixln_jax.models import llama, transformer
+from mixln_jax.program.step import micro_batches
 from mixln_jax.runs import checkpoint
 from mixln_jax.system import cli, console, files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
@@ -46,11 +46,13 @@ def replay(folder, compute_dtype):
     console.say(f'weights of step {about["step"]}, {model.compute_dtype}, {len(model.norm_position)} layers')
     of_batch = jax.jit(functools.partial(_look, model))
     for path in batches:
-        micro = step.micro_batches(read_batch(path, config), config.accumulate)
+        before = transformer.needed_step(model, _number(path) - 1)  # updates done when it was trained on
+        micro = micro_batches(read_batch(path, config), config.accumulate)
         if _number(path) <= about['step']:
             console.say(f'\nbatch {_number(path)} came before these weights, which it has helped to make:')
         found = [
-            jax.device_get(of_batch(params, jax.tree.map(lambda a, i=i: a[i], micro))) for i in range(config.accumulate)
+            jax.device_get(of_batch(params, jax.tree.map(lambda a, i=i: a[i], micro), before))
+            for i in range(config.accumulate)
         ]
         _say(_number(path), model.norm_position, jax.tree.map(lambda *a: np.stack(a), *found))
 
@@ -91,11 +93,11 @@ def read_batch(path: pathlib.Path, config: configs.Config) -> dict[str, np.ndarr
         return batch
 
 
-def _look(model, params, batch):
+def _look(model, params, batch, step):
     """Loss of every row (nats a token), and per layer the largest norms of stream and branches and the gradient's."""
 
     def loss(params):
-        x, out = model.apply({'params': params}, batch, capture=True, method='backbone')
+        x, out = model.apply({'params': params}, batch, capture=True, step=step, method='backbone')
         kernel, size = model.head_kernel(params), model.config.vocab_size
         total, count, aux = cross_entropy.token_losses(x, kernel, batch['targets'], batch['loss_mask'], size)
         rows = aux['token_loss'].sum(-1) / jnp.maximum(batch['loss_mask'].sum(-1), 1)
@@ -116,17 +118,18 @@ def _say(number, norm_position, found):
     rows = found['rows'].T.reshape(-1)  # micro-batch i has rows i, i + A, ...
     bad = np.flatnonzero(~np.isfinite(rows))
     highest = int(np.argmax(np.where(np.isfinite(rows), rows, -np.inf)))
+    width = max(16, *map(len, norm_position))
     console.say(
         f'\nbatch {number}: '
         + (f'loss not finite in rows {", ".join(map(str, bad[:20]))}' if len(bad) else 'all finite'),
         f'highest loss of a row {rows[highest]:.4f} (row {highest}), mean {np.mean(rows):.4f}',
-        f'{"layer":>5}  {"placement":<16} {"attention adds":>14} {"MLP adds":>14} {"stream":>14} {"gradient":>14}',
+        f'{"layer":>5}  {"placement":<{width}} {"attention adds":>14} {"MLP adds":>14} {"stream":>14} {"gradient":>14}',
     )
     attention, mlp = np.moveaxis(found['branch'].max(axis=0), -1, 0)
     stream, gradient = found['stream'].max(axis=0), found['gradient'].max(axis=0)
     for l, name in enumerate(norm_position):
         numbers = ' '.join(f'{value:14.6g}' for value in (attention[l], mlp[l], stream[l], gradient[l]))
-        console.say(f'{l + 1:>5}  {name:<16} {numbers}')
+        console.say(f'{l + 1:>5}  {name:<{width}} {numbers}')
     for l in range(len(norm_position)):
         for what, value in (('attention', attention[l]), ('MLP', mlp[l]), ('stream behind', stream[l])):
             if not np.isfinite(value):

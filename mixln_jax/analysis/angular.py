@@ -28,24 +28,25 @@ SOURCE = 'Gromov et al. 2024 (arXiv 2403.17887), equation 4; Mix-LN (arXiv 2412.
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _distances(params, batch, *, model):
+def _distances(params, batch, step, *, model):
     """Sums over the tokens of each row [B,L+1,L+1]."""
-    _, out = model.apply({'params': params}, batch, capture=True, method='backbone')
+    _, out = model.apply({'params': params}, batch, capture=True, step=step, method='backbone')
     return command.everywhere(statistics.distance_matrix(out['hidden'], batch['loss_mask']), model)
 
 
-def measure(model, params, batches):
+def measure(model, params, batches, step=None):
     """The distance between any two depths.
 
     Args:
         model: a network with `backbone` and `stream_sharding`.
         params: its weights.
         batches: batches of numpy arrays; see subjects.sample.
+        step: updates that made them, int32 on the devices, where the model has a ramp; None: its `trained_steps`.
 
     Returns:
         {'distance': {'mean', 'standard_error'}}, [L+1,L+1] each.
     """
-    sums, counts = command.by_row(lambda at: _distances(params, at, model=model), model, batches)
+    sums, counts = command.by_row(lambda at: _distances(params, at, step, model=model), model, batches)
     return {'distance': statistics.mean_and_error(sums, counts)}
 
 

@@ -45,15 +45,15 @@ def masks(layers, block=1):
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _losses(params, batch, keeps, *, model):
+def _losses(params, batch, keeps, step, *, model):
     """Summed losses of each row, with the layers of each of `keeps` [K,L]: [B,K]."""
     task = Language(model)
-    of = lambda layer_mask: task.losses(params, batch, Context(layer_mask=layer_mask)).per_example  # noqa: E731
+    of = lambda layer_mask: task.losses(params, batch, Context(layer_mask, step=step)).per_example  # noqa: E731
     return command.everywhere(jax.lax.map(of, keeps).T, model)
 
 
-def measure(model, params, batches, blocks=(1,)):
-    """Loss and perplexity with and without layers; model, params and batches as angular.measure.
+def measure(model, params, batches, blocks=(1,), step=None):
+    """Loss and perplexity with and without layers; model, params, batches and step as angular.measure.
 
     Returns:
         {'loss', 'perplexity'}: {'value', 'standard_error', 'drop': {block: {'mean', 'standard_error'}, [L-block+1]}}.
@@ -62,7 +62,7 @@ def measure(model, params, batches, blocks=(1,)):
     removed = [masks(L, block) for block in blocks]
     keeps = np.concatenate([np.ones((1, L), bool), *removed])
     keeps = meshes.place(keeps, meshes.replicated(model.stream_sharding.mesh))
-    sums, counts = command.by_row(lambda at: _losses(params, at, keeps, model=model), model, batches)
+    sums, counts = command.by_row(lambda at: _losses(params, at, keeps, step, model=model), model, batches)
     found = statistics.drops(sums, counts)
     return {name: metric | {'drop': _by_block(metric['drop'], blocks, L)} for name, metric in found.items()}
 

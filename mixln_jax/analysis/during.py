@@ -3,6 +3,7 @@
 from mixln_jax import config as configs
 from mixln_jax.analysis import angular, drop, gradients, samples, variance
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.models import transformer
 from mixln_jax.report import figures
 
 POSITIONS = 2048  # of a device at a time: every layer's stream is kept
@@ -12,7 +13,7 @@ PICTURES = {'analysis/angular_matrix': lambda matrix: figures.image(figures.heat
 
 
 class Analyses:
-    """Calling it with the weights gives the values of a metrics line.
+    """Calling it with the weights and the step that they are of gives the values of a metrics line.
 
     Lists have a number a layer: `analysis/angular_distance` across the layer, `analysis/perplexity_drop` without it,
     `analysis/grad_norm` of the sample's mean loss, `analysis/variance` of the stream behind it,
@@ -28,9 +29,11 @@ class Analyses:
         size = parts * max(1, min(POSITIONS // config.seq_length, -(-wanted // parts)))
         self._batches = samples.sample(samples.rows_of_text(rows), config.analysis.tokens, size, parts=parts)
 
-    def __call__(self, params):
+    def __call__(self, params, step):
+        step = transformer.needed_step(self._model, step)
+
         def of(job):
-            return job.measure(self._model, params, self._watched(self._batches))
+            return job.measure(self._model, params, self._watched(self._batches), step=step)
 
         distances, dropped, norms, stream = (of(job) for job in (angular, drop, gradients, variance))
         matrix = distances['distance']['mean']

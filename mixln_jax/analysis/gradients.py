@@ -23,6 +23,7 @@ from mixln_jax.distributed import mesh as meshes
 from mixln_jax.report import figures
 from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks.language import Language
+from mixln_jax.tasks.task import Context
 
 NAME = 'gradients'
 DEFINITION = (
@@ -35,9 +36,9 @@ ROWS = 32
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _gradient(params, batch, *, model):
+def _gradient(params, batch, step, *, model):
     """(gradient of the summed losses of a batch, its tokens)."""
-    losses = lambda params: Language(model).losses(params, batch)[:2]  # noqa: E731
+    losses = lambda params: Language(model).losses(params, batch, Context(step=step))[:2]  # noqa: E731
     grads, count = jax.grad(losses, has_aux=True)(params)
     shardings = meshes.state_shardings(model.stream_sharding.mesh, grads)
     return jax.lax.with_sharding_constraint(grads, shardings), count
@@ -55,11 +56,11 @@ def _norms(sums, *, model):
     return command.everywhere({'layers': trees.layer_norms(mean)[0], 'matrices': trees.matrix_norms(mean)}, model)
 
 
-def measure(model, params, batches, rows=None):
+def measure(model, params, batches, rows=None, step=None):
     """Norms of gradients.
 
     Args:
-        model, params, batches: as angular.measure.
+        model, params, batches, step: as angular.measure.
         rows: that share one gradient, a multiple of a batch's; fewer, at the end, are left out. None: all of them.
 
     Returns:
@@ -71,7 +72,7 @@ def measure(model, params, batches, rows=None):
     """
     found, tokens, sums, of_sums, real = [], 0, None, 0, 0  # of the gradient that is being summed: its tokens, its rows
     for batch in batches:
-        of_batch = _gradient(params, meshes.place(batch, model.stream_sharding), model=model)
+        of_batch = _gradient(params, meshes.place(batch, model.stream_sharding), step, model=model)
         sums = _sum(sums, of_batch) if sums else of_batch
         counts = batch['loss_mask'].sum(-1)
         of_sums, real = of_sums + int(counts.sum()), real + int((counts > 0).sum())

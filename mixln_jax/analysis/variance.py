@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from mixln_jax.analysis import command, statistics
-from mixln_jax.models import placements
+from mixln_jax.models import placements, transformer
 from mixln_jax.report import figures
 
 NAME = 'variance'
@@ -32,23 +32,26 @@ SOURCE = 'Sun et al. 2025, The Curse of Depth (arXiv 2502.05795), sections 3 and
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _sums(params, batch, *, model):
+def _sums(params, batch, step, *, model):
     """Sums over the tokens of each row: variance [B,L+1], contribution [B,L,2]."""
-    _, out = model.apply({'params': params}, batch, capture=True, method='backbone')
+    _, out = model.apply({'params': params}, batch, capture=True, step=step, method='backbone')
     variance = statistics.stream_variance(out['hidden'], batch['loss_mask'])
     return command.everywhere((variance, statistics.contribution(out['branches'], batch['loss_mask'])), model)
 
 
-def measure(model, params, batches):
+def measure(model, params, batches, step=None):
     """Variance of the stream and contribution of the sub-layers; arguments as angular.measure.
 
     Returns:
         {'variance': [L+1], 'contribution': {'attention', 'mlp'}: [L]}, each {'mean', 'standard_error'}, 'theory' [L+1],
         NaN where there is none, and 'theory_constant'.
     """
-    (variance, contribution), counts = command.by_row(lambda at: _sums(params, at, model=model), model, batches)
+    (variance, contribution), counts = command.by_row(lambda at: _sums(params, at, step, model=model), model, batches)
     variance = statistics.mean_and_error(variance, counts)
-    factors = placements.growth_factors(model.norm_position, model.layer_index, model.depth)
+    config, steps = model.config, model.trained_steps if step is None else int(jax.device_get(step))
+    factors = placements.growth_factors(
+        model.norm_position, model.layer_index, model.depth, config.ramp_steps, transformer.total_step(config, steps)
+    )
     theory, constant = statistics.variance_theory(variance['mean'], factors)
     return {
         'variance': variance,

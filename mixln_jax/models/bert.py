@@ -59,8 +59,8 @@ PARTS = transformer.Parts(LayerNorm, Attention, MLP)
 class Bert(nn.Module):
     """A BERT whose layers each have their own placement: `post` is Devlin et al.'s, and that of all published weights.
 
-    `norm_position` [L], `layer_index` [L] and `depth` are as in Llama. A network without `span_head` has
-    a backbone alone.
+    `norm_position` [L], `layer_index` [L], `depth` and `trained_steps` are as in Llama. A network without `span_head`
+    has a backbone alone.
     """
 
     config: Config
@@ -70,6 +70,7 @@ class Bert(nn.Module):
     compute_dtype: str = 'float32'
     span_head: bool = True
     stream_sharding: jax.sharding.NamedSharding | None = None  # of the residual stream; None: one device
+    trained_steps: int | None = None
 
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
@@ -85,14 +86,18 @@ class Bert(nn.Module):
             self.span = layers.linear(2, jnp.float32, None, bias=True)
 
     def backbone(
-        self, batch: layers.Batch, layer_mask: jax.Array | None = None, capture: bool = False
+        self,
+        batch: layers.Batch,
+        layer_mask: jax.Array | None = None,
+        capture: bool = False,
+        step: int | jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
         """Returns the final hidden states, the input of the head.
 
         Args:
             batch: `inputs` [B,T] int32, token ids; `types` [B,T], the kind of each token (default 0); `token_mask`
                 [B,T], 0 at padding, which no token attends to (default: no padding). Other arrays are ignored.
-            layer_mask, capture: as in Llama.
+            layer_mask, capture, step: as in Llama.
 
         Returns:
             x [B,T,D] and a dict as in Llama: `hidden` begins with the normalised sum of the embeddings.
@@ -109,16 +114,19 @@ class Bert(nn.Module):
             mask = batch['token_mask'][:, None, None, :] > 0 if 'token_mask' in batch else None
             positions = jnp.arange(ids.shape[1])[None]
             first = self.embed_norm(self.words(ids) + self.types(types) + self.positions(positions))
-            last, out = self.layers(first, None, mask, layer_mask, capture)
+            step = self.trained_steps if step is None else step
+            last, out = self.layers(first, None, mask, layer_mask, capture, step)
             if capture:
                 out['hidden'] = jnp.concatenate([first[None], out['hidden']])
             return last, out or {}
 
-    def __call__(self, batch: layers.Batch, layer_mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, batch: layers.Batch, layer_mask: jax.Array | None = None, *, step: int | jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns logits (start [B,T], end [B,T]) in float32 of where the answer to a question begins and ends."""
         if not self.span_head:
             raise UsageError('this BERT has no head that finds spans (qa_outputs)')
-        x, _ = self.backbone(batch, layer_mask)
+        x, _ = self.backbone(batch, layer_mask, step=step)
         with jax.default_matmul_precision('highest' if self.compute_dtype == 'float32' else None):
             start, end = jnp.moveaxis(self.span(x), -1, 0)
             return start, end

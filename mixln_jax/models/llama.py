@@ -17,7 +17,8 @@ class Llama(nn.Module):
     """A LLaMA whose layers each have their own placement.
 
     `norm_position` [L] names the placements; `layer_index` [L] (from 1) and `depth` feed their constants and stay as
-    trained when layers are removed.
+    trained when layers are removed. Ramps stand where they stood after `trained_steps` updates unless a step is passed;
+    None: they are done.
     """
 
     config: configs.Model
@@ -27,6 +28,7 @@ class Llama(nn.Module):
     compute_dtype: str = 'bfloat16'
     stream_sharding: jax.sharding.NamedSharding | None = None  # of the residual stream; None: one device
     attention_kernel: str = 'blocks'  # see kernels/attention.py
+    trained_steps: int | None = None
 
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
@@ -48,7 +50,11 @@ class Llama(nn.Module):
             self.head = layers.linear(rows, jnp.float32, None)
 
     def backbone(
-        self, batch: layers.Batch, layer_mask: jax.Array | None = None, capture: bool = False
+        self,
+        batch: layers.Batch,
+        layer_mask: jax.Array | None = None,
+        capture: bool = False,
+        step: int | jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
         """Returns the final hidden states, the input of the head.
 
@@ -58,6 +64,7 @@ class Llama(nn.Module):
                 stays inside a document; padding counts as one. Other arrays are ignored.
             layer_mask: [L] bool, traced: a layer that is False is the identity. None: all layers run.
             capture: whether to return the residual stream as well.
+            step: number of updates done, int32 where it is traced, at which ramps stand. None: `trained_steps`.
 
         Returns:
             x [B,T,D] after the final norm, and a dict. With `capture` it has `hidden` [L+1,B,T,D], the raw residual
@@ -76,7 +83,8 @@ class Llama(nn.Module):
                 first = self.embed_norm(first)
             angles = rope.rope_cos_sin(positions, rope.rope_frequencies(self.config))
             mask = attention.document_mask(batch['segment_ids']) if 'segment_ids' in batch else None
-            last, out = self.layers(first, angles, mask, layer_mask, capture)
+            step = self.trained_steps if step is None else step
+            last, out = self.layers(first, angles, mask, layer_mask, capture, step)
             if capture:
                 out['hidden'] = jnp.concatenate([first[None], out['hidden']])
             return self.norm(last), out or {}
@@ -86,13 +94,14 @@ class Llama(nn.Module):
         batch: layers.Batch,
         layer_mask: jax.Array | None = None,
         capture: bool = False,
+        step: int | jax.Array | None = None,
         keep: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
         """Returns logits [B,T,V] in float32 and the dict of `backbone`.
 
         `batch` may be the token ids [B,T] alone; `keep` is an older name of `layer_mask`.
         """
-        x, out = self.backbone(batch, keep if layer_mask is None else layer_mask, capture)
+        x, out = self.backbone(batch, keep if layer_mask is None else layer_mask, capture, step)
         return self.logits(x), out
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -138,7 +147,7 @@ def from_config(
     """
     names = placements.resolve(config.norm_position, config.num_layers, config.post_ratio)
     if official:
-        names = tuple(placements.OFFICIAL.get(name, name) for name in names)
+        names = tuple(map(placements.official, names))
     if any(placements.PLACEMENTS[name].attention.grouped for name in names) and config.hidden_size % config.norm_groups:
         raise UsageError(
             f'config.model.hidden_size={config.hidden_size} does not divide by '

@@ -32,7 +32,10 @@ def init_state(task, optimizer, key, param_dtype='float32'):
 
 
 def measure_factors(state, batch, *, model, accumulate=1):
-    """Returns a fresh State with the measured factors (Admin's omega) set by one forward pass over the whole batch."""
+    """Returns a fresh State with the measured factors (Admin's omega) set by one forward pass over the whole batch.
+
+    Ramps count as done: the factors balance the branches that training will have. At step 0 each of them adds nothing.
+    """
 
     def branches(micro_batch):
         _, out = model.apply({'params': state.params}, micro_batch, capture=True, method='backbone')
@@ -62,7 +65,8 @@ def train_step(state, batch, *, task, optimizer, schedule, clip_norm=0.0, accumu
         `sum`, `weight` and of the task's metrics. A non-finite loss or gradient leaves weights and moments untouched
         and sets `bad_step`.
     """
-    loss_and_gradient = jax.value_and_grad(lambda params, part: _train_losses(task, params, part), has_aux=True)
+    context = Context(train=True, step=state.step)
+    loss_and_gradient = jax.value_and_grad(lambda params, part: _losses(task, params, part, context), has_aux=True)
 
     def split(grads):  # left alone, XLA may let every device hold the whole sum
         return jax.lax.with_sharding_constraint(grads, shardings) if shardings else grads
@@ -72,7 +76,7 @@ def train_step(state, batch, *, task, optimizer, schedule, clip_norm=0.0, accumu
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), totals, (sums, split(grads))), None
 
     parts = micro_batches(batch, accumulate)
-    sums = jax.eval_shape(lambda: _train_losses(task, state.params, jax.tree.map(lambda part: part[0], parts))[1])
+    sums = jax.eval_shape(lambda: _losses(task, state.params, jax.tree.map(lambda a: a[0], parts), context)[1])
     zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)  # noqa: E731
     (sums, grads), _ = jax.lax.scan(add, (zeros(sums), split(zeros(state.params))), parts)
     loss, grads = jax.tree.map(lambda total: total / jnp.maximum(sums['weight'], 1), (sums['sum'], grads))
@@ -99,16 +103,15 @@ def train_step(state, batch, *, task, optimizer, schedule, clip_norm=0.0, accumu
     } | sums
 
 
-def _train_losses(task, params, batch):
-    """Returns the sum of the losses of a micro-batch, and all sums by name."""
-    losses = task.losses(params, batch, Context(train=True))
+def _losses(task, params, batch, context):
+    """Returns the sum of the losses of a batch, and all sums by name."""
+    losses = task.losses(params, batch, context)
     return losses.sum, {'sum': losses.sum, 'weight': losses.weight} | losses.metrics
 
 
-def eval_step(params, batch, *, task):
-    """Returns the sums of a batch: `sum`, `weight` and the task's metrics."""
-    losses = task.losses(params, batch, Context())
-    return {'sum': losses.sum, 'weight': losses.weight} | losses.metrics
+def eval_step(params, batch, step=None, *, task):
+    """Returns the sums of a batch after `step` updates: `sum`, `weight` and the task's metrics."""
+    return _losses(task, params, batch, Context(step=step))[1]
 
 
 def micro_batches(batch, accumulate):

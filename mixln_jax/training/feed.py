@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from mixln_jax.data import batches
@@ -10,6 +11,7 @@ from mixln_jax.data.rows import Rows
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.distributed import processes
 from mixln_jax.evaluation.loop import evaluate
+from mixln_jax.models import transformer
 from mixln_jax.program.program import Program
 from mixln_jax.system.signals import Stop
 
@@ -52,16 +54,17 @@ class Feed:
         dataset = batches.training(rows, seed=config.data.seed, batch_size=size, part=part)
         return dataset, lambda batch: meshes.place(batch, self._sharding, size)
 
-    def evaluation(self, eval_step: Callable, rows: Rows) -> Callable[[Any], dict[str, float | None]]:
-        """Returns the function that evaluates weights on `rows`."""
+    def evaluation(self, eval_step: Callable, rows: Rows) -> Callable[[Any, Any], dict[str, float | None]]:
+        """Returns the function that evaluates the weights after a step on `rows`."""
         config = self._config
 
-        def evaluate_weights(params: Any) -> dict[str, float | None]:
+        def evaluate_weights(params: Any, step: jax.Array) -> dict[str, float | None]:
+            step = transformer.needed_step(self._program.model, step)
             dataset = batches.evaluation(rows, config.batch_size // config.accumulate, sized=True)
             reader = batches.read(dataset, 0, workers=0)
             try:
                 return evaluate(
-                    eval_step,
+                    lambda params, batch: eval_step(params, batch, step),
                     params,
                     self.watched(reader),
                     task=self._program.task,

@@ -42,12 +42,12 @@ class Evaluation(_Every):
     """Evaluates the weights into the step's metrics line and prints one line. Raises NumericsError for a loss that is
     not finite."""
 
-    evaluate: Callable[[Any], dict[str, float | None]]  # weights -> values of a metrics line
+    evaluate: Callable[[Any, jax.Array], dict[str, float | None]]  # (weights, step) -> values of a metrics line
     headline: str  # the number that people look at first
     metrics: log.Metrics
 
     def __call__(self, step: int, state: State):
-        values = self.evaluate(state.params)
+        values = self.evaluate(state.params, state.step)
         if not math.isfinite(values['eval/loss']):
             raise NumericsError(f'step {step}: the evaluation loss is not finite')
         self.metrics.add(step, values)
@@ -61,11 +61,11 @@ class Evaluation(_Every):
 class Analysis(_Every):
     """Measures what each layer does into the step's metrics line."""
 
-    measure: Callable[[Any], dict[str, Any]]  # weights -> values of a metrics line
+    measure: Callable[[Any, jax.Array], dict[str, Any]]  # (weights, step) -> values of a metrics line
     metrics: log.Metrics
 
     def __call__(self, step: int, state: State):
-        self.metrics.add(step, self.measure(state.params))
+        self.metrics.add(step, self.measure(state.params, state.step))
 
 
 @dataclasses.dataclass
