@@ -175,14 +175,14 @@ class Stack(nn.Module):
         return {'constants': constants} | ({} if layer_mask is None else {'layer_mask': layer_mask[first:end]})
 
 
-def total_step(config, step):
-    """The step at which the ramps of a network stand, which began `config.ramp_offset` steps before its step 0; None:
-    they are done."""
+def total_step(config: configs.Model, step: int | jax.Array | None) -> int | jax.Array | None:
+    """Returns the step at which the ramps of a network stand after `step` updates: they began `config.ramp_offset`
+    updates earlier. None: they are done."""
     return None if step is None else step + config.ramp_start
 
 
-def needed_step(model, step):
-    """`step` where layers of a network have a ramp, else None: it is no argument of the other networks' programs."""
+def needed_step(model: nn.Module, step: int | jax.Array | None) -> int | jax.Array | None:
+    """Returns `step` where some layers of a network have a ramp, else None: programs of other networks take no step."""
     return step if placements.has_ramp(model.norm_position) else None
 
 
