@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from test_models import SIZES, make, text, to_jax
+from builders import SIZES, make, text, to_jax
 
 from mixln_jax import config as configs
 from mixln_jax import recipes

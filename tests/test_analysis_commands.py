@@ -12,7 +12,7 @@ import events
 import jax
 import numpy as np
 import pytest
-from test_hf import PLACEMENTS, network
+from hf_folders import PLACEMENTS, network
 
 from mixln_jax import config as configs
 from mixln_jax import evaluate, export, main, recipes

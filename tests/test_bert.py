@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_hf import change, edit
+from hf_folders import change, edit
 
 from mixln_jax import config as configs
 from mixln_jax.models import bert, layers, placements

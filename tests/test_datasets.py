@@ -16,6 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 from array_record.python.array_record_module import ArrayRecordWriter
+from data_sets import SHARDS, write
 from etils import epath
 from tensorflow_datasets.core.file_adapters import ParquetFileAdapter
 
@@ -24,25 +25,7 @@ from mixln_jax.data import datasets, sources
 from mixln_jax.data.prepare import units
 from mixln_jax.system.errors import DataError
 
-SHARDS = [[f'größer {shard}.{i}' for i in range(count)] for shard, count in enumerate((5, 0, 7, 1))]
 TEXTS = list(itertools.chain(*SHARDS))
-
-
-def write(root, shards=SHARDS, folder='c4/en/3.1.0', split='train', fields=('text', 'url')):
-    """A data set whose first field is text; bytes are written as they are."""
-    folder = root / folder
-    folder.mkdir(parents=True)
-    features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in fields})
-    counts = []
-    for i, texts in enumerate(shards):
-        writer = ArrayRecordWriter(str(folder / f'c4-{split}.array_record-{i:05}-of-{len(shards):05}'), 'group_size:1')
-        examples = [features.serialize_example({field: '' for field in fields} | {fields[0]: text}) for text in texts]
-        for example in examples:
-            writer.write(example)
-        writer.close()
-        counts.append({'documents': len(texts), 'bytes': sum(map(len, examples))})
-    datasets.write_description(str(folder), 'c4', fields, {split: counts})
-    return folder
 
 
 def open_(root, name='c4/en', split='train'):

@@ -1,7 +1,6 @@
 """Hugging Face folders out and in: every placement bit for bit, shards, layers that were removed, what is refused."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 import shutil
@@ -12,62 +11,16 @@ import numpy as np
 import pytest
 import reference
 import safetensors.numpy
+from hf_folders import KINDS, LLAMA3, PLACEMENTS, change, edit, logits, network
 
-from mixln_jax import config as configs
-from mixln_jax.models import families, placements
+from mixln_jax.models import placements
 from mixln_jax.models.hf import bert as hf_bert
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.system.errors import CheckpointError, UsageError
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
-PLACEMENTS = [*placements.PLACEMENTS, 'mix', 'post,deepnorm,lns', 'sandwich*2,res_post']
 SHARD = 3e-6  # 10^9 bytes: the network below becomes three shards
-LLAMA3 = dict(
-    rope_type='llama3', rope_factor=3.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0, rope_original_length=50,
-)  # fmt: skip
-KINDS = {  # what a LLaMA may be besides: keys of config.model
-    'theta': {'rope_theta': 50.0},
-    'tied': {'tie_word_embeddings': True},
-    'attention_bias': {'attention_bias': True},
-    'mlp_bias': {'mlp_bias': True},
-    'head_dim': {'head_dim': 6},
-    'llama3': {'head_dim': 6, 'rope_theta': 50.0, **LLAMA3},  # one pair stays, one is slowed by a half, one wholly
-}
-KINDS['all'] = {name: value for kind in KINDS.values() for name, value in kind.items()}
-
-
-@functools.cache
-def network(norm_position, **changes):
-    """(model, params): three layers, 11 words, no two numbers alike."""
-    sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_heads=4, num_kv_heads=2, num_layers=3)
-    model = families.from_config(configs.Model(norm_position=norm_position, **(sizes | changes)), 'float32')
-    rng = np.random.default_rng(0)
-    draw = lambda path, leaf: rng.normal('norm' in str(path), 0.4, leaf.shape).astype(np.float32)  # noqa: E731
-    params = jax.tree_util.tree_map_with_path(draw, model.shapes()['params'])
-    vocab = model.config.vocab_size
-    params['embed']['embedding'][vocab:] = 0
-    if 'head' in params:
-        params['head']['kernel'][:, vocab:] = 0
-    return model, params
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits(model, params):
-    return model.apply({'params': params}, np.arange(10).reshape(2, 5))[0]
-
-
-def edit(folder, name='config.json', **changes):
-    """Changes keys of a JSON file; None takes one away."""
-    found = json.loads((folder / name).read_text()) | changes
-    (folder / name).write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
-
-
-def change(folder, name, how, file='model.safetensors'):
-    """Changes a tensor of a file; `how` gives the new one, None: none."""
-    tensors = safetensors.numpy.load_file(folder / file)
-    new = how(tensors.pop(name, None))
-    safetensors.numpy.save_file(tensors if new is None else tensors | {name: np.ascontiguousarray(new)}, folder / file)
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ import jax
 import numpy as np
 import pytest
 import reference
+from builders import batch_of, to_jax
 from corpora import texts, write
-from test_models import to_jax
-from test_step import batch_of
 
 from mixln_jax import config as configs
 from mixln_jax import main, trees

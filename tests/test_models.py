@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 import safetensors.numpy
-from test_step import equations
+from builders import SIZES, assert_gradients, equations, make, text, to_jax
 
 from mixln_jax import config as configs
 from mixln_jax import trees
@@ -24,7 +24,6 @@ from mixln_jax.system.errors import CheckpointError, UsageError
 from mixln_jax.tasks.language import Language
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
-SIZES = dict(V=11, D=8, H=4, K=2, F=12)
 LISTS = {name: (name,) * 3 for name in placements.PLACEMENTS} | {
     'mix': ('post', 'pre', 'pre'),
     'post,deepnorm,lns': ('post', 'deepnorm', 'lns'),
@@ -51,68 +50,9 @@ KINDS['all'] = tuple({name: value for kind in KINDS.values() for name, value in 
 KINDS['all'][1]['biases'] = 'q k v o gate up down'
 
 
-def make(norm_position, num_layers=3, **changes):
-    sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_heads=4, num_kv_heads=2, scan_unroll='1')
-    return families.from_config(
-        configs.Model(num_layers=num_layers, norm_position=norm_position, **(sizes | changes)), 'float32'
-    )
-
-
-def to_jax(model, weights):
-    """The reference's weights as our parameters; the padded rows stay zero."""
-    like = model.shapes()['params']
-    pad = lambda a, shape: np.pad(a, [(0, n - m) for n, m in zip(shape.shape, a.shape, strict=True)])  # noqa: E731
-
-    def layer(of):
-        ours = {}
-        for name, value in of.items():
-            sublayer, _, place = name.partition('_')
-            if place == 'norm':
-                ours.setdefault('attention', {})[name] = {'scale': value}
-            elif place == 'bias':
-                ours.setdefault('attention' if sublayer in 'qkvo' else 'mlp', {}).setdefault(sublayer, {})['bias'] = (
-                    value
-                )
-            elif place in ('in', 'out', 'post'):
-                ours[f'{sublayer}_norm_{place}'] = {'scale': value}
-            elif place:
-                ours[f'{name}_scale'] = value
-            else:
-                part = ours.setdefault('attention' if name in 'qkvo' else 'mlp', {})
-                part.setdefault(name, {})['kernel'] = value
-        return ours
-
-    params = {
-        'embed': {'embedding': pad(weights['embed'], like['embed']['embedding'])},
-        'norm': {'scale': weights['norm']},
-        'layers': transformer.stack_layers([layer(of) for of in weights['layers']], model.norm_position),
-    }
-    if 'head' in weights:
-        params['head'] = {'kernel': pad(weights['head'], like['head']['kernel'])}
-    if 'embed_norm' in weights:
-        params['embed_norm'] = {'scale': weights['embed_norm']}
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-
-
-def text(rng, B=2, T=5, V=11):
-    ids = rng.integers(0, V, (B, T + 1))
-    weights = np.ones((B, T))
-    weights[-1, -2:] = 0
-    return {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'loss_mask': weights}
-
-
 def mean_loss(model, params, batch):
     losses = Language(model).losses(params, batch)
     return losses.sum / losses.weight
-
-
-def assert_gradients(got, expected, tolerance):
-    """Each tensor within `tolerance` of that tensor's own largest entry."""
-    expected = dict(trees.named_leaves(expected))
-    for name, leaf in trees.named_leaves(got):
-        np.testing.assert_allclose(
-            leaf, expected[name], rtol=0, atol=tolerance * np.abs(expected[name]).max(), err_msg=name
-        )
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from test_models import SIZES, assert_gradients, make, to_jax
-from test_step import equations, make_step
+from builders import SIZES, assert_gradients, equations, make, make_step, to_jax
 
 from mixln_jax import config as configs
 from mixln_jax import trees

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from test_models import SIZES, make, text, to_jax
+from builders import SIZES, branches, make, text, to_jax
 
 from mixln_jax import config as configs
 from mixln_jax.distributed import mesh as meshes
@@ -27,34 +27,6 @@ CONFIG = configs.Config(
         vocab_size=101, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=8, scan_unroll='1'
     ),
 )
-
-
-def branches(monkeypatch, weights, ids, names, **factors):
-    """[(stream before, F)] of every sub-layer in turn, in float64, by the reference."""
-    found = []
-
-    def recording(of):
-        def placement(x, w, attention, mlp, norm, l, L):
-            def record(sublayer, h, w_of):
-                found.append(sublayer(h) * w.get(w_of, 1))
-                return found[-1] / w.get(w_of, 1)
-
-            return of(
-                x,
-                w,
-                lambda h: record(attention, h, 'attention_branch'),
-                lambda h: record(mlp, h, 'mlp_branch'),
-                norm,
-                l,
-                L,
-            )
-
-        return placement
-
-    wrapped = {name: recording(of) for name, of in reference.PLACEMENTS.items()}
-    monkeypatch.setattr(reference, 'PLACEMENTS', wrapped)
-    hidden, _ = reference.forward(weights, ids, names, heads=4, kv_heads=2)
-    return hidden, found
 
 
 @pytest.mark.parametrize('names', [('pre',) * 3, ('scale_res_pre',) * 3, ('post', 'admin', 'hybridnorm')])

@@ -7,10 +7,10 @@ import pathlib
 import re
 import shutil
 
+import data_sets
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-import test_datasets
 from corpora import all_tokens, contents, documents, texts, write
 
 from mixln_jax import config
@@ -289,7 +289,7 @@ class TestBadInput:
         assert 'a.jsonl:124: not UTF-8' in shown and 'a.jsonl:125: not JSON' in shown
 
     def test_documents_that_are_too_long(self, tmp_path, capsys):
-        test_datasets.write(tmp_path, [[f'0 {i}' for i in range(30)] + ['long ' * 1000]])
+        data_sets.write(tmp_path, [[f'0 {i}' for i in range(30)] + ['long ' * 1000]])
         sources = {'a data set': dict(data=dataset(tmp_path, split='train[5:]'), validation='train[:5]')}
         sources['a file'] = dict(data=data(write(tmp_path / 'a.jsonl', [*texts(0), 'long ' * 1000])))
         for number, (kind, of) in enumerate(sources.items()):
@@ -303,7 +303,7 @@ class TestBadInput:
     def test_bad_and_empty_records_of_a_data_set(self, tmp_path, capsys):
         found = [[f'{shard} {i}' for i in range(count)] for shard, count in enumerate((30, 100))]
         found[1][50], found[1][70], found[1][80] = b'caf\xe9', b'\xff', ' \n'  # none is in the sample of a fingerprint
-        test_datasets.write(tmp_path, found)
+        data_sets.write(tmp_path, found)
 
         def run(skip_bad):
             of, out = dataset(tmp_path, split='train[:120]'), str(tmp_path / 'out')

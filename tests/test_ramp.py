@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from builders import SIZES, assert_gradients, make, text, to_jax
 from corpora import write
-from test_hf import edit, logits, network
-from test_models import SIZES, assert_gradients, make, text, to_jax
-from test_start import WORDS, StopAtTwo, lines_of, recipe
+from hf_folders import edit, logits, network
+from short_runs import WORDS, StopAtTwo, lines_of, recipe
 
 from mixln_jax import config as configs
 from mixln_jax import export, main, replay

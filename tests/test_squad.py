@@ -2,23 +2,19 @@
 
 import copy
 import json
-import pathlib
 import re
 
 import numpy as np
 import pytest
 import tokenizers
+from questions import CONTEXT, GOLDEN, VOCABULARY, golden_features, write_json, write_vocabulary
 
 from mixln_jax.data import batches, squad
 from mixln_jax.models.hf import bert as hf_bert
 from mixln_jax.system.errors import CheckpointError, DataError, NumericsError, UsageError
 from mixln_jax.tasks import question_answering
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden/squad'
-WORDS = ('a', 'the', 'who', 'ran', 'red', 'cat', 'dog', 'sat', 'on', 'mat', 'then', 'slept', '.', ',', 'big')
-VOCABULARY = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *WORDS, '##s']
 TOKENS = re.findall(r'\w+|[.,]', 'the big cat, a red cat, sat on the mat. then the dog ran.')
-CONTEXT = 'The big cat, a red cat,\nsat on the mat.  Then the dog ran.'
 THREE = {
     'version': 'v2.0',
     'data': [
@@ -37,18 +33,6 @@ THREE = {
         }
     ],
 }
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content))
-    return path
-
-
-def write_vocabulary(folder):
-    """A vocabulary as older folders have it; returns the folder."""
-    (folder / 'vocab.txt').write_text('\n'.join(VOCABULARY) + '\n')
-    write_json(folder / 'tokenizer_config.json', {'do_lower_case': True})
-    return folder
 
 
 @pytest.fixture
@@ -382,20 +366,12 @@ def golden():
     return hf_bert.load(GOLDEN)
 
 
-def made(version, **changes):
-    """(examples, features, what transformers makes of them)."""
-    expected = json.loads((GOLDEN / 'expected.json').read_text())
-    examples = squad.read(GOLDEN / f'{version}.json')
-    sizes = [expected[name] for name in ('max_length', 'stride', 'max_query')]
-    return examples, squad.make_features(examples, squad.open_tokenizer(GOLDEN), *sizes), expected[version]
-
-
 class TestGolden:
     """transformers 4's SQuAD pipeline, with random weights; see golden/README.md."""
 
     @pytest.mark.parametrize('version', ['v1', 'v2'])
     def test_rows_logits_answers_and_scores(self, golden, version):
-        examples, features, expected = made(version)
+        examples, features, expected = golden_features(version)
         for name, former in (('inputs', 'inputs'), ('types', 'types'), ('token_mask', 'weights')):
             np.testing.assert_array_equal(getattr(features, name), expected[former])
         start, end = question_answering.logits(*golden, features, batch_size=8)
@@ -413,7 +389,7 @@ class TestGolden:
         )
 
     def test_another_network_gives_other_answers(self, golden):
-        examples, features, expected = made('v1')
+        examples, features, expected = golden_features('v1')
         model, params = golden
         moved = params | {'span': {name: leaf + 0.3 * np.cos(np.arange(leaf.size)).reshape(leaf.shape)
                                    for name, leaf in params['span'].items()}}  # fmt: skip
@@ -423,7 +399,7 @@ class TestGolden:
         assert texts != list(expected['predictions'].values())
 
     def test_one_program_whatever_is_removed(self, golden):
-        examples, features, _ = made('v1')
+        examples, features, _ = golden_features('v1')
         whole = question_answering.evaluate(*golden, features, examples, batch_size=8)
         programs = question_answering._logits._cache_size()
         again = question_answering.evaluate(*golden, features, examples, batch_size=8, layer_mask=[True] * 3)
@@ -435,12 +411,12 @@ class TestGolden:
         assert question_answering._logits._cache_size() == programs
 
     def test_batches_of_another_size(self, golden):
-        _, features, _ = made('v1')
+        _, features, _ = golden_features('v1')
         one, other = (question_answering.logits(*golden, features, size) for size in (8, 34))
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
     def test_rows_for_another_network(self, golden):
-        examples, features, _ = made('v1')
+        examples, features, _ = golden_features('v1')
         model, params = golden
         features.inputs[3, 3] = 95
         with pytest.raises(UsageError, match='inputs up to 95, but the network has a table of 95'):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from corpora import write
+from short_runs import SIZES, WORDS, StopAtTwo, lines_of, recipe
 
 from mixln_jax import config as configs
 from mixln_jax import main
@@ -18,27 +19,12 @@ from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
 from mixln_jax.training import loop
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
-WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
-SIZES = dict(vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2)
 
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp('data') / 'train.json.gz'
     return write(path, [' '.join(rng.choice(WORDS, rng.integers(2, 12))) for _ in range(120)])
-
-
-def recipe(corpus, **changes):
-    config = configs.default()
-    config.batch_size, config.seq_length, config.num_steps, config.log_every = 8, 16, 4, 1
-    config.compute_dtype, config.device, config.mesh.data = 'float32', 'cpu', 1
-    config.model.update(scan_unroll='1', **SIZES)
-    config.data.update(source='jsonl', path=str(corpus), tokenizer='bytes')
-    config.eval.update(every=2, tokens=100)
-    config.checkpoint.every, config.analysis.tokens = 2, 0
-    with config.unlocked():
-        config.update_from_flattened_dict(changes)
-    return config
 
 
 @pytest.fixture(scope='module')
@@ -69,19 +55,6 @@ def begun(monkeypatch):
 
     monkeypatch.setattr(loop, 'fit', watched)
     return found
-
-
-class StopAtTwo(main.stop.__class__):
-    """A signal that comes in step 2."""
-
-    def reached(self, step):
-        self.requested = 'SIGTERM' if step == 2 else None
-        return step == 2
-
-
-def lines_of(workdir):
-    lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-    return [{name: value for name, value in line.items() if not name.startswith('perf/')} for line in lines]
 
 
 def equal(one, other):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from builders import MODEL, batch_of, equations, make_step
 
 from mixln_jax import config as configs
 from mixln_jax import trees
@@ -18,29 +19,7 @@ from mixln_jax.models import families
 from mixln_jax.program import optim, step
 from mixln_jax.tasks.language import Language
 
-MODEL = configs.Model(
-    vocab_size=11,
-    hidden_size=8,
-    intermediate_size=12,
-    num_layers=4,
-    num_heads=2,
-    norm_position='post,pre*3',
-    init_std=0.3,
-)
-
-
 WIDE = dataclasses.replace(MODEL, hidden_size=128, intermediate_size=160)  # from 128 on adafactor factors
-
-
-def batch_of(rng, B=8, T=6, V=11):
-    """Rows with different numbers of real targets, one row with none."""
-    lengths = rng.integers(1, T + 1, B)
-    lengths[0] = 0
-    return {
-        'inputs': rng.integers(0, V, (B, T)).astype(np.int32),
-        'targets': rng.integers(0, V, (B, T)).astype(np.int32),
-        'loss_mask': (np.arange(T) < lengths[:, None]).astype(np.float32),
-    }
 
 
 class TestLosses:
@@ -99,24 +78,6 @@ class TestLosses:
         jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, kernel, labels, weights)
         largest = max(np.prod(v.aval.shape) for e in jax.tree.leaves(list(equations(jaxpr.jaxpr))) for v in e.outvars)
         assert largest < 4 * 64 * 512
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
-@functools.cache  # compiled once for all tests
-def make_step(**changes):
-    model = families.from_config(MODEL, 'float32')
-    optimizer = optim.optimizer(configs.Optim())
-    state = jax.jit(functools.partial(step.init_state, Language(model), optimizer))(jax.random.key(0))
-    update = functools.partial(
-        step.train_step, task=Language(model), optimizer=optimizer, schedule=lambda s: 1e-2, **changes
-    )
-    return state, jax.jit(update)
 
 
 def assert_equal(one, other):

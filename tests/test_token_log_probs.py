@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import equations
+from builders import equations
 
 from mixln_jax import config as configs
 from mixln_jax.distributed import mesh
