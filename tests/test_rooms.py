@@ -91,6 +91,11 @@ def test_no_test_module_is_imported():
                 assert not modules & {*name.split('.')}, f'{path.relative_to(ROOT)} must not import {name}'
 
 
+def test_folders_of_tests_are_named_as_rooms():
+    folders = {path.parent.name for path in (ROOT / 'tests').rglob('test_*.py')} - {'tests', 'parity'}
+    assert folders == {path.name for path in (ROOT / 'mixln_jax').iterdir() if (path / '__init__.py').exists()}
+
+
 def test_recipes_import_config_alone():
     for path in (ROOT / 'configs').rglob('*.py'):
         assert imports(path) <= {'config', 'recipes'}, path

@@ -26,7 +26,7 @@ from mixln_jax.runs import checkpoint
 from mixln_jax.system.errors import CheckpointError, UsageError
 from mixln_jax.training import run as training
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SHAPES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 MODEL = configs.Model(
     vocab_size=101,
@@ -114,8 +114,8 @@ class TestNumbers:
     @pytest.mark.slow  # with all of the compiler's optimisations
     def test_of_the_first_weights_do_not_depend_on_the_mesh(self):
         """As users' compiler makes them; the flag of conftest.py that saves time costs here and there the last bit."""
-        folder = pathlib.Path(__file__).parent
-        settings = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': f'{folder}:{folder.parent}'}
+        paths = ':'.join(map(str, pathlib.Path(__file__).parents[:3]))  # this folder, the helpers, the package
+        settings = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': paths}
         call = 'import test_mesh; test_mesh.compare_first_weights()'
         subprocess.run([sys.executable, '-c', call], env=settings, check=True)
 

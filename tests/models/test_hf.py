@@ -19,7 +19,7 @@ from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.system.errors import CheckpointError, UsageError
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 SHARD = 3e-6  # 10^9 bytes: the network below becomes three shards
 
 

@@ -23,7 +23,7 @@ from mixln_jax.program.program import Program
 from mixln_jax.system.errors import CheckpointError, UsageError
 from mixln_jax.tasks.language import Language
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 LISTS = {name: (name,) * 3 for name in placements.PLACEMENTS} | {
     'mix': ('post', 'pre', 'pre'),
     'post,deepnorm,lns': ('post', 'deepnorm', 'lns'),

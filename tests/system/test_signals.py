@@ -12,7 +12,7 @@ import time
 import pytest
 from killed_runs import LAST, PHASES, assert_same_run, finish, start, wait_for
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 

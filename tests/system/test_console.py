@@ -12,7 +12,7 @@ import pytest
 
 from mixln_jax.system import console
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def stream(encoding='utf-8', failing=0):

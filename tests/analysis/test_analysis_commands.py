@@ -27,7 +27,7 @@ from mixln_jax.system.errors import DataError, UsageError
 from mixln_jax.tasks import question_answering
 from mixln_jax.tasks.language import Language
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 JOBS = {
     'angular': ['angular'],
     'variance': ['contribution', 'variance'],

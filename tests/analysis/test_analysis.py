@@ -19,7 +19,7 @@ from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.models.network import flops_per_position
 from mixln_jax.tasks.language import Language
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / 'tests/golden'
 EACH = {
     job.NAME: lambda model, *arguments, job=job: job.measure(Language(model), *arguments)

@@ -13,7 +13,7 @@ from corpora import contents, texts, write
 
 from mixln_jax.data import prepared
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 

@@ -15,7 +15,7 @@ from mixln_jax.evaluation import loop as evaluation
 from mixln_jax.runs import log, weights
 from mixln_jax.system import errors
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / 'tests/golden'
 
 

@@ -325,7 +325,7 @@ def test_train_repeats_itself(corpus, tmp_path):
     """In another process, with other hashes; into a file and into a folder."""
     words = ['--source', 'text', '--path', corpus, '--vocab_size', '500']
     command = [sys.executable, '-m', 'mixln_jax.data.train_tokenizer', *words, '--out', tmp_path / 'one.json']
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     subprocess.run(command, check=True, cwd=root, env=os.environ | {'PYTHONHASHSEED': '7', 'RAYON_NUM_THREADS': '1'})
     assert train(*words, '--out', tmp_path / 'two') == 0
     assert (tmp_path / 'one.json').read_bytes() == (tmp_path / 'two/tokenizer.json').read_bytes()

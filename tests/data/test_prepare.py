@@ -21,7 +21,7 @@ from mixln_jax.data.prepare import units
 from mixln_jax.system import outputs
 from mixln_jax.system.errors import DataError, UsageError
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')

@@ -20,7 +20,7 @@ from mixln_jax.distributed import processes
 from mixln_jax.runs import checkpoint
 from mixln_jax.system.errors import ProcessLost, UsageError
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 class TestFind:

@@ -49,7 +49,7 @@ def tokens(corpus, out, mode, tokenizer_path=''):
 
 def recipe(**changes):
     """A tiny network that reads c4/en, as the paper recipes do."""
-    config = recipes.load(str(pathlib.Path(__file__).parents[1] / 'configs' / 'llama_9m.py'))
+    config = recipes.load(str(pathlib.Path(__file__).parents[2] / 'configs' / 'llama_9m.py'))
     config.batch_size, config.seq_length, config.num_steps, config.log_every = 8, 16, 6, 1
     config.compute_dtype, config.device = 'float32', 'cpu'
     config.model.update(vocab_size=300, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)

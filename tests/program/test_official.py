@@ -21,8 +21,8 @@ from mixln_jax.program.program import Program
 from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks import language
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden'
-ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+ROOT = pathlib.Path(__file__).parents[2]
 SMALL = configs.Model(vocab_size=11, hidden_size=8, intermediate_size=12, num_layers=3, num_heads=2)
 
 

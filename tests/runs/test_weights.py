@@ -22,8 +22,8 @@ from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.runs import checkpoint, weights
 from mixln_jax.system.errors import CheckpointError, DataError, UsageError
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden'
-ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')

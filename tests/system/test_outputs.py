@@ -84,7 +84,7 @@ class TestPaths:
         ],
     )
     def test_empty_ones(self, capsys, monkeypatch, command, words):
-        monkeypatch.chdir(pathlib.Path(__file__).parents[1])
+        monkeypatch.chdir(pathlib.Path(__file__).parents[2])
         assert command(words) == 2
         assert f'{words[-2]} is empty' in capsys.readouterr().err
 
@@ -270,7 +270,7 @@ outputs.write(sys.argv[1], b'half')
 """
 
     def test_of_a_killed_process_they_go_and_of_a_living_one_stay(self, tmp_path):
-        path, root = tmp_path / 'a.json', str(pathlib.Path(__file__).parents[1])
+        path, root = tmp_path / 'a.json', str(pathlib.Path(__file__).parents[2])
         words = [sys.executable, '-c', self.CODE, str(path), root]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             assert other.stdout.readline() == b'there\n'

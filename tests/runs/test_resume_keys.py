@@ -11,7 +11,7 @@ from mixln_jax import main, recipes
 from mixln_jax.runs import workdir
 from mixln_jax.system.errors import UsageError
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 # A new key is refused until somebody puts it here, into config.py as one that may change, and into docs/contracts.md.
 MAY_CHANGE = {
     *('device', 'accumulate', 'log_every', 'model.remat', 'model.scan_unroll', 'model.attention'),

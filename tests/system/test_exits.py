@@ -30,7 +30,7 @@ from mixln_jax.system import cli, errors, files, signals
 from mixln_jax.system.errors import DataError, MemoryExhausted, Stopped, UsageError
 from mixln_jax.training import hooks, loop
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 QUICKSTART = str(ROOT / 'configs/quickstart.py')
 
 

@@ -18,7 +18,7 @@ from mixln_jax.runs import weights
 from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
 from mixln_jax.training import loop
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 
 
 @pytest.fixture(scope='module')
