@@ -12,6 +12,7 @@ os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # compiling is most of the t
 import jax
 import pytest
 
+pytest.register_assert_rewrite('killed_runs')  # its assertions show what differs
 if jax.__version_info__ < (0, 11, 1):  # half of what is left; later XLAs have no such flag, and abort
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_use_fusion_emitters=false'
 

@@ -16,9 +16,9 @@ import zipfile
 from collections.abc import Callable, Iterator
 
 import corpora
+import data_sets
 import numpy as np
 import safetensors.numpy
-import test_datasets
 import vocabularies
 
 from mixln_jax import config, recipes, replay
@@ -208,7 +208,7 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
     job = jobs.Job(data, 'tokens', '', '', tokenizers.Bytes(), corpora.T, first, 0)
     of_files = units.list_units(data, '')
 
-    test_datasets.write(folder)
+    data_sets.write(folder)
     of_dataset = _contents(folder, folder / 'c4')
     info, features = (of_dataset[f'c4/en/3.1.0/{name}.json'] for name in ('dataset_info', 'features'))
 

@@ -13,9 +13,8 @@ import jax
 import numpy as np
 import pytest
 import reference
+from builders import batch_of, to_jax
 from corpora import texts, write
-from test_models import to_jax
-from test_step import batch_of
 
 from mixln_jax import config as configs
 from mixln_jax import main, trees
@@ -132,7 +131,8 @@ def test_every_key_is_here():
 @pytest.mark.parametrize('place', sorted(set(ELSEWHERE.values())))
 def test_named_tests_are_there(place):
     file, _, name = place.partition('::')
-    assert re.search(rf'^ *def {name}\(', (pathlib.Path(__file__).parent / file).read_text(), re.MULTILINE)
+    [path] = pathlib.Path(__file__).parent.rglob(file)
+    assert re.search(rf'^ *def {name}\(', path.read_text(), re.MULTILINE)
 
 
 def built(**changes):

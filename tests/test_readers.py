@@ -11,7 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_report import result
+from analysis_results import result
 
 from mixln_jax import config as configs
 from mixln_jax import evaluate, export, recipes, replay

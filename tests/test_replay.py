@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from test_models import SIZES, make, text, to_jax
-from test_placements import branches
+from builders import SIZES, branches, make, text, to_jax
 
 from mixln_jax import config as configs
 from mixln_jax import replay

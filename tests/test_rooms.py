@@ -81,6 +81,21 @@ def test_only_models_import_flax_modules():
     assert 'flax.linen' in imported(ROOT / 'mixln_jax/models/llama.py')
 
 
+def test_no_test_module_is_imported():
+    """What several of them need is in a helper module."""
+    modules = {path.stem for path in (ROOT / 'tests').rglob('test_*.py')}
+    assert 'test_rooms' in modules and len(modules) > 60
+    for folder in ('tests', 'benchmarks'):
+        for path in (ROOT / folder).rglob('*.py'):
+            for name in imported(path):
+                assert not modules & {*name.split('.')}, f'{path.relative_to(ROOT)} must not import {name}'
+
+
+def test_folders_of_tests_are_named_as_rooms():
+    folders = {path.parent.name for path in (ROOT / 'tests').rglob('test_*.py')} - {'tests', 'parity'}
+    assert folders == {path.name for path in (ROOT / 'mixln_jax').iterdir() if (path / '__init__.py').exists()}
+
+
 def test_recipes_import_config_alone():
     for path in (ROOT / 'configs').rglob('*.py'):
         assert imports(path) <= {'config', 'recipes'}, path

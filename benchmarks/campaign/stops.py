@@ -5,7 +5,7 @@ import os
 import signal
 import time
 
-import test_signals
+import killed_runs
 
 from benchmarks.campaign.judging import Broken, expect, judged
 from mixln_jax.runs import checkpoint
@@ -24,7 +24,7 @@ INSIDE, MISSED = 'killed inside', 'too late'
 def killed_in_save(run, at, skip):
     """Starts a run, and kills it when `at` files are there of the
     first checkpoint after `skip` that it writes."""
-    process, _ = test_signals.start(run)
+    process, _ = killed_runs.start(run)
     old, seen = {*half_written(run / 'checkpoints')}, set()
     while process.poll() is None:
         now = half_written(run / 'checkpoints')
@@ -43,16 +43,16 @@ def undisturbed(folder):
     os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder / 'xla')
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
-    test_signals.CHANGES['checkpoint.every'] = 1
+    killed_runs.CHANGES['checkpoint.every'] = 1
     if not (run := folder / 'undisturbed').exists():
-        test_signals.finish(run)
+        killed_runs.finish(run)
     return run
 
 
 def same_at_the_end(run, other):
-    test_signals.finish(run)
+    killed_runs.finish(run)
     try:
-        test_signals.assert_same_run(run, other)
+        killed_runs.assert_same_run(run, other)
     except AssertionError as error:
         raise Broken(f'not the bits of the undisturbed run: {str(error)[:300]}') from None
     return 'bitwise at the end'
@@ -75,11 +75,11 @@ def kills(base, count=25):
 
 
 def signalled(run, phase, number):
-    words, log = test_signals.PHASES[phase], run.with_suffix('.log')
+    words, log = killed_runs.PHASES[phase], run.with_suffix('.log')
     offset = log.stat().st_size if log.exists() else 0
     cache = '' if phase == 'compilation' else os.environ['JAX_COMPILATION_CACHE_DIR']
-    process, log = test_signals.start(run, JAX_COMPILATION_CACHE_DIR=cache)
-    test_signals.wait_for(process, log, words, offset)
+    process, log = killed_runs.start(run, JAX_COMPILATION_CACHE_DIR=cache)
+    killed_runs.wait_for(process, log, words, offset)
     time.sleep(0.3 if phase in ('imports', 'compilation') else 0.01)
     process.send_signal(number)
     code, said = process.wait(), log.read_text(encoding='utf-8')[offset:]
@@ -91,7 +91,7 @@ def signalled(run, phase, number):
 def signals(base, count=16):
     """SIGTERM, SIGINT and SIGHUP in each phase of two runs."""
     other, row = undisturbed(base.folder / 'kills'), 'SIGTERM, SIGINT, SIGHUP'
-    for turn, (name, phase) in enumerate([*itertools.product(('one', 'two'), test_signals.PHASES)][:count]):
+    for turn, (name, phase) in enumerate([*itertools.product(('one', 'two'), killed_runs.PHASES)][:count]):
         number = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[turn % 3]
         yield judged(row, f'{number.name}, {phase}', signalled, base.folder / f'kills/{name}', phase, number, limit=600)
     for run in sorted(base.folder.glob('kills/[ot][nw][eo]')):

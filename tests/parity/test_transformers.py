@@ -14,9 +14,9 @@ os.environ['HF_HUB_OFFLINE'] = '1'  # before transformers is imported: nothing h
 import torch
 import transformers
 import vocabularies
+from hf_folders import KINDS, PLACEMENTS, edit, logits, network
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from test_hf import KINDS, PLACEMENTS, edit, logits, network
 
 from mixln_jax.data import tokenizers
 from mixln_jax.models import placements

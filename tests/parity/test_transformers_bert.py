@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_squad import CONTEXT, GOLDEN, made, write_vocabulary
+from questions import CONTEXT, GOLDEN, golden_features, write_vocabulary
 
 from mixln_jax.data import squad
 from mixln_jax.models.hf import bert as hf_bert
@@ -91,7 +91,7 @@ def test_rows_are_those_of_their_tokenizer(tmp_path):
 @pytest.mark.parametrize('version', ['v1', 'v2'])
 def test_answers_and_scores(version):
     """By this transformers' logits of golden/squad, and by ours, they are those that transformers 4 found."""
-    examples, features, expected = made(version)
+    examples, features, expected = golden_features(version)
     model = transformers.BertForQuestionAnswering.from_pretrained(GOLDEN).eval()
     arrays = features.inputs, features.types, features.weights
     _, logits = theirs_computes(model, *arrays)

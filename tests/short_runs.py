@@ -1,0 +1,37 @@
+"""Runs of four steps: their recipe, a signal in step 2, and the lines that they write."""
+
+import json
+
+from mixln_jax import config as configs
+from mixln_jax import main
+
+WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
+SIZES = dict(vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2)
+
+
+def recipe(corpus, **changes):
+    """Returns the configuration of a run of four steps on the texts of `corpus`."""
+    config = configs.default()
+    config.batch_size, config.seq_length, config.num_steps, config.log_every = 8, 16, 4, 1
+    config.compute_dtype, config.device, config.mesh.data = 'float32', 'cpu', 1
+    config.model.update(scan_unroll='1', **SIZES)
+    config.data.update(source='jsonl', path=str(corpus), tokenizer='bytes')
+    config.eval.update(every=2, tokens=100)
+    config.checkpoint.every, config.analysis.tokens = 2, 0
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+class StopAtTwo(main.stop.__class__):
+    """Acts like a signal that comes in step 2."""
+
+    def reached(self, step):
+        self.requested = 'SIGTERM' if step == 2 else None
+        return step == 2
+
+
+def lines_of(workdir):
+    """Returns the lines of metrics.jsonl without speed."""
+    lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+    return [{name: value for name, value in line.items() if not name.startswith('perf/')} for line in lines]
