@@ -155,7 +155,7 @@ def test_hyphens_in_the_names_of_options(capsys):
     assert cli.parse(parser, ['--data-dir=--seq-length']).data_dir == '--seq-length'
     assert cli.parse(parser, ['--', '--seq-length', 'a-b']).words == ['--seq-length', 'a-b']
     others = ['--config.data.path=x-y', '--config.seq-length=1', '--seq-lengths=1']
-    assert cli.parse(parser, ['--seq-length', '1', *others], known=True)[1] == others
+    assert cli.parse_known(parser, ['--seq-length', '1', *others])[1] == others
     with pytest.raises(UsageError, match='unrecognized arguments: --seq-lengths'):
         cli.parse(parser, ['--seq-lengths'])
     with pytest.raises(UsageError, match='argument --seq_length: invalid int value'):

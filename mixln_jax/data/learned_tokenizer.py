@@ -1,5 +1,6 @@
 """The common part of tokenizers whose vocabulary was learned from text."""
 
+import abc
 import functools
 import hashlib
 import pathlib
@@ -7,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mixln_jax import config
 from mixln_jax.data import saved_tokenizer, tokenizer_json
@@ -18,11 +20,11 @@ NOTHING = b'\xff'  # the surface of a token that spells no text, or stands for a
 BLANKS = bytes.maketrans(b'\t\n\r\x0b\x0c', b'     ')
 
 
-class Learned:
+class Learned(abc.ABC):
     """A vocabulary learned from text; see tokenizers.Tokenizer.
 
-    A subclass has the class attributes `kind`, `FORM` (for error messages) and `FILES`, and the methods `_open` (reads
-    `contents`, calls `_set_specials`), `_ids` and `_offsets`, and the property `_surfaces`.
+    A subclass has the class attributes `kind`, `FORM` (for error messages) and `FILES`, and everything that is abstract
+    here.
     """
 
     kind: str
@@ -47,7 +49,32 @@ class Learned:
             for text in tokenizer_json.PROBES:  # a tokenizer that fails on any text should fail now
                 self._ids(text)
 
-    def _find_cuts(self):
+    @abc.abstractmethod
+    def _open(self) -> None:
+        """Reads `contents` and calls `_set_specials`."""
+
+    @abc.abstractmethod
+    def _ids(self, text: str) -> np.ndarray:
+        """Returns the ids [n] int32 of a text, encoded at once."""
+
+    @abc.abstractmethod
+    def _offsets(self, text: str) -> np.ndarray:
+        """Returns the byte of the text at which each id ends, [n] int64, as the library tells it."""
+
+    @property
+    @abc.abstractmethod
+    def _surfaces(self) -> list[bytes]:
+        """The bytes of text that each id spells."""
+
+    @abc.abstractmethod
+    def decode(self, ids: ArrayLike) -> str:
+        """See tokenizers.Tokenizer."""
+
+    @abc.abstractmethod
+    def can_yield(self, i: int) -> bool:
+        """See tokenizers.Tokenizer."""
+
+    def _find_cuts(self) -> None:
         # Most tokens begin with their space, so a text is cut before a space. Some models (LLaMA's sentencepiece model)
         # put a space before every text that they encode. They fail the trial, and the space at the cut is dropped.
         trials = {space: [*self._ids('one'), *self._ids(f'{space}two')] for space in ' \n'}

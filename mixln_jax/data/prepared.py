@@ -24,7 +24,7 @@ from isal import isal_zlib
 
 from mixln_jax import config
 from mixln_jax.data import layout, text_files, tokenizers
-from mixln_jax.data.examples import Rows
+from mixln_jax.data.examples import Numbers, Rows
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.system import console, files
 from mixln_jax.system.errors import DataError, reading
@@ -165,7 +165,7 @@ class Prepared(Rows):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def read(self, indices: Sequence[int], sized: bool = False) -> Block:
+    def read(self, indices: Numbers, sized: bool = False) -> Block:
         shards = np.searchsorted(self._ends, indices, side='right')
         numbers = np.asarray(indices) - np.concatenate([[0], self._ends])[shards]
         wanted = list(zip(indices, shards.tolist(), numbers.tolist(), strict=True))

@@ -108,7 +108,8 @@ class _Gathered:
 
     def __init__(self, one_in: int, prefix: str = ''):
         """One of `one_in` documents will be for validation; fingerprints begin with `prefix`."""
-        self.prefix, self.blob, self.names, self._one_in = prefix, bytearray(), [], one_in
+        self.prefix, self.blob, self._one_in = prefix, bytearray(), one_in
+        self.names: list[str] = []  # of the files
         self._ends, self._ranks, self._places = array.array('q'), array.array('Q'), array.array('q')
 
     def add(self, text: bytes, unit: bytes, file: str, line: int) -> None:

@@ -71,7 +71,7 @@ def paths(patterns: str, key: str = 'config.data.path') -> list[str]:
             if os.path.isdir(path):
                 raise DataError(f'{key}: {path} is a folder; name its files, for instance {path}/*')
         every_path.update(matches)
-    by_identity = {}
+    by_identity: dict[tuple[int, int, int], str] = {}
     for path in sorted(every_path):
         by_identity.setdefault(_identity(path), path)
     return list(by_identity.values())
@@ -106,7 +106,7 @@ def paths_of_source(source: str, patterns: str, key: str = 'config.data.path') -
 
 def kind_of_all(names: Sequence[str]) -> str:
     """Returns the kind of all these files, 'jsonl' or 'text'. Raises DataError if they are of both kinds."""
-    kinds = {}
+    kinds: dict[str, str] = {}
     for path in names:
         kinds.setdefault(kind(path), path)
     if len(kinds) > 1:
@@ -147,20 +147,20 @@ def call_each(seconds: float | None, function: Callable[[Any], T], items: Iterab
 
     Args:
         seconds: the longest time in which no call ends; None: there is no limit. File systems of buckets, for example,
-        try
-            again for minutes if there is no network.
+            try again for minutes if there is no network.
         function: to call.
         items: its arguments.
 
     Raises:
         NoAnswer: no call has ended for `seconds`. Otherwise the first exception of a call is raised.
     """
-    items, results, stopped = list(items), {}, threading.Event()
-    waiting, answers = queue.SimpleQueue(), queue.SimpleQueue()
-    for number, item in enumerate(items):
+    arguments, results, stopped = list(items), dict[int, T](), threading.Event()
+    waiting: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+    for number, item in enumerate(arguments):
         waiting.put((number, item))
 
-    def work():
+    def work() -> None:
         while not stopped.is_set():
             try:
                 number, item = waiting.get_nowait()
@@ -172,20 +172,21 @@ def call_each(seconds: float | None, function: Callable[[Any], T], items: Iterab
                 stopped.set()
                 answers.put((number, None, error))
 
-    for _ in range(min(AT_ONCE, len(items))):
+    for _ in range(min(AT_ONCE, len(arguments))):
         threading.Thread(target=work, daemon=True).start()
     try:
-        while len(results) < len(items):
+        while len(results) < len(arguments):
             try:
                 number, result, error = answers.get(timeout=seconds)
             except queue.Empty:
-                raise NoAnswer(seconds or 0, next(item for i, item in enumerate(items) if i not in results)) from None
+                missing = next(item for i, item in enumerate(arguments) if i not in results)
+                raise NoAnswer(seconds or 0, missing) from None
             if error:
                 raise error
             results[number] = result
     finally:
         stopped.set()
-    return [results[number] for number in range(len(items))]
+    return [results[number] for number in range(len(arguments))]
 
 
 def call_within(seconds: float | None, call: Callable[[], T]) -> T:
@@ -234,8 +235,8 @@ class Reader:
             largest: bytes of a line.
         """
         self.empty = self.bad = self._number = self._end = 0
-        self._raw = None
-        self.skipped = []  # the reasons for the first few lines
+        self._raw: _Steps | None = None
+        self.skipped: list[str] = []  # the reasons for the first few lines
         self._path, self._skip_bad, self._largest = path, skip_bad, largest
         self._records = {'jsonl': self._jsonl, 'text': self._text}[kind]
 

@@ -43,7 +43,7 @@ def check_shard(file: str, shard: Mapping[str, Any], seq_length: int, dtype: np.
                 salts = prepared.shard_salts(seal, numbers) * np.uint32(sealed)
                 damaged = prepared.damaged_rows(_cut(block, size), row_notes, noted, salts)
                 bad = first + damaged[0] if len(damaged) else None
-        ends_well = not sealed or bad is not None or notes.read() == seal
+        ends_well = not sealed or bad is not None or (notes is not None and notes.read() == seal)
     same = digest.hexdigest() == shard['digest']
     if bad is not None or not same:
         name = prepared.notes_file(file) if same else file

@@ -52,7 +52,9 @@ class Harness(TemplateLM):
     continuation that is longer than the window is scored in several windows, as in `loglikelihood_rolling`.
     """
 
-    eot_token_id = prefix_token_id = None  # set in __init__; they are properties in the base class
+    # Set in __init__; they are properties in the base class.
+    eot_token_id: Any = None
+    prefix_token_id: Any = None
     max_gen_toks = 256  # if a task does not set it; the harness's own default
 
     def __init__(
@@ -142,7 +144,8 @@ class Harness(TemplateLM):
         Raises:
             UsageError: a task, which is named, asks for another way to choose tokens.
         """
-        limits, contexts, generated = [], [], [[] for _ in requests]
+        limits, contexts = [], []
+        generated: list[list[int]] = [[] for _ in requests]
         for request in requests:
             context, options = request.args
             options = normalize_gen_kwargs(options, self.max_gen_toks)
@@ -161,7 +164,7 @@ class Harness(TemplateLM):
             text = self._tokenizer.decode(ids) if ids else ''
             return any(stop in text for stop in until if stop)
 
-        open_requests = range(len(requests))
+        open_requests: Sequence[int] = range(len(requests))
         with tqdm(total=len(requests), desc='generate_until', disable=disable_tqdm) as bar:
             while open_requests := [number for number in open_requests if not ended(number)]:
                 bar.update(len(requests) - len(open_requests) - bar.n)

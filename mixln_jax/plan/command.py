@@ -50,7 +50,7 @@ def compiled(config: configs.Config, topology: str) -> jax.stages.Compiled | str
 
 def needed(executable: jax.stages.Compiled) -> int:
     """Returns the bytes that a compiled program needs on each device."""
-    analysis = executable.memory_analysis()
+    analysis: Any = executable.memory_analysis()  # None only for backends without compiled code
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     inputs = analysis.argument_size_in_bytes
     return inputs + outputs + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes

@@ -52,8 +52,8 @@ def run(folders: Sequence[str], out_folder: str) -> None:
         try:
             written = [pathlib.Path(out_folder, path.name) for path in write(runs, comparison, out)]
             console.say(f'wrote {" and ".join(map(str, written))}')
-        except UsageError as problem:
-            problems.append(problem)
+        except UsageError as error:
+            problems.append(error)
         for warning in comparison.warnings:
             console.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
         if others:

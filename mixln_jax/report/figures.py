@@ -78,7 +78,8 @@ def angular(results: Sequence[Result], among: Sequence[Result] | None = None) ->
         L = len(values)
         shown = style.cells(ax, values, Normalize(0, largest), (-0.5, L - 0.5, 0.5, L + 0.5))
         ax.set_box_aspect(1)
-        style.integers(ax.xaxis), style.integers(ax.yaxis)
+        style.integers(ax.xaxis)
+        style.integers(ax.yaxis)
         ax.set_xlabel('start depth $l$' if number + columns >= len(results) else '')
         ax.set_ylabel('layers spanned $n$' if number % columns == 0 else '')
         style.title(ax, result['label'], figure, columns)
@@ -194,7 +195,7 @@ def variance(results: Sequence[Result]) -> Figure:
     figure, [ax] = style.chart()
     depths = [np.arange(len(result['variance']['mean'])) for result in results]
     handles = style.lines(ax, [_measured(result['variance']) for result in results], results, depths)
-    line = {'linewidth': 0.9, 'dashes': (4, 1.5, 1, 1.5)}  # unlike the dashes of a second seed
+    line: dict[str, Any] = {'linewidth': 0.9, 'dashes': (4, 1.5, 1, 1.5)}  # unlike the dashes of a second seed
     theory = []
     for number, result in enumerate(results):
         expected = np.array(result.get('theory') or [], float)
@@ -262,7 +263,7 @@ def curves(series: Sequence[Mapping[str, Any]], xlabel: str, ylabel: str, log: b
 
 
 @style.styled
-def by_layer(values: Sequence[ArrayLike], results: Sequence[Result], quantity: str) -> Figure:
+def by_layer(values: Sequence[Sequence[float] | np.ndarray], results: Sequence[Result], quantity: str) -> Figure:
     """Draws one number for each layer of whole networks: a line for each result.
 
     Args:
@@ -297,10 +298,10 @@ def evolution(
         among: all `values` that share the scale; None: these alone.
     """
     norm = style.norm([np.array(others, float) for others in among or [values]])
-    values = np.array(values, float).T
+    cells = np.array(values, float).T
     figure, [ax] = style.chart()
-    extent = (0.5, len(steps) + 0.5, 0.5, len(values) + 0.5)
-    shown = style.cells(ax, np.ma.array(values, mask=False), norm, extent)
+    extent = (0.5, len(steps) + 0.5, 0.5, len(cells) + 0.5)
+    shown = style.cells(ax, np.ma.array(cells, mask=False), norm, extent)
     style.integers(ax.yaxis)
     some = range(0, len(steps), -(-len(steps) // 5))
     ax.set_xticks([i + 1 for i in some], [f'{steps[i]:,}' for i in some])

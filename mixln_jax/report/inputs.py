@@ -150,7 +150,9 @@ def read(folders: Iterable[str]) -> tuple[list[Run], list[Exception], list[str]]
     Returns:
         The runs, the problems (UsageError, CheckpointError), and the folders that are not runs at all.
     """
-    runs, problems, others = [], [], []
+    runs: list[Run] = []
+    problems: list[Exception] = []
+    others: list[str] = []
     for path, folder in {pathlib.Path(os.path.realpath(files.local(folder, ''))): folder for folder in folders}.items():
         try:
             if not _is_run(path):
@@ -215,12 +217,12 @@ def groups(runs: Iterable[Run]) -> list[list[Run]]:
 
     The runs of a group differ in seeds alone and have made equally many steps.
     """
-    grouped = {}
+    grouped: dict[str, list[list[Run]]] = {}
     for run in runs:
         step, value = run.evaluation
         settings = {name: value for name, value in run.keys.items() if name not in SEEDS}
         alike = [run.step, step, run.headline.key, run.text, settings]
-        known = step is not None and np.isfinite(value)
+        known = value is not None and np.isfinite(value)
         candidates = grouped.setdefault(json.dumps(alike if known else run.name), [])
         # The same seeds again are not a further sample.
         group = next((group for group in candidates if run.seeds not in [other.seeds for other in group]), None)

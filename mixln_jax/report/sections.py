@@ -167,12 +167,16 @@ def _evolution_pictures(series, heading, quantity):
 def _numbers(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Returns (tokens, values) of the metrics lines that have `key`; nan where a value is not a number."""
     pairs = [(number(line['tokens']), number(line[key])) for line in lines if key in line and 'tokens' in line]
-    return tuple(map(list, zip(*pairs, strict=True))) if pairs else ([], [])
+    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
     """Returns the means of a curve's finite values over at most MOST_POINTS equal parts."""
     parts = np.array_split(np.arange(len(x)), min(MOST_POINTS, len(x))) if x else []
-    x, y = np.array(x, float), np.array(y, float)
-    mean = lambda values: values[np.isfinite(values)].mean() if np.isfinite(values).any() else math.nan  # noqa: E731
-    return [mean(x[part]) for part in parts], [mean(y[part]) for part in parts]
+    curve = np.array(x, float), np.array(y, float)
+
+    def means(values: np.ndarray) -> list[float]:
+        finite = [values[part][np.isfinite(values[part])] for part in parts]
+        return [float(some.mean()) if some.size else math.nan for some in finite]
+
+    return means(curve[0]), means(curve[1])

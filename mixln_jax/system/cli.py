@@ -18,11 +18,11 @@ from mixln_jax.system.signals import stopped_line
 Parsed = TypeVar('Parsed')
 
 
-def parse(parser, argv, known=False):
-    """Returns the options of a command line; with `known` a pair: the parser's own options, and the other words.
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the parsed options. --help prints the help and exits with 0.
 
-    Options are spelled with underscores; hyphens in their place are accepted. Raises UsageError, in one line, where
-    argparse would print its usage. --help exits with 0.
+    Options are spelled with underscores; hyphens in their place are accepted. Raises UsageError, one line, where
+    argparse would print its usage and exit.
     """
     return _parse(parser, argv, parser.parse_args)
 
@@ -44,7 +44,7 @@ def _parse(
 
     parser.error = error  # type: ignore[method-assign]
     if empty := next((word for word in argv if re.fullmatch(r'--[\w-]+=--', word)), None):
-        error(f'{empty}: -- is no value')  # some Pythons' argparse makes an empty list of it
+        error(f'{empty}: -- is not a value')  # in some Python versions argparse takes it for an empty list
     argv = _underscored(parser, argv)
     try:
         return parse_words(argv)
@@ -52,7 +52,7 @@ def _parse(
         error(str(problem))
 
 
-def _underscored(parser, argv):
+def _underscored(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     """Returns the words with hyphens replaced in the names of options that the parser knows with underscores."""
     options = {option for action in parser._actions for option in action.option_strings}
     words = list(argv)

@@ -119,7 +119,7 @@ def _complete(job, units, mine, workers):
 
 def _first_for_training(units, data, skip_bad, max_document):
     """Returns the lowest rank of documents for training; for C4 this reads some thousand documents."""
-    documents = (pair for unit in units for pair in read(data, unit, skip_bad, max_document))
+    documents = (pair for unit in units for pair in read(data, unit, skip_bad, max_document).pairs())
     ranks = (rank(decides.encode()) for decides, _ in documents)
     return first_for_training(ranks, HELD_OUT[data.source], '--path', ', or --validation FILES')
 

@@ -53,7 +53,7 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
             path = pathlib.Path(job.folder, job.file(unit, split))
             writer = _WRITERS[job.format](job, path, complete.get(split), before.get(split))
             writers[split] = closing.enter_context(writer)
-        for decides, document in documents:
+        for decides, document in documents.pairs():
             split = unit.split or ('validation' if rank(decides.encode()) < (job.first or 0) else 'train')
             writers[split].add(document)
             num_documents += 1
