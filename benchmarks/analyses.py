@@ -45,14 +45,14 @@ def main(argv):
         made = jax.block_until_ready(of())
         return made, time.perf_counter() - start
 
-    cold = seconds(lambda: analyse(state.params))[1]
+    cold = seconds(lambda: analyse(state.params, state.step))[1]
     for _ in range(2):
         state, _ = step(state, batch)
     steps, calls = [], []
     for _ in range(options.repeats):
         (state, _), spent = seconds(lambda: step(state, batch))  # noqa: B023
         steps.append(spent)
-        calls.append(seconds(lambda: analyse(state.params))[1])  # noqa: B023
+        calls.append(seconds(lambda: analyse(state.params, state.step))[1])  # noqa: B023
     (state, _), spent = seconds(lambda: step(state, batch))
     steps.append(spent)
     ratios = [call * 2 / (before + after) for call, before, after in zip(calls, steps, steps[1:], strict=False)]

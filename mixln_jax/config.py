@@ -239,6 +239,8 @@ def _check_together(config: Config) -> None:
         raise UsageError(f'config.processes.stall={config.processes.stall:g} must be 0 or at least 1 second')
     if config.batch_size * config.seq_length >= 2**31:
         raise UsageError('config.batch_size times config.seq_length must be below 2^31 positions')
+    if config.num_steps + model.ramp_start >= 2**31:
+        raise UsageError('config.num_steps plus config.model.ramp_offset must be below 2^31')
     sizes = dataclasses.asdict(config.mesh)
     for name, size in sizes.items():
         if size == 0:

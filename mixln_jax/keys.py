@@ -63,9 +63,24 @@ class Model:
     mlp_bias: bool = key(False, 'biases in the matrices of the MLP', weights=True)
     tie_word_embeddings: bool = key(False, 'use the transposed embedding as the head', weights=True)
     norm_position: str = key(
-        'mix', 'placement of the norms: a name for all layers, mix, or a list such as post*3,pre*9'
+        'mix',
+        'placement of the norms: a name for all layers, mix, or a list such as post*3,pre*9; +prores after a name, as '
+        'in mix+prores, ramps up its sub-layers',
     )
     post_ratio: float = key(0.25, 'share of Post-LN layers under mix', at_least=0.0, at_most=1.0)
+    ramp_steps: int = key(
+        1000,
+        '+prores: number of updates T after which layer 1 is ramped up; layer l is after T * l',
+        at_least=1,
+        at_most=100_000,
+    )
+    ramp_offset: int = key(
+        'auto',
+        '+prores: number of updates that the ramp has made before the first step; auto: those of the weights of '
+        'init_from, else 0; a run that continues keeps its own',
+        at_least=0,
+        at_most=2**30,
+    )
     norm_groups: int = key(4, 'groups of features in the norms of group_pre', at_least=1)
     norm_eps: float = key(1e-6, 'epsilon of the norms', above=0.0, weights=True)
     rope_theta: float = key(10000.0, 'base of the rotary angles', above=1.0, weights=True)
@@ -118,6 +133,11 @@ class Model:
     def head_size(self) -> int:
         """Returns the features per head."""
         return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def ramp_start(self) -> int:
+        """Number of updates that the ramps have made before the first step."""
+        return 0 if self.ramp_offset == 'auto' else self.ramp_offset
 
     @property
     def kv_heads(self) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.data import batches, layout
-from mixln_jax.models import families
+from mixln_jax.models import families, transformer
 from mixln_jax.program import step
 from mixln_jax.runs import checkpoint
 from mixln_jax.system import cli, console, files
@@ -49,12 +49,14 @@ def replay(folder, compute_dtype):
     console.say(f'weights of step {about["step"]}, {model.compute_dtype}, {len(model.norm_position)} layers')
     of_batch = jax.jit(functools.partial(_look, task))
     for path in stored:
+        before = transformer.needed_step(model, _number(path) - 1)  # updates done when it was trained on
         batch = task.prepare(read_batch(path, config), step.step_key(config.seed, _number(path) - 1), True)
         micro = step.micro_batches(batch, config.accumulate)
         if _number(path) <= about['step']:
             console.say(f'\nbatch {_number(path)} came before these weights, which it has helped to make:')
         found = [
-            jax.device_get(of_batch(params, jax.tree.map(lambda a, i=i: a[i], micro))) for i in range(config.accumulate)
+            jax.device_get(of_batch(params, jax.tree.map(lambda a, i=i: a[i], micro), before))
+            for i in range(config.accumulate)
         ]
         _say(_number(path), model.norm_position, jax.tree.map(lambda *a: np.stack(a), *found))
 
@@ -104,12 +106,12 @@ def _task(config, compute_dtype='float32'):
     return build.from_config(config, families.from_config(config.model, compute_dtype))
 
 
-def _look(task, params, batch):
+def _look(task, params, batch, before):
     """Loss of every row (nats a token), and per layer the largest norms of stream and branches and the gradient's."""
 
     def loss(params):
-        _, out = task.model.apply({'params': params}, batch, capture=True, method='backbone')
-        losses = task.losses(params, batch, Context())
+        _, out = task.model.apply({'params': params}, batch, capture=True, step=before, method='backbone')
+        losses = task.losses(params, batch, Context(step=before))
         rows = losses.per_example / jnp.maximum(losses.example_weight, 1)
         mean = losses.sum / jnp.maximum(losses.weight, 1)
         return mean, (rows, out['branches'], jnp.linalg.norm(out['hidden'][1:], axis=-1))
@@ -129,17 +131,18 @@ def _say(number, norm_position, found):
     rows = found['rows'].T.reshape(-1)  # micro-batch i has rows i, i + A, ...
     bad = np.flatnonzero(~np.isfinite(rows))
     highest = int(np.argmax(np.where(np.isfinite(rows), rows, -np.inf)))
+    width = max(16, *map(len, norm_position))
     console.say(
         f'\nbatch {number}: '
         + (f'loss not finite in rows {", ".join(map(str, bad[:20]))}' if len(bad) else 'all finite'),
         f'highest loss of a row {rows[highest]:.4f} (row {highest}), mean {np.mean(rows):.4f}',
-        f'{"layer":>5}  {"placement":<16} {"attention adds":>14} {"MLP adds":>14} {"stream":>14} {"gradient":>14}',
+        f'{"layer":>5}  {"placement":<{width}} {"attention adds":>14} {"MLP adds":>14} {"stream":>14} {"gradient":>14}',
     )
     attention, mlp = np.moveaxis(found['branch'].max(axis=0), -1, 0)
     stream, gradient = found['stream'].max(axis=0), found['gradient'].max(axis=0)
     for l, name in enumerate(norm_position):
         numbers = ' '.join(f'{value:14.6g}' for value in (attention[l], mlp[l], stream[l], gradient[l]))
-        console.say(f'{l + 1:>5}  {name:<16} {numbers}')
+        console.say(f'{l + 1:>5}  {name:<{width}} {numbers}')
     for l in range(len(norm_position)):
         for what, value in (('attention', attention[l]), ('MLP', mlp[l]), ('stream behind', stream[l])):
             if not np.isfinite(value):

@@ -10,90 +10,99 @@ from functools import partial
 import numpy as np
 
 # --- Placements: x [..., B, T, D] -> y [..., B, T, D]. w: the layer's weights; attention, mlp: functions of the
-# sub-layer's input; norm(x, gain): RMSNorm; l = 1..L: the layer's index; L: the depth.
+# sub-layer's input; norm(x, gain): RMSNorm; l = 1..L: the layer's index; L: the depth; r: what each sub-layer's output
+# is multiplied by, see `prores`.
 
 
-def pre(x, w, attention, mlp, norm, l, L):
+def prores(l, T, t):
+    """min(t / (T l), 1) after t updates; the factor of what a sub-layer adds. Chen et al., arXiv 2603.05369: Pre-LN
+    x + a F(N(x)); Post-LN N(x + a F(x)); Sandwich-LN x + a N(F(N(x))); DeepNorm N(alpha x + a F(x)); LNS
+    x + a F(N(x) / sqrt(l)).
+    """
+    return min(t / (T * l), 1.0)
+
+
+def pre(x, w, attention, mlp, norm, l, L, r=1.0):
     """Pre-LN: y = x + F(N_in(x)). Xiong et al., arXiv 2002.04745; LLaMA."""
-    a = x + attention(norm(x, w['attention_in']))
-    return a + mlp(norm(a, w['mlp_in']))
+    a = x + r * attention(norm(x, w['attention_in']))
+    return a + r * mlp(norm(a, w['mlp_in']))
 
 
-def post(x, w, attention, mlp, norm, l, L):
+def post(x, w, attention, mlp, norm, l, L, r=1.0):
     """Post-LN: y = N_post(x + F(x)). Vaswani et al., arXiv 1706.03762."""
-    a = norm(x + attention(x), w['attention_post'])
-    return norm(a + mlp(a), w['mlp_post'])
+    a = norm(x + r * attention(x), w['attention_post'])
+    return norm(a + r * mlp(a), w['mlp_post'])
 
 
-def sandwich(x, w, attention, mlp, norm, l, L):
+def sandwich(x, w, attention, mlp, norm, l, L, r=1.0):
     """Sandwich-LN: y = x + N_out(F(N_in(x))). CogView, arXiv 2105.13290."""
-    a = x + norm(attention(norm(x, w['attention_in'])), w['attention_out'])
-    return a + norm(mlp(norm(a, w['mlp_in'])), w['mlp_out'])
+    a = x + r * norm(attention(norm(x, w['attention_in'])), w['attention_out'])
+    return a + r * norm(mlp(norm(a, w['mlp_in'])), w['mlp_out'])
 
 
-def res_post(x, w, attention, mlp, norm, l, L):
+def res_post(x, w, attention, mlp, norm, l, L, r=1.0):
     """Res-post-norm: y = x + N_out(F(x)). Swin v2, arXiv 2111.09883; OLMo 2, arXiv 2501.00656."""
-    a = x + norm(attention(x), w['attention_out'])
-    return a + norm(mlp(a), w['mlp_out'])
+    a = x + r * norm(attention(x), w['attention_out'])
+    return a + r * norm(mlp(a), w['mlp_out'])
 
 
-def deepnorm(x, w, attention, mlp, norm, l, L):
+def deepnorm(x, w, attention, mlp, norm, l, L, r=1.0):
     """DeepNorm, decoder only: y = N_post((2L)^(1/4) x + F(x)). Wang et al., arXiv 2203.00555."""
     alpha = (2.0 * L) ** 0.25
-    a = norm(alpha * x + attention(x), w['attention_post'])
-    return norm(alpha * a + mlp(a), w['mlp_post'])
+    a = norm(alpha * x + r * attention(x), w['attention_post'])
+    return norm(alpha * a + r * mlp(a), w['mlp_post'])
 
 
-def lns(x, w, attention, mlp, norm, l, L):
+def lns(x, w, attention, mlp, norm, l, L, r=1.0):
     """LayerNorm scaling: y = x + F(N_in(x) / sqrt(l)). Sun et al., arXiv 2502.05795."""
-    a = x + attention(norm(x, w['attention_in']) / np.sqrt(float(l)))
-    return a + mlp(norm(a, w['mlp_in']) / np.sqrt(float(l)))
+    a = x + r * attention(norm(x, w['attention_in']) / np.sqrt(float(l)))
+    return a + r * mlp(norm(a, w['mlp_in']) / np.sqrt(float(l)))
 
 
-def peri(x, w, attention, mlp, norm, l, L):
+def peri(x, w, attention, mlp, norm, l, L, r=1.0):
     """Peri-LN: as Sandwich-LN, and the embedding's output is normalised. Kim et al., arXiv 2502.02732."""
-    return sandwich(x, w, attention, mlp, norm, l, L)
+    return sandwich(x, w, attention, mlp, norm, l, L, r)
 
 
-def hybridnorm(x, w, attention, mlp, norm, l, L):
+def hybridnorm(x, w, attention, mlp, norm, l, L, r=1.0):
     """HybridNorm: a = x + MHA_QKV(x); y = N(a) + F(N(a)). Zhuo et al., arXiv 2503.04598, eq. 10 and 11."""
-    a = x + attention(x)
+    a = x + r * attention(x)
     b = norm(a, w['mlp_in'])
-    return b + mlp(b)
+    return b + r * mlp(b)
 
 
-def hybridnorm_first(x, w, attention, mlp, norm, l, L):
+def hybridnorm_first(x, w, attention, mlp, norm, l, L, r=1.0):
     """Layer 1 of HybridNorm*: a = x + MHA_QKV(N(x)); y = a + F(N(a)). The same, section 3.2."""
-    return pre(x, w, attention, mlp, norm, l, L)
+    return pre(x, w, attention, mlp, norm, l, L, r)
 
 
-def scale_res_pre(x, w, attention, mlp, norm, l, L):
+def scale_res_pre(x, w, attention, mlp, norm, l, L, r=1.0):
     """y = x + s F(N_in(x)), s a learned scalar. The Mix-LN authors' code, NORM_TYPE=scale_res_pre_norm."""
-    a = x + w['attention_branch'] * attention(norm(x, w['attention_in']))
-    return a + w['mlp_branch'] * mlp(norm(a, w['mlp_in']))
+    a = x + r * w['attention_branch'] * attention(norm(x, w['attention_in']))
+    return a + r * w['mlp_branch'] * mlp(norm(a, w['mlp_in']))
 
 
-def admin(x, w, attention, mlp, norm, l, L):
+def admin(x, w, attention, mlp, norm, l, L, r=1.0):
     """Admin: y = N_post(omega x + F(x)), omega a learned vector. Liu et al., arXiv 2004.08249."""
-    a = norm(w['attention_residual'] * x + attention(x), w['attention_post'])
-    return norm(w['mlp_residual'] * a + mlp(a), w['mlp_post'])
+    a = norm(w['attention_residual'] * x + r * attention(x), w['attention_post'])
+    return norm(w['mlp_residual'] * a + r * mlp(a), w['mlp_post'])
 
 
-def admin_constant(x, w, attention, mlp, norm, l, L):
+def admin_constant(x, w, attention, mlp, norm, l, L, r=1.0):
     """Admin with omega = sqrt((n + 1) / ln(n + 1) - 1) for n = 2L sub-layers. PyPI's admin-torch."""
     omega = np.sqrt((2 * L + 1) / np.log(2 * L + 1) - 1)
-    a = norm(omega * x + attention(x), w['attention_post'])
-    return norm(omega * a + mlp(a), w['mlp_post'])
+    a = norm(omega * x + r * attention(x), w['attention_post'])
+    return norm(omega * a + r * mlp(a), w['mlp_post'])
 
 
-def group_pre(x, w, attention, mlp, norm, l, L):
+def group_pre(x, w, attention, mlp, norm, l, L, r=1.0):
     """Pre-LN, the mean square taken over each of 4 groups of features. Wu and He, arXiv 1803.08494; Mix-LN, Table 6."""
-    return pre(x, w, attention, mlp, partial(norm, groups=4), l, L)
+    return pre(x, w, attention, mlp, partial(norm, groups=4), l, L, r)
 
 
-def deepnorm_official(x, w, attention, mlp, norm, l, L):
+def deepnorm_official(x, w, attention, mlp, norm, l, L, r=1.0):
     """DeepNorm with the constant of 32 layers at any depth. The Mix-LN authors' code, NORM_TYPE=deeppost."""
-    return deepnorm(x, w, attention, mlp, norm, l, 32)
+    return deepnorm(x, w, attention, mlp, norm, l, 32, r)
 
 
 PLACEMENTS = {
@@ -207,12 +216,14 @@ def forward(
     positions=None,
     segments=None,
     scaling=None,
+    ramp=None,
 ):
     """ids [B, T] -> (L+1 arrays [..., B, T, D]: the raw residual stream, logits [..., B, T, V]). arXiv 2302.13971.
 
     layer_index (L numbers from 1) and depth replace l and L; where keep[0..L-1] is False the layer is the identity.
     positions [B, T] replace 0..T-1; tokens of unequal segments [B, T] do not read each other. scaling: see `rotary`.
-    Without weights['head'] the head is the embedding, transposed (Press and Wolf, arXiv 1608.05859).
+    ramp: (T, t) of `prores`, for layers whose name ends in +prores. Without weights['head'] the head is the embedding,
+    transposed (Press and Wolf, arXiv 1608.05859).
     """
     weights, count = _map(_double, weights), len(weights['layers'])
     assert len(placements) == count, (placements, count)
@@ -236,7 +247,9 @@ def forward(
     for i, (name, w) in enumerate(zip(placements, weights['layers'], strict=True)):
         if keep is None or keep[i]:
             parts = partial(attention, w=w), partial(swiglu, w=w)
-            x = PLACEMENTS[name](x, w, *parts, norm, int(layer_index[i]), int(depth))
+            plain, _, modifier = name.partition('+')
+            factor = [prores(int(layer_index[i]), *ramp)] if modifier == 'prores' else []
+            x = PLACEMENTS[plain](x, w, *parts, norm, int(layer_index[i]), int(depth), *factor)
         hidden.append(x)
     head = weights['head'] if 'head' in weights else np.swapaxes(weights['embed'], -1, -2)[..., None, :, :]
     return hidden, norm(x, weights['norm']) @ head
@@ -286,14 +299,14 @@ def init(rng, placements, *, V, D, H, K, F, hd=None, biases='', tied=False):
     shapes = {'q': (D, H * hd), 'k': (D, K * hd), 'v': (D, K * hd), 'o': (H * hd, D)}
     shapes |= {'gate': (D, F), 'up': (D, F), 'down': (F, D)}
     layers = []
-    for placement in placements:
+    for plain in (name.partition('+')[0] for name in placements):
         layer = {name: rng.normal(0.0, 0.3, shape) for name, shape in shapes.items()}
         layer |= {f'{name}_bias': rng.normal(0.0, 0.3, shapes[name][1]) for name in biases.split()}
         lengths = {'D': (D,), 'hd': (hd,), '0': ()}
-        layers.append(layer | {name: rng.uniform(0.5, 1.5, lengths[of]) for name, of in VECTORS[placement].items()})
+        layers.append(layer | {name: rng.uniform(0.5, 1.5, lengths[of]) for name, of in VECTORS[plain].items()})
     embed, head = rng.normal(0.0, 1.0, (V, D)), rng.normal(0.0, 0.3, (D, V))
     whole = {'embed': embed, 'head': head, 'norm': rng.uniform(0.5, 1.5, D), 'layers': layers}
-    whole |= {'embed_norm': rng.uniform(0.5, 1.5, D)} if placements[0] == 'peri' else {}
+    whole |= {'embed_norm': rng.uniform(0.5, 1.5, D)} if placements[0].startswith('peri') else {}
     return {name: value for name, value in whole.items() if name != 'head' or not tied}
 
 

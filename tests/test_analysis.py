@@ -280,7 +280,7 @@ class TestDuringTraining:
             looks.append(len(batches))
             return iter(batches)
 
-        found = during.Analyses(config, Language(model), corpus_rows, watched)(params)
+        found = during.Analyses(config, Language(model), corpus_rows, watched)(params, np.int32(0))
         assert len(looks) == 4
         precise = model.clone(compute_dtype='float32')
         batches = samples.sample(Language(None), corpus_rows, 100, 8)

@@ -54,8 +54,11 @@ def test_recipes_have_the_official_sizes(size):
     assert (config.batch_size, config.seq_length, config.data.name) == (512, 256, 'c4/en')
 
 
+OTHERS = {'quickstart', 'books', 'bert_quickstart'}
+
+
 def test_every_size_has_a_recipe():
-    assert {path.stem for path in RECIPES.glob('*.py')} == {f'llama_{size}' for size in SIZES} | {'quickstart', 'books'}
+    assert {path.stem for path in RECIPES.glob('*.py')} == {f'llama_{size}' for size in SIZES} | OTHERS
 
 
 @pytest.mark.parametrize('norm_position', ['pre', 'post', 'deepnorm', 'lns', 'sandwich', 'res_post', 'mix'])
@@ -194,7 +197,7 @@ def test_hyphens_in_the_names_of_options(capsys):
         ('optim.learning_rate', '-1e-3', 'config.optim.learning_rate must be above 0'),
         ('optim.name', 'adamm', 'config.optim.name=.* did you mean adam'),
         ('optim.weight_decay', '0.1', 'config.optim.weight_decay needs'),
-        ('model.family', 'bert', "config.model.family='bert' is not one of llama"),
+        ('model.family', 'gpt', "config.model.family='gpt' is not one of llama, bert"),
         ('model.post_ratio', '1.1', 'config.model.post_ratio must be at most 1'),
         ('model.post_ratio', '-0.1', 'config.model.post_ratio must be at least 0'),
         ('model.num_layers', '0', 'config.model.num_layers must be at least 1'),

@@ -427,7 +427,7 @@ def test_a_scaled_embedding_that_is_the_head_becomes_two(tmp_path):
 
 
 def test_what_transformers_refuses_is_not_written(tmp_path):
-    with pytest.raises(UsageError, match='hidden_size=10 does not divide by num_heads=4'):
+    with pytest.raises(UsageError, match='hidden_size=10 is not divisible by num_heads=4'):
         hf_llama.save(tmp_path / 'out', *network('pre', hidden_size=10, head_dim=6))
     assert not (tmp_path / 'out').exists()
 

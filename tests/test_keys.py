@@ -91,6 +91,8 @@ ELSEWHERE = {
     'model.init_std': 'test_models.py::test_standard_deviations',
     'model.embed_std': 'test_models.py::test_standard_deviations',
     'model.scale_embed': 'test_placements.py::test_scaled_embeddings',
+    'model.ramp_steps': 'test_ramp.py::test_the_own_step_of_weights_and_one_that_is_traced_give_the_same_bits',
+    'model.ramp_offset': 'test_ramp.py::test_the_own_step_of_weights_and_one_that_is_traced_give_the_same_bits',
     'model.remat': 'test_models.py::test_remat_saves_memory',
     'model.scan_unroll': 'test_models.py::test_remat_saves_memory',
     'model.attention': 'test_attention.py::test_where_cudnn_computes',
@@ -303,7 +305,7 @@ def test_when_a_run_does_what(corpus, tmp_path, monkeypatch):
             super().__init__(*arguments)
             samples.append(sum(batch['loss_mask'].sum() for batch in self._batches))
 
-        def __call__(self, params):
+        def __call__(self, params, step):
             return {'analysis/variance': [1.0, 1.0]}
 
     def read(dataset, start, workers):

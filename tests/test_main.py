@@ -428,12 +428,12 @@ class TestBadInput:
             (
                 {'batch_size': 12, 'mesh.data': 8},
                 UsageError,
-                'batch_size=12 does not divide by config.accumulate=1 times 8 parts',
+                'batch_size=12 is not divisible by config.accumulate=1 times 8 parts',
             ),
             (
                 {'accumulate': 2, 'mesh.data': 8},
                 UsageError,
-                'batch_size=8 does not divide by config.accumulate=2 times 8',
+                'batch_size=8 is not divisible by config.accumulate=2 times 8',
             ),
             ({'mesh.data': 9}, UsageError, r'config.mesh.data=9, .* does not fit the 8 cpu devices'),
             ({'device': 'tpu'}, DeviceError, 'config.device=tpu: there is no such device'),

@@ -128,7 +128,7 @@ def test_schemes_are_lists(scheme, layers, names):
 
 
 def test_groups_that_do_not_divide_are_named():
-    with pytest.raises(UsageError, match='hidden_size=8 does not divide by config.model.norm_groups=3'):
+    with pytest.raises(UsageError, match='hidden_size=8 is not divisible by config.model.norm_groups=3'):
         make('group_pre', norm_groups=3)
     make('pre', norm_groups=3)
 

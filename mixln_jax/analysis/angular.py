@@ -28,25 +28,27 @@ SOURCE = 'Gromov et al. 2024 (arXiv 2403.17887), equation 4; Mix-LN (arXiv 2412.
 
 
 @functools.partial(jax.jit, static_argnames='task')
-def _distances(params, batch, *, task):
+def _distances(params, batch, step, *, task):
     """Sums over the positions of each row [B,L+1,L+1], and their number [B]."""
-    _, out = task.model.apply({'params': params}, batch, capture=True, method='backbone')
+    _, out = task.model.apply({'params': params}, batch, capture=True, step=step, method='backbone')
     mask = command.position_mask(task, batch)
     return command.everywhere((statistics.distance_matrix(out['hidden'], mask), mask.sum(-1)), task.model)
 
 
-def measure(task, params, batches):
+def measure(task, params, batches, step=None):
     """Returns the distance between any two depths.
 
     Args:
         task: of a network with `stream_sharding`.
         params: the network's weights.
         batches: batches of numpy arrays; see samples.sample.
+        step: number of updates that made the weights, int32 on the devices, where the network has a ramp; None: its
+            `trained_steps`.
 
     Returns:
         {'distance': {'mean', 'standard_error'}}, [L+1,L+1] each.
     """
-    sums, counts = command.by_row(functools.partial(_distances, params, task=task), task.model, batches)
+    sums, counts = command.by_row(lambda batch: _distances(params, batch, step, task=task), task.model, batches)
     return {'distance': statistics.mean_and_error(sums, counts)}
 
 

@@ -265,11 +265,12 @@ def _table(result, columns):
     """A line a layer, of {title: [L]}."""
     about = f' step {result["step"]}' if result['step'] is not None else ''
     yield f'{result["checkpoint"]},{about} on {result["tokens"]:,} tokens of {result["rows"]:,} rows'
-    yield f'{"layer":>5}  {"placement":<16}' + ''.join(f'  {title:>16}' for title in columns)
+    width = max(16, *map(len, result['norm_position']))
+    yield f'{"layer":>5}  {"placement":<{width}}' + ''.join(f'  {title:>16}' for title in columns)
     for l, name in enumerate(result['norm_position']):
         numbers = {title: '-' if column[l] is None else f'{column[l]:.6g}' for title, column in columns.items()}
         cells = ''.join(f'  {number:>{max(16, len(title))}}' for title, number in numbers.items())
-        yield f'{result["layer_index"][l]:>5}  {name:<16}{cells}'
+        yield f'{result["layer_index"][l]:>5}  {name:<{width}}{cells}'
 
 
 def _plain(value):

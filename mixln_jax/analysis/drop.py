@@ -43,18 +43,18 @@ def masks(layers, block=1):
 
 
 @functools.partial(jax.jit, static_argnames='task')
-def _losses(params, batch, layer_masks, *, task):
+def _losses(params, batch, layer_masks, step, *, task):
     """Summed losses of each row [B,K], with the layers of each of `layer_masks` [K,L], and what to divide by [B]."""
 
     def losses(layer_mask):
-        losses = task.losses(params, batch, Context(layer_mask=layer_mask))
+        losses = task.losses(params, batch, Context(layer_mask, step=step))
         return losses.per_example, losses.example_weight
 
     sums, weights = jax.lax.map(losses, layer_masks)
     return command.everywhere((sums.T, weights[0]), task.model)
 
 
-def measure(task, params, batches, blocks=(1,)):
+def measure(task, params, batches, blocks=(1,), step=None):
     """Returns the loss with and without layers, and the perplexity where it is the task's headline; arguments as those
     of angular.measure.
 
@@ -65,7 +65,9 @@ def measure(task, params, batches, blocks=(1,)):
     removed = [masks(L, block) for block in blocks]
     layer_masks = np.concatenate([np.ones((1, L), bool), *removed])
     layer_masks = meshes.to_devices(layer_masks, meshes.replicated(task.model.stream_sharding.mesh))
-    sums, weights = command.by_row(lambda batch: _losses(params, batch, layer_masks, task=task), task.model, batches)
+    sums, weights = command.by_row(
+        lambda batch: _losses(params, batch, layer_masks, step, task=task), task.model, batches
+    )
     metrics = statistics.drops(sums, weights)
     return {
         name: metric | {'drop': _by_block(metric['drop'], blocks, L)}

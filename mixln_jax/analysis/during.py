@@ -7,6 +7,7 @@ from mixln_jax import config as configs
 from mixln_jax.analysis import angular, drop, gradients, samples, variance
 from mixln_jax.data.examples import Examples
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.models import transformer
 from mixln_jax.report import figures
 from mixln_jax.tasks.task import Task
 
@@ -17,7 +18,7 @@ PICTURES = {'analysis/angular_matrix': lambda matrix: figures.image(figures.heat
 
 
 class Analyses:
-    """Calling it with the weights gives the values of a metrics line.
+    """Calling it with the weights and the step that they are of gives the values of a metrics line.
 
     Lists have a number a layer: `analysis/angular_distance` across the layer, `analysis/perplexity_drop` without
     it (`loss_drop` where the task has no perplexity),
@@ -35,9 +36,11 @@ class Analyses:
         size = parts * max(1, min(POSITIONS // config.seq_length, -(-wanted // parts)))
         self._batches = samples.sample(self._task, examples, config.analysis.tokens, size, parts=parts)
 
-    def __call__(self, params):
+    def __call__(self, params, step):
+        step = transformer.needed_step(self._task.model, step)
+
         def of(job):
-            return job.measure(self._task, params, self._watched(self._batches))
+            return job.measure(self._task, params, self._watched(self._batches), step=step)
 
         distances, dropped, norms, stream = (of(job) for job in (angular, drop, gradients, variance))
         matrix = distances['distance']['mean']

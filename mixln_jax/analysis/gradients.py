@@ -35,9 +35,9 @@ ROWS = 32
 
 
 @functools.partial(jax.jit, static_argnames='task')
-def _gradient(params, batch, *, task):
+def _gradient(params, batch, step, *, task):
     """(gradient of the summed losses of a batch, what it is to be divided by)."""
-    losses = lambda params: task.losses(params, batch, Context())[:2]  # noqa: E731
+    losses = lambda params: task.losses(params, batch, Context(step=step))[:2]  # noqa: E731
     grads, weight = jax.grad(losses, has_aux=True)(params)
     shardings = meshes.state_shardings(task.model.stream_sharding.mesh, grads)
     return jax.lax.with_sharding_constraint(grads, shardings), weight
@@ -55,11 +55,11 @@ def _norms(sums, *, model):
     return command.everywhere({'layers': trees.layer_norms(mean)[0], 'matrices': trees.matrix_norms(mean)}, model)
 
 
-def measure(task, params, batches, rows=None):
+def measure(task, params, batches, rows=None, step=None):
     """Norms of gradients.
 
     Args:
-        task, params, batches: as angular.measure.
+        task, params, batches, step: as angular.measure.
         rows: that share one gradient, a multiple of a batch's; fewer, at the end, are left out. None: all of them.
 
     Returns:
@@ -72,7 +72,7 @@ def measure(task, params, batches, rows=None):
     model = task.model
     found, tokens, sums, of_sums, real = [], 0, None, 0, 0  # of the gradient that is being summed: its tokens, its rows
     for batch in batches:
-        of_batch = _gradient(params, meshes.to_devices(batch, model.stream_sharding), task=task)
+        of_batch = _gradient(params, meshes.to_devices(batch, model.stream_sharding), step, task=task)
         sums = _sum(sums, of_batch) if sums else of_batch
         counts = command.position_mask(task, batch).sum(-1)
         of_sums, real = of_sums + int(counts.sum()), real + int((counts > 0).sum())

@@ -12,6 +12,7 @@ from mixln_jax import config as configs
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.models import transformer
 from mixln_jax.models.network import Network
 from mixln_jax.program.program import Program
 from mixln_jax.runs import checkpoint, weights, workdir
@@ -116,7 +117,9 @@ def open_subject(place: Place, norm_position=None, batch_size=8, data_path=None)
     mesh = _mesh(batch_size)
     if place.initial:
         params = _initial(found, data_path)
-        found = dataclasses.replace(found, params=params, step=0, where=f'{place.run} at initialisation')
+        model = found.model.clone(trained_steps=transformer.needed_step(found.model, 0))
+        where = f'{place.run} at initialisation'
+        found = dataclasses.replace(found, model=model, params=params, step=0, where=where)
     model = found.model.clone(stream_sharding=meshes.batch_sharding(mesh))
     task = build.from_config(found.config, model) if found.config else build.of_network(model)
     return Subject(found, task, jax.device_put(found.params, meshes.state_shardings(mesh, found.params)))

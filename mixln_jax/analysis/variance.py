@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from mixln_jax.analysis import command, statistics
-from mixln_jax.models import placements
+from mixln_jax.models import placements, transformer
 from mixln_jax.report import figures
 
 NAME = 'variance'
@@ -32,24 +32,29 @@ SOURCE = 'Sun et al. 2025, The Curse of Depth (arXiv 2502.05795), sections 3 and
 
 
 @functools.partial(jax.jit, static_argnames='task')
-def _sums(params, batch, *, task):
+def _sums(params, batch, step, *, task):
     """Sums over the tokens of each row: variance [B,L+1], contribution [B,L,2]."""
-    _, out = task.model.apply({'params': params}, batch, capture=True, method='backbone')
+    _, out = task.model.apply({'params': params}, batch, capture=True, step=step, method='backbone')
     mask = command.position_mask(task, batch)
     sums = statistics.stream_variance(out['hidden'], mask), statistics.contribution(out['branches'], mask)
     return command.everywhere((sums, mask.sum(-1)), task.model)
 
 
-def measure(task, params, batches):
+def measure(task, params, batches, step=None):
     """Variance of the stream and contribution of the sub-layers; arguments as angular.measure.
 
     Returns:
         {'variance': [L+1], 'contribution': {'attention', 'mlp'}: [L]}, each {'mean', 'standard_error'}, 'theory' [L+1],
         NaN where there is none, and 'theory_constant'.
     """
-    (variance, contribution), counts = command.by_row(functools.partial(_sums, params, task=task), task.model, batches)
+    (variance, contribution), counts = command.by_row(
+        lambda batch: _sums(params, batch, step, task=task), task.model, batches
+    )
     variance, model = statistics.mean_and_error(variance, counts), task.model
-    factors = placements.growth_factors(model.norm_position, model.layer_index, model.depth)
+    config, steps = model.config, model.trained_steps if step is None else int(jax.device_get(step))
+    factors = placements.growth_factors(
+        model.norm_position, model.layer_index, model.depth, config.ramp_steps, transformer.total_step(config, steps)
+    )
     theory, constant = statistics.variance_theory(variance['mean'], factors)
     return {
         'variance': variance,

@@ -13,6 +13,7 @@ from mixln_jax import config as configs
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.models import transformer
 from mixln_jax.program.program import Program
 from mixln_jax.runs import weights
 from mixln_jax.system.errors import NumericsError, UsageError
@@ -33,7 +34,7 @@ def evaluate(
     """Evaluates on batches until at least `num_tokens` target tokens have been seen or the batches end.
 
     Args:
-        eval_step: (params, batch) -> sums, compiled; see program/step.py.
+        eval_step: (params, batch) -> sums, compiled, at the step of the weights; see program/step.py.
         params: the weights.
         batches: dicts of numpy arrays [B,T], the same in every process, with `num_bytes` [B] where the text's bytes
             are known; see `batches.evaluation`.
@@ -92,10 +93,11 @@ def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size
     mesh = meshes.make_mesh(configs.Mesh(data=math.gcd(batch_size, len(devices))), devices)
     program = Program(dataclasses.replace(config, batch_size=batch_size, accumulate=1), mesh)
     rows = data_rows.open_rows_of_run(found.workdir, config, split or config.eval.split, found.tokenizer, data_path)
+    step = transformer.needed_step(program.model, found.step)
     params = jax.device_put(found.params, jax.tree.map(lambda leaf: leaf.sharding, program.state.params))
     with contextlib.closing(batches.read(batches.evaluation(rows, batch_size), 0, workers=0)) as reader:
         values = evaluate(
-            program.eval_step,
+            lambda params, batch: program.eval_step(params, batch, step),
             params,
             reader,
             task=program.task,

@@ -88,7 +88,11 @@ class Bert(Network):
             self.span = layers.linear(2, jnp.float32, None, bias=True)
 
     def backbone(
-        self, batch: layers.Batch, layer_mask: jax.Array | None = None, capture: bool = False
+        self,
+        batch: layers.Batch,
+        layer_mask: jax.Array | None = None,
+        capture: bool = False,
+        step: int | jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
         """Returns the hidden states that the head multiplies.
 
@@ -96,7 +100,7 @@ class Bert(Network):
             batch: `inputs` [B,T] int32, token ids; `types` [B,T], the kind of each token (default 0); `token_mask`
                 [B,T], 0 at padding, which no token attends to (default: no padding); `positions` and `segment_ids` of
                 packed rows as in Llama. Other arrays are ignored.
-            layer_mask, capture: as in Llama.
+            layer_mask, capture, step: as in Llama.
 
         Returns:
             x [B,T,D] and a dict as in Llama: `hidden` begins with the normalised sum of the embeddings and ends with
@@ -114,7 +118,8 @@ class Bert(Network):
             positions = batch.get('positions', jnp.arange(ids.shape[1])[None])
             types = batch.get('types', jnp.zeros_like(ids))
             first = self.embed_norm(self.words(ids) + self.types(types) + self.positions(positions))
-            last, out = self.layers(first, None, _seen(batch), layer_mask, capture)
+            step = self.trained_steps if step is None else step
+            last, out = self.layers(first, None, _seen(batch), layer_mask, capture, step)
             if capture:
                 out['hidden'] = jnp.concatenate([first[None], out['hidden']])
             return self._head_input(last), out or {}
@@ -125,13 +130,17 @@ class Bert(Network):
         return self.transform_norm(nn.gelu(self.transform(x), False)) if self.head == WORDS else x
 
     def __call__(
-        self, batch: layers.Batch, layer_mask: jax.Array | None = None, capture: bool = False
+        self,
+        batch: layers.Batch,
+        layer_mask: jax.Array | None = None,
+        capture: bool = False,
+        step: int | jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Returns logits [B,T,V] in float32 and the dict of `backbone`; with the head `spans` logits (start [B,T], end
         [B,T]) of where the answer to a question begins and ends."""
         if not self.head:
             raise UsageError('this BERT has no head: neither one that finds spans (qa_outputs) nor one for words')
-        x, out = self.backbone(batch, layer_mask, capture)
+        x, out = self.backbone(batch, layer_mask, capture, step)
         with jax.default_matmul_precision(self.precision):
             if self.head == WORDS:
                 return self.words.attend(x)[..., : self.config.vocab_size], out

@@ -38,7 +38,7 @@ def from_config(
             raise UsageError(f'config.model.{name}={value} has no meaning for config.model.family={config.family}')
     names = placements.resolve(config.norm_position, config.num_layers, config.post_ratio)
     if official:
-        names = tuple(placements.OFFICIAL.get(name, name) for name in names)
+        names = tuple(map(placements.official, names))
     if any(placements.PLACEMENTS[name].attention.grouped for name in names) and config.hidden_size % config.norm_groups:
         raise UsageError(
             f'config.model.hidden_size={config.hidden_size} is not divisible by '

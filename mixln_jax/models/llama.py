@@ -37,7 +37,11 @@ class Llama(Network):
             self.head = layers.linear(self.rows, jnp.float32, None)
 
     def backbone(
-        self, batch: layers.Batch, layer_mask: jax.Array | None = None, capture: bool = False
+        self,
+        batch: layers.Batch,
+        layer_mask: jax.Array | None = None,
+        capture: bool = False,
+        step: int | jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
         """Returns the final hidden states, the input of the head.
 
@@ -47,6 +51,7 @@ class Llama(Network):
                 stays inside a document; padding counts as one. Other arrays are ignored.
             layer_mask: [L] bool, traced: a layer that is False is the identity. None: all layers run.
             capture: whether to return the residual stream as well.
+            step: number of updates done, int32 where it is traced, at which ramps stand. None: `trained_steps`.
 
         Returns:
             x [B,T,D] after the final norm, and a dict. With `capture` it has `hidden` [L+1,B,T,D], the raw residual
@@ -65,7 +70,8 @@ class Llama(Network):
                 first = self.embed_norm(first)
             angles = rope.rope_cos_sin(positions, rope.rope_frequencies(self.config))
             mask = attention.document_mask(batch['segment_ids']) if 'segment_ids' in batch else None
-            last, out = self.layers(first, angles, mask, layer_mask, capture)
+            step = self.trained_steps if step is None else step
+            last, out = self.layers(first, angles, mask, layer_mask, capture, step)
             if capture:
                 out['hidden'] = jnp.concatenate([first[None], out['hidden']])
             return self.norm(last), out or {}
@@ -75,13 +81,14 @@ class Llama(Network):
         batch: layers.Batch,
         layer_mask: jax.Array | None = None,
         capture: bool = False,
+        step: int | jax.Array | None = None,
         keep: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
         """Returns logits [B,T,V] in float32 and the dict of `backbone`.
 
         `batch` may be the token ids [B,T] alone; `keep` is an older name of `layer_mask`.
         """
-        x, out = self.backbone(batch, keep if layer_mask is None else layer_mask, capture)
+        x, out = self.backbone(batch, keep if layer_mask is None else layer_mask, capture, step)
         return self.logits(x), out
 
     def logits(self, x: jax.Array) -> jax.Array:

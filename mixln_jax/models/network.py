@@ -19,10 +19,11 @@ class Network(nn.Module):
     """A network whose layers each have their own placement.
 
     `norm_position` [L] names the placements; `layer_index` [L] (from 1) and `depth` feed their constants and stay as
-    trained when layers are removed.
+    trained when layers are removed. Ramps stand where they stood after `trained_steps` updates unless a step is passed;
+    None: they are done.
 
-    A family is a subclass with two methods. `backbone(batch, layer_mask, capture)` returns the hidden states [B,T,D]
-    that the head multiplies; `head_kernel(params)` returns the head's matrix [D,Vp].
+    A family is a subclass with two methods. `backbone(batch, layer_mask, capture, step)` returns the hidden states
+    [B,T,D] that the head multiplies; `head_kernel(params)` returns the head's matrix [D,Vp].
 
     Class attributes: `causal`, whether a position sees those before it alone; `fixed`, the keys of `config.model` that
     mean nothing to the family; `padded`, the axis over the vocabulary of each leaf that has one, by path; `lookups`,
@@ -36,6 +37,7 @@ class Network(nn.Module):
     compute_dtype: str = 'bfloat16'
     stream_sharding: jax.sharding.NamedSharding | None = None  # of the residual stream; None: one device
     attention_kernel: str = 'blocks'  # see kernels/attention.py
+    trained_steps: int | None = None
 
     causal: ClassVar[bool] = True
     fixed: ClassVar[tuple[str, ...]] = ()

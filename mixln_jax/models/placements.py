@@ -5,21 +5,27 @@ A sub-layer F (attention or MLP) changes the residual stream x by one rule, `tra
     x = N_in(x)                                            if residual_normed
     h = F(N_in(x) * in_scale if pre else x)
     h = N_out(h)                                           if out
-    y = residual_scale * x + branch_scale * h
+    y = residual_scale * x + ramp * branch_scale * h
     y = N_post(y)                                          if post
+
+A name may have modifiers: `pre+prores` is the row of `pre` with a ramp.
 """
 
 import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mixln_jax.system.errors import UsageError, nearest
 
 Constant = Callable[[int, int], float]  # (layer_index l = 1..L, depth L) -> factor
+# (updates done t, layer_index l [n], config.model.ramp_steps T) -> factor [n] in float32
+Ramp = Callable[[int | jax.Array, Sequence[int], int], np.ndarray | jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Placement:
     in_scale: Constant | Learned | None = None
     residual_scale: Constant | Learned | None = None
     branch_scale: Constant | Learned | None = None
+    ramp: Ramp | None = None  # one more factor of the branch, which depends on the step
 
     def factors(self):
         """The factors that are not 1, by name."""
@@ -53,6 +60,15 @@ class Placement:
         """Those that are not learned, each a list with one number a layer of `layer_index`."""
         named = {name: rule for name, rule in self.factors().items() if not isinstance(rule, Learned)}
         return {name: [rule(l, depth) for l in layer_index] for name, rule in named.items()}
+
+    def ramp_factors(
+        self, layer_index: Sequence[int], ramp_steps: int, step: int | jax.Array | None
+    ) -> dict[str, np.ndarray | jax.Array]:
+        """Returns {'ramp': [n]}, float32: the ramp's factor for each layer of `layer_index` after `step` updates.
+
+        {} where every factor is 1: without a ramp, or with `step` None, which means that the ramp is done.
+        """
+        return {'ramp': self.ramp(step, layer_index, ramp_steps)} if self.ramp and step is not None else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +119,41 @@ def admin_omega(variances):
     return jnp.sqrt(jnp.concatenate([jnp.ones(1), jnp.cumsum(variances)[:-1]]))
 
 
+def _prores(step, layer_index, ramp_steps):
+    """a(l, t) = min(t / (T l), 1): Chen et al. 2026, ProRes (arXiv 2603.05369), their `linear` schedule.
+
+    t is the number of updates done, so all branches are 0 in the first update, as in the authors' code
+    (dandingsky/ProRes 5253e0d, torchrun_main.py): it sets alpha from update_step = 0 before the first forward pass, and
+    again after each update. In the first update the weights inside the branches have no gradient. The checkpoint of
+    step t is evaluated at t, as the next update sees it.
+    """
+    end = np.float32(ramp_steps) * np.asarray(layer_index, np.float32)
+    xp = jnp if isinstance(step, jax.Array) else np
+    step = xp.asarray(step, np.float32)
+    # XLA makes such a product of a quotient; numpy would not, and a known step is to give the bits of a traced one.
+    return xp.where(step < end, step * (np.float32(1) / end), np.float32(1))
+
+
 _OMEGA = Learned(1.0, per_feature=True, measured=True)
 
-PLACEMENTS = {
+MODIFIERS = {'prores': {'ramp': _prores}}  # name -> fields of both placements of a layer
+
+
+class _Rows(dict):
+    """Rows by name. A name with modifiers, such as `pre+prores`, gives the changed row; iteration has plain names."""
+
+    def __missing__(self, name):
+        plain, *modifiers = name.split('+')
+        if not modifiers:
+            raise KeyError(name)
+        layer = self[plain]
+        for modifier in modifiers:
+            attention, mlp = (dataclasses.replace(at, **MODIFIERS[modifier]) for at in (layer.attention, layer.mlp))
+            layer = dataclasses.replace(layer, attention=attention, mlp=mlp)
+        return layer
+
+
+PLACEMENTS = _Rows({
     'pre': _both(Placement(pre=True)),
     'post': _both(Placement(post=True)),
     'sandwich': _both(Placement(pre=True, out=True)),
@@ -120,7 +168,7 @@ PLACEMENTS = {
     'admin_constant': _both(Placement(post=True, residual_scale=_admin_constant)),
     'group_pre': _both(Placement(pre=True, grouped=True)),
     'deepnorm_official': _both(Placement(post=True, residual_scale=_deepnorm_alpha_of_32), init='deepnorm_official'),
-}
+})  # fmt: skip
 
 
 def _first(count, name, then):
@@ -131,7 +179,7 @@ def _every_fourth(name, others):
     return lambda layers: tuple(name if l % 4 == 0 else others for l in range(1, layers + 1))
 
 
-OFFICIAL = {'deepnorm': 'deepnorm_official'}  # what the Mix-LN authors' code computes under a name
+_OFFICIAL = {'deepnorm': 'deepnorm_official'}
 
 # A scheme makes the whole list: number of layers -> names. Those after the second are the authors' (NORM_TYPE).
 SCHEMES = {
@@ -144,6 +192,17 @@ SCHEMES = {
 }
 
 
+def official(name: str) -> str:
+    """Returns the name of what the Mix-LN authors' code computes under a name."""
+    plain, plus, modifiers = name.partition('+')
+    return _OFFICIAL.get(plain, plain) + plus + modifiers
+
+
+def has_ramp(norm_position: Iterable[str]) -> bool:
+    """Returns whether some layers have a factor that depends on the step."""
+    return any(at.ramp for name in norm_position for at in (PLACEMENTS[name].attention, PLACEMENTS[name].mlp))
+
+
 def post_layers(num_layers, post_ratio):
     """How many layers from the input are Post-LN under Mix-LN: alpha * L, rounded (Table 5's .33 means 8 of 24)."""
     return math.floor(post_ratio * num_layers + 0.5)
@@ -153,7 +212,8 @@ def resolve(norm_position, num_layers, post_ratio=0.25):
     """The placement name of each layer.
 
     Args:
-        norm_position: a name for all layers, a scheme, or a list of `num_layers` names, `post*3,pre*9`.
+        norm_position: a name for all layers, a scheme, or a list of `num_layers` names, `post*3,pre*9`. Each may have
+            modifiers: `mix+prores`, `post+prores*3,pre*9`.
         num_layers: L.
         post_ratio: alpha, the share of Post-LN layers under `mix`.
 
@@ -161,35 +221,48 @@ def resolve(norm_position, num_layers, post_ratio=0.25):
         A tuple of L names.
 
     Raises:
-        UsageError: unknown name, bad repeat count, or a list of another length.
+        UsageError: unknown name or modifier, bad repeat count, or a list of another length.
     """
     norm_position = norm_position.strip()
-    if norm_position == 'mix':
-        return _first(post_layers(num_layers, post_ratio), 'post', then='pre')(num_layers)
-    if norm_position in SCHEMES:
-        return SCHEMES[norm_position](num_layers)
-    if norm_position in PLACEMENTS:
-        return (norm_position,) * num_layers
+    stated = f'config.model.norm_position={norm_position!r}'
+    plain, plus, modifiers = norm_position.partition('+')
+    if plain in (*SCHEMES, *PLACEMENTS) and '*' not in modifiers and ',' not in modifiers:
+        _check_modifiers(stated, plain, modifiers.split('+') if plus else [])
+        if plain == 'mix':
+            names = _first(post_layers(num_layers, post_ratio), 'post', then='pre')(num_layers)
+        else:
+            names = SCHEMES[plain](num_layers) if plain in SCHEMES else (plain,) * num_layers
+        return tuple(name + plus + modifiers for name in names)
     names = []
     for item in norm_position.split(','):
-        match = re.fullmatch(r'\s*(\w+)\s*(?:\*\s*([1-9]\d{0,5}))?\s*', item)
+        match = re.fullmatch(r'\s*(\w+)((?:\+\w*)*)\s*(?:\*\s*([1-9]\d{0,5}))?\s*', item)
         if not match:
-            raise UsageError(f'config.model.norm_position={norm_position!r}: {item!r} is not a name or name*count')
-        name, count = match[1], int(match[2] or 1)
+            raise UsageError(f'{stated}: {item!r} is not a name or name*count')
+        name, modifiers, count = match[1], match[2], int(match[3] or 1)
         if name not in PLACEMENTS:
             known = [*PLACEMENTS, *SCHEMES]
             scheme = ' is a scheme for all layers and' if name in SCHEMES else ''
             raise UsageError(
-                f'config.model.norm_position={norm_position!r}: {name!r}{scheme} is not one of '
+                f'{stated}: {name!r}{scheme} is not one of '
                 f'{", ".join(PLACEMENTS if scheme else known)}{"" if scheme else nearest(name, known)}'
             )
-        names += [name] * count
+        _check_modifiers(stated, name, modifiers.split('+')[1:])
+        names += [name + modifiers] * count
     if len(names) != num_layers:
-        raise UsageError(
-            f'config.model.norm_position={norm_position!r} lists {len(names)} layers, '
-            f'config.model.num_layers is {num_layers}'
-        )
+        raise UsageError(f'{stated} lists {len(names)} layers, config.model.num_layers is {num_layers}')
     return tuple(names)
+
+
+def _check_modifiers(stated, name, modifiers):
+    """Raises UsageError for a modifier that is unknown, or that a name has twice."""
+    for at, modifier in enumerate(modifiers):
+        if modifier not in MODIFIERS:
+            known = ', '.join(f'+{known}' for known in MODIFIERS)
+            raise UsageError(
+                f'{stated}: +{modifier} after {name!r} is not one of {known}{nearest(modifier, MODIFIERS)}'
+            )
+        if modifier in modifiers[:at]:
+            raise UsageError(f'{stated}: {name!r} has +{modifier} twice')
 
 
 def layer_runs(norm_position):
@@ -207,21 +280,26 @@ def spelled(norm_position):
     return ', '.join(f'{name} x {end - first}' for name, first, end in layer_runs(norm_position))
 
 
-def growth_factors(norm_position, layer_index, depth):
+def growth_factors(norm_position, layer_index, depth, ramp_steps=1, step=None):
     """The factor that a layer's norms give its sub-layers' inputs: [L], 1/sqrt(l) under LNS, 1 in other layers that are
-    Pre-LN and nothing else, NaN in all others, to which the Curse of Depth's theory does not speak."""
+    Pre-LN and nothing else, NaN in all others, to which the Curse of Depth's theory does not speak: also in those whose
+    ramp of `ramp_steps` is not done after `step` updates (None: it is)."""
     found = []
     for name, index in zip(norm_position, layer_index, strict=True):
         at = PLACEMENTS[name].attention
-        rest = dataclasses.replace(at, in_scale=None, grouped=False)
-        about = at == PLACEMENTS[name].mlp and rest == Placement(pre=True)
+        rest = dataclasses.replace(at, in_scale=None, grouped=False, ramp=None)
+        done = at.ramp_factors([index], ramp_steps, step).get('ramp', [1.0])[0] == 1
+        about = at == PLACEMENTS[name].mlp and rest == Placement(pre=True) and done
         found.append(at.constants([index], depth).get('in_scale', [1.0])[0] if about else math.nan)
     return found
 
 
-def warnings(norm_position, init, warmup_ratio):
+def warnings(norm_position, init, warmup_ratio, num_steps=math.inf, ramp_steps=0):
     """Combinations that are known to train badly, a line each."""
-    if 'lns' in norm_position and init == 'scaled':
+    if init == 'scaled' and any(name.split('+')[0] == 'lns' for name in norm_position):
         yield 'model.init=scaled undoes the gain of layer-norm scaling (lns): use model.init=normal'
     if any(PLACEMENTS[name].attention.post for name in norm_position) and warmup_ratio < 0.1:
         yield f'Post-LN layers need a warm-up of about 10 % of the steps, optim.warmup_ratio is {warmup_ratio:g}'
+    ramped = [number for number, name in enumerate(norm_position, 1) if has_ramp([name])]
+    if ramped and (end := ramp_steps * ramped[-1]) > num_steps:
+        yield f'the ramp of layer {ramped[-1]} takes {end:,} steps, the run {num_steps:,}: lower model.ramp_steps'

@@ -91,7 +91,7 @@ class Layer(nn.Module):
         h = sublayer(norm('in')(x, factors.get('in_scale')) if placement.pre else x)
         if placement.out:
             h = norm('out')(h)
-        h = scaled(h, 'branch_scale')
+        h = scaled(scaled(h, 'branch_scale'), 'ramp')
         if self.capture:
             before, added = x.astype(jnp.float32), h.astype(jnp.float32)
             length = functools.partial(jnp.linalg.norm, axis=-1)
@@ -115,18 +115,19 @@ class Stack(nn.Module):
     kernel: str = 'blocks'  # of attention; see kernels/attention.py
 
     @nn.compact
-    def __call__(self, x, angles, mask=None, layer_mask=None, capture=False):
+    def __call__(self, x, angles, mask=None, layer_mask=None, capture=False, step=None):
         """Runs the stream x [B,T,D] through the layers.
 
         `angles` are `rope.rope_cos_sin`, None: attention has none. `mask` [B,1,T,T] bool, or what broadcasts to
         it, says which keys a query sees of those that attention lets it see, None: all of them.
         `layer_mask` [L] (traced) removes layers: one that is False is the identity. With `capture` the second result is
-        what every layer captures, stacked over them [L,...], else None.
+        what every layer captures, stacked over them [L,...], else None. `step`, traced or not, is the number of updates
+        done, at which ramps stand; None: they are done.
         """
         captured = []
         for number, (name, first, end) in enumerate(placements.layer_runs(self.norm_position)):
             x, ys = self.segment(number, placements.PLACEMENTS[name], end - first, capture)(
-                x, self.per_layer(placements.PLACEMENTS[name], first, end, layer_mask), angles, mask
+                x, self.per_layer(placements.PLACEMENTS[name], first, end, layer_mask, step), angles, mask
             )
             captured.append(ys)
         return x, jax.tree.map(lambda *a: jnp.concatenate(a), *captured) if capture else None
@@ -163,14 +164,26 @@ class Stack(nn.Module):
             ),
         )
 
-    def per_layer(self, placement, first, end, layer_mask):
+    def per_layer(self, placement, first, end, layer_mask, step):
         """What differs between the layers of a segment, each a value with a leading axis over them."""
         index = self.layer_index[first:end]
         constants = {
             name: {by: np.array(values, np.float32) for by, values in at.constants(index, self.depth).items()}
+            | at.ramp_factors(index, self.config.ramp_steps, total_step(self.config, step))
             for name, at in (('attention', placement.attention), ('mlp', placement.mlp))
         }
         return {'constants': constants} | ({} if layer_mask is None else {'layer_mask': layer_mask[first:end]})
+
+
+def total_step(config: configs.Model, step: int | jax.Array | None) -> int | jax.Array | None:
+    """Returns the step at which the ramps of a network stand after `step` updates: they began `config.ramp_offset`
+    updates earlier. None: they are done."""
+    return None if step is None else step + config.ramp_start
+
+
+def needed_step(model: nn.Module, step: int | jax.Array | None) -> int | jax.Array | None:
+    """Returns `step` where some layers of a network have a ramp, else None: programs of other networks take no step."""
+    return step if placements.has_ramp(model.norm_position) else None
 
 
 def measured(norm_position):

@@ -7,7 +7,7 @@ import jax
 from mixln_jax import config as configs
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.kernels import attention
-from mixln_jax.models import families
+from mixln_jax.models import families, transformer
 from mixln_jax.program import optim, step
 from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks import build
@@ -18,7 +18,8 @@ class Program:
 
     `state` is the train state as ShapeDtypeStructs with their shardings. `init`: key -> State, made where it is to lie.
     `measure_factors`: (State, batch) -> State, before the first step where `model.measured()`. `train_step`: (State,
-    batch) -> (State, metrics), donates the state, as that does. `eval_step`: (params, batch) -> sums; see step.py.
+    batch) -> (State, metrics), donates the state, as that does. `eval_step`: (params, batch, step) -> sums, where
+    `step` is what `transformer.needed_step` gives; see step.py.
 
     Raises UsageError, naming the keys, for sizes that the mesh does not divide.
     """
@@ -70,10 +71,10 @@ class Program:
 
     def compile(self):
         """`train_step` for batches of `batch_size`, `eval_step` for its micro-batches, compiled."""
-        size = self.config.batch_size
+        size, step = self.config.batch_size, transformer.needed_step(self.model, self.state.step)
         return (
             self.train_step.lower(self.state, self.batch(size)).compile(),
-            self.eval_step.lower(self.state.averaged, self.batch(size // self.config.accumulate)).compile(),
+            self.eval_step.lower(self.state.averaged, self.batch(size // self.config.accumulate), step).compile(),
         )
 
 
@@ -81,12 +82,12 @@ def _check_sizes(config, mesh):
     parts, tensor = meshes.row_parts(mesh), mesh.shape['tensor']
     if config.batch_size % (config.accumulate * parts):
         raise UsageError(
-            f'config.batch_size={config.batch_size} does not divide by config.accumulate={config.accumulate} '
+            f'config.batch_size={config.batch_size} is not divisible by config.accumulate={config.accumulate} '
             f'times {parts} parts (config.mesh.data times config.mesh.fsdp)'
         )
     if (heads := config.model.kv_heads) % tensor:
         raise UsageError(
-            f'{heads} key/value heads (config.model.num_kv_heads, num_heads) do not divide by '
+            f'{heads} key/value heads (config.model.num_kv_heads, num_heads) are not divisible by '
             f'config.mesh.tensor={tensor}'
         )
 

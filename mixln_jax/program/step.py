@@ -48,7 +48,10 @@ def _float32(params):
 
 
 def measure_factors(state, batch, *, task, seed=0, accumulate=1):
-    """Returns a fresh State with the measured factors (Admin's omega) set by one forward pass over the whole batch."""
+    """Returns a fresh State with the measured factors (Admin's omega) set by one forward pass over the whole batch.
+
+    Ramps count as done: the factors balance the branches that training will have. At step 0 each of them adds nothing.
+    """
     model = task.model
 
     def branches(micro_batch):
@@ -107,7 +110,7 @@ def train_step(
 
 def _sums_and_gradients(task, state, parts, shardings):
     """Returns all sums by name, and the gradient of the sum of the losses, over micro-batches [accumulate, ...]."""
-    context = Context(train=True, frozen=state.frozen)
+    context = Context(train=True, frozen=state.frozen, step=state.step)
     loss_and_gradient = jax.value_and_grad(lambda params, part: _sums(task, params, part, context), has_aux=True)
 
     def split(grads):  # left alone, XLA may let every device hold the whole sum
@@ -142,9 +145,9 @@ def _sums(task, params, batch, context):
     return losses.sum, {'sum': losses.sum, 'weight': losses.weight} | losses.metrics
 
 
-def eval_step(params, batch, *, task, seed=0):
-    """Returns the sums of a batch: `sum`, `weight` and the task's metrics."""
-    return _sums(task, params, task.prepare(batch, step_key(seed, 0), False), Context())[1]
+def eval_step(params, batch, step=None, *, task, seed=0):
+    """Returns the sums of a batch after `step` updates: `sum`, `weight` and the task's metrics."""
+    return _sums(task, params, task.prepare(batch, step_key(seed, 0), False), Context(step=step))[1]
 
 
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:

@@ -212,13 +212,14 @@ def summary_table(line: Line, norm_position: Sequence[str]) -> str:
     shown = [f'{name.replace("_", " ")} {_number(results[name], ".4g")}' for name in results if name != 'tokens']
     grad_norms = line['layers/grad_norm']
     distances = line.get('analysis/angular_distance', [None] * len(norm_position))
+    width = max(10, *map(len, norm_position))
     rows = [
         f'eval {"   ".join(shown)}',
-        f'{"layer":>5}  {"placement":<10} {"gradient norm":<24} angular distance across it',
+        f'{"layer":>5}  {"placement":<{width}} {"gradient norm":<24} angular distance across it',
     ]
     for number, (name, grad, distance) in enumerate(zip(norm_position, grad_norms, distances, strict=True), 1):
         rows.append(
-            f'{number:>5}  {name:<10} {_number(grad, "8.4f")} {_bar(grad, grad_norms):<14}'
+            f'{number:>5}  {name:<{width}} {_number(grad, "8.4f")} {_bar(grad, grad_norms):<14}'
             f'  {_number(distance, "7.4f")} {_bar(distance, distances)}'
         )
     return '\n'.join(rows)

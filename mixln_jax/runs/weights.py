@@ -32,7 +32,8 @@ class Weights:
     """A network, its parameters on one device here, and what is known about them.
 
     Attributes:
-        model: `logits, out = model.apply({'params': params}, ids, capture=True)`; `model.config` has its sizes.
+        model: `logits, out = model.apply({'params': params}, ids, capture=True)`; `model.config` has its sizes,
+            `model.trained_steps` the step of its ramps.
         params: the tree of parameters, layers stacked; `transformer.split_layers` gives single ones.
         where: the folder that was read, of a run its `checkpoints/<step>`.
         step: updates that made the weights; None: of a Hugging Face folder.
@@ -95,6 +96,7 @@ def load(path, compute_dtype='float32', norm_position=None, causal=True) -> Weig
     folder, params, about = read_newest(given, checkpoint.read_params)
     config = configs.from_resolved(about['config'])
     model = families.from_config(config.model, compute_dtype)
+    model = model.clone(trained_steps=transformer.needed_step(model, about['step']))
     expected, shapes = (
         {name: leaf.shape for name, leaf in trees.named_leaves(tree)} for tree in (model.shapes()['params'], params)
     )
@@ -276,6 +278,31 @@ def initial(where, model):
     return params
 
 
+def ramp_offset(config: configs.Config) -> int:
+    """Returns the updates that ramps have made before step 0, so that those of the weights of `config.init_from` go on.
+
+    0 for a run that starts from chance. Of a Hugging Face folder that does not say where its
+    ramps stand, they are done.
+
+    Raises:
+        UsageError, CheckpointError: as `initial`.
+    """
+    sizes, where = config.model, config.init_from
+    if not where:
+        return 0
+    done = sizes.ramp_steps * sizes.num_layers
+    try:
+        if where.startswith('hf:'):
+            found, _ = hf_config.read(files.local(where.removeprefix('hf:'), '') / 'config.json')
+            return done if found.trained_steps is None else min(found.trained_steps, done)
+        if not (folder := checkpoint_folder(where)):
+            return 0  # `initial` says what is wrong
+        earlier = configs.read(folder.parents[1] / 'config.json').model
+        return min(earlier.ramp_start + int(folder.name), done)
+    except (UsageError, CheckpointError) as error:
+        raise type(error)(f'config.init_from={where}: {error}') from None
+
+
 def _check_same(model, found, stated=True):
     """Raises UsageError where weights belong to another network than `model`; `stated`: whether they say placements."""
 
@@ -286,6 +313,8 @@ def _check_same(model, found, stated=True):
             found |= {name: getattr(of.config, name) for name in hf_config.ROPE}
         if any(placements.PLACEMENTS[name].attention.grouped for name in of.norm_position):
             found['norm_groups'] = of.config.norm_groups
+        if stated and placements.has_ramp(of.norm_position):
+            found['ramp_steps'] = of.config.ramp_steps
         return found | ({'norm_position': hf_config.spell(of.norm_position)} if stated else {})
 
     ours, theirs = facts(model), facts(found)
@@ -302,6 +331,6 @@ def _check_same(model, found, stated=True):
 def _constants(model):
     layers = [placements.PLACEMENTS[name] for name in model.norm_position]
     return [
-        [at.constants([index], model.depth) for at in (layer.attention, layer.mlp)]
+        [(at.constants([index], model.depth), index if at.ramp else 0) for at in (layer.attention, layer.mlp)]
         for layer, index in zip(layers, model.layer_index, strict=True)
     ]

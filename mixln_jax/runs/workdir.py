@@ -48,9 +48,8 @@ def earlier_config(config: configs.Config, workdir: str | os.PathLike) -> config
     try:
         if _has_results(workdir):
             return configs.read(workdir / 'config.json')
-        if not config.resume_from:
-            return None
-        return configs.read(weights.checkpoint_folder(config.resume_from).parents[1] / 'config.json')
+        folder = weights.checkpoint_folder(config.resume_from) if config.resume_from else None
+        return configs.read(folder.parents[1] / 'config.json') if folder else None
     except (errors.Exit, OSError):  # whatever is wrong with it is reported when it is opened
         return None
 

@@ -40,7 +40,8 @@ class Language(Task):
 
     def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
         model = self.model
-        x, _ = model.apply({'params': self._read(params)}, batch, context.layer_mask, method='backbone')
+        variables = {'params': self._read(params)}
+        x, _ = model.apply(variables, batch, context.layer_mask, step=context.step, method='backbone')
         mesh = model.stream_sharding and model.stream_sharding.mesh
         total, count, aux = cross_entropy.token_losses(
             x, model.head_kernel(params), batch['targets'], batch['loss_mask'], model.config.vocab_size, mesh=mesh

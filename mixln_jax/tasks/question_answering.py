@@ -53,7 +53,9 @@ class QuestionAnswering(Task):
         return batch['token_mask']
 
     def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
-        logits = jnp.stack(self.model.apply({'params': params}, batch, context.layer_mask), axis=1)  # [B,2,T]
+        logits = jnp.stack(
+            self.model.apply({'params': params}, batch, context.layer_mask, step=context.step), axis=1
+        )  # [B,2,T]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['answer']).mean(-1)
         per_example = losses * batch['answer_mask']
         weights, tokens = batch['answer_mask'], batch['token_mask'].sum()

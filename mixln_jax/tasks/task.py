@@ -20,12 +20,14 @@ class Context(NamedTuple):
     """What a loss may depend on besides the weights and the batch.
 
     `layer_mask` [L] bool: layers that are False are the identity; None: all of them run. `train`: whether it is the
-    training loss. `frozen`: the weights of the state that are never updated.
+    training loss. `frozen`: the weights of the state that are never updated. `step`: number of updates done, at which
+    ramps stand; None: the model's `trained_steps`.
     """
 
     layer_mask: jax.Array | None = None
     train: bool = False
     frozen: Any = None
+    step: jax.Array | None = None
 
 
 EVALUATION = Context()

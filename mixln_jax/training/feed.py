@@ -8,6 +8,7 @@ from mixln_jax.data.examples import Batch, Examples
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.distributed import processes
 from mixln_jax.evaluation.loop import evaluate
+from mixln_jax.models import transformer
 from mixln_jax.program.program import Program
 from mixln_jax.system.signals import Stop
 
@@ -48,16 +49,17 @@ class Feed:
         dataset = batches.training(examples, seed=config.data.seed, batch_size=size, part=part)
         return dataset, lambda batch: meshes.to_devices(batch, self._sharding, size)
 
-    def evaluation(self, eval_step: Callable, examples: Examples) -> Callable[[Any], dict[str, float | None]]:
-        """Returns the function that evaluates weights on `examples`."""
+    def evaluation(self, eval_step: Callable, examples: Examples) -> Callable[[Any, Any], dict[str, float | None]]:
+        """Returns the function that evaluates the weights after a step on `examples`."""
         config = self._config
 
-        def evaluate_weights(params: Any) -> dict[str, float | None]:
+        def evaluate_weights(params: Any, step: Any) -> dict[str, float | None]:
+            step = transformer.needed_step(self._program.model, step)
             dataset = batches.evaluation(examples, config.batch_size // config.accumulate)
             reader = batches.read(dataset, 0, workers=0)
             try:
                 return evaluate(
-                    eval_step,
+                    lambda params, batch: eval_step(params, batch, step),
                     params,
                     self.watched(reader),
                     task=self._program.task,

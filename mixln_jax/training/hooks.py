@@ -42,13 +42,13 @@ class _Every:
 class Evaluation(_Every):
     """Evaluates the weights, adds the results to the step's metrics line and prints one line."""
 
-    evaluate: Callable[[Any], dict[str, float | None]]  # weights -> values of a metrics line
+    evaluate: Callable[[Any, Any], dict[str, float | None]]  # (weights, step) -> values of a metrics line
     headline: str  # the task's most important metric
     metrics: log.Metrics
 
     def __call__(self, step: int, state: State) -> None:
         """Evaluates `state`. Raises NumericsError if the loss is not finite."""
-        values = self.evaluate(state.averaged)
+        values = self.evaluate(state.averaged, state.step)
         loss = values['eval/loss']
         if loss is None or not math.isfinite(loss):
             raise NumericsError(f'step {step}: the evaluation loss is not finite')
@@ -63,12 +63,12 @@ class Evaluation(_Every):
 class Analysis(_Every):
     """Measures each layer and adds the results to the step's metrics line."""
 
-    measure: Callable[[Any], dict[str, Any]]  # weights -> values of a metrics line
+    measure: Callable[[Any, jax.Array], dict[str, Any]]  # (weights, step) -> values of a metrics line
     metrics: log.Metrics
 
     def __call__(self, step: int, state: State) -> None:
         """Measures `state`."""
-        self.metrics.add(step, self.measure(state.averaged))
+        self.metrics.add(step, self.measure(state.averaged, state.step))
 
 
 @dataclasses.dataclass

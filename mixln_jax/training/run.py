@@ -42,7 +42,7 @@ from mixln_jax.training import hooks, loop
 from mixln_jax.training.collapse import Collapse
 from mixln_jax.training.feed import Feed
 from mixln_jax.training.meter import Meter
-from mixln_jax.training.start import first_state
+from mixln_jax.training.start import first_state, with_ramp_offset
 
 
 def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = None, verbose: bool = False):
@@ -66,7 +66,7 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
         with stop.may_interrupt():
             stop = _join_processes(config, stop, closing)
             mesh = _start_jax(config)
-            config = configs.build(values, earlier_config(config, workdir))
+            config = with_ramp_offset(configs.build(values, earlier_config(config, workdir)))
             if jax.process_count() > 1:
                 _leave_speaking_to_one(mesh, closing)
             program = Program(config, mesh)
@@ -288,5 +288,6 @@ def _describe(program, rows, verbose):
     if analyses := config.analysis.tokens:
         share = during.share(config, program.flops_per_position())
         console.say(f'analyses on {analyses:,} tokens: {share:.2%} of the FLOPs of training')
-    for warning in placements.warnings(model.norm_position, config.model.init, config.optim.warmup_ratio):
+    sizes, warmup_ratio, steps = config.model, config.optim.warmup_ratio, config.num_steps + config.model.ramp_start
+    for warning in placements.warnings(model.norm_position, sizes.init, warmup_ratio, steps, sizes.ramp_steps):
         console.say(f'mixln_jax: warning: {warning}', file=sys.stderr)

@@ -1,13 +1,28 @@
 """The state that a run begins with."""
 
 import contextlib
+import dataclasses
 
 import jax
 
+from mixln_jax import config as configs
+from mixln_jax.models import placements
 from mixln_jax.runs import checkpoint, weights
 from mixln_jax.runs.workdir import ANOTHER, check_same_run
 from mixln_jax.system import console
 from mixln_jax.system.errors import CheckpointError, UsageError
+
+
+def with_ramp_offset(config: configs.Config) -> configs.Config:
+    """Returns the configuration with `model.ramp_offset=auto` as a number; that of a network without a ramp as it is.
+
+    Raises UsageError, CheckpointError: `init_from` cannot be read.
+    """
+    model = config.model
+    names = placements.resolve(model.norm_position, model.num_layers, model.post_ratio)
+    if model.ramp_offset != 'auto' or not placements.has_ramp(names):
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(model, ramp_offset=weights.ramp_offset(config)))
 
 
 def first_state(program, resolved, checkpoints, fingerprint, stop):

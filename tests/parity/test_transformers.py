@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from test_hf import KINDS, PLACEMENTS, edit, logits, network
 
 from mixln_jax.data import tokenizers
+from mixln_jax.models import placements
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.tasks.language import Language
 
@@ -61,6 +62,29 @@ def test_exports_compute_the_same(tmp_path, norm_position, max_shard_gb, kind):
     with torch.no_grad():
         next(weight for name, weight in found.model.layers[-1].named_parameters() if 'norm' in name)[1] *= 1.01
     assert np.abs(theirs(found) - expected).max() > 1e-4
+
+
+@pytest.mark.parametrize('norm_position', [f'{name}+prores' for name in placements.PLACEMENTS])
+def test_ramps_that_have_not_ended(tmp_path, norm_position):
+    """Of three layers the first is ramped up, the others are not; without the factors the numbers are others."""
+    model, params = network(norm_position, ramp_steps=10)
+    model = model.clone(trained_steps=17)
+    hf_llama.save(tmp_path / 'out', model, params)
+    expected = np.asarray(logits(model, params))
+    np.testing.assert_allclose(theirs(pretrained(tmp_path / 'out')), expected, rtol=0, atol=1e-4)
+    config = json.loads((tmp_path / 'out/config.json').read_text())
+    for layer in config['placements']:
+        layer['mlp'].pop('ramp', None)
+    edit(tmp_path / 'out', placements=config['placements'])
+    assert np.abs(theirs(pretrained(tmp_path / 'out')) - expected).max() > 1e-4
+
+
+def test_ramped_up_pre_ln_is_their_class(tmp_path):
+    model, params = network('pre+prores', ramp_steps=10)
+    hf_llama.save(tmp_path / 'out', model.clone(trained_steps=30), params)
+    found = pretrained(tmp_path / 'out')
+    assert type(found) is transformers.LlamaForCausalLM
+    np.testing.assert_allclose(theirs(found), logits(model, params), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('name', ['pre', 'post', 'mix', 'sandwich', 'lns'])

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax.models import llama, placements
+from mixln_jax.models import llama, placements, transformer
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
@@ -51,7 +51,7 @@ OTHER_TYPE = 'mixln'  # model_type of what stock LLaMA is not: no tool may open 
 MODELLING = pathlib.Path(__file__).with_name('modeling_mixln.py')  # goes with such a folder, for transformers
 # The switches of a placement, and the norm that each uses.
 NORMS = {'residual_normed': 'in', 'pre': 'in', 'out': 'out', 'post': 'post'}
-FACTORS = ('in_scale', 'residual_scale', 'branch_scale')
+FACTORS = ('in_scale', 'residual_scale', 'branch_scale', 'ramp')
 
 
 def read(path, norm_position=None, compute_dtype='float32'):
@@ -86,14 +86,17 @@ def _read(path, found, norm_position, compute_dtype):
             raise UsageError(f'{path} says norm_position={spell(names)}, not {spell(wanted)}')
         names = wanted
     config = dataclasses.replace(config, norm_position=spell(names))
-    model = llama.Llama(config, names, tuple(index), depth, compute_dtype)
+    steps = found.get('ramp_step')  # where the ramps stand; None: they are done
+    if steps is not None and not (type(steps) is int and 0 <= steps < 2**31):
+        raise CheckpointError(f'{path}: ramp_step={steps!r} is not a number of steps')
+    model = llama.Llama(config, names, tuple(index), depth, compute_dtype, trained_steps=steps)
     expected = content(model)
-    for key in ('placements', 'embed_norm', 'norm_groups'):
+    for key in ('placements', 'embed_norm', 'norm_groups', 'ramp_step'):
         if 'placements' in found and found.get(key) != expected.get(key):
             raise CheckpointError(f'{path}: {key} is not that of norm_position, layer_index and depth here')
     if any(placements.PLACEMENTS[name].mlp.grouped for name in names) and config.hidden_size % config.norm_groups:
         raise CheckpointError(
-            f'{path}: hidden_size={config.hidden_size} does not divide by {config.norm_groups} groups'
+            f'{path}: hidden_size={config.hidden_size} is not divisible by {config.norm_groups} groups'
         )
     return model, bool(given) or says is not None
 
@@ -124,7 +127,7 @@ def _model_config(path, found):
     values = take(path, found, CONFIG_KEYS, FIXED) | _rope(path, found)
     kv_heads = found.get('num_key_value_heads') or values['num_heads']
     values['num_kv_heads'] = 0 if kv_heads == values['num_heads'] else kv_heads
-    for name in (*SWITCHES, 'head_dim', 'norm_groups'):
+    for name in (*SWITCHES, 'head_dim', 'norm_groups', 'ramp_steps'):
         if found.get(name) is not None:
             values[name] = found[name]
     config = build(path, values)
@@ -212,7 +215,17 @@ def content(model):
         **({} if stock else {'placements': said}),
         **({'embed_norm': True} if placements.PLACEMENTS[model.norm_position[0]].embed_norm else {}),
         **({'norm_groups': config.norm_groups} if any('grouped' in layer['mlp'] for layer in said) else {}),
+        **_ramp(model),
     }
+
+
+def _ramp(model):
+    """The keys of config.json that say where the ramps of a network stand, for who trains it on; `placements` has the
+    factors that follow from them."""
+    if not placements.has_ramp(model.norm_position):
+        return {}
+    steps = transformer.total_step(model.config, model.trained_steps)
+    return {'ramp_steps': model.config.ramp_steps} | ({} if steps is None else {'ramp_step': steps})
 
 
 def described(model):
@@ -235,8 +248,10 @@ def described(model):
             _check_said(name, at, (*NORMS, *FACTORS, 'grouped'))
             on = {switch: f'{sublayer}_norm_{norm}' for switch, norm in NORMS.items() if getattr(at, switch)}
             said = {switch: norm_name(name, norm) for switch, norm in on.items()}
-            constants = at.constants([index], model.depth).items()
-            said |= {by: float(np.float32(value)) for by, [value] in constants}
+            steps = transformer.total_step(model.config, model.trained_steps)
+            ramp = at.ramp_factors([index], model.config.ramp_steps, steps)
+            constants = at.constants([index], model.depth) | {by: value for by, value in ramp.items() if value[0] != 1}
+            said |= {by: float(np.float32(value)) for by, [value] in constants.items()}
             for by, factor in at.factors().items():
                 if isinstance(factor, placements.Learned):
                     shape = [model.config.hidden_size] if factor.per_feature else []

@@ -177,7 +177,7 @@ def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.
     sizes = model.config
     if sizes.hidden_size % sizes.num_heads:
         raise UsageError(
-            f'hidden_size={sizes.hidden_size} does not divide by num_heads={sizes.num_heads}, as transformers needs it'
+            f'hidden_size={sizes.hidden_size} is not divisible by num_heads={sizes.num_heads}, as transformers needs it'
         )
     config = hf_config.content(model) | ABOUT | special | (about or {})
     config |= {'dtype': dtype, 'torch_dtype': dtype}  # the latter for transformers 4

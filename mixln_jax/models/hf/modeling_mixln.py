@@ -6,7 +6,7 @@ or, absent, 1:
 
     x = residual_normed(x)
     h = out(F(pre(x) * in_scale))
-    y = post(residual_scale * x + branch_scale * h)
+    y = post(residual_scale * x + ramp * branch_scale * h)
 """
 
 import torch
@@ -18,7 +18,8 @@ NORMS = ('residual_normed', 'pre', 'out', 'post')
 
 
 class MixlnConfig(LlamaConfig):
-    """LlamaConfig with the keys `norm_position`, `layer_index`, `depth`, `placements`, `embed_norm`, `norm_groups`."""
+    """LlamaConfig with the keys `norm_position`, `layer_index`, `depth`, `placements`, `embed_norm`, `norm_groups`,
+    `ramp_steps`, `ramp_step`."""
 
     model_type = 'mixln'
 
@@ -76,7 +77,7 @@ class MixlnDecoderLayer(LlamaDecoderLayer):
 
         x = norm('residual_normed', x)
         h = norm('out', sublayer(norm('pre', x) * scale('in_scale')))
-        return norm('post', x * scale('residual_scale') + h * scale('branch_scale'))
+        return norm('post', x * scale('residual_scale') + h * scale('branch_scale') * scale('ramp'))
 
 
 class MixlnModel(LlamaModel):
