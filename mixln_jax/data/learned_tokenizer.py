@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -82,7 +83,7 @@ class Learned(abc.ABC):
         self._dropped = 0 if cuts else 1
         self._cut = re.compile(rf'.*\w(?=[{cuts or " "}])', re.DOTALL)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.contents, self.origin)
 
     @property
@@ -101,7 +102,7 @@ class Learned(abc.ABC):
         with reading(self.origin, DataError, 'cannot encode a text'):
             return self._all_spans(text, limit)
 
-    def _encode(self, text, limit):
+    def _encode(self, text: str, limit: int | None) -> np.ndarray:
         if len(text) <= LONGEST:
             return self._ids(text)[:limit]
         parts, count = [], 0
@@ -112,7 +113,7 @@ class Learned(abc.ABC):
                 break
         return np.concatenate(parts)[:limit]
 
-    def _all_spans(self, text, limit):
+    def _all_spans(self, text: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
         ids, ends, count, num_bytes, position = [], [], 0, 0, 0
         for start, piece in self._pieces(text):
             num_bytes, position = num_bytes + len(text[position:start].encode()), start
@@ -124,7 +125,7 @@ class Learned(abc.ABC):
                 break
         return np.concatenate(ids)[:limit], np.concatenate(ends)[:limit]
 
-    def _spans(self, text):
+    def _spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the spans of a text that is encoded at once.
 
         The tokens usually spell the text, or the text with every run of blanks reduced to one, perhaps after a blank.
@@ -143,7 +144,7 @@ class Learned(abc.ABC):
             return ids, np.append(np.flatnonzero(kept), len(body.rstrip()))[ends - before]
         return ids, np.maximum.accumulate(self._offsets(text))
 
-    def _spell(self, ids):
+    def _spell(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
         """Returns the bytes that ids [n] spell, and the position in them at which each id ends, [n]."""
         flat, starts, sizes = self._table
         ends = sizes[ids].cumsum(dtype=np.int32)
@@ -152,7 +153,7 @@ class Learned(abc.ABC):
         return flat[positions].tobytes(), ends.astype(np.int64)
 
     @functools.cached_property
-    def _table(self):
+    def _table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All surfaces end to end, where each begins, and their sizes.
 
         It is small because it shares the caches with encoding; a list of surfaces would slow encoding down by a fifth.
@@ -166,7 +167,7 @@ class Learned(abc.ABC):
     def export(self, folder: str | pathlib.Path) -> bool:
         return tokenizer_json.write(self, folder)
 
-    def _pieces(self, text) -> Iterator[tuple[int, str]]:
+    def _pieces(self, text: str) -> Iterator[tuple[int, str]]:
         """Yields pairs (character at which a piece starts, piece)."""
         start = 0
         while len(text) - start > LONGEST:
@@ -176,7 +177,7 @@ class Learned(abc.ABC):
             start = end + (self._dropped if match else 0)
         yield start, text[start:]
 
-    def _set_specials(self, pad, bos, eos, missing):
+    def _set_specials(self, pad: Any, bos: Any, eos: Any, missing: str) -> None:
         """Sets the special ids; -1 stands for no such token. Raises DataError, which tells what is `missing`."""
         if eos < 0:
             raise DataError(f'{self.origin}: no token for the end of a document: {missing}')
@@ -187,7 +188,7 @@ class Learned(abc.ABC):
             raise DataError(f'{self.origin}: a special id is not below the vocabulary size {self.vocab_size}')
 
 
-def _blanks_before(spelled, text):
+def _blanks_before(spelled: bytes, text: bytes) -> int | None:
     """Returns 1 if `spelled` is a text after a blank, 0 if it is the text, else None."""
     before = len(spelled) - len(text)
     return before if before in (0, 1) and spelled.endswith(text) and not spelled[:before].strip(b' ') else None

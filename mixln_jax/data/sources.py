@@ -97,10 +97,10 @@ class Texts:
         file = self._gathered.names[self._gathered.places[number, 0]]
         return f'{file}:{self._gathered.places[number, 1]}'
 
-    def _bytes(self, i):
+    def _bytes(self, i: int) -> bytes:
         number = self._numbers[i]
         start = self._gathered.ends[number - 1] if number else 0
-        return self._gathered.blob[start : self._gathered.ends[number]]
+        return bytes(self._gathered.blob[start : self._gathered.ends[number]])
 
 
 class _Gathered:

@@ -256,7 +256,7 @@ class Reader:
         if not any_text:
             raise DataError(f'{self._path}: no text in this file: {self._why()}')
 
-    def _why(self):
+    def _why(self) -> str:
         """Returns the reason why there is no text."""
         if self.bad:
             return f'{self.bad} malformed lines, the first of them {self.skipped[0].removeprefix(f"{self._path}:")}'
@@ -264,7 +264,7 @@ class Reader:
             return f'{self.empty} documents, all of them blank'
         return f'{self._number} blank lines' if self._number else 'it is empty'
 
-    def _lines(self):
+    def _lines(self) -> Iterator[tuple[int, str]]:
         """Yields pairs (line number from 1, line with its end), decoded from UTF-8."""
         number = 0
         try:
@@ -286,11 +286,11 @@ class Reader:
                             yield number, text
                 finally:
                     self._end = self._raw.tell()
-        except (OSError, EOFError, isal_zlib.error) as error:
+        except (OSError, EOFError, isal_zlib.error) as error:  # type: ignore[misc]  # its stub lacks the base class
             name = f'{self._path}:{number + 1}' if number else self._path
             raise DataError(f'{name}: cannot be read: {error}') from error
 
-    def _decoded(self, number, line, lines):
+    def _decoded(self, number: int, line: bytes, lines: io.BufferedReader) -> str | None:
         """Returns the text of a line; None if it is skipped. `lines` has the rest of a line that is too long."""
         if len(line) > self._largest:
             self._skip(number, f'more than {self._largest:,} bytes in a line; {LONG}')
@@ -301,14 +301,15 @@ class Reader:
             return line.removeprefix(b'\xef\xbb\xbf').decode() if number == 1 else line.decode()
         except UnicodeDecodeError as error:
             self._skip(number, f'not UTF-8: {error.reason} at byte {error.start} of the line')
+            return None
 
-    def _skip(self, number, problem):
+    def _skip(self, number: int, problem: str) -> None:
         if self.bad >= self._skip_bad:
             raise DataError(f'{self._path}:{number}: {problem}')
         self.bad += 1
         self.skipped = [*self.skipped, f'{self._path}:{number}: {problem}'][:5]
 
-    def _text(self):
+    def _text(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields pieces of the file; the last piece, which may be short, is joined to the one before it."""
         before, piece, first = None, [], 1
         length = 0
@@ -326,12 +327,13 @@ class Reader:
         if rest:
             yield first, {'text': rest}
 
-    def _jsonl(self):
+    def _jsonl(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields the records of the file."""
         is_jsonl = False  # whether the file has had a record: then it is a file of JSON lines
         for number, line in self._lines():
             if not line.strip():
                 continue
+            problem: str | None
             try:
                 record = orjson.loads(line)
             except ValueError as error:
@@ -345,7 +347,7 @@ class Reader:
             yield number, record
 
 
-def _problem(record):
+def _problem(record: Any) -> str | None:
     """Returns what is wrong with a record; None if it is right."""
     if not isinstance(record, dict):
         return f'a JSON object with a field `text` is needed, not {type(record).__name__}'

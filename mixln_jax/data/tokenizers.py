@@ -5,7 +5,7 @@ import hashlib
 import json
 import pathlib
 import urllib.parse
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -103,7 +103,7 @@ class Bytes:
     def export(self, folder: str | pathlib.Path) -> bool:
         return tokenizer_json.write(self, folder)
 
-    def _description(self):
+    def _description(self) -> dict[str, Any]:
         names = ('vocab_size', 'pad_id', 'bos_id', 'eos_id')
         return {'kind': 'bytes'} | {name: getattr(self, name) for name in names}
 
@@ -188,10 +188,12 @@ def load(folder: str | pathlib.Path, fingerprint: str | None = None) -> Tokenize
     return tokenizer
 
 
-def _fetch(kind, url):
+def _fetch(kind: Any, url: str) -> Tokenizer:
     """Returns the tokenizer at a URL. The cache keeps only files that can be opened, so never a login page that a
     server sends in their place."""
-    cache = files.cache() / 'tokenizers' / hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
+    cache = (
+        files.cache_folder() / 'tokenizers' / hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
+    )
     with contextlib.suppress(DataError):  # missing or damaged: it is fetched again
         return load(cache)
     if url.startswith('http:'):

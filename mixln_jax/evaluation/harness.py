@@ -106,7 +106,9 @@ class Harness(TemplateLM):
         start = [] if add_special_tokens is False else self._start
         return start + self._tokenizer.encode(string).tolist()
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         del kwargs
         rows, scored_tokens, cut = [], [], 0
         for number, (texts, context, continuation) in enumerate(requests):
@@ -157,7 +159,7 @@ class Harness(TemplateLM):
                 )
             contexts.append(self.tok_encode(context) or [self.prefix_token_id])
 
-        def ended(number):
+        def ended(number: int) -> bool:
             (until, limit), ids = limits[number], generated[number]
             if len(ids) >= limit or ids[-1:] == [self.eot_token_id]:
                 return True
@@ -174,7 +176,7 @@ class Harness(TemplateLM):
         texts = [self._tokenizer.decode(ids) if ids else '' for ids in generated]
         return [postprocess_generated_text(text, until, None) for text, (until, _) in zip(texts, limits, strict=True)]
 
-    def _windows(self, context, continuation) -> Iterator[tuple[list[int], int]]:
+    def _windows(self, context: list[int], continuation: list[int]) -> Iterator[tuple[list[int], int]]:
         """Yields rows of up to `max_length` + 1 ids, and how many ids at the end of each are scored."""
         if len(continuation) <= self.max_length:
             yield (context + continuation)[-(self.max_length + 1) :], len(continuation)
@@ -182,7 +184,7 @@ class Harness(TemplateLM):
         for inputs, scored in get_rolling_token_windows(continuation, context[-1], self.max_length, context_len=1):
             yield inputs + scored[-1:], len(scored)
 
-    def _predictions_of(self, rows, name, disable_tqdm):
+    def _predictions_of(self, rows: Sequence[list[int]], name: str, disable_tqdm: bool) -> list[Any]:
         """Returns the `_predictions` for every row of ids: a pair of arrays [len(row) - 1], in the order of `rows`."""
         order, predictions = sorted(range(len(rows)), key=lambda number: -len(rows[number])), [None] * len(rows)
         for start in tqdm(range(0, len(rows), self.batch_size), desc=name, disable=disable_tqdm):
@@ -198,14 +200,16 @@ class Harness(TemplateLM):
         return predictions
 
 
-def _predictions(params, ids, layer_mask, *, model, stretch):
+def _predictions(
+    params: Any, ids: jax.Array, layer_mask: jax.Array | None, *, model: Any, stretch: int
+) -> tuple[jax.Array, jax.Array]:
     """Returns the log-probability of each token of ids [B, T+1] except the first, and the likeliest token: [B, T] each.
 
     Computed in float32; the logits of `stretch` positions are in memory at a time.
     """
     x, _ = model.apply({'params': params}, ids[:, :-1], layer_mask, method='backbone')
 
-    def predict(position):
+    def predict(position: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, targets = position
         logits = model.apply({'params': params}, x, method='logits')
         return -optax.softmax_cross_entropy_with_integer_labels(logits, targets), logits.argmax(-1)

@@ -60,7 +60,7 @@ def open_harness(options: argparse.Namespace) -> Callable[[Weights], tuple[Any, 
         raise UsageError('--tasks needs the lm-evaluation-harness: pip install lm_eval') from error
     manager = harness.open_tasks(names, options.task_path)
 
-    def on_weights(weights):
+    def on_weights(weights: Weights) -> tuple[Any, Callable[[], Any]]:
         model = harness.Harness(weights, options.batch_size or 32)
         return model, lambda: harness.run(model, manager, names, options.limit, options.num_fewshot)
 

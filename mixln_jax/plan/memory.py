@@ -71,7 +71,7 @@ def memory(program: Program) -> dict[str, int]:
     }
 
 
-def _local_bytes(tree):
+def _local_bytes(tree: Any) -> int:
     """Returns the bytes of a tree that one device holds."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

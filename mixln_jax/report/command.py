@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument('--out', metavar='FOLDER', default='report', help='for report.html and report.md [report]')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
-    def job():
+    def job() -> None:
         options = cli.parse(parser, argv)
         run(options.runs, options.out)
 

@@ -9,12 +9,13 @@ import contextlib
 import io
 import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib import ticker
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -134,7 +135,7 @@ def drop(results: Sequence[Result], metric: str, block: int = 1, among: Sequence
     return figure
 
 
-def _bars(ax, result, quantity, colour):
+def _bars(ax: Axes, result: Result, quantity: style.Quantity, colour: str) -> None:
     """Draws bars with their standard errors; a cross marks what is not finite."""
     mean, error = quantity
     layers = style.layers(result)[: len(mean)]
@@ -311,19 +312,19 @@ def evolution(
     return figure
 
 
-def _encoded(figure, form, metadata):
+def _encoded(figure: Figure, form: str, metadata: Mapping[str, Any]) -> bytes:
     body = io.BytesIO()
     with matplotlib.rc_context(style.STYLE):
         figure.savefig(body, format=form, dpi=300, metadata=metadata)
     return body.getvalue()
 
 
-def _measured(quantity):
+def _measured(quantity: Mapping[str, Any]) -> style.Quantity:
     """Returns (mean, standard error or None) of a quantity as arrays; unknown numbers are nan."""
     error = quantity.get('standard_error')
     return np.array(quantity['mean'], float), None if error is None else np.array(error, float)
 
 
-def _largest(arrays):
+def _largest(arrays: Iterable[np.ma.MaskedArray]) -> float:
     finite = [array.compressed()[np.isfinite(array.compressed())] for array in arrays]
     return max(itertools.chain(*finite), default=0) or 1

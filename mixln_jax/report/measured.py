@@ -59,7 +59,7 @@ def _analysis(runs: Sequence[Run], job: str, heading: str, show: Callable[[AllRe
     return Section(heading, texts, tuple(notes), tuple(pictures), tables, tuple(parts), warnings)
 
 
-def _sample_table(results):
+def _sample_table(results: Results) -> Table:
     """Returns a table of the checkpoint and the sample that were measured."""
     names = ('step', 'tokens', 'rows', 'positions', 'gradients', 'rows_per_gradient', 'theory_constant')
     shown = [name for name in names if any(result.get(name) is not None for result in results)]
@@ -70,7 +70,7 @@ def _sample_table(results):
     return Table('What was measured', ('run', 'checkpoint', *(name.replace('_', ' ') for name in shown)), rows)
 
 
-def _cell(value):
+def _cell(value: Any) -> str:
     if value is None:
         return '-'
     return f'{value:,}' if isinstance(value, int) else f'{value:.4g}' if isinstance(value, float) else f'{value}'
@@ -103,7 +103,7 @@ def _drop(all_results: AllResults, results: Results) -> Parts:
     return (), (), parts
 
 
-def _drop_part(results, metric, block):
+def _drop_part(results: Results, metric: str, block: int) -> Section:
     whole = '; '.join(
         f'{result["label"]} {with_error(value.get("value"), value.get("standard_error"))}'
         for result, value in ((result, result['metrics'][metric]) for result in results)
@@ -144,7 +144,7 @@ def _gradients(all_results: AllResults, results: Results) -> Parts:
     return _gradient_pictures(results), tables, parts
 
 
-def _gradient_pictures(results):
+def _gradient_pictures(results: Results) -> tuple[Picture, ...]:
     alt = f'Lines over the layers, one for each of {_labels(results)}: norm of the gradient'
     ranges = '; '.join(f'{result["label"]} {value_range(result["layers"]["mean"])}' for result in results)
     return (
@@ -153,7 +153,7 @@ def _gradient_pictures(results):
     )
 
 
-def _gradient_table(results):
+def _gradient_table(results: Results) -> Table:
     return _layer_table('Gradient norm by layer', results, [result['layers'] for result in results])
 
 
@@ -207,10 +207,10 @@ def _layer_table(
     return Table(caption, (first_column, *(result['label'] for result in results)), rows, folded=True)
 
 
-def _sentence(text):
+def _sentence(text: Any) -> str:
     text = f'{text}'.strip()
     return f'{text[:1].upper()}{text[1:]}{"" if text.endswith(".") else "."}'
 
 
-def _labels(results):
+def _labels(results: Results) -> str:
     return ', '.join(result['label'] for result in results)
