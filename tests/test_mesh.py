@@ -81,7 +81,7 @@ def run(built):
         state, metrics = train_step(state, jax.device_put(batch, rows))
         seen.append([float(metrics['loss']), *np.asarray(metrics['layer_grad_norm'])])
     micro = {name: values[: len(values) // built.config.accumulate] for name, values in batch.items()}
-    sums = eval_step(state.params, jax.device_put(micro, rows))
+    sums = eval_step(state.params, jax.device_put(micro, rows), None)
     return np.array(seen), float(sums['sum'] / sums['weight'])
 
 

@@ -176,6 +176,7 @@ def test_train_and_evaluation_step(norm_position):
     rng = np.random.default_rng(0)
     batch = text(rng, B=8, T=6)
     batch = {name: values.astype(np.float32 if name == 'loss_mask' else np.int32) for name, values in batch.items()}
+    batch |= batches.marks(np.arange(8), np.ones(8, bool))
     sizes = make(norm_position, num_layers=4, ramp_steps=2, ramp_offset=1).config
     config = configs.Config(
         batch_size=8, seq_length=6, num_steps=8, accumulate=2, compute_dtype='float32', device='cpu', model=sizes,
