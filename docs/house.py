@@ -1,8 +1,10 @@
 """The picture of the package's rooms and the table of its sizes: `python docs/house.py` writes both into develop.md."""
 
 import ast
+import itertools
 import pathlib
 import re
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 # From the ground up. A room, which is a folder or a module of mixln_jax, imports itself and the floors below.
@@ -22,6 +24,20 @@ FLOORS = [
     (['main', 'evaluate', 'export', 'replay'], 'commands'),
 ]
 LONG = 60  # lines of a function
+# The functions that a reader passes on the way from the command to what it does. Each one names the next.
+STEP = ('main.main', 'training.run.run', 'program.program.Program.__init__', 'program.step.train_step')
+LOSS = (*STEP, 'program.step._sums_and_gradients', 'program.step._sums', 'tasks.language.Language.losses')
+PATHS = {
+    'the training loop': ('main.main', 'training.run.run', 'training.run._Job.train', 'training.loop.fit'),
+    'the train step': STEP,
+    'the loss': (*LOSS, 'kernels.cross_entropy.token_losses'),
+    'a block': (
+        *LOSS,
+        'models.llama.Llama.backbone',
+        'models.transformer.Stack.__call__',
+        'models.transformer.Layer.__call__',
+    ),
+}
 
 
 def picture() -> str:
@@ -47,6 +63,47 @@ def functions(tree: ast.Module, nested: bool = False) -> list[ast.FunctionDef]:
     return found
 
 
+def definition(trees: dict[pathlib.Path, ast.Module], name: str) -> tuple[ast.AST, ast.FunctionDef]:
+    """Returns the definition at the top of a module that has the function `name` in it, and the function.
+
+    Raises KeyError if there is no such function.
+    """
+    modules = {
+        '.'.join(path.relative_to(ROOT / 'mixln_jax').with_suffix('').parts): tree for path, tree in trees.items()
+    }
+    module = next(prefix for prefix in modules if name.startswith(f'{prefix}.'))
+    nodes: list[ast.AST] = [modules[module]]
+    for part in name.removeprefix(f'{module}.').split('.'):
+        inside = {node.name: node for node in nodes[-1].body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        nodes.append(inside[part])
+    return nodes[1], nodes[-1]
+
+
+def mentioned(definition: ast.AST) -> set[Any]:
+    """Returns all names, attributes and constants in a definition; flax calls methods by their names as texts."""
+    kinds = {ast.Name: 'id', ast.Attribute: 'attr', ast.Constant: 'value'}
+    return {getattr(node, kinds[type(node)]) for node in ast.walk(definition) if type(node) in kinds}
+
+
+def paths(trees: dict[pathlib.Path, ast.Module]) -> dict[str, str]:
+    """Returns {goal: hops and lines of its path}. Raises ValueError if a function does not name the next one."""
+    described = {}
+    for goal, names in PATHS.items():
+        for name, following in itertools.pairwise(names):
+            owner, _ = definition(trees, name)
+            *_, parent, word = following.split('.')
+            word = parent if word.startswith('__') else word
+            said = {
+                getattr(node, 'id', getattr(node, 'attr', getattr(node, 'value', None))) for node in ast.walk(owner)
+            }
+            if word not in said:
+                raise ValueError(f'{name} does not name {following}')
+        functions = [definition(trees, name)[1] for name in names]
+        lines = sum(one.end_lineno - one.lineno + 1 for one in functions)
+        described[goal] = f'{len(names) - 1} hops, {lines} lines'
+    return described
+
+
 def sizes() -> str:
     """Returns a table of what makes a code base easy or hard to read."""
     trees = modules()
@@ -61,7 +118,8 @@ def sizes() -> str:
     hinted = sum(arg.annotation is not None for arg in arguments)
     top = [path for path in trees if path.parent.name == 'mixln_jax']
     big = sorted(f'{path.relative_to(ROOT / "mixln_jax")} ({n})' for path, n in lines.items() if n > 400)
-    rows = {
+    rows = {f'from the command to {goal}': path for goal, path in paths(trees).items()}
+    rows |= {
         'modules': len(trees),
         'of them at the top level': len(top),
         'lines': f'{sum(lines.values()):,}',
@@ -78,7 +136,7 @@ def between(text: str, name: str, content: str) -> str:
     return re.sub(pattern, lambda match: f'{match[1]}{content}{match[2]}', text, flags=re.DOTALL)
 
 
-def main():
+def main() -> None:
     page = ROOT / 'docs/develop.md'
     text = between(page.read_text(encoding='utf-8'), 'rooms', picture())
     page.write_text(between(text, 'sizes', sizes()), encoding='utf-8')

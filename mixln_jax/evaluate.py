@@ -12,19 +12,24 @@ if __name__ == '__main__':
 # ruff: noqa: E402
 import argparse
 import contextlib
+import pathlib
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from mixln_jax.data import rows as data_rows
 from mixln_jax.evaluation.harness_options import OF_TEXT, add_task_options, open_harness
 from mixln_jax.evaluation.loop import evaluate_run
 from mixln_jax.runs import weights
+from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli, console, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError
 
 
-def _text(found, options):
+def _text(found: Weights, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The line and JSON object without --tasks."""
     values = evaluate_run(found, options.split, options.tokens, options.batch_size, options.data_path)
+    assert found.config is not None, 'evaluate_run refuses others'
     split = options.split or found.config.eval.split
     numbers = {name.removeprefix('eval/'): value for name, value in values.items()}
     tokens = numbers.pop('tokens')
@@ -32,11 +37,11 @@ def _text(found, options):
     return f'{split}: {said}  ({tokens:,} tokens)', {'split': split} | values
 
 
-def _number(name, value):
+def _number(name: str, value: float | None) -> str:
     return '-' if value is None else format(value, '.2f' if name == 'perplexity' else '.4f')
 
 
-def _place(out):
+def _place(out: str) -> pathlib.Path:
     """Where to write results. Raises UsageError for a file that is there and holds none."""
     path = outputs.resolve(out)
     try:
@@ -48,7 +53,7 @@ def _place(out):
     return path
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog='python -m mixln_jax.evaluate',
@@ -66,7 +71,7 @@ def main(argv):
     add_task_options(add)
     add('--traceback', action='store_true', help='show where an error comes from')
 
-    def job():
+    def job() -> None:
         options = cli.parse(parser, argv)
         for name in ('batch_size', 'tokens'):
             if (value := getattr(options, name)) is not None and value < 1:

@@ -16,6 +16,8 @@ import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +26,7 @@ import optax
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.runs import environment, weights
+from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli, console, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
@@ -33,7 +36,14 @@ OWN = (*BESIDE, 'config.json', 'model*.safetensors*', 'modeling_*.py', 'tokenize
 BOUNDS = {'float32': 0.0, 'bfloat16': 0.05}
 
 
-def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=None, remove_layers=()):
+def export(
+    checkpoint: str | os.PathLike,
+    out: str,
+    dtype: str = 'float32',
+    max_shard_gb: float = 5.0,
+    norm_position: str | None = None,
+    remove_layers: Collection[int] = (),
+) -> None:
     """Writes the weights at `checkpoint`, which is anything that `weights.load` opens, into the folder `out`.
 
     It is written next to `out`, read back and compared, and then renamed, so `out` is never half. Where `out` is a link
@@ -44,11 +54,11 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
             another process; options, or a network, that cannot be written.
         CheckpointError: weights that cannot be read, or that are others when read back.
     """
-    out = outputs.resolve(out)
+    target = outputs.resolve(out)
     source = pathlib.Path(os.path.realpath(weights.find(checkpoint)[0]))
-    if out in (source, *source.parents) or source in out.parents:
-        raise UsageError(f'--out {out} and the checkpoint {source} are one, or one is inside the other')
-    with outputs.replacing(out, _check_replaceable) as partial:
+    if target in (source, *source.parents) or source in target.parents:
+        raise UsageError(f'--out {target} and the checkpoint {source} are one, or one is inside the other')
+    with outputs.replacing(target, _check_replaceable) as partial:
         found = weights.load(checkpoint, norm_position=norm_position)
         source = pathlib.Path(found.where)
         if not found.model.causal:
@@ -66,18 +76,18 @@ def export(checkpoint, out, dtype='float32', max_shard_gb=5.0, norm_position=Non
                 shutil.copy(path, partial)
         compared = _check(partial, found, dtype)
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file())
-        origin = {'from': found.where, 'step': found.step, 'removed_layers': sorted({*remove_layers})}
+        origin: dict[str, Any] = {'from': found.where, 'step': found.step, 'removed_layers': sorted({*remove_layers})}
         origin |= {'data_mode': found.data_mode, 'dtype': dtype, 'versions': environment.versions()}
         origin |= {'tokenizer': found.tokenizer.fingerprint if found.tokenizer else None}
         outputs.write_json(partial / weights.EXPORT, origin | {'files': [*names, weights.EXPORT]})
-    size = sum(path.stat().st_size for path in out.rglob('*'))
-    console.say(f'{out}: {len(names) + 1} files, {size:,} bytes')
-    if found.tokenizer and not (out / 'tokenizer.json').exists():
+    size = sum(path.stat().st_size for path in target.rglob('*'))
+    console.say(f'{target}: {len(names) + 1} files, {size:,} bytes')
+    if found.tokenizer and not (target / 'tokenizer.json').exists():
         console.say('its tokenizer cannot be said as a tokenizer.json; tokenizer/ holds it as it is')
     console.say(compared)
 
 
-def _check_replaceable(out):
+def _check_replaceable(out: pathlib.Path) -> None:
     """Raises UsageError for what is no folder, and for a folder with anything in it that no export has written."""
     if not out.exists():
         return
@@ -95,21 +105,21 @@ def _check_replaceable(out):
             raise UsageError(f'--out {out} holds what is not an export of ours: {name}')
 
 
-def _matches(name, pattern):
+def _matches(name: str, pattern: str) -> bool:
     return name.count('/') == pattern.count('/') and fnmatch.fnmatchcase(name, pattern)
 
 
-def _about(folder):
+def _about(folder: pathlib.Path) -> dict[str, Any]:
     """What a Hugging Face folder says for other tools."""
     found = hf_config.read_json(folder / 'config.json')
     return {name: found[name] for name in hf_llama.ABOUT if name in found}
 
 
-def _check(folder, found, dtype):
+def _check(folder: pathlib.Path, found: Weights, dtype: str) -> str:
     """Reads back what was written and compares logits [2,64,V] and perplexity on fixed tokens; what to say of it."""
     ids = np.random.default_rng(0).integers(0, found.model.config.vocab_size, (2, 64), np.int32)
 
-    def numbers(model, params):
+    def numbers(model: Any, params: Any) -> tuple[np.ndarray, float]:
         logits, _ = jax.jit(model.apply)({'params': params}, ids)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
         return np.asarray(logits), float(np.exp(loss))
@@ -128,7 +138,7 @@ def _check(folder, found, dtype):
     )
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.export', description=__doc__, allow_abbrev=False)
     parser.add_argument(
@@ -147,7 +157,7 @@ def main(argv):
     )
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
-    def job():
+    def job() -> None:
         options = cli.parse(parser, argv)
         jax.config.update('jax_platforms', 'cpu')  # nothing here is worth waiting for a device
         removed = [cli.parse_decimal(part) for part in cli.split_list(options.remove_layers or '')]
@@ -159,7 +169,7 @@ def main(argv):
             options.dtype,
             options.max_shard_gb,
             options.norm_position,
-            {*removed},
+            {number for number in removed if number is not None},
         )
 
     return cli.call(job, show_traceback='--traceback' in argv)

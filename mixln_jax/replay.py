@@ -17,6 +17,8 @@ import pathlib
 import re
 import sys
 import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,18 +33,18 @@ from mixln_jax.runs import checkpoint
 from mixln_jax.system import cli, console, files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 from mixln_jax.tasks import build
-from mixln_jax.tasks.task import Context
+from mixln_jax.tasks.task import Batch, Context, Task
 
 
-def replay(folder, compute_dtype):
+def replay(folder: str, compute_dtype: str | None) -> None:
     """Prints what the batches of a debug/ folder do. Raises UsageError where there is nothing to replay."""
-    folder = files.local(folder, '--workdir') / 'debug'
-    stored = sorted(folder.glob('batch_[0-9]*.npz'), key=_number)
-    steps = checkpoint.steps(folder / 'checkpoints')
+    debug = files.local(folder, '--workdir') / 'debug'
+    stored = sorted(debug.glob('batch_[0-9]*.npz'), key=_number)
+    steps = checkpoint.steps(debug / 'checkpoints')
     if not stored or not steps:
-        raise UsageError(f'{folder} holds no batches and weights of a bad step')
-    _check_complete(folder, stored)
-    params, about = checkpoint.read_params(folder / f'checkpoints/{steps[-1]}', average=False)
+        raise UsageError(f'{debug} holds no batches and weights of a bad step')
+    _check_complete(debug, stored)
+    params, about = checkpoint.read_params(debug / f'checkpoints/{steps[-1]}', average=False)
     config = configs.from_resolved(about['config'])
     task = _task(config, compute_dtype or 'float32')
     model = task.model
@@ -50,7 +52,8 @@ def replay(folder, compute_dtype):
     of_batch = jax.jit(functools.partial(_look, task))
     for path in stored:
         before = transformer.needed_step(model, _number(path) - 1)  # updates done when it was trained on
-        batch = task.prepare(read_batch(path, config), step.step_key(config.seed, _number(path) - 1), True)
+        stored_batch: Any = read_batch(path, config)
+        batch = task.prepare(stored_batch, step.step_key(config.seed, _number(path) - 1), True)
         micro = step.micro_batches(batch, config.accumulate)
         if _number(path) <= about['step']:
             console.say(f'\nbatch {_number(path)} came before these weights, which it has helped to make:')
@@ -61,7 +64,7 @@ def replay(folder, compute_dtype):
         _say(_number(path), model.norm_position, jax.tree.map(lambda *a: np.stack(a), *found))
 
 
-def _check_complete(folder, batches):
+def _check_complete(folder: pathlib.Path, batches: Sequence[pathlib.Path]) -> None:
     """Raises CheckpointError where the batch of the bad step, which report.json names, is missing."""
     try:
         report = files.read_json(folder / 'report.json', CheckpointError)
@@ -102,14 +105,14 @@ def read_batch(path: pathlib.Path, config: configs.Config) -> dict[str, np.ndarr
         return batch
 
 
-def _task(config, compute_dtype='float32'):
+def _task(config: configs.Config, compute_dtype: str = 'float32') -> Task:
     return build.from_config(config, families.from_config(config.model, compute_dtype))
 
 
-def _look(task, params, batch, before):
+def _look(task: Task, params: Any, batch: Batch, before: jax.Array | None) -> dict[str, jax.Array]:
     """Loss of every row (nats a token), and per layer the largest norms of stream and branches and the gradient's."""
 
-    def loss(params):
+    def loss(params: Any) -> tuple[jax.Array, Any]:
         _, out = task.model.apply({'params': params}, batch, capture=True, step=before, method='backbone')
         losses = task.losses(params, batch, Context(step=before))
         rows = losses.per_example / jnp.maximum(losses.example_weight, 1)
@@ -126,7 +129,7 @@ def _look(task, params, batch, before):
     }
 
 
-def _say(number, norm_position, found):
+def _say(number: int, norm_position: Sequence[str], found: Mapping[str, np.ndarray]) -> None:
     """`found`: arrays of `_look`, over micro-batches [A, ...]."""
     rows = found['rows'].T.reshape(-1)  # micro-batch i has rows i, i + A, ...
     bad = np.flatnonzero(~np.isfinite(rows))
@@ -150,18 +153,18 @@ def _say(number, norm_position, found):
                 return
 
 
-def _number(path):
-    return int(re.search(r'\d+', path.name)[0])
+def _number(path: pathlib.Path) -> int:
+    return int(re.findall(r'\d+', path.name)[0])
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.replay', description=__doc__, allow_abbrev=False)
     parser.add_argument('--workdir', required=True, metavar='DIR', help='of a run that ended with exit code 6')
     parser.add_argument('--compute_dtype', choices=('float32', 'bfloat16'), help='type of activations [float32]')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
-    def job():
+    def job() -> None:
         options = cli.parse(parser, argv)
         replay(options.workdir, options.compute_dtype)
 

@@ -114,3 +114,17 @@ def test_every_command_takes_over_the_signals_before_its_imports():
 def test_the_picture_in_the_docs_is_of_these_rooms():
     page = (ROOT / 'docs/develop.md').read_text()
     assert house.picture() in page and page == house.between(page, 'rooms', house.picture())
+
+
+def test_the_table_in_the_docs_has_the_rows_of_today():
+    """Its numbers change with every line. Making it fails if a function on a path no longer names the next one."""
+    first = lambda table: [line.split('|')[1].strip() for line in table.splitlines() if line.startswith('|')]  # noqa: E731
+    page = (ROOT / 'docs/develop.md').read_text()
+    _, table = page.split('<!-- sizes: begin -->')
+    assert first(table.split('<!-- sizes: end -->')[0]) == first(house.sizes())
+
+
+def test_a_path_breaks_where_a_function_does_not_name_the_next(monkeypatch):
+    monkeypatch.setattr(house, 'PATHS', {'nowhere': ('main.main', 'training.loop.fit')})
+    with pytest.raises(ValueError, match='main.main does not name training.loop.fit'):
+        house.paths(house.modules())

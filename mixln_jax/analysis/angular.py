@@ -10,13 +10,20 @@ if __name__ == '__main__':
     stop.install()  # before the imports, and for good: what is written is whole or not there
 
 # ruff: noqa: E402
+import argparse
 import functools
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from matplotlib.figure import Figure
 
 from mixln_jax.analysis import command, statistics
+from mixln_jax.analysis.subjects import Subject
 from mixln_jax.report import figures
+from mixln_jax.tasks.task import Batch, Task
 
 NAME = 'angular'
 DEFINITION = (
@@ -28,14 +35,16 @@ SOURCE = 'Gromov et al. 2024 (arXiv 2403.17887), equation 4; Mix-LN (arXiv 2412.
 
 
 @functools.partial(jax.jit, static_argnames='task')
-def _distances(params, batch, step, *, task):
+def _distances(params: Any, batch: Batch, step: jax.Array | None, *, task: Task) -> Any:
     """Sums over the positions of each row [B,L+1,L+1], and their number [B]."""
     _, out = task.model.apply({'params': params}, batch, capture=True, step=step, method='backbone')
     mask = command.position_mask(task, batch)
     return command.everywhere((statistics.distance_matrix(out['hidden'], mask), mask.sum(-1)), task.model)
 
 
-def measure(task, params, batches, step=None):
+def measure(
+    task: Task, params: Any, batches: Iterable[Mapping[str, np.ndarray]], step: jax.Array | None = None
+) -> dict[str, Any]:
     """Returns the distance between any two depths.
 
     Args:
@@ -52,31 +61,31 @@ def measure(task, params, batches, step=None):
     return {'distance': statistics.mean_and_error(sums, counts)}
 
 
-def whole(numbers):
+def whole(numbers: Mapping[str, Any]) -> list[Any]:
     """What must be finite."""
     return [numbers['distance']['mean']]
 
 
-def columns(result):
+def columns(result: Mapping[str, Any]) -> dict[str, Any]:
     """{title: [L]} of an entry of result.json."""
     matrix = result['distance']['mean']
     return {'angular distance': [matrix[l][l + 1] for l in range(len(matrix) - 1)]}
 
 
-def draw(results):
+def draw(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
     """{name: figure} of a result.json's results."""
     return {NAME: figures.angular(results)}
 
 
-def add_options(add):
+def add_options(add: Callable[..., Any]) -> None:
     """What this job takes besides."""
     add('--positions', choices=('all', 'last'), default='all', help='tokens that count, or the last of each row [all]')
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
 
-    def work(subject, options, sample):
+    def work(subject: Subject, options: argparse.Namespace, sample: command.Sample) -> dict[str, Any]:
         batches = sample.batches(last=options.positions == 'last')
         return measure(subject.task, subject.params, batches) | {'positions': options.positions}
 

@@ -10,7 +10,7 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,25 +21,33 @@ from mixln_jax.analysis import samples, subjects
 from mixln_jax.data import rows as data_rows
 from mixln_jax.data.examples import Examples
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.models.network import Network
 from mixln_jax.report import figures
 from mixln_jax.runs import environment, log, weights
 from mixln_jax.system import cli, console, files, outputs
 from mixln_jax.system.errors import NumericsError, UsageError
+from mixln_jax.tasks.task import Task
 
 TOKENS, BATCH_SIZE = 65_536, 8
 
 
-def everywhere(values, model):
+def everywhere(values: Any, model: Network) -> Any:
     """Inside jit: `values` whole on every device of the model's mesh, so that every process can read them."""
-    return jax.lax.with_sharding_constraint(values, meshes.replicated(model.stream_sharding.mesh))
+    return jax.lax.with_sharding_constraint(values, meshes.replicated(_sharding(model).mesh))
 
 
-def position_mask(task, batch):
+def _sharding(model: Network) -> jax.sharding.NamedSharding:
+    """Returns the sharding of the residual stream, which every network that is measured has."""
+    assert model.stream_sharding is not None
+    return model.stream_sharding
+
+
+def position_mask(task: Task, batch: Mapping[str, Any]) -> Any:
     """Inside jit: [B,T], the positions of a batch that count: those that a sample has chosen, else the task's."""
     return batch.get('position_mask', task.position_mask(batch))
 
 
-def by_row(compiled, model, batches):
+def by_row(compiled: Callable[[Any], Any], model: Network, batches: Iterable[Mapping[str, np.ndarray]]) -> Any:
     """Runs a function on batches of numpy arrays.
 
     Args:
@@ -50,7 +58,7 @@ def by_row(compiled, model, batches):
     Returns:
         (tree [R,...] of all rows, counts [R]).
     """
-    rows = [jax.device_get(compiled(meshes.to_devices(batch, model.stream_sharding))) for batch in batches]
+    rows = [jax.device_get(compiled(meshes.to_devices(batch, _sharding(model)))) for batch in batches]
     return jax.tree.map(lambda *of_batches: np.concatenate(of_batches), *rows)
 
 
@@ -67,7 +75,7 @@ class Sample:
         """All of the questions or of the text."""
         options = self._options
         if options.squad:
-            examples = samples.questions(self._subject, options.squad, options.seq_length)
+            examples: Examples = samples.questions(self._subject, options.squad, options.seq_length)
             self.about['text'] = examples.fingerprint
         else:
             chosen = options.text, options.split, options.seq_length, options.mode, options.data_path
@@ -84,7 +92,13 @@ class Sample:
         return tqdm(batches, desc=self._label, leave=False, disable=None)
 
 
-def run(job, work, argv, add_options=lambda add: None, check=lambda options: None):
+def run(
+    job: Any,
+    work: Callable[..., dict[str, Any]],
+    argv: Sequence[str],
+    add_options: Callable[[Callable[..., Any]], None] = lambda add: None,
+    check: Callable[[argparse.Namespace], None] = lambda options: None,
+) -> int:
     """A job's command; returns its exit code.
 
     What can be checked is checked before anything is measured; a network that is not finite hides no other.
@@ -124,11 +138,11 @@ def run(job, work, argv, add_options=lambda add: None, check=lambda options: Non
     add_options(add)
     add('--traceback', action='store_true', help='show where an error comes from')
 
-    def command():
+    def command() -> None:
         options = cli.parse(parser, argv)
         _check(options)
         check(options)
-        by_folder = {}
+        by_folder: dict[pathlib.Path, list[subjects.Place]] = {}
         for place in subjects.places(options.checkpoint, options.steps):
             by_folder.setdefault(_folder(job, options, place), []).append(place)
         with contextlib.ExitStack() as closing:
@@ -140,7 +154,12 @@ def run(job, work, argv, add_options=lambda add: None, check=lambda options: Non
     return cli.call(command, show_traceback='--traceback' in argv)
 
 
-def _measure_all(job, work, options, by_folder):
+def _measure_all(
+    job: Any,
+    work: Callable[..., dict[str, Any]],
+    options: argparse.Namespace,
+    by_folder: Mapping[pathlib.Path, Sequence[subjects.Place]],
+) -> None:
     """Measures, writes and draws; one problem with a network hides no other."""
     problems = []
     for folder, places in by_folder.items():
@@ -161,7 +180,7 @@ def _measure_all(job, work, options, by_folder):
         raise problems[-1]
 
 
-def _check(options):
+def _check(options: argparse.Namespace) -> None:
     """Raises UsageError for options that are out of range or say nothing together."""
     for name, least in (('tokens', 1), ('batch_size', 1), ('seq_length', 2)):
         if (value := getattr(options, name)) is not None and value < least:
@@ -173,7 +192,7 @@ def _check(options):
         raise UsageError("--data_path is where the run's own text is; it has no meaning with --text")
 
 
-def _folder(job, options, place):
+def _folder(job: Any, options: argparse.Namespace, place: subjects.Place) -> pathlib.Path:
     """Where the results of a checkpoint go."""
     if options.out is not None:
         return outputs.resolve(options.out)
@@ -182,7 +201,7 @@ def _folder(job, options, place):
     return place.run / 'analysis' / job.NAME
 
 
-def _check_free(job, folder):
+def _check_free(job: Any, folder: pathlib.Path) -> None:
     """Raises UsageError where another job's results are in a folder, or what is no result."""
     if (other := _written(folder).get('job', job.NAME)) != job.NAME:
         raise UsageError(f'--out {folder} has the results of mixln_jax.analysis.{other}; give another folder')
@@ -190,7 +209,7 @@ def _check_free(job, folder):
         raise UsageError(f'--out {folder}: {job.NAME}.png or .svg there is no figure of ours; give another folder')
 
 
-def _written(folder):
+def _written(folder: pathlib.Path) -> dict[str, Any]:
     """What result.json in a folder says, {} where there is none."""
     path = folder / 'result.json'
     problem = 'not the result of an analysis; give another folder as --out'
@@ -200,7 +219,7 @@ def _written(folder):
     return found
 
 
-def _is_ours(folder, name):
+def _is_ours(folder: pathlib.Path, name: Any) -> bool:
     """Whether an analysis may write or remove a figure of this name in a folder: nothing is there, or what one drew.
 
     Names come from a result.json too, which may say anything."""
@@ -211,7 +230,9 @@ def _is_ours(folder, name):
     return not there or all(path.is_file() and not path.is_symlink() for path in there) and figures.is_drawn(figure[1])
 
 
-def _result(job, place, options, work):
+def _result(
+    job: Any, place: subjects.Place, options: argparse.Namespace, work: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
     """The entry of one network in result.json. Raises NumericsError where it is not finite."""
     subject = subjects.open_subject(place, options.norm_position, options.batch_size, options.data_path)
     sample = Sample(subject, options, place.label)
@@ -228,7 +249,7 @@ def _result(job, place, options, work):
     return log.finite(jax.tree.map(_plain, result | sample.about | numbers, is_leaf=lambda value: value is None))
 
 
-def _write(job, folder, results, options):
+def _write(job: Any, folder: pathlib.Path, results: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     """Writes what has been measured so far."""
     kept = {name: value for name, value in vars(options).items() if name not in ('checkpoint', 'out', 'traceback')}
     content = {
@@ -244,7 +265,7 @@ def _write(job, folder, results, options):
     outputs.write_json(folder / 'result.json', content)
 
 
-def _draw(job, folder, results):
+def _draw(job: Any, folder: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
     """Writes the figures, in place of those of an earlier result."""
     made, content = job.draw(results), _written(folder)
     for name in made:
@@ -261,7 +282,7 @@ def _draw(job, folder, results):
     console.say(f'{folder}: result.json, {", ".join(f"{name}.png" for name in sorted(made))} (.svg)')
 
 
-def _table(result, columns):
+def _table(result: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     """A line a layer, of {title: [L]}."""
     about = f' step {result["step"]}' if result['step'] is not None else ''
     yield f'{result["checkpoint"]},{about} on {result["tokens"]:,} tokens of {result["rows"]:,} rows'
@@ -273,6 +294,6 @@ def _table(result, columns):
         yield f'{result["layer_index"][l]:>5}  {name:<{width}}{cells}'
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """numpy's numbers and arrays as Python's."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

@@ -10,21 +10,26 @@ if __name__ == '__main__':
     stop.install()  # before the imports, and for good: what is written is whole or not there
 
 # ruff: noqa: E402
+import argparse
 import functools
 import math
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from mixln_jax.analysis import command, statistics
+from mixln_jax.analysis.subjects import Subject
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.evaluation.harness_options import add_task_options, open_harness
 from mixln_jax.report import figures
 from mixln_jax.system import cli
 from mixln_jax.system.errors import UsageError
-from mixln_jax.tasks.task import Context
+from mixln_jax.tasks.task import Batch, Context, Task
 
 NAME = 'drop'
 DEFINITION = (
@@ -35,7 +40,7 @@ UNIT = 'that of the metric: perplexity, nats a token, a share of the questions, 
 SOURCE = 'Mix-LN (arXiv 2412.13795), section 3 and Figures 2, 3; Gromov et al. 2024 (arXiv 2403.17887)'
 
 
-def masks(layers, block=1):
+def masks(layers: int, block: int = 1) -> np.ndarray:
     """[L-block+1, L] bool: which layers stay when each block of neighbours is removed in turn."""
     at = np.arange(layers)
     first = np.arange(layers - block + 1)[:, None]
@@ -43,10 +48,10 @@ def masks(layers, block=1):
 
 
 @functools.partial(jax.jit, static_argnames='task')
-def _losses(params, batch, layer_masks, step, *, task):
+def _losses(params: Any, batch: Batch, layer_masks: jax.Array, step: jax.Array | None, *, task: Task) -> Any:
     """Summed losses of each row [B,K], with the layers of each of `layer_masks` [K,L], and what to divide by [B]."""
 
-    def losses(layer_mask):
+    def losses(layer_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         losses = task.losses(params, batch, Context(layer_mask, step=step))
         return losses.per_example, losses.example_weight
 
@@ -54,7 +59,13 @@ def _losses(params, batch, layer_masks, step, *, task):
     return command.everywhere((sums.T, weights[0]), task.model)
 
 
-def measure(task, params, batches, blocks=(1,), step=None):
+def measure(
+    task: Task,
+    params: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    blocks: Sequence[int] = (1,),
+    step: jax.Array | None = None,
+) -> dict[str, Any]:
     """Returns the loss with and without layers, and the perplexity where it is the task's headline; arguments as those
     of angular.measure.
 
@@ -76,14 +87,16 @@ def measure(task, params, batches, blocks=(1,), step=None):
     }
 
 
-def _by_block(drop, blocks, layers):
+def _by_block(drop: Mapping[str, np.ndarray], blocks: Sequence[int], layers: int) -> dict[str, Any]:
     """A drop of all removals, one after the other, as {size of block: drop}."""
     ends = np.cumsum([layers - block + 1 for block in blocks])[:-1]
     split = {name: np.split(values, ends) for name, values in drop.items()}
     return {str(block): {name: parts[at] for name, parts in split.items()} for at, block in enumerate(blocks)}
 
 
-def of_questions(evaluate, layers, blocks):
+def of_questions(
+    evaluate: Callable[[np.ndarray], Mapping[str, np.ndarray]], layers: int, blocks: Sequence[int]
+) -> dict[str, Any]:
     """Drops of scores that each question has, one evaluation a network.
 
     Args:
@@ -111,7 +124,9 @@ def of_questions(evaluate, layers, blocks):
     return found
 
 
-def of_evaluations(evaluate, layers, blocks):
+def of_evaluations(
+    evaluate: Callable[[np.ndarray], Mapping[str, tuple[float, float]]], layers: int, blocks: Sequence[int]
+) -> dict[str, Any]:
     """Drops of any metrics, one evaluation a network.
 
     Args:
@@ -136,18 +151,18 @@ def of_evaluations(evaluate, layers, blocks):
     return found
 
 
-def whole(numbers):
+def whole(numbers: Mapping[str, Any]) -> list[Any]:
     """What must be finite: the network with all its layers."""
     return [metric['value'] for metric in numbers['metrics'].values()]
 
 
-def columns(result):
+def columns(result: Mapping[str, Any]) -> dict[str, Any]:
     """{title: [L]} of an entry of result.json."""
     found = result['metrics'].items()
     return {f'change in {name}': metric['drop']['1']['mean'] for name, metric in found if '1' in metric['drop']}
 
 
-def draw(results):
+def draw(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
     """{name: figure} of a result.json's results: a chart of every metric but the loss, by size of block."""
     metrics = {name: set(found['drop']) for result in results for name, found in result['metrics'].items()}
     return {
@@ -160,13 +175,13 @@ def draw(results):
     }
 
 
-def add_options(add):
+def add_options(add: Callable[..., Any]) -> None:
     """What this job takes besides."""
     add('--blocks', default='1', metavar='N,...', help='sizes of blocks of neighbouring layers to remove [1]')
     add_task_options(add)
 
 
-def _blocks(text):
+def _blocks(text: str) -> list[int]:
     """The numbers of --blocks."""
     blocks = [cli.parse_decimal(part) or 0 for part in cli.split_list(text)]
     if min(blocks, default=0) < 1 or len(set(blocks)) < len(blocks):
@@ -174,11 +189,11 @@ def _blocks(text):
     return blocks
 
 
-def _tasks(subject, harness):
+def _tasks(subject: Subject, harness: Callable[..., Any]) -> Callable[[np.ndarray], dict[str, tuple[float, float]]]:
     """(keep) -> {task/metric: (value, standard error)} in the harness."""
     model, evaluate = harness(subject.found)
 
-    def of(layer_mask):
+    def of(layer_mask: np.ndarray) -> dict[str, tuple[float, float]]:
         model.layer_mask, found = layer_mask, {}  # the harness has a mesh of its own
         for task, values in evaluate()[1]['results'].items():
             for key, value in values.items():
@@ -192,10 +207,11 @@ def _tasks(subject, harness):
     return of
 
 
-def _scores(subject, options, examples, blocks):
+def _scores(subject: Subject, options: argparse.Namespace, examples: Any, blocks: Sequence[int]) -> dict[str, Any]:
     """The scores of a network on all questions, and on how much."""
 
-    def score(layer_mask):
+    def score(layer_mask: np.ndarray) -> dict[str, np.ndarray]:
+        assert subject.task.score is not None
         return subject.task.score(subject.params, examples, options.batch_size, layer_mask)
 
     metrics = of_questions(score, len(subject.model.norm_position), blocks)
@@ -203,11 +219,11 @@ def _scores(subject, options, examples, blocks):
     return {'tokens': tokens, 'rows': len(examples), 'questions': len(examples.questions), 'metrics': metrics}
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     harness = None
 
-    def check(options):
+    def check(options: argparse.Namespace) -> None:
         nonlocal harness
         _blocks(options.blocks)
         for name in ('tasks', 'tokens'):
@@ -215,7 +231,7 @@ def main(argv):
                 raise UsageError(f'--{name} has no meaning with --squad, of which all questions are asked')
         harness = open_harness(options)
 
-    def work(subject, options, sample):
+    def work(subject: Subject, options: argparse.Namespace, sample: command.Sample) -> dict[str, Any]:
         L, blocks = len(subject.model.norm_position), _blocks(options.blocks)
         if max(blocks) > L:
             raise UsageError(f'--blocks {options.blocks}: {subject.found.where} has {L} layers')

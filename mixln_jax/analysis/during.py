@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from mixln_jax import config as configs
 from mixln_jax.analysis import angular, drop, gradients, samples, variance
@@ -36,10 +37,10 @@ class Analyses:
         size = parts * max(1, min(POSITIONS // config.seq_length, -(-wanted // parts)))
         self._batches = samples.sample(self._task, examples, config.analysis.tokens, size, parts=parts)
 
-    def __call__(self, params, step):
+    def __call__(self, params: Any, step: Any) -> dict[str, Any]:
         step = transformer.needed_step(self._task.model, step)
 
-        def of(job):
+        def of(job: Any) -> dict[str, Any]:
             return job.measure(self._task, params, self._watched(self._batches), step=step)
 
         distances, dropped, norms, stream = (of(job) for job in (angular, drop, gradients, variance))
@@ -58,7 +59,7 @@ class Analyses:
         }
 
 
-def share(config: configs.Config, flops_per_position):
+def share(config: configs.Config, flops_per_position: float) -> float:
     """FLOPs of the analyses as a share of those of training, by formula.
 
     A position of the sample costs L+6 forward passes (one for angles and one for variances, three for the gradient, L+1

@@ -10,19 +10,25 @@ if __name__ == '__main__':
     stop.install()  # before the imports, and for good: what is written is whole or not there
 
 # ruff: noqa: E402
+import argparse
 import functools
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 from mixln_jax import trees
 from mixln_jax.analysis import command
+from mixln_jax.analysis.subjects import Subject
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.models.network import Network
 from mixln_jax.report import figures
 from mixln_jax.system.errors import UsageError
-from mixln_jax.tasks.task import Context
+from mixln_jax.tasks.task import Batch, Context, Task
 
 NAME = 'gradients'
 DEFINITION = (
@@ -35,7 +41,7 @@ ROWS = 32
 
 
 @functools.partial(jax.jit, static_argnames='task')
-def _gradient(params, batch, step, *, task):
+def _gradient(params: Any, batch: Batch, step: jax.Array | None, *, task: Task) -> tuple[Any, jax.Array]:
     """(gradient of the summed losses of a batch, what it is to be divided by)."""
     losses = lambda params: task.losses(params, batch, Context(step=step))[:2]  # noqa: E731
     grads, weight = jax.grad(losses, has_aux=True)(params)
@@ -44,18 +50,24 @@ def _gradient(params, batch, step, *, task):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _sum(one, other):
+def _sum(one: Any, other: Any) -> Any:
     return jax.tree.map(jnp.add, one, other)
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _norms(sums, *, model):
+def _norms(sums: Any, *, model: Network) -> Any:
     grads, count = sums
     mean = jax.tree.map(lambda grad: grad / count, grads)
     return command.everywhere({'layers': trees.layer_norms(mean)[0], 'matrices': trees.matrix_norms(mean)}, model)
 
 
-def measure(task, params, batches, rows=None, step=None):
+def measure(
+    task: Task,
+    params: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    rows: int | None = None,
+    step: jax.Array | None = None,
+) -> dict[str, Any]:
     """Norms of gradients.
 
     Args:
@@ -85,10 +97,10 @@ def measure(task, params, batches, rows=None, step=None):
     if not found:
         raise UsageError(f'the sample has {real} rows, one gradient takes {rows}: raise --tokens or lower --rows')
 
-    def over(*values):
-        values = np.asarray(values, np.float64)
-        error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
-        return {'mean': values.mean(0), 'standard_error': error}
+    def over(*values: Any) -> dict[str, Any]:
+        stacked = np.asarray(values, np.float64)
+        error = stacked.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
+        return {'mean': stacked.mean(0), 'standard_error': error}
 
     norms = jax.tree.map(over, *found)
     inside = {name: norm for name, norm in norms['matrices'].items() if np.ndim(norm['mean'])}
@@ -103,34 +115,34 @@ def measure(task, params, batches, rows=None, step=None):
     }
 
 
-def whole(numbers):
+def whole(numbers: Mapping[str, Any]) -> list[Any]:
     """What must be finite."""
     return [numbers['layers']['mean']]
 
 
-def columns(result):
+def columns(result: Mapping[str, Any]) -> dict[str, Any]:
     """{title: [L]} of an entry of result.json."""
     return {'gradient norm': result['layers']['mean']}
 
 
-def draw(results):
+def draw(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
     """{name: figure} of a result.json's results."""
     return {NAME: figures.gradients(results), 'matrices': figures.gradient_matrices(results)}
 
 
-def add_options(add):
+def add_options(add: Callable[..., Any]) -> None:
     """What this job takes besides."""
     add('--rows', type=int, metavar='N', default=ROWS, help=f'rows of text that share one gradient [{ROWS}]')
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
 
-    def check(options):
+    def check(options: argparse.Namespace) -> None:
         if options.rows < 1 or options.rows % options.batch_size:
             raise UsageError(f'--rows {options.rows} is not a multiple of --batch_size {options.batch_size}')
 
-    def work(subject, options, sample):
+    def work(subject: Subject, options: argparse.Namespace, sample: command.Sample) -> dict[str, Any]:
         return measure(subject.task, subject.params, sample.batches(), options.rows)
 
     return command.run(sys.modules[__name__], work, argv, add_options, check)

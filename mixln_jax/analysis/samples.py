@@ -4,21 +4,34 @@ import dataclasses
 import hashlib
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from mixln_jax import config as configs
+from mixln_jax.analysis.subjects import Subject
 from mixln_jax.data import batches, squad, text_files
 from mixln_jax.data import rows as data_rows
+from mixln_jax.data.examples import Batch, Examples, Rows
+from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.program import step
 from mixln_jax.runs import weights
 from mixln_jax.system import console, files
 from mixln_jax.system.errors import DataError, UsageError
 from mixln_jax.tasks.question_answering import QuestionAnswering
+from mixln_jax.tasks.task import Task
 
 
-def text(subject, path=None, split=None, seq_length=None, mode=None, data_path=None):
+def text(
+    subject: Subject,
+    path: str | None = None,
+    split: str | None = None,
+    seq_length: int | None = None,
+    mode: str | None = None,
+    data_path: str | None = None,
+) -> tuple[Rows, dict[str, Any]]:
     """Rows of text to measure a network on.
 
     Args:
@@ -51,10 +64,10 @@ def text(subject, path=None, split=None, seq_length=None, mode=None, data_path=N
         warning = f'{found.where} was trained on rows of up to {found.max_length} tokens, not {length}'
         console.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
     data = dataclasses.replace(data, mode=mode or found.data_mode or data.mode)
-    split = split or ('all' if path else found.config.eval.split)
+    split = split or ('all' if path or not found.config else found.config.eval.split)
     tokenizer = found.tokenizer or _Begun(*weights.open_tokenizer(pathlib.Path(found.where)))
     try:
-        if path:
+        if path or not found.config or not found.workdir:
             rows = data_rows.open_rows(data, split, tokenizer, length, subject.model.config.vocab_size)
         else:
             run = dataclasses.replace(found.config, data=data, seq_length=length)
@@ -71,21 +84,21 @@ def text(subject, path=None, split=None, seq_length=None, mode=None, data_path=N
 class _Begun:
     """A tokenizer whose texts begin as those did that the weights were trained on: with a bos, or with nothing."""
 
-    def __init__(self, tokenizer, start):
+    def __init__(self, tokenizer: Tokenizer, start: Sequence[int]):
         self._tokenizer, self._start = tokenizer, np.array(start, np.int32)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def encode(self, text, limit=None):
+    def encode(self, text: str, limit: int | None = None) -> np.ndarray:
         return np.concatenate([self._start, self._tokenizer.encode(text, limit)])[:limit]
 
-    def spans(self, text, limit=None):
+    def spans(self, text: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         ids, ends = self._tokenizer.spans(text, limit)
         return np.concatenate([self._start, ids])[:limit], np.concatenate([0 * self._start, ends])[:limit]
 
 
-def questions(subject, path, seq_length=None):
+def questions(subject: Subject, path: str, seq_length: int | None = None) -> squad.Features:
     """Returns the rows of a SQuAD file for a BERT.
 
     Args:
@@ -112,7 +125,9 @@ def questions(subject, path, seq_length=None):
     return dataclasses.replace(features, fingerprint={'source': digest.hexdigest(), 'seq_length': length})
 
 
-def sample(task, examples, num_tokens, batch_size, last=False, parts=None):
+def sample(
+    task: Task, examples: Examples, num_tokens: int, batch_size: int, last: bool = False, parts: int | None = None
+) -> list[Batch]:
     """Returns a fixed sample of examples as batches: the same for every network and whatever the batch size.
 
     Args:
@@ -150,6 +165,6 @@ def sample(task, examples, num_tokens, batch_size, last=False, parts=None):
     return [jax.device_get(prepare(batch)) for batch in joined]
 
 
-def _last(real):
+def _last(real: np.ndarray) -> np.ndarray:
     """[1,T] mask with the last position that is not 0 alone."""
     return real * (np.arange(real.shape[1]) == np.flatnonzero(real[0])[-1])

@@ -4,12 +4,16 @@ What is averaged over tokens comes as a sum and a count of every row of text, in
 of them in float64, so that no mean depends on how rows are batched.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def angular_distance(u, v):
+def angular_distance(u: jax.Array, v: jax.Array) -> jax.Array:
     """Angle between vectors as a share of pi: 0 parallel, 1/2 orthogonal, 1 opposite (Gromov et al. 2024, eq. 4).
 
     arccos(cosine) / pi, computed as (2/pi) atan2(|p-q|, |p+q|) with unit p and q, which is exact at 0, 1/2 and 1, where
@@ -25,7 +29,7 @@ def angular_distance(u, v):
     return 2 / jnp.pi * jnp.arctan2(jnp.linalg.norm(p - q, axis=-1), jnp.linalg.norm(p + q, axis=-1))
 
 
-def distance_matrix(hidden, weights):
+def distance_matrix(hidden: jax.Array, weights: jax.Array) -> jax.Array:
     """Angular distances of the residual stream between any two depths (Gromov et al. 2024, section 3; Mix-LN Figure 2).
 
     Args:
@@ -39,7 +43,7 @@ def distance_matrix(hidden, weights):
     return jnp.moveaxis(rows, -1, 0)
 
 
-def stream_variance(hidden, weights):
+def stream_variance(hidden: jax.Array, weights: jax.Array) -> jax.Array:
     """Variance of the residual stream: over the features of a position, (1/D) sum_i (x_i - mean x)^2.
 
     Sun et al. 2025 (The Curse of Depth, section 3.1): its growth with depth makes deep Pre-LN layers an identity.
@@ -54,7 +58,7 @@ def stream_variance(hidden, weights):
     return (hidden.astype(jnp.float32).var(axis=-1) * weights).sum(-1).T
 
 
-def contribution(branches, weights):
+def contribution(branches: Mapping[str, jax.Array], weights: jax.Array) -> jax.Array:
     """|F(x)| / |x|: the norm of what a sub-layer adds to the stream over the norm of the stream before it.
 
     Norms behind a sub-layer (`out`) and branch scales are part of F; factors of the stream (DeepNorm's) are not of x.
@@ -70,7 +74,7 @@ def contribution(branches, weights):
     return jnp.moveaxis((ratio * weights).sum(-1), -1, 0)
 
 
-def mean_and_error(sums, counts):
+def mean_and_error(sums: ArrayLike, counts: ArrayLike) -> dict[str, Any]:
     """Mean over tokens and its standard error, taking the rows of text as drawn independently of each other.
 
     The error is that of a ratio (Cochran 1977, section 2.11): sqrt(R/(R-1) sum_r (s_r - mean c_r)^2) / sum_r c_r.
@@ -90,7 +94,7 @@ def mean_and_error(sums, counts):
     return {'mean': mean, 'standard_error': np.sqrt(spread * (rows / (rows - 1) if rows > 1 else np.nan)) / total}
 
 
-def drops(sums, counts):
+def drops(sums: ArrayLike, counts: ArrayLike) -> dict[str, Any]:
     """Performance drop of removed layers: a metric without them minus the metric with all (Mix-LN, section 3.1).
 
     Args:
@@ -123,7 +127,7 @@ def drops(sums, counts):
     }
 
 
-def variance_theory(variances, factors):
+def variance_theory(variances: ArrayLike, factors: ArrayLike) -> tuple[np.ndarray, float]:
     """What the Curse of Depth says of the stream's variance in layers with Pre-LN alone, up to one constant.
 
     Sun et al. 2025 (arXiv 2502.05795), section 3: var_l = var_{l-1} (1 + c f_l / sqrt(var_{l-1})) with f_l = 1, under
@@ -141,7 +145,7 @@ def variance_theory(variances, factors):
     variances, factors = np.asarray(variances, np.float64), np.asarray(factors, np.float64)
     about = np.isfinite(factors)
 
-    def lines(c):
+    def lines(c: np.ndarray) -> np.ndarray:
         """[C] -> [C,L+1]"""
         found = np.full((len(c), len(variances)), np.nan)
         for l in np.flatnonzero(about):
@@ -159,6 +163,6 @@ def variance_theory(variances, factors):
     return all_lines[best], float(candidates[best])
 
 
-def _unit(a):
+def _unit(a: jax.Array) -> jax.Array:
     length = jnp.linalg.norm(a, axis=-1, keepdims=True)
     return a / jnp.maximum(length, jnp.finfo(jnp.float32).tiny)  # a frozen row of an embedding is zero

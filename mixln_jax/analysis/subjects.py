@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import pathlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -54,7 +55,7 @@ class Subject:
         return self.task.model
 
 
-def places(checkpoints, steps=None) -> list[Place]:
+def places(checkpoints: Iterable[str], steps: str | None = None) -> list[Place]:
     """What is to be measured, once each.
 
     Args:
@@ -72,7 +73,9 @@ def places(checkpoints, steps=None) -> list[Place]:
         run = folder.parents[1] if of_run else None
         is_run = (pathlib.Path(path).expanduser() / 'checkpoints').is_dir()
         if not steps:
-            chosen = [(folder, False, f' step {folder.name}' if run and not is_run else '')]
+            chosen: Iterable[tuple[pathlib.Path, bool, str]] = [
+                (folder, False, f' step {folder.name}' if run and not is_run else '')
+            ]
         elif not is_run:
             raise UsageError(f'--steps {steps}: {path} is not the folder of a run')
         else:
@@ -87,7 +90,7 @@ def places(checkpoints, steps=None) -> list[Place]:
     ]
 
 
-def _steps(newest, steps):
+def _steps(newest: pathlib.Path, steps: str) -> Iterator[tuple[pathlib.Path, bool, str]]:
     """[(folder, whether initial, suffix of the name)] of the run with this newest checkpoint."""
     kept = checkpoint.steps(newest.parent)
     for step in cli.split_list(steps) or ['']:
@@ -101,7 +104,9 @@ def _steps(newest, steps):
             raise UsageError(f'--steps: {newest.parents[1]} has no checkpoint {step!r} (there is {listed})')
 
 
-def open_subject(place: Place, norm_position=None, batch_size=8, data_path=None) -> Subject:
+def open_subject(
+    place: Place, norm_position: str | None = None, batch_size: int = 8, data_path: str | None = None
+) -> Subject:
     """Opens one of `places`.
 
     Args:
@@ -125,19 +130,20 @@ def open_subject(place: Place, norm_position=None, batch_size=8, data_path=None)
     return Subject(found, task, jax.device_put(found.params, meshes.state_shardings(mesh, found.params)))
 
 
-def _mesh(rows):
+def _mesh(rows: int) -> jax.sharding.Mesh:
     """Devices along `data`, as many as share so many rows evenly."""
     return meshes.make_mesh(configs.Mesh(data=parts(rows)), meshes.devices('auto'))
 
 
-def parts(rows):
+def parts(rows: int) -> int:
     """How many devices share so many rows."""
     return math.gcd(rows, len(meshes.devices('auto')))
 
 
-def _initial(found, data_path):
+def _initial(found: Weights, data_path: str | None) -> Any:
     """The weights that a run began with, made again from its config, on one device."""
     config, mesh = found.config, _mesh(1)
+    assert config and found.workdir and found.tokenizer, 'only a run has initial weights'
     if config.init_from:
         return weights.initial(config.init_from, found.model)
     program = Program(config, mesh)

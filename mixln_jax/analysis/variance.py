@@ -12,13 +12,17 @@ if __name__ == '__main__':
 # ruff: noqa: E402
 import functools
 import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from mixln_jax.analysis import command, statistics
 from mixln_jax.models import placements, transformer
 from mixln_jax.report import figures
+from mixln_jax.tasks.task import Batch, Task
 
 NAME = 'variance'
 DEFINITION = (
@@ -32,7 +36,7 @@ SOURCE = 'Sun et al. 2025, The Curse of Depth (arXiv 2502.05795), sections 3 and
 
 
 @functools.partial(jax.jit, static_argnames='task')
-def _sums(params, batch, step, *, task):
+def _sums(params: Any, batch: Batch, step: jax.Array | None, *, task: Task) -> Any:
     """Sums over the tokens of each row: variance [B,L+1], contribution [B,L,2]."""
     _, out = task.model.apply({'params': params}, batch, capture=True, step=step, method='backbone')
     mask = command.position_mask(task, batch)
@@ -40,7 +44,9 @@ def _sums(params, batch, step, *, task):
     return command.everywhere((sums, mask.sum(-1)), task.model)
 
 
-def measure(task, params, batches, step=None):
+def measure(
+    task: Task, params: Any, batches: Iterable[Mapping[str, np.ndarray]], step: jax.Array | None = None
+) -> dict[str, Any]:
     """Variance of the stream and contribution of the sub-layers; arguments as angular.measure.
 
     Returns:
@@ -67,23 +73,23 @@ def measure(task, params, batches, step=None):
     }
 
 
-def whole(numbers):
+def whole(numbers: Mapping[str, Any]) -> list[Any]:
     """What must be finite."""
     return [numbers['variance']['mean'], *(found['mean'] for found in numbers['contribution'].values())]
 
 
-def columns(result):
+def columns(result: Mapping[str, Any]) -> dict[str, Any]:
     """{title: [L]} of an entry of result.json."""
     shares = {f'{name} adds': found['mean'] for name, found in result['contribution'].items()}
     return {'variance behind': result['variance']['mean'][1:]} | shares
 
 
-def draw(results):
+def draw(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
     """{name: figure} of a result.json's results."""
     return {NAME: figures.variance(results), 'contribution': figures.contribution(results)}
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     work = lambda subject, _, sample: measure(subject.task, subject.params, sample.batches())  # noqa: E731
     return command.run(sys.modules[__name__], work, argv)

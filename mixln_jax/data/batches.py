@@ -12,7 +12,7 @@ whatever reads ahead.
 import atexit
 import signal
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import grain
@@ -85,7 +85,7 @@ def evaluation(examples: Examples, batch_size: int, seed: int | None = None) -> 
     """Returns batches of all examples once, in order, or with a `seed` in the order of an epoch of training; rows that
     fill up the last batch have masks of 0. They have `num_bytes` [B] where it is known; see examples.py."""
 
-    def batch(number):
+    def batch(number: int) -> Batch:
         places = np.arange(batch_size) + number * batch_size
         real = places < len(examples)
         wanted = np.where(real, places, 0)
@@ -110,7 +110,7 @@ def read(dataset: grain.MapDataset, start: int, workers: int) -> Generator[Batch
     return batches
 
 
-def _read(dataset, start, num_workers):
+def _read(dataset: grain.MapDataset, start: int, num_workers: int) -> Generator[Batch]:
     flags.FLAGS.mark_as_parsed()  # grain reads its absl flags, which outside of app.run nobody has parsed
     ahead = dataset[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
@@ -141,7 +141,7 @@ def _read(dataset, start, num_workers):
             batches.close()
 
 
-def _first(batches):
+def _first(batches: Iterator[Batch]) -> Batch:
     """The first batch, for which threads and processes start. They inherit the mask of this thread: a signal that goes
     to all processes, as Ctrl-C does, is the main thread's to answer, also while a worker starts."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.signals())
@@ -152,12 +152,12 @@ _reading: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @atexit.register
-def _close_all():
+def _close_all() -> None:
     """Later, while Python takes its modules apart, grain can no longer free its shared memory."""
     for batches in list(_reading):
         batches.close()
 
 
-def _start_worker(index, count):
+def _start_worker(index: int, count: int) -> None:
     del index, count
     signals.end_with_parent()

@@ -1,7 +1,7 @@
 """TensorFlow data sets as a source: ArrayRecord shards or parquet, local or in a bucket, read without TensorFlow."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class Dataset:
             self._field = _text_field(info)
             self._features = tfds.features.FeaturesDict({self._field: tfds.features.Text()})
             whole = info.file_format.value == 'parquet'  # it is read completely now
-            self._limit = PATIENCE if limit and not whole else None
+            self._limit: float | None = PATIENCE if limit and not whole else None
             [records] = _ask(
                 limit and limit + whole * self.num_bytes / SLOWEST,
                 lambda _: builder.as_data_source(
@@ -92,37 +92,37 @@ class Dataset:
                 return file
         return None
 
-    def _spans(self):
+    def _spans(self) -> Iterator[tuple[str, int, int]]:
         """Returns the records of each file: (name, first record, record after the last)."""
         return zip(self._files, self._skipped, self._skipped + np.diff(self.ends, prepend=0), strict=True)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         text_files.allow_open(2 * len(self._files))
 
-    def _from_folder(self, indices):
+    def _from_folder(self, indices: Sequence[int]) -> Sequence[bytes]:
         try:
             return self._records.__getitems__(list(indices))
         except Exception:  # read one by one, to find the record that fails
             return [self._record(i) for i in indices]
 
-    def _from_bucket(self, indices):
+    def _from_bucket(self, indices: Sequence[int]) -> Sequence[bytes]:
         """Reads records in threads that do not keep Python from ending if they hang, as ArrayRecord's own threads
         would."""
         try:
             return _ask(self._limit, self._record, indices, self.origin)
         except DataError as error:
             if isinstance(error.__cause__, TimeoutError):
-                self._limit = min(self._limit, LAST)
+                self._limit = min(self._limit or LAST, LAST)
             raise
 
-    def _record(self, i):
+    def _record(self, i: int) -> bytes:
         try:
             return self._records[i]
         except Exception as error:
             raise DataError(f'{self.origin(i)}: cannot be read: {first_line(error)}') from error
 
-    def _text(self, i, record):
+    def _text(self, i: int, record: bytes) -> str:
         if not record:
             raise DataError(f'{self.origin(i)}: cannot be read: the record is empty')
         try:
@@ -130,7 +130,7 @@ class Dataset:
         except Exception as error:  # protobuf's own errors, a missing field, bytes that are not UTF-8
             raise DataError(f'{self.origin(i)}: no text in `{self._field}`: {first_line(error)}') from error
 
-    def _digest(self):
+    def _digest(self) -> str:
         """Returns a digest of the shape and of 16 records spread over the data set; reading all would take hours."""
         digest = hashlib.blake2b(f'{self.ends.tolist()} {self.num_bytes}'.encode(), digest_size=16)
         for text in self.__getitems__(np.unique(np.linspace(0, len(self) - 1, 16).astype(int)).tolist()):
@@ -138,7 +138,7 @@ class Dataset:
         return digest.hexdigest()
 
 
-def _folder(root, name):
+def _folder(root: epath.Path, name: str) -> epath.Path:
     """Returns the folder of a version, of the newest if the name has no version. Raises DataError."""
     name, _, version = name.partition(':')
     folder = root / name
@@ -162,7 +162,7 @@ def _folder(root, name):
     return newest
 
 
-def _parts(info, split):
+def _parts(info: tfds.core.DatasetInfo, split: str) -> list[Any]:
     """Returns TFDS's reading instructions for a split or a slice, one for each file.
 
     Raises DataError if the files have no random access, or the split does not exist or is empty.
@@ -186,14 +186,16 @@ def _parts(info, split):
     return parts
 
 
-def _text_field(info):
+def _text_field(info: tfds.core.DatasetInfo) -> str:
     texts = [name for name, feature in info.features.items() if isinstance(feature, tfds.features.Text)]
     if 'text' in texts or len(texts) == 1:
         return 'text' if 'text' in texts else texts[0]
     raise DataError(f'{info.data_dir}: no field `text` (fields: {", ".join(sorted(info.features))})')
 
 
-def _ask(limit, function, items, name=str):
+def _ask(
+    limit: float | None, function: Callable[[Any], Any], items: Sequence[Any], name: Callable[[Any], str] = str
+) -> list[Any]:
     """Returns the result of `text_files.call_each`; raises DataError, which begins with `name(item)`, if a bucket does
     not answer for `limit` seconds."""
     try:
@@ -202,10 +204,10 @@ def _ask(limit, function, items, name=str):
         raise DataError(f'{name(error.item)}: {error}; is there a network?') from error
 
 
-def _check_shards(info, parts, limit):
+def _check_shards(info: tfds.core.DatasetInfo, parts: Sequence[Any], limit: float | None) -> None:
     """Raises DataError if a shard or a record is missing; otherwise training would discover it days later."""
 
-    def check(part):
+    def check(part: Any) -> None:
         if not epath.Path(part.filename).exists():
             raise DataError(f'{part.filename}: missing')
         if epath.Path(part.filename).parent != epath.Path(info.data_dir):
@@ -226,7 +228,7 @@ def _check_shards(info, parts, limit):
     _ask(limit, check, parts, lambda part: part.filename)
 
 
-def _check_answers(root, limit):
+def _check_answers(root: str, limit: float | None) -> None:
     try:
         _ask(limit, lambda root: list(epath.Path(root).iterdir()), [root], 'config.data.data_dir={}'.format)
     except DataError:

@@ -4,6 +4,8 @@ import http.client
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPMessage
+from typing import IO, Any
 
 from mixln_jax.data import text_files
 from mixln_jax.system.errors import DataError, first_line
@@ -38,7 +40,7 @@ def fetch(url: str, absent: bytes | None = None) -> bytes:
     raise DataError(f'{url} cannot be fetched: {reason}; fetch it elsewhere, then --config.data.tokenizer_path=FILE')
 
 
-def _received(answer, deadline):
+def _received(answer: Any, deadline: float) -> bytes:
     """Returns the body of an answer. Raises ValueError if it is too long, takes too long or is cut short."""
     body = bytearray()
     with answer:
@@ -57,7 +59,9 @@ def _received(answer, deadline):
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, but never from https to a protocol that others can read and change."""
 
-    def redirect_request(self, request, file, code, reason, headers, url):
+    def redirect_request(
+        self, request: urllib.request.Request, file: IO[bytes], code: int, reason: str, headers: HTTPMessage, url: str
+    ) -> urllib.request.Request | None:
         if request.type == 'https' and not url.lower().startswith('https:'):
             raise ValueError(f'it redirects to {url}, which is not https')
         return super().redirect_request(request, file, code, reason, headers, url)

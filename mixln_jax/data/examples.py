@@ -1,5 +1,6 @@
 """Examples: what training, evaluation and analyses read from a source of data, by number."""
 
+import abc
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,7 +15,8 @@ Numbers = Sequence[int] | np.ndarray
 class Examples(Protocol):
     """A fixed number of examples. `fingerprint` identifies their content, part by part."""
 
-    fingerprint: dict[str, Any]
+    @property
+    def fingerprint(self) -> dict[str, Any]: ...
 
     def __len__(self) -> int: ...
 
@@ -34,14 +36,22 @@ class Examples(Protocol):
         """Returns where an example comes from, for people."""
 
 
-class Rows(Examples):
+class Rows(abc.ABC):
     """Examples that are rows of tokens; `layout` tells how documents fill them."""
 
     layout: Layout
+    fingerprint: dict[str, Any]
 
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def origin(self, number: int) -> str:
+        """See Examples."""
+
+    @abc.abstractmethod
     def read(self, numbers: Numbers, sized: bool = False) -> Block:
         """Returns the rows [n, T+1]; their bytes of text, where they take time to find, only if `sized`."""
-        raise NotImplementedError
 
     def batch(self, numbers: Numbers, epochs: Numbers | None = None) -> Batch:
         """Returns `inputs`, `targets`, `loss_mask` and so on [n, T]; see `Layout.batch` and `Examples.batch`."""

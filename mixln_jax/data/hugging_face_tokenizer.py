@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from typing import Any
 
 import numpy as np
 import tokenizers as library
@@ -29,7 +30,7 @@ class HuggingFace(Learned):
     kind = 'huggingface'
     FORM, FILES = 'a tokenizer.json', ('tokenizer.json', 'tokenizer_config.json')
 
-    def _open(self):
+    def _open(self) -> None:
         tokenizer = self._tokenizer = library.Tokenizer.from_buffer(self.contents['tokenizer.json'])
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -38,16 +39,17 @@ class HuggingFace(Learned):
             tokenizer.model.dropout = None  # equal texts have to give equal ids
         self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
         names = self._names()
-        ids = (tokenizer.token_to_id(names[role]) if role in names else -1 for role in ('pad', 'bos', 'eos'))
+        pad, bos, eos = (tokenizer.token_to_id(names[role]) if role in names else -1 for role in ('pad', 'bos', 'eos'))
         common = ' '.join(COMMON['eos'])
-        self._set_specials(*ids, f'none in a tokenizer_config.json next to it, none of {common} in the vocabulary')
+        missing = f'none in a tokenizer_config.json next to it, none of {common} in the vocabulary'
+        self._set_specials(pad, bos, eos, missing)
         names = {'pad': names['eos'], 'bos': names['eos']} | names
         settings = {f'{role}_token': name for role, name in sorted(names.items())}
         self.contents = self.contents | {'tokenizer_config.json': json.dumps(settings, indent=2).encode() + b'\n'}
         tokenizer.add_special_tokens(list(names.values()))  # the file may have them as ordinary tokens
         self._guard()
-        if self.eos_id in self._ids(eos := names['eos']):
-            raise DataError(f'{self.origin}: a text that spells {eos!r} cannot be told from the end of a document')
+        if self.eos_id in self._ids(end := names['eos']):
+            raise DataError(f'{self.origin}: a text that spells {end!r} cannot be told from the end of a document')
 
     @functools.cached_property
     def _surfaces(self) -> list[bytes]:
@@ -69,7 +71,7 @@ class HuggingFace(Learned):
             surfaces[self._unknown] = NOTHING
         return surfaces
 
-    def _bare(self, token):
+    def _bare(self, token: str) -> str:
         """Returns a token without the marks of its place in a word."""
         prefix, suffix = (
             self._spec['model'].get(key) or '' for key in ('continuing_subword_prefix', 'end_of_word_suffix')
@@ -91,17 +93,17 @@ class HuggingFace(Learned):
         return any(i in self._ids(text) for text in (name, f'a{name}a'))
 
     @functools.cached_property
-    def _own(self):
+    def _own(self) -> set[str]:
         """The tokens of the model itself. A token that was only added is never made of text."""
         vocabulary = self._spec['model']['vocab']
         return {*vocabulary} if isinstance(vocabulary, dict) else {token for token, _ in vocabulary}
 
     @functools.cached_property
-    def _spec(self):
+    def _spec(self) -> dict[str, Any]:
         return json.loads(self.contents['tokenizer.json'])
 
     @functools.cached_property
-    def _unknown(self):
+    def _unknown(self) -> int | None:
         """The id of words that are not in the vocabulary, or None."""
         model = self._spec['model']
         if model.get('unk_token') is not None:
@@ -109,12 +111,12 @@ class HuggingFace(Learned):
         return model.get('unk_id')  # Unigram has the id; the other models name the token
 
     @functools.cached_property
-    def _specials(self):
+    def _specials(self) -> set[int]:
         """Ids that are not text: special tokens, except those that ordinary text yields too."""
         added = self._tokenizer.get_added_tokens_decoder()
         return {i for i, token in added.items() if token.special and (i == self._unknown or not self.can_yield(i))}
 
-    def _offsets(self, text):
+    def _offsets(self, text: str) -> np.ndarray:
         [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=False)
         points = np.frombuffer(text.encode('utf-32-le'), '<u4')  # offsets count characters
         sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
@@ -123,12 +125,12 @@ class HuggingFace(Learned):
             ends[0] = 0  # encoding has added this blank; the library counts the first letter as part of it
         return ends
 
-    def _ids(self, text):
+    def _ids(self, text: str) -> np.ndarray:
         # A batch of one is a fifth faster than `encode`, because it does not compute offsets.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoding.ids, np.int32)
 
-    def _names(self):
+    def _names(self) -> dict[str, str]:
         """Returns {role: special token}. Raises DataError."""
         with reading(self.origin, DataError, 'the tokenizer_config.json next to it is not a JSON object'):
             settings = json.loads(self.contents['tokenizer_config.json'])
@@ -143,7 +145,7 @@ class HuggingFace(Learned):
             names[role] = name
         return {role: name for role, name in names.items() if name is not None}
 
-    def _guard(self):
+    def _guard(self) -> None:
         """Makes the tokenizer split the names of special tokens in texts if the model itself (T5's, for example) would
         read them as these tokens."""
         added = self._tokenizer.get_added_tokens_decoder()

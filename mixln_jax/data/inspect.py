@@ -12,17 +12,22 @@ import itertools
 import json
 import pathlib
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax.data import batches, layout, rows, tokenizers
 from mixln_jax.data import verify as of_folder
+from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.system import cli, console, files
 from mixln_jax.system.errors import DataError, UsageError
 
 
-def inspect(workdir: str | pathlib.Path, step: int, num_rows: int | None = None, data_path: str | None = None):
+def inspect(
+    workdir: str | pathlib.Path, step: int, num_rows: int | None = None, data_path: str | None = None
+) -> Iterator[dict[str, Any]]:
     """The first `num_rows` rows (None: all) of the batch of step `step` (from 1) of the run in `workdir`, one by one.
 
     Each is a dict: `row` in the batch, `origin` (file and record), `text` (a list, one piece of text for each document
@@ -49,7 +54,7 @@ def inspect(workdir: str | pathlib.Path, step: int, num_rows: int | None = None,
         yield {'row': i, 'origin': of.origin(number), 'text': _texts(row, tokenizer), **row}
 
 
-def verify(workdir: str | pathlib.Path | None, data_path: str | None = None):
+def verify(workdir: str | pathlib.Path | None, data_path: str | None = None) -> None:
     """Reads every row of every split of a folder of prepared rows: the one of the run in `workdir`, which must be what
     the run saw, or `data_path`. Prints what is damaged, and a line a split that is not.
 
@@ -76,7 +81,7 @@ def verify(workdir: str | pathlib.Path | None, data_path: str | None = None):
         )
 
 
-def _texts(row, tokenizer):
+def _texts(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
     """The text of each document of a row; ends and padding, which have no target, have none."""
     segments = row.get('segment_ids', [1] * len(row['inputs']))
     tokens = [pair for *pair, real in zip(segments, row['inputs'], row['loss_mask'], strict=True) if real]
@@ -86,12 +91,12 @@ def _texts(row, tokenizer):
     ]
 
 
-def _former(row):
+def _former(row: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays that had other names once, under those names too."""
     return {former: row[name] for former, name in layout.FORMER_NAMES.items() if name in row}
 
 
-def show(row):
+def show(row: Mapping[str, Any]) -> list[str]:
     """The lines that a person reads of one row."""
     lines = [
         f'row {row["row"]}: {row["origin"]}: {int(sum(row["loss_mask"]))} of {len(row["inputs"])} targets are real'
@@ -103,7 +108,7 @@ def show(row):
     return lines
 
 
-def _runs(values):
+def _runs(values: Sequence[float]) -> str:
     """Numbers with a space between; equal neighbours, from four on, as 0*17."""
     words = []
     for value, group in itertools.groupby(values):
@@ -112,7 +117,7 @@ def _runs(values):
     return ' '.join(words)
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.inspect', description=__doc__, allow_abbrev=False)
     parser.add_argument('--workdir', metavar='DIR', help='folder of a run')
@@ -123,7 +128,7 @@ def main(argv):
     parser.add_argument('--json', action='store_true', help='a JSON object a row')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
-    def job():
+    def job() -> None:
         options = cli.parse(parser, argv)
         if options.verify == (options.step is not None):
             raise UsageError('--step N or --verify is needed, one of them')

@@ -76,7 +76,7 @@ class Layout:
         batch = {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'loss_mask': real.astype(np.float32)}
         return batch | (_segments(block.ends[:, :-1], real) if self.mode == 'pack' else {})
 
-    def _real(self, ends):
+    def _real(self, ends: np.ndarray) -> np.ndarray:
         """[n,T] bool: inputs whose target counts, all but an eos and the padding after a row's last one. A row
         without an end is a piece of a longer document."""
         if self.mode == 'concat':
@@ -86,7 +86,7 @@ class Layout:
         return (at < last[:, None]) & ~ends[:, :-1]
 
 
-def _segments(ends, real):
+def _segments(ends: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
     """`segment_ids` and `positions` [n,T] of inputs, of which `ends` end documents and `real` ones have a target."""
     starts = np.ones_like(ends)
     starts[:, 1:] = ends[:, :-1]
@@ -99,7 +99,7 @@ def _segments(ends, real):
     return {'segment_ids': everywhere(number) * inside, 'positions': positions * inside}
 
 
-def pad(row: np.ndarray, document: np.ndarray, layout: Layout):
+def pad(row: np.ndarray, document: np.ndarray, layout: Layout) -> None:
     """Makes `row` [T+1] of TOKENs a document's first T-1, eos, padding."""
     end = min(len(document), len(row) - 1)
     row[:end], row[end:] = document[:end], (layout.pad_id, 0, False)
@@ -119,21 +119,21 @@ class Padded:
         self._block = np.empty((max(1, min(BLOCK, TOKENS // length)), length + 1), TOKEN)
         self._count = 0
 
-    def add(self, document: np.ndarray):
+    def add(self, document: np.ndarray) -> None:
         """Takes a document from `Layout.document`."""
         pad(self._block[self._count], document, self._layout)
         self._added()
 
-    def close(self):
+    def close(self) -> None:
         """No document comes any more."""
         self._write(self._layout.block(self._block[: self._count]))
         self._count = 0
 
-    def _put(self, row):
+    def _put(self, row: np.ndarray) -> None:
         self._block[self._count] = row
         self._added()
 
-    def _added(self):
+    def _added(self) -> None:
         self._count += 1
         if self._count == len(self._block):
             Padded.close(self)
@@ -146,13 +146,13 @@ class Packed(Padded):
     target only: every token but a document's first is a target once.
     """
 
-    def __init__(self, length, layout, write):
+    def __init__(self, length: int, layout: Layout, write: Callable[[Block], None]):
         super().__init__(length, layout, write)
         self._empty = np.array((layout.pad_id, 0, False), TOKEN)
         self._rows = np.full((OPEN_ROWS, length + 1), self._empty)
         self._room = np.full(OPEN_ROWS, length + 1)
 
-    def add(self, document):
+    def add(self, document: np.ndarray) -> None:
         last = (len(document) - 2) // self._length * self._length  # where the last piece begins; it has the eos
         for start in range(0, last, self._length):
             self._put(document[start : start + self._length + 1])
@@ -170,7 +170,7 @@ class Packed(Padded):
         row[start : start + len(piece)] = piece
         self._room[at] = room - len(piece)
 
-    def close(self):
+    def close(self) -> None:
         for row in self._rows[self._room <= self._length]:
             self._put(row)
         self._room[:] = self._length + 1
@@ -180,17 +180,18 @@ class Packed(Padded):
 class EndToEnd:
     """concat: rows cut from the stream of tokens every T; what is left at its end is no row."""
 
-    def __init__(self, length, layout, write):
+    def __init__(self, length: int, layout: Layout, write: Callable[[Block], None]):
         self._length, self._layout, self._write = length, layout, write
-        self._held, self._count = [], 0
+        self._held: list[np.ndarray] = []
+        self._count = 0
 
-    def add(self, document):
+    def add(self, document: np.ndarray) -> None:
         self._held.append(document)
         self._count += len(document)
         if self._count > min(BLOCK * self._length, TOKENS):
             self.close()
 
-    def close(self):
+    def close(self) -> None:
         if self._count > self._length:
             stream = np.concatenate(self._held)
             cut = (self._count - 1) // self._length * self._length
@@ -199,9 +200,10 @@ class EndToEnd:
             self._held, self._count = [stream[cut:]], self._count - cut
 
 
-FILL = {'pad': Padded, 'pack': Packed, 'concat': EndToEnd}
+Fill = Padded | EndToEnd
+FILL: dict[str, type[Padded] | type[EndToEnd]] = {'pad': Padded, 'pack': Packed, 'concat': EndToEnd}
 
 
-def dtype_for(vocab_size):
+def dtype_for(vocab_size: int) -> np.dtype:
     """The smallest type that rows of tokens are kept in."""
     return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')

@@ -1,12 +1,15 @@
 """The common part of tokenizers whose vocabulary was learned from text."""
 
+import abc
 import functools
 import hashlib
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mixln_jax import config
 from mixln_jax.data import saved_tokenizer, tokenizer_json
@@ -18,11 +21,11 @@ NOTHING = b'\xff'  # the surface of a token that spells no text, or stands for a
 BLANKS = bytes.maketrans(b'\t\n\r\x0b\x0c', b'     ')
 
 
-class Learned:
+class Learned(abc.ABC):
     """A vocabulary learned from text; see tokenizers.Tokenizer.
 
-    A subclass has the class attributes `kind`, `FORM` (for error messages) and `FILES`, and the methods `_open` (reads
-    `contents`, calls `_set_specials`), `_ids` and `_offsets`, and the property `_surfaces`.
+    A subclass has the class attributes `kind`, `FORM` (for error messages) and `FILES`, and everything that is abstract
+    here.
     """
 
     kind: str
@@ -47,7 +50,32 @@ class Learned:
             for text in tokenizer_json.PROBES:  # a tokenizer that fails on any text should fail now
                 self._ids(text)
 
-    def _find_cuts(self):
+    @abc.abstractmethod
+    def _open(self) -> None:
+        """Reads `contents` and calls `_set_specials`."""
+
+    @abc.abstractmethod
+    def _ids(self, text: str) -> np.ndarray:
+        """Returns the ids [n] int32 of a text, encoded at once."""
+
+    @abc.abstractmethod
+    def _offsets(self, text: str) -> np.ndarray:
+        """Returns the byte of the text at which each id ends, [n] int64, as the library tells it."""
+
+    @property
+    @abc.abstractmethod
+    def _surfaces(self) -> list[bytes]:
+        """The bytes of text that each id spells."""
+
+    @abc.abstractmethod
+    def decode(self, ids: ArrayLike) -> str:
+        """See tokenizers.Tokenizer."""
+
+    @abc.abstractmethod
+    def can_yield(self, i: int) -> bool:
+        """See tokenizers.Tokenizer."""
+
+    def _find_cuts(self) -> None:
         # Most tokens begin with their space, so a text is cut before a space. Some models (LLaMA's sentencepiece model)
         # put a space before every text that they encode. They fail the trial, and the space at the cut is dropped.
         trials = {space: [*self._ids('one'), *self._ids(f'{space}two')] for space in ' \n'}
@@ -55,7 +83,7 @@ class Learned:
         self._dropped = 0 if cuts else 1
         self._cut = re.compile(rf'.*\w(?=[{cuts or " "}])', re.DOTALL)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.contents, self.origin)
 
     @property
@@ -74,7 +102,7 @@ class Learned:
         with reading(self.origin, DataError, 'cannot encode a text'):
             return self._all_spans(text, limit)
 
-    def _encode(self, text, limit):
+    def _encode(self, text: str, limit: int | None) -> np.ndarray:
         if len(text) <= LONGEST:
             return self._ids(text)[:limit]
         parts, count = [], 0
@@ -85,7 +113,7 @@ class Learned:
                 break
         return np.concatenate(parts)[:limit]
 
-    def _all_spans(self, text, limit):
+    def _all_spans(self, text: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
         ids, ends, count, num_bytes, position = [], [], 0, 0, 0
         for start, piece in self._pieces(text):
             num_bytes, position = num_bytes + len(text[position:start].encode()), start
@@ -97,7 +125,7 @@ class Learned:
                 break
         return np.concatenate(ids)[:limit], np.concatenate(ends)[:limit]
 
-    def _spans(self, text):
+    def _spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the spans of a text that is encoded at once.
 
         The tokens usually spell the text, or the text with every run of blanks reduced to one, perhaps after a blank.
@@ -116,7 +144,7 @@ class Learned:
             return ids, np.append(np.flatnonzero(kept), len(body.rstrip()))[ends - before]
         return ids, np.maximum.accumulate(self._offsets(text))
 
-    def _spell(self, ids):
+    def _spell(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
         """Returns the bytes that ids [n] spell, and the position in them at which each id ends, [n]."""
         flat, starts, sizes = self._table
         ends = sizes[ids].cumsum(dtype=np.int32)
@@ -125,7 +153,7 @@ class Learned:
         return flat[positions].tobytes(), ends.astype(np.int64)
 
     @functools.cached_property
-    def _table(self):
+    def _table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All surfaces end to end, where each begins, and their sizes.
 
         It is small because it shares the caches with encoding; a list of surfaces would slow encoding down by a fifth.
@@ -139,7 +167,7 @@ class Learned:
     def export(self, folder: str | pathlib.Path) -> bool:
         return tokenizer_json.write(self, folder)
 
-    def _pieces(self, text) -> Iterator[tuple[int, str]]:
+    def _pieces(self, text: str) -> Iterator[tuple[int, str]]:
         """Yields pairs (character at which a piece starts, piece)."""
         start = 0
         while len(text) - start > LONGEST:
@@ -149,7 +177,7 @@ class Learned:
             start = end + (self._dropped if match else 0)
         yield start, text[start:]
 
-    def _set_specials(self, pad, bos, eos, missing):
+    def _set_specials(self, pad: Any, bos: Any, eos: Any, missing: str) -> None:
         """Sets the special ids; -1 stands for no such token. Raises DataError, which tells what is `missing`."""
         if eos < 0:
             raise DataError(f'{self.origin}: no token for the end of a document: {missing}')
@@ -160,7 +188,7 @@ class Learned:
             raise DataError(f'{self.origin}: a special id is not below the vocabulary size {self.vocab_size}')
 
 
-def _blanks_before(spelled, text):
+def _blanks_before(spelled: bytes, text: bytes) -> int | None:
     """Returns 1 if `spelled` is a text after a blank, 0 if it is the text, else None."""
     before = len(spelled) - len(text)
     return before if before in (0, 1) and spelled.endswith(text) and not spelled[:before].strip(b' ') else None

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from isal import isal_zlib
 
 from mixln_jax import config
 from mixln_jax.data import layout, text_files, tokenizers
-from mixln_jax.data.examples import Rows
+from mixln_jax.data.examples import Numbers, Rows
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.system import console, files
 from mixln_jax.system.errors import DataError, reading
@@ -57,7 +57,9 @@ def notes(block: Block, dtype: np.dtype) -> np.ndarray:
     return records
 
 
-def _checksums(rows, notes, crc32=isal_zlib.crc32):  # an argument, because local names are faster in a loop
+def _checksums(
+    rows: Sequence[bytes], notes: Sequence[bytes], crc32: Callable[[bytes], int] = isal_zlib.crc32
+) -> np.ndarray:  # an argument, because local names are faster in a loop
     """Returns the CRC-32 [n] of rows and their notes, both lists of bytes; a seal is not applied."""
     return np.array([crc32(ids + record[:-4]) for ids, record in zip(rows, notes, strict=True)], np.uint32)
 
@@ -165,7 +167,7 @@ class Prepared(Rows):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def read(self, indices: Sequence[int], sized: bool = False) -> Block:
+    def read(self, indices: Numbers, sized: bool = False) -> Block:
         shards = np.searchsorted(self._ends, indices, side='right')
         numbers = np.asarray(indices) - np.concatenate([[0], self._ends])[shards]
         wanted = list(zip(indices, shards.tolist(), numbers.tolist(), strict=True))
@@ -187,7 +189,7 @@ class Prepared(Rows):
         ends = np.unpackbits(records['ends'], axis=1, count=self._width).view(bool)
         return Block(ids, ends, records['num_bytes'].astype(np.int64))
 
-    def _read(self, wanted, names, size):
+    def _read(self, wanted: Sequence[tuple[int, int, int]], names: Sequence[str], size: int) -> list[bytes]:
         """Returns `size` bytes of each wanted row (number, shard, row in the shard), from the files of these names."""
         # Not memory-mapped: a file that is cut short while it is used then gives an error, not a dead process.
         contents = []
@@ -201,7 +203,7 @@ class Prepared(Rows):
             contents.append(content)
         return contents
 
-    def _open(self, names, shard):
+    def _open(self, names: Sequence[str], shard: int) -> int:
         file = names[shard]
         handle = os.open(file, os.O_RDONLY)
         if names is self._notes:
@@ -210,8 +212,9 @@ class Prepared(Rows):
             os.close(handle)
         return self._handles[file]
 
-    def _check_seal(self, shard, handle):
+    def _check_seal(self, shard: int, handle: int) -> None:
         """Raises DataError if a .rows file belongs to another shard."""
+        assert self._note is not None
         content = os.pread(handle, SEAL, self._rows[shard] * self._note.itemsize)
         if content or self._sealed[shard]:  # data.prepare may have added the seal after the folder was opened
             self._sealed[shard] = True
@@ -224,14 +227,16 @@ class Prepared(Rows):
         shard = int(np.searchsorted(self._ends, i, side='right'))
         return f'{self._files[shard]}, row {i - (self._ends[shard - 1] if shard else 0)}'
 
-    def __del__(self, close=os.close):  # an argument, because `os` may be gone when Python ends
+    def __del__(
+        self, close: Callable[[int], None] = os.close
+    ) -> None:  # an argument, because `os` may be gone when Python ends
         for handle in getattr(self, '_handles', {}).values():
             close(handle)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {'_handles': {}}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         text_files.allow_open(4 * len(self._files))
 
@@ -256,17 +261,17 @@ def check_sizes(file: str, shard: Mapping[str, Any], size: int, noted: np.dtype 
     return _check_size(notes_file(file), [sealed] if 'sealed' in shard else [sealed - SEAL, sealed]) == sealed
 
 
-def _check_size(file, wanted):
+def _check_size(file: str, wanted: Sequence[int]) -> int:
     try:
         size = files.regular(file, DataError).st_size
     except FileNotFoundError:
-        size = None
+        raise DataError(f'{file}: missing') from None
     if size not in wanted:
-        raise DataError(f'{file}: {"missing" if size is None else f"{size} bytes, not {wanted[0]}"}')
+        raise DataError(f'{file}: {size} bytes, not {wanted[0]}')
     return size
 
 
-def _check_ids_tell(folder, layout):
+def _check_ids_tell(folder: str | pathlib.Path, layout: Layout) -> None:
     """Raises DataError if rows without notes cannot be read, because text can have the id of padding or of an end."""
     tokenizer = open_tokenizer(folder)
     if layout.mode != 'concat' and any(map(tokenizer.can_yield, (layout.pad_id, layout.eos_id))):
@@ -278,7 +283,7 @@ def _check_ids_tell(folder, layout):
     console.say(f'{folder}: made by version 0.1, so bits per byte are not known; run data.prepare again to add them')
 
 
-def _ends_by_ids(ids, layout):
+def _ends_by_ids(ids: np.ndarray, layout: Layout) -> np.ndarray:
     """Returns where documents end, [n, T+1] bool, in rows whose text never has the id of eos or padding."""
     ends = ids == layout.eos_id
     if layout.mode == 'pad':
@@ -309,7 +314,7 @@ def description(folder: str | pathlib.Path) -> dict[str, Any]:
     return about
 
 
-def _check(about):
+def _check(about: dict[str, Any]) -> None:
     """Raises ValueError, which names the key, if a value in tokens.json is impossible."""
     _need(about, 'mode', lambda value: value in [*layout.FILL])
     _need(about, 'seq_length', _whole(2, config.LONGEST + 1))
@@ -346,19 +351,19 @@ def check_counts(shard: Mapping[str, Any]) -> None:
         _need(shard, 'sealed', lambda value: value is True)
 
 
-def _need(group, key, good, above=''):
+def _need(group: Mapping[str, Any], key: str, good: Callable[[Any], bool], above: str = '') -> None:
     if key not in group:
         raise ValueError(f'{above}{key} is missing')
     if not good(group[key]):
         raise ValueError(f'{above}{key} is {group[key]!r:.80}')
 
 
-def _whole(least, below):
+def _whole(least: int, below: int) -> Callable[[Any], bool]:
     """Returns a function that tells whether a value is an integer in this range; True is not an integer."""
     return lambda value: type(value) is int and least <= value < below
 
 
-def open_tokenizer(folder: str) -> tokenizers.Tokenizer:
+def open_tokenizer(folder: str | pathlib.Path) -> tokenizers.Tokenizer:
     """Returns the tokenizer that made the rows. Raises DataError if it is missing or is another tokenizer."""
     about = description(folder)
     tokenizer = tokenizers.load(files.local(folder, 'config.data.path') / 'tokenizer')

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixln_jax import config
 from mixln_jax.data import layout, prepared, tokenizers
-from mixln_jax.data.examples import Rows
+from mixln_jax.data.examples import Numbers, Rows
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import Tokenizer
@@ -27,11 +27,11 @@ class Documents(Rows):
         self.fingerprint = _fingerprint(source, tokenizer, 'pad', seq_length)
         self._source, self._tokenizer, self._length = source, tokenizer, seq_length
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._source)
 
-    def read(self, indices, sized=False):
-        texts = self._source.__getitems__(indices)
+    def read(self, indices: Numbers, sized: bool = False) -> Block:
+        texts = self._source.__getitems__(list(indices))
         rows = np.empty((len(texts), self._length + 1), layout.TOKEN)
         for row, text in zip(rows, texts, strict=True):
             # One id more than a row takes tells whether the text ends there.
@@ -40,10 +40,10 @@ class Documents(Rows):
         block = self.layout.block(rows)
         return block if sized else block._replace(num_bytes=None)
 
-    def _ids(self, text):
+    def _ids(self, text: str) -> np.ndarray:
         return self.layout.document(self._tokenizer.encode(text, self._length - 1))
 
-    def origin(self, i):
+    def origin(self, i: int) -> str:
         return self._source.origin(i)
 
 
@@ -59,7 +59,7 @@ class InMemory(Rows):
         blocks = []
         dtype = layout.dtype_for(tokenizer.vocab_size)
         kept = lambda block: Block(block.ids.astype(dtype), np.packbits(block.ends, 1), block.num_bytes)  # noqa: E731
-        fill: Any = layout.FILL[mode](seq_length, self.layout, lambda block: blocks.append(kept(block)))
+        fill: layout.Fill = layout.FILL[mode](seq_length, self.layout, lambda block: blocks.append(kept(block)))
         for i in range(len(source)):
             fill.add(tokenized(source[i], tokenizer, self.layout))
         fill.close()
@@ -67,14 +67,16 @@ class InMemory(Rows):
             raise DataError(f'the text is not enough for one row of config.seq_length={seq_length}')
         self._rows = Block(*map(np.concatenate, zip(*blocks, strict=True)))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._rows.ids)
 
-    def read(self, indices, sized=False):
-        ids, ends, num_bytes = (values[np.asarray(indices)] for values in self._rows)
-        return Block(ids, np.unpackbits(ends, 1, ids.shape[1]).view(bool), num_bytes)
+    def read(self, indices: Numbers, sized: bool = False) -> Block:
+        ids, ends, num_bytes = self._rows
+        some = np.asarray(indices)
+        assert num_bytes is not None, 'the texts are known'
+        return Block(ids[some], np.unpackbits(ends[some], 1, ids.shape[1]).view(bool), num_bytes[some])
 
-    def origin(self, i):
+    def origin(self, i: int) -> str:
         return f'row {range(len(self))[i]}'
 
 
@@ -190,7 +192,7 @@ def moved(data: config.Data, path: str) -> config.Data:
     return dataclasses.replace(data, **change)
 
 
-def _place(data):
+def _place(data: config.Data) -> str:
     """The key that says where the data is."""
     return 'data_dir' if data.source == 'tfds' else 'path'
 
@@ -202,7 +204,7 @@ def fingerprint(data: config.Data, split: str, tokenizer: Tokenizer, seq_length:
     return _fingerprint(open_source(data, split), tokenizer, data.mode, seq_length)
 
 
-def _fingerprint(source, tokenizer, mode, seq_length):
+def _fingerprint(source: Source, tokenizer: Tokenizer, mode: str, seq_length: int) -> dict[str, Any]:
     return {
         'source': source.fingerprint,
         'tokenizer': tokenizer.fingerprint,

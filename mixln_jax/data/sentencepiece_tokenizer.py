@@ -17,7 +17,7 @@ class SentencePiece(Learned):
     kind = 'sentencepiece'
     FORM, FILES = 'a sentencepiece model', ('tokenizer.model',)
 
-    def _open(self):
+    def _open(self) -> None:
         model = self.contents['tokenizer.model']
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         # Pieces, trainer and normaliser follow each other; a file that is cut between two of them loads without an
@@ -40,14 +40,14 @@ class SentencePiece(Learned):
     def can_yield(self, i: int) -> bool:
         return not (self._processor.is_control(i) or self._processor.is_unused(i))
 
-    def _offsets(self, text):
+    def _offsets(self, text: str) -> np.ndarray:
         encoded = self._processor.encode(text, return_type='offset_mapping', return_bytes=True)
         return np.array([end for _, end in encoded['offsets']], np.int64)
 
-    def _ids(self, text):
+    def _ids(self, text: str) -> np.ndarray:
         return self._processor.encode(text, return_type='numpy')
 
-    def _bytes(self, i):
+    def _bytes(self, i: int) -> bytes:
         piece = self._processor.id_to_piece(i)
         if self._processor.is_unknown(i) or not self.can_yield(i):
             return NOTHING

@@ -97,10 +97,10 @@ class Texts:
         file = self._gathered.names[self._gathered.places[number, 0]]
         return f'{file}:{self._gathered.places[number, 1]}'
 
-    def _bytes(self, i):
+    def _bytes(self, i: int) -> bytes:
         number = self._numbers[i]
         start = self._gathered.ends[number - 1] if number else 0
-        return self._gathered.blob[start : self._gathered.ends[number]]
+        return bytes(self._gathered.blob[start : self._gathered.ends[number]])
 
 
 class _Gathered:
@@ -108,7 +108,8 @@ class _Gathered:
 
     def __init__(self, one_in: int, prefix: str = ''):
         """One of `one_in` documents will be for validation; fingerprints begin with `prefix`."""
-        self.prefix, self.blob, self.names, self._one_in = prefix, bytearray(), [], one_in
+        self.prefix, self.blob, self._one_in = prefix, bytearray(), one_in
+        self.names: list[str] = []  # of the files
         self._ends, self._ranks, self._places = array.array('q'), array.array('Q'), array.array('q')
 
     def add(self, text: bytes, unit: bytes, file: str, line: int) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ SHIFT = 2  # characters by which an `answer_start` may be off, as some are in fi
 _KINDS = {list: 'a list', str: 'a text', bool: 'true or false'}  # what a value of a SQuAD file may be
 
 
-def read(path):
+def read(path: str | pathlib.Path) -> list[Question]:
     """Returns the questions of a SQuAD file, v1.1 or v2.0.
 
     Raises DataError: missing, not JSON, or not of this form, naming the place; a context or an answer that is empty; an
@@ -85,11 +86,11 @@ def read(path):
             raise DataError(f'{error}{lines}') from None
     questions, seen = [], set()
 
-    def take(owner, name, kind, where):
+    def take(owner: Any, name: str, kind: type, where: str) -> Any:
         value = owner.get(name) if isinstance(owner, dict) else None
         if not isinstance(value, kind):
             raise DataError(f'{path}: {where}{name} is not {_KINDS[kind]}')
-        if kind is str and re.search('[\ud800-\udfff]', value):
+        if isinstance(value, str) and re.search('[\ud800-\udfff]', value):
             raise DataError(f'{path}: {where}{name} has half a character, a lone surrogate')
         return value
 
@@ -121,14 +122,14 @@ def read(path):
     return questions
 
 
-def _start(answer, context):
+def _start(answer: Mapping[str, Any], context: str) -> int | None:
     """The character at which an answer begins, near the one that its file says; None where nobody knows."""
     said = answer.get('answer_start')
     start = context.find(answer['text'], max((said or 0) - SHIFT, 0))
     return None if start < 0 else start
 
 
-def _problem(answer, context):
+def _problem(answer: Mapping[str, Any], context: str) -> str | None:
     """Returns why this is no answer from the context, or None."""
     text, start = answer['text'], answer.get('answer_start')
     if not text.strip():
@@ -142,7 +143,7 @@ def _problem(answer, context):
     return None
 
 
-def open_tokenizer(folder):
+def open_tokenizer(folder: str | pathlib.Path) -> tokenizers.Tokenizer:
     """The tokenizer of a BERT folder: its tokenizer.json, else vocab.txt as tokenizer_config.json says.
 
     Raises UsageError: no such files. CheckpointError: unreadable, or without BERT's special tokens.
@@ -161,7 +162,7 @@ def open_tokenizer(folder):
     return made
 
 
-def _from_vocabulary(folder):
+def _from_vocabulary(folder: pathlib.Path) -> tokenizers.BertWordPieceTokenizer:
     for name in ('vocab.txt', 'tokenizer_config.json'):
         if not (folder / name).is_file():
             raise UsageError(f'{folder} has neither tokenizer.json nor both of vocab.txt and tokenizer_config.json')
@@ -176,7 +177,13 @@ def _from_vocabulary(folder):
     )
 
 
-def make_features(questions, tokenizer, max_length=384, stride=128, max_query=64):
+def make_features(
+    questions: Sequence[Question],
+    tokenizer: tokenizers.Tokenizer,
+    max_length: int = 384,
+    stride: int = 128,
+    max_query: int = 64,
+) -> Features:
     """Returns the Features of a list of Questions.
 
     Args:
@@ -197,7 +204,7 @@ def make_features(questions, tokenizer, max_length=384, stride=128, max_query=64
     cls, sep, pad = (tokenizer.token_to_id(token) for token in SPECIALS)
 
     @functools.lru_cache(maxsize=1)  # the questions about a text follow each other
-    def encoded(context):
+    def encoded(context: str) -> tuple[np.ndarray, np.ndarray]:
         found = tokenizer.encode(context, add_special_tokens=False)
         return np.array(found.ids, np.int32), np.array(found.offsets, np.int32).reshape(-1, 2)
 
@@ -236,7 +243,7 @@ def make_features(questions, tokenizer, max_length=384, stride=128, max_query=64
     return made
 
 
-def _labels(question, offsets, start, end, first):
+def _labels(question: Question, offsets: np.ndarray, start: int, end: int, first: int) -> tuple[tuple[int, int], float]:
     """((first, last) token of the first answer in its row, 1.0), or ((0, 0), 0.0) where nobody says where it is.
 
     The row holds the tokens `start` to `end` of the text, from position `first` on; (0, 0) where not all of the answer
@@ -251,7 +258,7 @@ def _labels(question, offsets, start, end, first):
     return (tokens[0] - start + first, tokens[-1] - start + first), 1.0
 
 
-def _windows(total, room, stride):
+def _windows(total: int, room: int, stride: int) -> list[tuple[int, int]]:
     """[(start, end)] of a text of `total` tokens: windows of up to `room`, one at least."""
     spans = [(0, min(room, total))]
     while spans[-1][1] < total:
@@ -260,7 +267,7 @@ def _windows(total, room, stride):
     return spans
 
 
-def _shows_best(spans, total):
+def _shows_best(spans: Sequence[tuple[int, int]], total: int) -> list[np.ndarray]:
     """Per window [end - start] bool: tokens that it shows with more text around them than any window before or after.
 
     What counts is the smaller of the two sides, and a hundredth of the window (run_squad.py).

@@ -13,6 +13,8 @@ import pathlib
 import platform
 import sysconfig
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 from mixln_jax.system import files, outputs
 from mixln_jax.system.errors import DataError
@@ -55,13 +57,13 @@ def gather() -> list[tuple[str, str]]:
     return documents
 
 
-def _files(root):
+def _files(root: pathlib.Path) -> Iterator[pathlib.Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _NOT_LIBRARY and not name.startswith('config-')]
         yield from (pathlib.Path(folder, name) for name in names if name.endswith('.py'))
 
 
-def _documents(path, root):
+def _documents(path: pathlib.Path, root: pathlib.Path) -> Iterator[tuple[str, str]]:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # old modules contain invalid escapes
         try:
@@ -84,16 +86,16 @@ def _documents(path, root):
         yield module, text
 
 
-def _docstrings(name, node):
+def _docstrings(name: str, node: Any) -> str:
     """Returns the docstrings of a definition and of all definitions inside it."""
     nested = (_docstrings(f'{name}.{child.name}', child) for child in node.body if isinstance(child, _DEFINITIONS))
     return _section(name, node) + ''.join(nested)
 
 
-def _section(name, node):
+def _section(name: str, node: Any) -> str:
     text = ast.get_docstring(node, clean=True)
     return f'{name}\n\n{text}\n\n' if text else ''
 
 
-def _digest(data):
+def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -71,7 +71,7 @@ def paths(patterns: str, key: str = 'config.data.path') -> list[str]:
             if os.path.isdir(path):
                 raise DataError(f'{key}: {path} is a folder; name its files, for instance {path}/*')
         every_path.update(matches)
-    by_identity = {}
+    by_identity: dict[tuple[int, int, int], str] = {}
     for path in sorted(every_path):
         by_identity.setdefault(_identity(path), path)
     return list(by_identity.values())
@@ -106,7 +106,7 @@ def paths_of_source(source: str, patterns: str, key: str = 'config.data.path') -
 
 def kind_of_all(names: Sequence[str]) -> str:
     """Returns the kind of all these files, 'jsonl' or 'text'. Raises DataError if they are of both kinds."""
-    kinds = {}
+    kinds: dict[str, str] = {}
     for path in names:
         kinds.setdefault(kind(path), path)
     if len(kinds) > 1:
@@ -147,20 +147,20 @@ def call_each(seconds: float | None, function: Callable[[Any], T], items: Iterab
 
     Args:
         seconds: the longest time in which no call ends; None: there is no limit. File systems of buckets, for example,
-        try
-            again for minutes if there is no network.
+            try again for minutes if there is no network.
         function: to call.
         items: its arguments.
 
     Raises:
         NoAnswer: no call has ended for `seconds`. Otherwise the first exception of a call is raised.
     """
-    items, results, stopped = list(items), {}, threading.Event()
-    waiting, answers = queue.SimpleQueue(), queue.SimpleQueue()
-    for number, item in enumerate(items):
+    arguments, results, stopped = list(items), dict[int, T](), threading.Event()
+    waiting: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+    for number, item in enumerate(arguments):
         waiting.put((number, item))
 
-    def work():
+    def work() -> None:
         while not stopped.is_set():
             try:
                 number, item = waiting.get_nowait()
@@ -172,20 +172,21 @@ def call_each(seconds: float | None, function: Callable[[Any], T], items: Iterab
                 stopped.set()
                 answers.put((number, None, error))
 
-    for _ in range(min(AT_ONCE, len(items))):
+    for _ in range(min(AT_ONCE, len(arguments))):
         threading.Thread(target=work, daemon=True).start()
     try:
-        while len(results) < len(items):
+        while len(results) < len(arguments):
             try:
                 number, result, error = answers.get(timeout=seconds)
             except queue.Empty:
-                raise NoAnswer(seconds or 0, next(item for i, item in enumerate(items) if i not in results)) from None
+                missing = next(item for i, item in enumerate(arguments) if i not in results)
+                raise NoAnswer(seconds or 0, missing) from None
             if error:
                 raise error
             results[number] = result
     finally:
         stopped.set()
-    return [results[number] for number in range(len(items))]
+    return [results[number] for number in range(len(arguments))]
 
 
 def call_within(seconds: float | None, call: Callable[[], T]) -> T:
@@ -234,8 +235,8 @@ class Reader:
             largest: bytes of a line.
         """
         self.empty = self.bad = self._number = self._end = 0
-        self._raw = None
-        self.skipped = []  # the reasons for the first few lines
+        self._raw: _Steps | None = None
+        self.skipped: list[str] = []  # the reasons for the first few lines
         self._path, self._skip_bad, self._largest = path, skip_bad, largest
         self._records = {'jsonl': self._jsonl, 'text': self._text}[kind]
 
@@ -255,7 +256,7 @@ class Reader:
         if not any_text:
             raise DataError(f'{self._path}: no text in this file: {self._why()}')
 
-    def _why(self):
+    def _why(self) -> str:
         """Returns the reason why there is no text."""
         if self.bad:
             return f'{self.bad} malformed lines, the first of them {self.skipped[0].removeprefix(f"{self._path}:")}'
@@ -263,7 +264,7 @@ class Reader:
             return f'{self.empty} documents, all of them blank'
         return f'{self._number} blank lines' if self._number else 'it is empty'
 
-    def _lines(self):
+    def _lines(self) -> Iterator[tuple[int, str]]:
         """Yields pairs (line number from 1, line with its end), decoded from UTF-8."""
         number = 0
         try:
@@ -285,11 +286,11 @@ class Reader:
                             yield number, text
                 finally:
                     self._end = self._raw.tell()
-        except (OSError, EOFError, isal_zlib.error) as error:
+        except (OSError, EOFError, isal_zlib.error) as error:  # type: ignore[misc]  # its stub lacks the base class
             name = f'{self._path}:{number + 1}' if number else self._path
             raise DataError(f'{name}: cannot be read: {error}') from error
 
-    def _decoded(self, number, line, lines):
+    def _decoded(self, number: int, line: bytes, lines: io.BufferedReader) -> str | None:
         """Returns the text of a line; None if it is skipped. `lines` has the rest of a line that is too long."""
         if len(line) > self._largest:
             self._skip(number, f'more than {self._largest:,} bytes in a line; {LONG}')
@@ -300,14 +301,15 @@ class Reader:
             return line.removeprefix(b'\xef\xbb\xbf').decode() if number == 1 else line.decode()
         except UnicodeDecodeError as error:
             self._skip(number, f'not UTF-8: {error.reason} at byte {error.start} of the line')
+            return None
 
-    def _skip(self, number, problem):
+    def _skip(self, number: int, problem: str) -> None:
         if self.bad >= self._skip_bad:
             raise DataError(f'{self._path}:{number}: {problem}')
         self.bad += 1
         self.skipped = [*self.skipped, f'{self._path}:{number}: {problem}'][:5]
 
-    def _text(self):
+    def _text(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields pieces of the file; the last piece, which may be short, is joined to the one before it."""
         before, piece, first = None, [], 1
         length = 0
@@ -325,12 +327,13 @@ class Reader:
         if rest:
             yield first, {'text': rest}
 
-    def _jsonl(self):
+    def _jsonl(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields the records of the file."""
         is_jsonl = False  # whether the file has had a record: then it is a file of JSON lines
         for number, line in self._lines():
             if not line.strip():
                 continue
+            problem: str | None
             try:
                 record = orjson.loads(line)
             except ValueError as error:
@@ -344,7 +347,7 @@ class Reader:
             yield number, record
 
 
-def _problem(record):
+def _problem(record: Any) -> str | None:
     """Returns what is wrong with a record; None if it is right."""
     if not isinstance(record, dict):
         return f'a JSON object with a field `text` is needed, not {type(record).__name__}'

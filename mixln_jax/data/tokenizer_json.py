@@ -41,7 +41,7 @@ def write(tokenizer: Any, folder: str | pathlib.Path) -> bool:
     return True
 
 
-def _alphabet():
+def _alphabet() -> dict[str, int]:
     """Returns {character: byte}: since GPT-2 a printable character stands for each byte."""
     shown, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     return {chr(byte if byte in shown else next(others)): byte for byte in range(256)}
@@ -50,7 +50,7 @@ def _alphabet():
 ALPHABET = _alphabet()
 
 
-def _from_bytes(tokenizer):
+def _from_bytes(tokenizer: Any) -> library.Tokenizer:
     """Returns a BPE without merges: every byte is a token, named by its character."""
     specials = {'<pad>': tokenizer.pad_id, '<s>': tokenizer.bos_id, '</s>': tokenizer.eos_id}
     converted = library.Tokenizer(models.BPE(ALPHABET | specials, []))
@@ -60,18 +60,19 @@ def _from_bytes(tokenizer):
     return converted
 
 
-def _from_sentencepiece(tokenizer):
+def _from_sentencepiece(tokenizer: Any) -> library.Tokenizer | None:
     """Returns the conversion of a unigram model (T5's, for example); None for other models."""
     # Imported here: a process that has loaded transformers' own copy of these messages cannot register them again.
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.contents['tokenizer.model'])
+    messages: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+    model = messages.ModelProto.FromString(tokenizer.contents['tokenizer.model'])
     if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
         return None
     vocabulary = [(piece.piece, piece.score) for piece in model.pieces]
     unknown = next(number for number, piece in enumerate(model.pieces) if piece.type == piece.UNKNOWN)
     converted = library.Tokenizer(models.Unigram(vocabulary, unknown, model.trainer_spec.byte_fallback))
-    steps = [normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap)]
+    steps: list[Any] = [normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap)]
     if model.normalizer_spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(library.Regex(' {2,}'), ' ')]
     converted.normalizer = normalizers.Sequence(steps)
@@ -82,7 +83,7 @@ def _from_sentencepiece(tokenizer):
     return converted
 
 
-def _from_hugging_face(tokenizer):
+def _from_hugging_face(tokenizer: Any) -> library.Tokenizer:
     converted = library.Tokenizer.from_buffer(tokenizer.contents['tokenizer.json'])
     converted.no_truncation()
     converted.no_padding()

@@ -5,7 +5,7 @@ import hashlib
 import json
 import pathlib
 import urllib.parse
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -34,7 +34,10 @@ class Tokenizer(Protocol):
     pad_id: int
     bos_id: int
     eos_id: int
-    fingerprint: str  # hexadecimal
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that decides ids, hexadecimal."""
 
     def encode(self, text: str, limit: int | None = None) -> np.ndarray:
         """Returns the ids of a text, [n] int32, possibly read-only, without special ids; at most the first `limit`.
@@ -100,12 +103,12 @@ class Bytes:
     def export(self, folder: str | pathlib.Path) -> bool:
         return tokenizer_json.write(self, folder)
 
-    def _description(self):
+    def _description(self) -> dict[str, Any]:
         names = ('vocab_size', 'pad_id', 'bos_id', 'eos_id')
         return {'kind': 'bytes'} | {name: getattr(self, name) for name in names}
 
 
-KINDS = {kind.kind: kind for kind in (SentencePiece, HuggingFace)}
+KINDS: dict[str, type[SentencePiece] | type[HuggingFace]] = {kind.kind: kind for kind in (SentencePiece, HuggingFace)}
 
 
 def open_tokenizer(data: config.Data) -> Tokenizer:
@@ -128,18 +131,18 @@ def open_tokenizer(data: config.Data) -> Tokenizer:
         path = f'https://storage.googleapis.com/{urllib.parse.quote(path.removeprefix("gs://"))}'
     if path.startswith(('http://', 'https://')):
         return _fetch(kind, path)
-    path = files.local(path, 'config.data.tokenizer_path')
+    file = files.local(path, 'config.data.tokenizer_path')
     first, *others = kind.FILES
     try:
-        contents = {first: files.read(path, DataError)}
+        contents = {first: files.read(file, DataError)}
     except FileNotFoundError as error:
-        raise DataError(f'config.data.tokenizer_path: there is no file {path}') from error
+        raise DataError(f'config.data.tokenizer_path: there is no file {file}') from error
     for name in others:
         try:
-            contents[name] = files.read(path.with_name(name), DataError)
+            contents[name] = files.read(file.with_name(name), DataError)
         except FileNotFoundError:
             contents[name] = b'{}'
-    return kind(contents, str(path))
+    return kind(contents, str(file))
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, limit: str) -> None:
@@ -185,10 +188,12 @@ def load(folder: str | pathlib.Path, fingerprint: str | None = None) -> Tokenize
     return tokenizer
 
 
-def _fetch(kind, url):
+def _fetch(kind: Any, url: str) -> Tokenizer:
     """Returns the tokenizer at a URL. The cache keeps only files that can be opened, so never a login page that a
     server sends in their place."""
-    cache = files.cache() / 'tokenizers' / hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
+    cache = (
+        files.cache_folder() / 'tokenizers' / hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
+    )
     with contextlib.suppress(DataError):  # missing or damaged: it is fetched again
         return load(cache)
     if url.startswith('http:'):

@@ -8,6 +8,7 @@ if __name__ == '__main__':
 # ruff: noqa: E402
 import argparse
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -75,10 +76,10 @@ def run(options: argparse.Namespace) -> None:
         _train(source, out, path, options)
 
 
-def _check_replaceable(out):
+def _check_replaceable(out: pathlib.Path) -> None:
     """Raises UsageError if `out` is a file, or contains a file, that `run` has not written."""
     with reading(f'--out {out}', UsageError, 'not a tokenizer of this command; give another name'):
-        path = out
+        path: pathlib.Path | None = out
         if out.is_dir():
             for name in FILES:
                 outputs.sweep(out / name)
@@ -94,7 +95,7 @@ def _check_replaceable(out):
                 raise ValueError('other special tokens')
 
 
-def _train(source, out, path, options):
+def _train(source: Source, out: pathlib.Path, path: pathlib.Path, options: argparse.Namespace) -> None:
     console.say(f'training on {len(source):,} documents')
     body = train(source, options.vocab_size)
     if path == out:

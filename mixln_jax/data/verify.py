@@ -43,7 +43,7 @@ def check_shard(file: str, shard: Mapping[str, Any], seq_length: int, dtype: np.
                 salts = prepared.shard_salts(seal, numbers) * np.uint32(sealed)
                 damaged = prepared.damaged_rows(_cut(block, size), row_notes, noted, salts)
                 bad = first + damaged[0] if len(damaged) else None
-        ends_well = not sealed or bad is not None or notes.read() == seal
+        ends_well = not sealed or bad is not None or (notes is not None and notes.read() == seal)
     same = digest.hexdigest() == shard['digest']
     if bad is not None or not same:
         name = prepared.notes_file(file) if same else file
@@ -55,7 +55,7 @@ def check_shard(file: str, shard: Mapping[str, Any], seq_length: int, dtype: np.
         raise DataError(f'{prepared.notes_file(file)}: {prepared.NOT_THIS_SHARD}')
 
 
-def _cut(content, size):
+def _cut(content: bytes, size: int) -> list[bytes]:
     """Returns the pieces of `size` bytes of a content."""
     return [content[start : start + size] for start in range(0, len(content), size)]
 
@@ -79,7 +79,7 @@ def damages(folder: str) -> Iterator[tuple[str, int, list[str]]]:
         yield split, sum(shard['rows'] for shard in shards), damaged
 
 
-def _compare(folder: pathlib.Path, about: dict):
+def _compare(folder: pathlib.Path, about: dict) -> None:
     """Raises DataError if tokens.json differs from the records of `data.prepare` in the folder, if these exist."""
     plan, *counts = folder / prepared.WORK / 'plan.json', *sorted((folder / prepared.WORK).glob('*-*.json'))
     if not plan.exists():
@@ -96,7 +96,7 @@ def _compare(folder: pathlib.Path, about: dict):
                 raise DataError(f'{path}: the shards of {split} do not include the one that {file} describes')
 
 
-def _without_notes(shard):
+def _without_notes(shard: Any) -> Any:
     """Returns the description of a shard without its notes, which `data.prepare` may have added since."""
     if not isinstance(shard, dict):
         return shard

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker, util
+from typing import Any
 
 from mixln_jax.system import signals
 from mixln_jax.system.errors import Exit, MemoryExhausted, UsageError
@@ -46,8 +47,8 @@ def starting() -> Iterator[None]:
     """
     spawn = util.spawnv_passfds
 
-    def spawn_and_watch(path, args, files):
-        pid = spawn(path, args, files)
+    def spawn_and_watch(path: Any, args: Any, passfds: Any) -> int:
+        pid = spawn(path, args, passfds)
         pipe = re.search(r'pipe_handle=(\d+)', ' '.join(map(os.fsdecode, args)))
         if pipe and hasattr(os, 'waitid'):  # not on macOS
             threading.Thread(target=_drain, args=(pid, os.dup(int(pipe[1]))), daemon=True).start()
@@ -60,7 +61,7 @@ def starting() -> Iterator[None]:
         util.spawnv_passfds = spawn
 
 
-def _drain(pid, pipe):
+def _drain(pid: int, pipe: int) -> None:
     """Waits until a process ends, then reads what is left in its pipe."""
     with contextlib.suppress(ChildProcessError):  # multiprocessing was faster
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -108,7 +109,7 @@ def ended(code: int, settings: tuple[str, str], begun: bool) -> Exit:
     return Exit(f'a worker process was ended by signal {-code} ({signal.strsignal(-code)})')
 
 
-def _no_shared_memory(reason, settings):
+def _no_shared_memory(reason: str | None, settings: tuple[str, str]) -> UsageError:
     """Returns the error for a lack of shared memory, in which workers keep their batches and locks."""
     with contextlib.suppress(OSError):
         reason = f'{shutil.disk_usage(SHARED).total / 1e6:,.1f} MB: {reason}'

@@ -52,7 +52,9 @@ class Harness(TemplateLM):
     continuation that is longer than the window is scored in several windows, as in `loglikelihood_rolling`.
     """
 
-    eot_token_id = prefix_token_id = None  # set in __init__; they are properties in the base class
+    # Set in __init__; they are properties in the base class.
+    eot_token_id: Any = None
+    prefix_token_id: Any = None
     max_gen_toks = 256  # if a task does not set it; the harness's own default
 
     def __init__(
@@ -104,7 +106,9 @@ class Harness(TemplateLM):
         start = [] if add_special_tokens is False else self._start
         return start + self._tokenizer.encode(string).tolist()
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         del kwargs
         rows, scored_tokens, cut = [], [], 0
         for number, (texts, context, continuation) in enumerate(requests):
@@ -142,7 +146,8 @@ class Harness(TemplateLM):
         Raises:
             UsageError: a task, which is named, asks for another way to choose tokens.
         """
-        limits, contexts, generated = [], [], [[] for _ in requests]
+        limits, contexts = [], []
+        generated: list[list[int]] = [[] for _ in requests]
         for request in requests:
             context, options = request.args
             options = normalize_gen_kwargs(options, self.max_gen_toks)
@@ -154,14 +159,14 @@ class Harness(TemplateLM):
                 )
             contexts.append(self.tok_encode(context) or [self.prefix_token_id])
 
-        def ended(number):
+        def ended(number: int) -> bool:
             (until, limit), ids = limits[number], generated[number]
             if len(ids) >= limit or ids[-1:] == [self.eot_token_id]:
                 return True
             text = self._tokenizer.decode(ids) if ids else ''
             return any(stop in text for stop in until if stop)
 
-        open_requests = range(len(requests))
+        open_requests: Sequence[int] = range(len(requests))
         with tqdm(total=len(requests), desc='generate_until', disable=disable_tqdm) as bar:
             while open_requests := [number for number in open_requests if not ended(number)]:
                 bar.update(len(requests) - len(open_requests) - bar.n)
@@ -171,7 +176,7 @@ class Harness(TemplateLM):
         texts = [self._tokenizer.decode(ids) if ids else '' for ids in generated]
         return [postprocess_generated_text(text, until, None) for text, (until, _) in zip(texts, limits, strict=True)]
 
-    def _windows(self, context, continuation) -> Iterator[tuple[list[int], int]]:
+    def _windows(self, context: list[int], continuation: list[int]) -> Iterator[tuple[list[int], int]]:
         """Yields rows of up to `max_length` + 1 ids, and how many ids at the end of each are scored."""
         if len(continuation) <= self.max_length:
             yield (context + continuation)[-(self.max_length + 1) :], len(continuation)
@@ -179,7 +184,7 @@ class Harness(TemplateLM):
         for inputs, scored in get_rolling_token_windows(continuation, context[-1], self.max_length, context_len=1):
             yield inputs + scored[-1:], len(scored)
 
-    def _predictions_of(self, rows, name, disable_tqdm):
+    def _predictions_of(self, rows: Sequence[list[int]], name: str, disable_tqdm: bool) -> list[Any]:
         """Returns the `_predictions` for every row of ids: a pair of arrays [len(row) - 1], in the order of `rows`."""
         order, predictions = sorted(range(len(rows)), key=lambda number: -len(rows[number])), [None] * len(rows)
         for start in tqdm(range(0, len(rows), self.batch_size), desc=name, disable=disable_tqdm):
@@ -195,14 +200,16 @@ class Harness(TemplateLM):
         return predictions
 
 
-def _predictions(params, ids, layer_mask, *, model, stretch):
+def _predictions(
+    params: Any, ids: jax.Array, layer_mask: jax.Array | None, *, model: Any, stretch: int
+) -> tuple[jax.Array, jax.Array]:
     """Returns the log-probability of each token of ids [B, T+1] except the first, and the likeliest token: [B, T] each.
 
     Computed in float32; the logits of `stretch` positions are in memory at a time.
     """
     x, _ = model.apply({'params': params}, ids[:, :-1], layer_mask, method='backbone')
 
-    def predict(position):
+    def predict(position: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, targets = position
         logits = model.apply({'params': params}, x, method='logits')
         return -optax.softmax_cross_entropy_with_integer_labels(logits, targets), logits.argmax(-1)

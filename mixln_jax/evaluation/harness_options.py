@@ -55,12 +55,12 @@ def open_harness(options: argparse.Namespace) -> Callable[[Weights], tuple[Any, 
     try:
         from mixln_jax.evaluation import harness  # imported only with --tasks: it needs lm_eval
     except ModuleNotFoundError as error:
-        if error.name.partition('.')[0] != 'lm_eval':
+        if (error.name or '').partition('.')[0] != 'lm_eval':
             raise
         raise UsageError('--tasks needs the lm-evaluation-harness: pip install lm_eval') from error
     manager = harness.open_tasks(names, options.task_path)
 
-    def on_weights(weights):
+    def on_weights(weights: Weights) -> tuple[Any, Callable[[], Any]]:
         model = harness.Harness(weights, options.batch_size or 32)
         return model, lambda: harness.run(model, manager, names, options.limit, options.num_fewshot)
 

@@ -1,6 +1,8 @@
 """Causal attention."""
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +86,7 @@ def cudnn_attention(
     )
 
 
-def _forward(q_BTHd, k_BTKd, v_BTKd, mask):
+def _forward(q_BTHd: jax.Array, k_BTKd: jax.Array, v_BTKd: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, Any]:
     q, k, v = _by_head(q_BTHd, k_BTKd, v_BTKd)
     outs, lse = [], []
     for first, S in blocks(q.shape[2]):
@@ -101,7 +103,7 @@ def _forward(q_BTHd, k_BTKd, v_BTKd, mask):
     return y_BTHd, (mask, joined, jnp.concatenate(lse, axis=2))
 
 
-def _backward(saved, dy_BTHd):
+def _backward(saved: Any, dy_BTHd: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     mask, *others = saved
     joined, lse = jax.lax.optimization_barrier(others)  # without it XLA may keep the scores
     heads = [a.reshape(*a.shape[:2], -1, dy_BTHd.shape[3]) for a in joined]
@@ -117,8 +119,9 @@ def _backward(saved, dy_BTHd):
         dk.append(_dot('bhts,bhtd->bhsd', ds, q[rows]))
         dv.append(_dot('bhts,bhtd->bhsd', p.astype(q.dtype), dy[rows]))
 
-    def sum_blocks(parts):  # [B, H, S, d] of each block -> [B, T, K, d]
-        whole = sum(jnp.pad(a, [(0, 0), (0, 0), (0, q.shape[2] - a.shape[2]), (0, 0)]) for a in parts)
+    def sum_blocks(parts: Sequence[jax.Array]) -> jax.Array:  # [B, H, S, d] of each block -> [B, T, K, d]
+        padded = (jnp.pad(a, [(0, 0), (0, 0), (0, q.shape[2] - a.shape[2]), (0, 0)]) for a in parts)
+        whole: Any = sum(padded)
         shared = whole.reshape(whole.shape[0], K, -1, *whole.shape[2:]).sum(axis=2)
         return jnp.swapaxes(shared, 1, 2).astype(k.dtype)
 
@@ -135,19 +138,19 @@ def blocks(T: int) -> list[tuple[int, int]]:
     return [(first, min(first + length, T)) for first in range(0, T, length)]
 
 
-def _scores(q, k, mask, first, S):
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array | None, first: int, S: int) -> jax.Array:
     """Returns the scores [B, H, t, S] of the queries `first` to S - 1, -inf where a query does not see a key."""
     scores = _dot('bhtd,bhsd->bhts', q[:, :, first:S], k[:, :, :S])
     scores += np.where(np.arange(S) <= np.arange(first, S)[:, None], 0, -np.inf).astype(np.float32)
     return scores if mask is None else jnp.where(mask[..., first:S, :S], scores, -jnp.inf)
 
 
-def _by_head(*values):
+def _by_head(*values: jax.Array) -> list[jax.Array]:
     """Returns arrays [B, T, H, d] or [B, T, K, d] as [B, H, T, d]; keys and values are repeated for their queries."""
     H = values[0].shape[2]
     wide = (jnp.repeat(a, H // a.shape[2], axis=2) if a.shape[2] < H else a for a in values)
     return [jnp.swapaxes(a, 1, 2) for a in wide]
 
 
-def _dot(equation, a, b):
+def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, precision=precision(a), preferred_element_type=jnp.float32)

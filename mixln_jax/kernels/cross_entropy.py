@@ -100,21 +100,39 @@ def token_log_probs(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _losses(x, head_kernel, labels, loss_mask, vocab_size, chunk, mesh):
+def _losses(
+    x: jax.Array,
+    head_kernel: jax.Array,
+    labels: jax.Array,
+    loss_mask: jax.Array,
+    vocab_size: int,
+    chunk: int,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, jax.Array]:
     """Returns the sum of losses and the losses [B, T]; only the sum has a gradient."""
     local = functools.partial(_local_losses, gradient=False, chunk=chunk)
     total, losses, _ = _on_devices(local, x, head_kernel, (labels, loss_mask), vocab_size, mesh, gradient=False)
     return total, losses
 
 
-def _losses_forward(x, head_kernel, labels, loss_mask, vocab_size, chunk, mesh):
+def _losses_forward(
+    x: jax.Array,
+    head_kernel: jax.Array,
+    labels: jax.Array,
+    loss_mask: jax.Array,
+    vocab_size: int,
+    chunk: int,
+    mesh: Mesh | None,
+) -> tuple[Any, Any]:
     local = functools.partial(_local_losses, gradient=True, chunk=chunk)
     total, losses, gradients = _on_devices(local, x, head_kernel, (labels, loss_mask), vocab_size, mesh, gradient=True)
     d_x, d_kernel = gradients
     return (total, losses), (d_x, d_kernel.astype(head_kernel.dtype))
 
 
-def _losses_backward(vocab_size, chunk, mesh, gradients, cotangents):
+def _losses_backward(
+    vocab_size: int, chunk: int, mesh: Mesh | None, gradients: Any, cotangents: Any
+) -> tuple[Any, ...]:
     del vocab_size, chunk, mesh
     scale, _ = cotangents
     return *((gradient * scale).astype(gradient.dtype) for gradient in gradients), None, None
@@ -123,10 +141,10 @@ def _losses_backward(vocab_size, chunk, mesh, gradients, cotangents):
 _losses.defvjp(_losses_forward, _losses_backward)
 
 
-def _local_losses(head, x, rows, *, gradient, chunk):
+def _local_losses(head: '_Head', x: jax.Array, rows: Any, *, gradient: bool, chunk: int) -> tuple[Any, Any, Any]:
     """Returns the sum of losses, the losses [B, T] and, with `gradient`, the gradients of the sum."""
 
-    def step(carry, arrays):
+    def step(carry: Any, arrays: Any) -> tuple[Any, Any]:
         total, d_kernel = carry
         x, (labels, loss_mask) = arrays
         logits = head.logits(x)
@@ -148,11 +166,29 @@ def _local_losses(head, x, rows, *, gradient, chunk):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
-def _log_probs(x, head_kernel, labels, vocab_size, chunk, mesh, entropy, log_normalizer):
+def _log_probs(
+    x: jax.Array,
+    head_kernel: jax.Array,
+    labels: jax.Array,
+    vocab_size: int,
+    chunk: int,
+    mesh: Mesh | None,
+    entropy: bool,
+    log_normalizer: bool,
+) -> TokenLogProbs:
     return _log_probs_forward(x, head_kernel, labels, vocab_size, chunk, mesh, entropy, log_normalizer)[0]
 
 
-def _log_probs_forward(x, head_kernel, labels, vocab_size, chunk, mesh, entropy, log_normalizer):
+def _log_probs_forward(
+    x: jax.Array,
+    head_kernel: jax.Array,
+    labels: jax.Array,
+    vocab_size: int,
+    chunk: int,
+    mesh: Mesh | None,
+    entropy: bool,
+    log_normalizer: bool,
+) -> tuple[TokenLogProbs, Any]:
     local = functools.partial(_local_log_probs, entropy=entropy, chunk=chunk)
     _, computed, _ = _on_devices(local, x, head_kernel, labels, vocab_size, mesh, gradient=False)
     computed = computed._replace(log_probs=jnp.where(_in_vocabulary(labels, vocab_size), computed.log_probs, 0))
@@ -160,7 +196,9 @@ def _log_probs_forward(x, head_kernel, labels, vocab_size, chunk, mesh, entropy,
     return returned, (x, head_kernel, labels, computed._replace(log_probs=None))
 
 
-def _log_probs_backward(vocab_size, chunk, mesh, entropy, log_normalizer, saved, cotangents):
+def _log_probs_backward(
+    vocab_size: int, chunk: int, mesh: Mesh | None, entropy: bool, log_normalizer: bool, saved: Any, cotangents: Any
+) -> tuple[Any, ...]:
     del entropy, log_normalizer
     x, head_kernel, labels, computed = saved
     cotangents = cotangents._replace(log_probs=jnp.where(_in_vocabulary(labels, vocab_size), cotangents.log_probs, 0))
@@ -174,15 +212,17 @@ def _log_probs_backward(vocab_size, chunk, mesh, entropy, log_normalizer, saved,
 _log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 
-def _in_vocabulary(labels, vocab_size):
+def _in_vocabulary(labels: jax.Array, vocab_size: int) -> jax.Array:
     """Returns whether each label is inside the vocabulary."""
     return (labels >= 0) & (labels < vocab_size)
 
 
-def _local_log_probs(head, x, labels, *, entropy, chunk):
+def _local_log_probs(
+    head: '_Head', x: jax.Array, labels: jax.Array, *, entropy: bool, chunk: int
+) -> tuple[Any, Any, Any]:
     """Returns TokenLogProbs with the log-normalisers, for labels inside the vocabulary; no sums and no gradients."""
 
-    def step(carry, arrays):
+    def step(carry: Any, arrays: Any) -> tuple[Any, Any]:
         x, labels = arrays
         logits = head.logits(x)
         normalizer = head.log_normalizer(logits)
@@ -194,10 +234,10 @@ def _local_log_probs(head, x, labels, *, entropy, chunk):
     return (), computed, ()
 
 
-def _local_log_probs_gradients(head, x, rows, *, chunk):
+def _local_log_probs_gradients(head: '_Head', x: jax.Array, rows: Any, *, chunk: int) -> tuple[Any, Any, Any]:
     """Returns the gradients; `rows` are labels, the result of `_local_log_probs`, cotangents of TokenLogProbs."""
 
-    def step(d_kernel, arrays):
+    def step(d_kernel: Any, arrays: Any) -> tuple[Any, Any]:
         x, (labels, *per_position) = arrays
         computed, cotangents = jax.tree.map(lambda a: a[..., None], per_position)
         log_p = head.logits(x) - computed.log_normalizer
@@ -214,7 +254,7 @@ def _local_log_probs_gradients(head, x, rows, *, chunk):
     return (), (), (d_x, d_kernel)
 
 
-def _finite(log_p):
+def _finite(log_p: jax.Array) -> jax.Array:
     """Returns log_p with the least float32 in place of -inf, so that p log p is 0 where p = 0; NaN stays NaN."""
     return jnp.maximum(log_p, jnp.finfo(jnp.float32).min)
 
@@ -231,11 +271,11 @@ class _Head(NamedTuple):
         str, ...
     ]  # the mesh axis over which the columns are divided, or (); gradients of x are then partial sums
 
-    def first(self):
+    def first(self) -> jax.Array | int:
         """Returns the index of this device's first column among all columns."""
         return jax.lax.axis_index(self.axes) * self.kernel.shape[1] if self.axes else 0
 
-    def logits(self, x):
+    def logits(self, x: jax.Array) -> jax.Array:
         """Returns logits [B, t, V'] float32; those of ignored columns are -inf."""
         logits = jnp.einsum('btd,dv->btv', x, self.kernel, preferred_element_type=jnp.float32)
         if self.padded_from:
@@ -243,44 +283,44 @@ class _Head(NamedTuple):
             logits = jnp.where(column + self.first() < self.padded_from, logits, -jnp.inf)
         return logits
 
-    def log_normalizer(self, logits):
+    def log_normalizer(self, logits: jax.Array) -> jax.Array:
         """Returns log sum exp over the vocabulary, [B, t, 1]."""
         largest = jax.lax.pmax(logits.max(axis=-1, keepdims=True), self.axes)
         return largest + jnp.log(jax.lax.psum(jnp.exp(logits - largest).sum(-1, keepdims=True), self.axes))
 
-    def label_logits(self, logits, labels):
+    def label_logits(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """Returns the logits of labels [B, t], 0 for labels that are on no device."""
         labels = labels - self.first()
         present = (labels >= 0) & (labels < self.kernel.shape[1])
         chosen = jnp.take_along_axis(logits, jnp.where(present, labels, 0)[..., None], axis=-1)[..., 0]
         return jax.lax.psum(jnp.where(present, chosen, 0), self.axes)
 
-    def entropy(self, log_p):
+    def entropy(self, log_p: jax.Array) -> jax.Array:
         """Returns the entropy [B, t] of log-probabilities [B, t, V']."""
         return jax.lax.psum(-(jnp.exp(log_p) * _finite(log_p)).sum(-1), self.axes)
 
-    def one_hot(self, labels):
+    def one_hot(self, labels: jax.Array) -> jax.Array:
         """Returns a bool array [B, t, V']: the column of each label [B, t]."""
         return jnp.arange(self.kernel.shape[1]) == (labels - self.first())[..., None]
 
-    def zeros(self):
+    def zeros(self) -> jax.Array:
         """Returns the initial value of the kernel's gradient."""
         return jnp.zeros(self.kernel.shape, jnp.float32)
 
-    def add_gradients(self, d_kernel, x, d_logits):
+    def add_gradients(self, d_kernel: jax.Array, x: jax.Array, d_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the gradient of x [B, t, D], and d_kernel [D, V'] float32 plus the gradient of the kernel."""
         d_logits = d_logits.astype(x.dtype)
         d_kernel += jnp.einsum('btd,btv->dv', x, d_logits, preferred_element_type=jnp.float32)
         return jnp.einsum('btv,dv->btd', d_logits, self.kernel), d_kernel
 
 
-def _chunk_size(chunk, mesh):
+def _chunk_size(chunk: int | None, mesh: Mesh | None) -> int:
     """Returns the size of a chunk: `chunk` if given, else a size that suits the devices."""
     platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
     return chunk or (CHUNK_ON_CPU if platform == 'cpu' else CHUNK)
 
 
-def _scan(step, start, arrays, chunk):
+def _scan(step: Callable[[Any, Any], tuple[Any, Any]], start: Any, arrays: Any, chunk: int) -> tuple[Any, Any]:
     """Scans chunks [B, t, ...] of arrays [B, T, ...] along T; returns the last carry and the outputs [B, T, ...].
 
     A chunk has at most `chunk` positions (B times t), but t is at least 1. Beyond T the arrays are 0.
@@ -289,11 +329,11 @@ def _scan(step, start, arrays, chunk):
     length = max(1, min(T, chunk // B))
     count = -(-T // length)
 
-    def split(a):  # [B, T, ...] -> [count, B, length, ...]
+    def split(a: jax.Array) -> jax.Array:  # [B, T, ...] -> [count, B, length, ...]
         a = jnp.pad(a, [(0, 0), (0, count * length - T)] + [(0, 0)] * (a.ndim - 2))
         return jnp.moveaxis(a.reshape(B, count, length, *a.shape[2:]), 1, 0)
 
-    def join(a):
+    def join(a: jax.Array) -> jax.Array:
         return jnp.moveaxis(a, 0, 1).reshape(B, count * length, *a.shape[3:])[:, :T]
 
     carry, outputs = jax.lax.scan(step, start, jax.tree.map(split, arrays))
@@ -323,10 +363,10 @@ def _on_devices(
     kernel = head_kernel.astype(x.dtype)
     padded_from = vocab_size if vocab_size < head_kernel.shape[1] else None
 
-    def present(*axes):  # some compilers copy arrays for an axis of size 1
-        return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    def present(*axes: str) -> tuple[str, ...]:  # some compilers copy arrays for an axis of size 1
+        return tuple(axis for axis in axes if mesh is not None and mesh.shape[axis] > 1)
 
-    def on_device(x, kernel, rows):
+    def on_device(x: jax.Array, kernel: jax.Array, rows: Any) -> tuple[Any, Any, Any]:
         sums, outputs, gradients = local(_Head(kernel, padded_from, present('tensor')), x, rows)
         sums = jax.lax.psum(sums, present(*meshes.ROWS))
         if not gradient:

@@ -33,11 +33,11 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
 
 
-def _matmul_forward(x, kernel):
+def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return x @ kernel, (x, kernel)
 
 
-def _matmul_backward(saved, dy):
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     dot = functools.partial(jnp.einsum, precision=precision(x))
     dx = dot('...f,df->...d', dy, kernel)

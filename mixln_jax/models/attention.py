@@ -1,6 +1,7 @@
 """Causal self-attention."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mixln_jax import config as configs
@@ -18,11 +19,11 @@ class Attention(nn.Module):
     kernel: str = 'blocks'  # see kernels/attention.py
 
     @nn.compact
-    def __call__(self, x_BTD, angles, mask):
+    def __call__(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array], mask: jax.Array | None) -> jax.Array:
         D, H, K = self.config.hidden_size, self.config.num_heads, self.config.kv_heads
         head_dim, bias = self.config.head_size, self.config.attention_bias
 
-        def heads(name, count):
+        def heads(name: str, count: int) -> jax.Array:
             y = linear(count * head_dim, self.dtype, name, bias)(x_BTD).reshape(*x_BTD.shape[:2], count, head_dim)
             return RMSNorm(self.config.norm_eps, self.dtype, name=f'{name}_norm')(y) if self.qkv_norm else y
 

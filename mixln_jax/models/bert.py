@@ -1,6 +1,7 @@
 """BERT (Devlin et al. 2019, arXiv 1810.04805): embeddings, LayerNorm, the shared stack, a head."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -24,11 +25,11 @@ class Attention(nn.Module):
     kernel: str = 'blocks'  # of causal attention: has no meaning here
 
     @nn.compact
-    def __call__(self, x_BTD, angles, mask):
+    def __call__(self, x_BTD: jax.Array, angles: None, mask: jax.Array | None) -> jax.Array:
         del angles
         D, H = self.config.hidden_size, self.config.num_heads
 
-        def heads(name):
+        def heads(name: str) -> jax.Array:
             y = layers.linear(D, self.dtype, name, bias=True)(x_BTD).reshape(*x_BTD.shape[:2], H, D // H)
             return LayerNorm(self.config.norm_eps, self.dtype, name=f'{name}_norm')(y) if self.qkv_norm else y
 
@@ -43,7 +44,7 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         up = layers.linear(self.config.intermediate_size, self.dtype, 'up', bias=True)(x_BTD)
         return layers.linear(self.config.hidden_size, self.dtype, 'down', bias=True)(nn.gelu(up, False))
 
@@ -69,7 +70,7 @@ class Bert(Network):
         'rope_type',
     )  # fmt: skip
 
-    def setup(self):
+    def setup(self) -> None:
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
         table = lambda rows: layers.Embedding(rows, config.hidden_size, dtype, self.stream_sharding)  # noqa: E731
         self.words = table(self.rows)
@@ -124,7 +125,7 @@ class Bert(Network):
                 out['hidden'] = jnp.concatenate([first[None], out['hidden']])
             return self._head_input(last), out or {}
 
-    def _head_input(self, x):
+    def _head_input(self, x: jax.Array) -> jax.Array:
         if not placements.PLACEMENTS[self.norm_position[-1]].mlp.post:
             x = self.norm(x)
         return self.transform_norm(nn.gelu(self.transform(x), False)) if self.head == WORDS else x
@@ -159,7 +160,7 @@ class Bert(Network):
         return jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
 
-def _seen(batch):
+def _seen(batch: Mapping[str, jax.Array]) -> jax.Array | None:
     """Which keys a query sees: a bool array that broadcasts to [B,1,T,T]; None: all of them."""
     masks = []
     if 'token_mask' in batch:

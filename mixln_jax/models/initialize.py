@@ -5,17 +5,27 @@ placement: runs that compare placements start from the same weights.
 """
 
 import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mixln_jax import config as configs
 from mixln_jax.models import placements
 
 OUTPUTS = ('attention/o/kernel', 'mlp/down/kernel')  # what a sub-layer adds to the stream
 QUERY_KEY = ('attention/q/kernel', 'attention/k/kernel')
 
 
-def initialize(key, shapes, config, norm_position, depth, padded):
+def initialize(
+    key: jax.Array,
+    shapes: Any,
+    config: configs.Model,
+    norm_position: Sequence[str],
+    depth: int,
+    padded: Mapping[str, int],
+) -> Any:
     """Fills a tree of parameter shapes.
 
     Args:
@@ -33,7 +43,7 @@ def initialize(key, shapes, config, norm_position, depth, padded):
     """
     runs = placements.layer_runs(norm_position)
 
-    def leaf(path, shape):
+    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
         names = [part.key for part in path]
         if names[-1] in ('scale', 'bias'):
             return jnp.full(shape.shape, names[-1] == 'scale', shape.dtype)
@@ -55,15 +65,15 @@ def initialize(key, shapes, config, norm_position, depth, padded):
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def _fold(key, name, layer):
+def _fold(key: jax.Array, name: str, layer: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(name.encode())), layer)
 
 
-def _normal(key, shape, dtype):
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 
-def _std(name, shape, config, placement_init, depth):
+def _std(name: str, shape: tuple[int, ...], config: configs.Model, placement_init: str, depth: int) -> float:
     init = config.init if config.init != 'auto' else placement_init or 'normal'
     if init in ('deepnorm', 'deepnorm_official'):
         gain = 1.0 if name in QUERY_KEY else (8 * depth) ** (-0.25 if init == 'deepnorm' else 0.25)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,14 +28,14 @@ class RMSNorm(nn.Module):
     groups: int = 1
 
     @nn.compact
-    def __call__(self, x, constant=None):
+    def __call__(self, x: jax.Array, constant: jax.Array | None = None) -> jax.Array:
         gain = self.param('scale', nn.initializers.ones, (x.shape[-1],))
         y = _rms_norm(x, gain, self.eps, self.groups)
         return (y if constant is None else y * constant).astype(self.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2, 3))  # else several float32 copies of x are kept
-def _rms_norm(x, gain, eps, groups):
+def _rms_norm(x: jax.Array, gain: jax.Array, eps: float, groups: int) -> jax.Array:
     x = x.astype(jnp.float32)
     if groups == 1:
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * gain
@@ -51,14 +52,14 @@ class Embedding(nn.Module):
     dtype: jnp.dtype
     stream_sharding: jax.sharding.NamedSharding | None
 
-    def setup(self):
+    def setup(self) -> None:
         self.embedding = self.param('embedding', nn.initializers.zeros, (self.rows, self.features))
 
-    def attend(self, x):
+    def attend(self, x: jax.Array) -> jax.Array:
         """[...,D] -> [...,rows] float32: the table as a head."""
         return matmul(x.astype(jnp.float32), self.embedding.T.astype(jnp.float32))
 
-    def __call__(self, ids):
+    def __call__(self, ids: jax.Array) -> jax.Array:
         """[B,T] -> [B,T,D]."""
         table = self.embedding.astype(self.dtype)
         if not self.stream_sharding:
@@ -76,25 +77,25 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         into = lambda name: linear(self.config.intermediate_size, self.dtype, name, self.config.mlp_bias)(x_BTD)  # noqa: E731
         y = _gated(into('gate'), into('up'))
         return linear(self.config.hidden_size, self.dtype, 'down', self.config.mlp_bias)(y)
 
 
 @jax.checkpoint  # of both alone the backward pass makes the rest
-def _gated(gate, up):
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     return nn.silu(gate) * up
 
 
-def linear(features, dtype, name, bias=False):
+def linear(features: int, dtype: Any, name: str | None, bias: bool = False) -> nn.Dense:
     """A matrix, without bias unless it is asked for; its values come from `initialize`, or from a file."""
     return nn.Dense(
         features, use_bias=bias, dtype=dtype, name=name, kernel_init=nn.initializers.zeros, dot_general=_dot_general
     )
 
 
-def _dot_general(x, kernel, *_, **__):
+def _dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
     return matmul(x, kernel)
 
 
@@ -107,7 +108,7 @@ class LayerNorm(nn.Module):
     groups: int = 1
 
     @nn.compact
-    def __call__(self, x, constant=None):
+    def __call__(self, x: jax.Array, constant: jax.Array | None = None) -> jax.Array:
         gain = self.param('scale', nn.initializers.ones, (x.shape[-1],))
         bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
         parts = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)

@@ -18,7 +18,7 @@ class Llama(Network):
     lookups: ClassVar[tuple[str, ...]] = ('embed/embedding',)
     fixed: ClassVar[tuple[str, ...]] = ('num_positions', 'num_types')
 
-    def setup(self):
+    def setup(self) -> None:
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
         self.embed = layers.Embedding(self.rows, config.hidden_size, dtype, self.stream_sharding)
         self.layers = transformer.Stack(

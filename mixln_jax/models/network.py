@@ -80,7 +80,7 @@ class Network(nn.Module):
     def without_padding(self, params: Any) -> Any:
         """Returns the parameters without the rows and columns that pad the vocabulary."""
 
-        def cut(path, leaf):
+        def cut(path: tuple, leaf: Any) -> Any:
             axis = self.padded.get(trees.path_name(path))
             return leaf if axis is None else leaf[(slice(None),) * axis + (slice(self.config.vocab_size),)]
 
@@ -90,7 +90,7 @@ class Network(nn.Module):
     def with_padding(self, params: Any) -> Any:
         """Returns numpy parameters with rows and columns of zeros that pad the vocabulary."""
 
-        def pad(leaf, shape):
+        def pad(leaf: np.ndarray, shape: jax.ShapeDtypeStruct) -> np.ndarray:
             widths = [(0, size - n) for size, n in zip(shape.shape, leaf.shape, strict=True)]
             return np.pad(leaf, widths) if any(map(any, widths)) else leaf
 

@@ -3,6 +3,8 @@
 B batch, T length, H query heads, K key/value heads, d features of a head, t queries of a block, S keys that they see.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,26 +28,26 @@ def rope_frequencies(config: configs.Model) -> jax.Array:
     return frequency
 
 
-def rope_cos_sin(positions, frequency):
+def rope_cos_sin(positions: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [..., T, d / 2] of the angle of every pair at `positions` [..., T]."""
     angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x_BTHd, angles):
+def rotate(x_BTHd: jax.Array, angles: Sequence[jax.Array]) -> jax.Array:
     """Turns pair i of every head, (x_i, x_{i + d/2}), by its position's angle: the half-rotation of Hugging Face."""
     cos, sin = (jnp.concatenate([a, a], axis=-1)[..., None, :] for a in angles)
     turned = jax.lax.platform_dependent(x_BTHd, tpu=_turned_by_product, default=_turned)
     return (x_BTHd * cos + turned * sin).astype(x_BTHd.dtype)
 
 
-def _turned(x):
+def _turned(x: jax.Array | np.ndarray) -> jax.Array:
     """(x_i, x_{i + d/2}) -> (-x_{i + d/2}, x_i) of every head."""
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([-second, first], axis=-1)
 
 
-def _turned_by_product(x):
+def _turned_by_product(x: jax.Array) -> jax.Array:
     """The same with a matrix of 0, 1 and -1, exact too: halves of a head of 64 are a quarter of what TPUs hold side by
     side, and splitting there costs a third of attention, as their compiler expects it (benchmarks/NOTES.md)."""
     matrix = jnp.asarray(_turned(np.eye(x.shape[-1])), x.dtype)

@@ -50,7 +50,7 @@ def compiled(config: configs.Config, topology: str) -> jax.stages.Compiled | str
 
 def needed(executable: jax.stages.Compiled) -> int:
     """Returns the bytes that a compiled program needs on each device."""
-    analysis = executable.memory_analysis()
+    analysis: Any = executable.memory_analysis()  # None only for backends without compiled code
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     inputs = analysis.argument_size_in_bytes
     return inputs + outputs + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
@@ -85,9 +85,9 @@ def plan(config: configs.Config, topology: str, mfu: float, compile: bool) -> No
         _print_proposal(config, count, capacity, check)
 
 
-def _print_formula(program, device, count, flops, mfu):
+def _print_formula(program: Program, device: str, count: int, flops: float, mfu: float) -> None:
     """Prints what formulas say: sizes, time and memory; `flops` are of a step on all devices."""
-    config, capacity = program.config, DEVICES[device].memory
+    config, capacity = program.config, DEVICES[device].memory or 0
     seconds = flops / (mfu * DEVICES[device].flops * count)
     hours = seconds * config.num_steps / 3600
     parts = memory(program)
@@ -106,13 +106,13 @@ def _print_formula(program, device, count, flops, mfu):
     )
 
 
-def _print_compiled(executable, fit, device, flops):
+def _print_compiled(executable: jax.stages.Compiled | str, fit: bool, device: str, flops: float) -> None:
     """Prints what the compiler reports; `flops` are of a step on one device."""
     if isinstance(executable, str):
         console.say(f'the compiler: {executable}')
         return
     console.say(f'the compiler needs {_gib(needed(executable))} per device: {"fits" if fit else "does not fit"}')
-    text = executable.as_text()
+    text = executable.as_text() or ''
     for kind, (times, size) in sorted(hlo.collectives(text).items()):
         console.say(f'  {kind:<20} {times:>6} per step, {_gib(size)}')
     print_expected(hlo.expected_cycles(text), device, flops)
@@ -149,11 +149,11 @@ def _print_proposal(config: configs.Config, count: int, capacity: int, check: Ca
     console.say('no micro-batch, remat policy, fsdp or number of devices makes it fit')
 
 
-def _fits_compiled(executable, capacity):
+def _fits_compiled(executable: jax.stages.Compiled | str, capacity: int) -> bool:
     return not isinstance(executable, str) and needed(executable) <= capacity
 
 
-def _gib(size):
+def _gib(size: float) -> str:
     return f'{size / 2**30:8.3f} GiB'
 
 
@@ -170,7 +170,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument('--compile', action='store_true', help='compile the train step for the TPU topology')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
-    def job():
+    def job() -> None:
         options, rest = cli.parse_known(parser, argv)
         if not 0 < options.mfu <= 1:
             raise UsageError('--mfu must be above 0 and at most 1')

@@ -16,7 +16,9 @@ def operations(text: str) -> Iterator[tuple[str, int, bool]]:
 
     An operation in a loop runs in every round of the loop. All branches of a condition are counted.
     """
-    lines, limits, entry, name = collections.defaultdict(list), {}, None, None
+    lines: dict[str, list[str]] = collections.defaultdict(list)  # by computation
+    limits: dict[str, int] = {}
+    entry, name = '', ''
     for line in text.splitlines():
         if head := re.match(r'(ENTRY )?%?([\w.-]+) .*\{$', line):
             name = head[2]
@@ -27,7 +29,7 @@ def operations(text: str) -> Iterator[tuple[str, int, bool]]:
             if constant := re.search(r' = s32\[\]\S* constant\((\d+)\)', line):
                 limits[name] = int(constant[1])
 
-    def walk(name, times, fused):
+    def walk(name: str, times: int, fused: bool) -> Iterator[tuple[str, int, bool]]:
         for line in lines[name]:
             yield line, times, fused
             condition = re.search(r'condition=%?([\w.-]+)', line)
@@ -44,7 +46,7 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
 
     Collectives among groups of one device are not counted.
     """
-    totals = collections.defaultdict(lambda: [0, 0])
+    totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     alone = re.compile(r'replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\]<)')
     for line, times, _ in operations(text):
         operation = re.search(rf'= (.*?) ({"|".join(COLLECTIVES)})(-start)?\(', line)
@@ -64,7 +66,7 @@ def expected_cycles(text: str) -> dict[str, int]:
     The parts are PARTS, `norms` and `the rest`. Collectives have no cycles. Only the compiler for TPUs expects cycles;
     the result is empty for others.
     """
-    totals = collections.Counter()
+    totals: collections.Counter[str] = collections.Counter()
     for line, times, fused in operations(text):
         cycles = re.search(r'"estimated_cycles":"(\d{1,12})"', line)  # more: unknown
         if cycles and not fused:

@@ -54,8 +54,8 @@ def memory(program: Program) -> dict[str, int]:
     tensor = mesh.shape['tensor']
     rows = config.batch_size // config.accumulate // meshes.row_parts(mesh)
     # Features that a layer keeps: whole on every device of `tensor`, and split among these devices.
-    inside = {'full': (0, 0), 'dots': (2 * D, A + 2 * K + 2 * F), 'none': (3 * D, 2 * A + 2 * K + 3 * F)}
-    inside = {remat: (whole + split // tensor) * width for remat, (whole, split) in inside.items()}
+    features = {'full': (0, 0), 'dots': (2 * D, A + 2 * K + 2 * F), 'none': (3 * D, 2 * A + 2 * K + 3 * F)}
+    inside = {remat: (whole + split // tensor) * width for remat, (whole, split) in features.items()}
     stream = D * width
     layer = inside[model.remat]
     working = inside['none'] if model.remat != 'none' else 0  # of the layer that is recomputed
@@ -71,7 +71,7 @@ def memory(program: Program) -> dict[str, int]:
     }
 
 
-def _local_bytes(tree):
+def _local_bytes(tree: Any) -> int:
     """Returns the bytes of a tree that one device holds."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

@@ -1,6 +1,8 @@
 """Optimisers and learning-rate schedules."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from mixln_jax import config as configs
 from mixln_jax import trees
 
 
-def schedule(config: configs.Optim, num_steps, official=False):
+def schedule(config: configs.Optim, num_steps: int, official: bool = False) -> Callable[[Any], jax.Array]:
     """The learning rate of update s = 0, 1, ...: a linear warm-up that ends at the peak, then a decay that ends at
     min_ratio * peak with the last update. The first update already learns; `official`, its rate is 0 and each later
     one is the rate of the update before, as in the Mix-LN authors' code, whose linear decay ends at 0.
@@ -34,7 +36,7 @@ def schedule(config: configs.Optim, num_steps, official=False):
     return whole if official else lambda step: whole(step + 1)
 
 
-def optimizer(config: configs.Optim):
+def optimizer(config: configs.Optim) -> optax.GradientTransformation:
     """The gradient transformation without clipping and learning rate, which belong to the step.
 
     Only the first moment may have a type of its own: in bfloat16, with 8 bits, the second one would not follow, for an
@@ -62,17 +64,17 @@ def optimizer(config: configs.Optim):
     return per_layer(optax.chain(rule, *decay), optax.chain(others, *decay), one_by_one=config.name == 'galore')
 
 
-def _relative_decay(rate):
+def _relative_decay(rate: float) -> optax.GradientTransformation:
     """Weight decay for adafactor, at each matrix's own rate, which is relative to its root mean square, as in Hugging
     Face's Adafactor. The paper (Shazeer and Stern 2018, arXiv 1804.04235) has none."""
 
-    def add(update, leaf):
+    def add(update: jax.Array, leaf: jax.Array) -> jax.Array:
         return update + rate * jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(leaf))), 1e-3) * leaf
 
     return optax.masked(optax.stateless_with_tree_map(add), _is_matrix)
 
 
-def scale_by_muon(momentum, mu_dtype=None):
+def scale_by_muon(momentum: float, mu_dtype: Any = None) -> optax.GradientTransformation:
     """Jordan et al. 2024 (kellerjordan.github.io/posts/muon): Nesterov momentum, then five Newton-Schulz iterations.
 
     mu <- momentum mu + (1 - momentum) g, and momentum mu + (1 - momentum) g is made orthogonal. Liu et al. 2025 (arXiv
@@ -87,10 +89,10 @@ def scale_by_muon(momentum, mu_dtype=None):
         weight_dimension_numbers=lambda matrices: jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), matrices),
     )
 
-    def mix(gradients, moments):
+    def mix(gradients: Any, moments: Any) -> Any:
         return jax.tree.map(lambda g, mu: momentum * mu + (1 - momentum) * g, gradients, moments)
 
-    def update(gradients, state, params=None):
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         mu = mix(gradients, state.mu)
         updates, after = orthogonal.update(mix(gradients, mu), state)
@@ -99,13 +101,15 @@ def scale_by_muon(momentum, mu_dtype=None):
     return optax.GradientTransformation(orthogonal.init, update)
 
 
-def _size_of_adam(update, _):
+def _size_of_adam(update: jax.Array, _: Any) -> jax.Array:
     """Scales an orthogonal matrix to the size of Adam's updates, so that one learning rate serves both (Liu et al.
     2025, Muon is Scalable, arXiv 2502.16982, equation 4)."""
     return 0.2 * max(update.shape) ** 0.5 * update
 
 
-def scale_by_galore(rank, gap, scale, inner):
+def scale_by_galore(
+    rank: int, gap: int, scale: float, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
     """Zhao et al. 2024 (GaLore, arXiv 2403.03507, algorithm 2): `inner` sees gradients G [in, out] of rank r alone.
 
     The shorter side is projected. in <= out: P [in, r] has the first left singular vectors of G, `inner` sees P^T G
@@ -115,25 +119,25 @@ def scale_by_galore(rank, gap, scale, inner):
     """
     dot = functools.partial(jnp.matmul, precision='highest')
 
-    def wide(gradient):
+    def wide(gradient: jax.Array) -> bool:
         return gradient.shape[0] <= gradient.shape[1]
 
-    def singular_vectors(gradient):
+    def singular_vectors(gradient: jax.Array) -> jax.Array:
         U, _, Vt = jnp.linalg.svd(gradient.astype(jnp.float32), full_matrices=False)
         return (U if wide(gradient) else Vt.T)[:, :rank].astype(gradient.dtype)
 
-    def project(gradient, P):
+    def project(gradient: jax.Array, P: jax.Array) -> jax.Array:
         return dot(P.T, gradient) if wide(gradient) else dot(gradient, P)
 
-    def project_back(gradient, P, update):
+    def project_back(gradient: jax.Array, P: jax.Array, update: jax.Array) -> jax.Array:
         return scale * (dot(P, update) if wide(gradient) else dot(update, P.T))
 
-    def init(params):
+    def init(params: Any) -> Any:
         projector = jax.tree.map(lambda p: jnp.zeros((min(p.shape), min(rank, *p.shape)), p.dtype), params)
         inner_state = inner.init(jax.tree.map(project, params, projector))
         return contrib.GaLoreState(jnp.int32(0), inner_state, projector)
 
-    def update(gradients, state, params=None):
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         made = functools.partial(jax.tree.map, singular_vectors, gradients)
         projector = jax.lax.cond(state.count % gap == 0, made, lambda: state.projector)
@@ -145,7 +149,9 @@ def scale_by_galore(rank, gap, scale, inner):
     return optax.GradientTransformation(init, update)
 
 
-def per_layer(transformation, others, one_by_one=False):
+def per_layer(
+    transformation: optax.GradientTransformation, others: optax.GradientTransformation, one_by_one: bool = False
+) -> optax.GradientTransformation:
     """Shows `transformation` one layer at a time: it is mapped over the stacked axis of every segment, so it sees a
     layer's matrices and never the stack. `others` sees the leaves outside the layers, as one tree.
 
@@ -153,20 +159,20 @@ def per_layer(transformation, others, one_by_one=False):
     done at every step by layers that run together.
     """
 
-    def mapped(*arguments):
+    def mapped(*arguments: Any) -> Any:
         if one_by_one:
             return jax.lax.map(lambda one: transformation.update(*one), arguments)
         return jax.vmap(transformation.update)(*arguments)
 
-    def split(params):
+    def split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return {name: leaf for name, leaf in params.items() if name != trees.STACKED}, params[trees.STACKED]
 
-    def init(params):
+    def init(params: Any) -> Any:
         rest, stack = split(params)
         layers = {name: jax.vmap(transformation.init)(segment) for name, segment in stack.items()}
         return {'rest': others.init(rest), trees.STACKED: layers}
 
-    def update(updates, state, params):
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         (rest, stack), (params_rest, params_stack) = split(updates), split(params)
         rest, rest_state = others.update(rest, state['rest'], params_rest)
         layers, states = {}, {}
@@ -177,6 +183,6 @@ def per_layer(transformation, others, one_by_one=False):
     return optax.GradientTransformation(init, update)
 
 
-def _is_matrix(params):
+def _is_matrix(params: Any) -> Any:
     """Weight decay is for matrices and the embedding, by name: a stacked norm gain looks like a matrix."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ('kernel', 'embedding'), params)

@@ -1,6 +1,7 @@
 """What runs on the devices: the functions of a run, jitted for a mesh, and the shapes they take."""
 
 import functools
+from typing import Any
 
 import jax
 
@@ -65,11 +66,11 @@ class Program:
         """Returns the FLOPs of training on one position, by formula."""
         return self.model.flops_per_position(self.state.params, self.config.seq_length)
 
-    def batch(self, size):
+    def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of `size` rows as ShapeDtypeStructs."""
         return {name: _like(values, self._rows) for name, values in self.task.batch_spec(size).items()}
 
-    def compile(self):
+    def compile(self) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
         """`train_step` for batches of `batch_size`, `eval_step` for its micro-batches, compiled."""
         size, step = self.config.batch_size, transformer.needed_step(self.model, self.state.step)
         return (
@@ -78,7 +79,7 @@ class Program:
         )
 
 
-def _check_sizes(config, mesh):
+def _check_sizes(config: configs.Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:
     parts, tensor = meshes.row_parts(mesh), mesh.shape['tensor']
     if config.batch_size % (config.accumulate * parts):
         raise UsageError(
@@ -104,5 +105,5 @@ def attention_kernel(config: configs.Config, device: jax.Device | None) -> str:
     )
 
 
-def _like(array, sharding):
+def _like(array: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

@@ -1,5 +1,7 @@
 """The train step and the evaluation step: pure functions of a state and a batch."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -9,7 +11,7 @@ import optax
 
 from mixln_jax import trees
 from mixln_jax.models import transformer
-from mixln_jax.tasks.task import Context
+from mixln_jax.tasks.task import Batch, Context, Task
 
 
 @flax.struct.dataclass
@@ -30,12 +32,14 @@ class State:
         """The weights that are evaluated: the running average where there is one."""
         return self.params if self.ema is None else self.ema
 
-    def with_params(self, params):
+    def with_params(self, params: Any) -> 'State':
         """Returns the state with other weights, from which a running average starts again."""
-        return self.replace(params=params, ema=None if self.ema is None else _float32(params))
+        return dataclasses.replace(self, params=params, ema=None if self.ema is None else _float32(params))
 
 
-def init_state(task, optimizer, key, param_dtype='float32', ema=0.0):
+def init_state(
+    task: Task, optimizer: optax.GradientTransformation, key: jax.Array, param_dtype: str = 'float32', ema: float = 0.0
+) -> State:
     """Returns a fresh State: the weights that the model draws, in `param_dtype`, with `ema` their average."""
     drawn = jax.tree.map(lambda leaf: leaf.astype(param_dtype), task.model.init(key)['params'])
     params = task.initial(drawn)
@@ -43,18 +47,18 @@ def init_state(task, optimizer, key, param_dtype='float32', ema=0.0):
     return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0), average)
 
 
-def _float32(params):
+def _float32(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
-def measure_factors(state, batch, *, task, seed=0, accumulate=1):
+def measure_factors(state: State, batch: Batch, *, task: Task, seed: int = 0, accumulate: int = 1) -> State:
     """Returns a fresh State with the measured factors (Admin's omega) set by one forward pass over the whole batch.
 
     Ramps count as done: the factors balance the branches that training will have. At step 0 each of them adds nothing.
     """
     model = task.model
 
-    def branches(micro_batch):
+    def branches(micro_batch: Batch) -> Any:
         _, out = model.apply({'params': state.params}, micro_batch, capture=True, method='backbone')
         return out['branches']
 
@@ -67,8 +71,18 @@ def measure_factors(state, batch, *, task, seed=0, accumulate=1):
 
 
 def train_step(
-    state, batch, *, task, optimizer, schedule, seed=0, clip_norm=0.0, ema=0.0, accumulate=1, shardings=None
-):
+    state: State,
+    batch: Batch,
+    *,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Any], jax.Array],
+    seed: int = 0,
+    clip_norm: float = 0.0,
+    ema: float = 0.0,
+    accumulate: int = 1,
+    shardings: Any = None,
+) -> tuple[State, dict[str, jax.Array]]:
     """Returns the state after one update, and its metrics.
 
     Args:
@@ -108,15 +122,15 @@ def train_step(
     } | sums
 
 
-def _sums_and_gradients(task, state, parts, shardings):
+def _sums_and_gradients(task: Task, state: State, parts: Any, shardings: Any) -> tuple[dict[str, jax.Array], Any]:
     """Returns all sums by name, and the gradient of the sum of the losses, over micro-batches [accumulate, ...]."""
     context = Context(train=True, frozen=state.frozen, step=state.step)
     loss_and_gradient = jax.value_and_grad(lambda params, part: _sums(task, params, part, context), has_aux=True)
 
-    def split(grads):  # left alone, XLA may let every device hold the whole sum
+    def split(grads: Any) -> Any:  # left alone, XLA may let every device hold the whole sum
         return jax.lax.with_sharding_constraint(grads, shardings) if shardings else grads
 
-    def add(totals, part):
+    def add(totals: Any, part: Any) -> tuple[Any, None]:
         (_, sums), grads = loss_and_gradient(state.params, part)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), totals, (sums, split(grads))), None
 
@@ -125,7 +139,14 @@ def _sums_and_gradients(task, state, parts, shardings):
     return jax.lax.scan(add, (zeros(sums), split(zeros(state.params))), parts)[0]
 
 
-def _updated(state, grads, optimizer, learning_rate, finite, ema):
+def _updated(
+    state: State,
+    grads: Any,
+    optimizer: optax.GradientTransformation,
+    learning_rate: jax.Array,
+    finite: jax.Array,
+    ema: float,
+) -> State:
     """Returns the state after an update; if it is not `finite`, or an earlier one was not, only `bad_step` changes."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda update: -learning_rate * update, updates))
@@ -134,18 +155,20 @@ def _updated(state, grads, optimizer, learning_rate, finite, ema):
     if state.ema is not None:
         average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new.astype(old.dtype), state.ema, params)
     updated = State(state.step + 1, params, opt_state, bad_step, average)
-    kept = state.replace(bad_step=bad_step, frozen=None)
+    kept = dataclasses.replace(state, bad_step=bad_step, frozen=None)
     chosen = jax.tree.map(lambda new, old: jnp.where(bad_step == 0, new, old), updated, kept)
-    return chosen.replace(frozen=state.frozen)
+    return dataclasses.replace(chosen, frozen=state.frozen)
 
 
-def _sums(task, params, batch, context):
+def _sums(task: Task, params: Any, batch: Batch, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the sum of the losses of a prepared batch, and all sums by name."""
     losses = task.losses(params, batch, context)
     return losses.sum, {'sum': losses.sum, 'weight': losses.weight} | losses.metrics
 
 
-def eval_step(params, batch, step=None, *, task, seed=0):
+def eval_step(
+    params: Any, batch: Batch, step: jax.Array | None = None, *, task: Task, seed: int = 0
+) -> dict[str, jax.Array]:
     """Returns the sums of a batch after `step` updates: `sum`, `weight` and the task's metrics."""
     return _sums(task, params, task.prepare(batch, step_key(seed, 0), False), Context(step=step))[1]
 
@@ -155,7 +178,7 @@ def step_key(seed: int, step: jax.Array | int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def micro_batches(batch, accumulate):
+def micro_batches(batch: Any, accumulate: int) -> Any:
     """[B,...] -> [accumulate, B/accumulate, ...], taking every accumulate-th row, so that a batch sharded over devices
     gives every device its share of each micro-batch."""
     return jax.tree.map(

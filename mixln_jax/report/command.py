@@ -52,8 +52,8 @@ def run(folders: Sequence[str], out_folder: str) -> None:
         try:
             written = [pathlib.Path(out_folder, path.name) for path in write(runs, comparison, out)]
             console.say(f'wrote {" and ".join(map(str, written))}')
-        except UsageError as problem:
-            problems.append(problem)
+        except UsageError as error:
+            problems.append(error)
         for warning in comparison.warnings:
             console.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
         if others:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument('--out', metavar='FOLDER', default='report', help='for report.html and report.md [report]')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
-    def job():
+    def job() -> None:
         options = cli.parse(parser, argv)
         run(options.runs, options.out)
 

@@ -9,12 +9,13 @@ import contextlib
 import io
 import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib import ticker
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -78,7 +79,8 @@ def angular(results: Sequence[Result], among: Sequence[Result] | None = None) ->
         L = len(values)
         shown = style.cells(ax, values, Normalize(0, largest), (-0.5, L - 0.5, 0.5, L + 0.5))
         ax.set_box_aspect(1)
-        style.integers(ax.xaxis), style.integers(ax.yaxis)
+        style.integers(ax.xaxis)
+        style.integers(ax.yaxis)
         ax.set_xlabel('start depth $l$' if number + columns >= len(results) else '')
         ax.set_ylabel('layers spanned $n$' if number % columns == 0 else '')
         style.title(ax, result['label'], figure, columns)
@@ -133,7 +135,7 @@ def drop(results: Sequence[Result], metric: str, block: int = 1, among: Sequence
     return figure
 
 
-def _bars(ax, result, quantity, colour):
+def _bars(ax: Axes, result: Result, quantity: style.Quantity, colour: str) -> None:
     """Draws bars with their standard errors; a cross marks what is not finite."""
     mean, error = quantity
     layers = style.layers(result)[: len(mean)]
@@ -194,7 +196,7 @@ def variance(results: Sequence[Result]) -> Figure:
     figure, [ax] = style.chart()
     depths = [np.arange(len(result['variance']['mean'])) for result in results]
     handles = style.lines(ax, [_measured(result['variance']) for result in results], results, depths)
-    line = {'linewidth': 0.9, 'dashes': (4, 1.5, 1, 1.5)}  # unlike the dashes of a second seed
+    line: dict[str, Any] = {'linewidth': 0.9, 'dashes': (4, 1.5, 1, 1.5)}  # unlike the dashes of a second seed
     theory = []
     for number, result in enumerate(results):
         expected = np.array(result.get('theory') or [], float)
@@ -262,7 +264,7 @@ def curves(series: Sequence[Mapping[str, Any]], xlabel: str, ylabel: str, log: b
 
 
 @style.styled
-def by_layer(values: Sequence[ArrayLike], results: Sequence[Result], quantity: str) -> Figure:
+def by_layer(values: Sequence[Sequence[float] | np.ndarray], results: Sequence[Result], quantity: str) -> Figure:
     """Draws one number for each layer of whole networks: a line for each result.
 
     Args:
@@ -297,10 +299,10 @@ def evolution(
         among: all `values` that share the scale; None: these alone.
     """
     norm = style.norm([np.array(others, float) for others in among or [values]])
-    values = np.array(values, float).T
+    cells = np.array(values, float).T
     figure, [ax] = style.chart()
-    extent = (0.5, len(steps) + 0.5, 0.5, len(values) + 0.5)
-    shown = style.cells(ax, np.ma.array(values, mask=False), norm, extent)
+    extent = (0.5, len(steps) + 0.5, 0.5, len(cells) + 0.5)
+    shown = style.cells(ax, np.ma.array(cells, mask=False), norm, extent)
     style.integers(ax.yaxis)
     some = range(0, len(steps), -(-len(steps) // 5))
     ax.set_xticks([i + 1 for i in some], [f'{steps[i]:,}' for i in some])
@@ -310,19 +312,19 @@ def evolution(
     return figure
 
 
-def _encoded(figure, form, metadata):
+def _encoded(figure: Figure, form: str, metadata: Mapping[str, Any]) -> bytes:
     body = io.BytesIO()
     with matplotlib.rc_context(style.STYLE):
         figure.savefig(body, format=form, dpi=300, metadata=metadata)
     return body.getvalue()
 
 
-def _measured(quantity):
+def _measured(quantity: Mapping[str, Any]) -> style.Quantity:
     """Returns (mean, standard error or None) of a quantity as arrays; unknown numbers are nan."""
     error = quantity.get('standard_error')
     return np.array(quantity['mean'], float), None if error is None else np.array(error, float)
 
 
-def _largest(arrays):
+def _largest(arrays: Iterable[np.ma.MaskedArray]) -> float:
     finite = [array.compressed()[np.isfinite(array.compressed())] for array in arrays]
     return max(itertools.chain(*finite), default=0) or 1

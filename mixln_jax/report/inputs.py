@@ -150,7 +150,9 @@ def read(folders: Iterable[str]) -> tuple[list[Run], list[Exception], list[str]]
     Returns:
         The runs, the problems (UsageError, CheckpointError), and the folders that are not runs at all.
     """
-    runs, problems, others = [], [], []
+    runs: list[Run] = []
+    problems: list[Exception] = []
+    others: list[str] = []
     for path, folder in {pathlib.Path(os.path.realpath(files.local(folder, ''))): folder for folder in folders}.items():
         try:
             if not _is_run(path):
@@ -168,7 +170,7 @@ def read(folders: Iterable[str]) -> tuple[list[Run], list[Exception], list[str]]
     return runs, problems, others
 
 
-def _read_run(path, folder, colour):
+def _read_run(path: pathlib.Path, folder: str, colour: int) -> Run:
     """Returns the run in a folder, without its analyses. Raises UsageError and CheckpointError."""
     config, metrics = configs.read(path / 'config.json'), path / 'metrics.jsonl'
     lines = log.read_metrics(metrics)
@@ -180,9 +182,9 @@ def _read_run(path, folder, colour):
     return run
 
 
-def _read_analyses(run, path):
+def _read_analyses(run: Run, path: pathlib.Path) -> list[Exception]:
     """Adds environment, debug report and analyses to a run; returns the problems in these files."""
-    problems = []
+    problems: list[Exception] = []
     for attribute, name in (('environment', 'environment.json'), ('debug', 'debug/report.json')):
         try:
             setattr(run, attribute, read_content(path / name) or {})
@@ -197,7 +199,7 @@ def _read_analyses(run, path):
     return problems
 
 
-def _is_run(path):
+def _is_run(path: pathlib.Path) -> bool:
     """Returns whether a folder has the config.json of a run, even a damaged one. Hugging Face folders have a
     config.json too. Raises UsageError if the folder does not exist."""
     try:
@@ -215,12 +217,12 @@ def groups(runs: Iterable[Run]) -> list[list[Run]]:
 
     The runs of a group differ in seeds alone and have made equally many steps.
     """
-    grouped = {}
+    grouped: dict[str, list[list[Run]]] = {}
     for run in runs:
         step, value = run.evaluation
         settings = {name: value for name, value in run.keys.items() if name not in SEEDS}
         alike = [run.step, step, run.headline.key, run.text, settings]
-        known = step is not None and np.isfinite(value)
+        known = value is not None and np.isfinite(value)
         candidates = grouped.setdefault(json.dumps(alike if known else run.name), [])
         # The same seeds again are not a further sample.
         group = next((group for group in candidates if run.seeds not in [other.seeds for other in group]), None)
@@ -228,19 +230,19 @@ def groups(runs: Iterable[Run]) -> list[list[Run]]:
     return sorted(itertools.chain(*grouped.values()), key=_rank)
 
 
-def _rank(group):
+def _rank(group: Sequence[Run]) -> tuple[int, int, float]:
     """Returns the key by which groups are sorted: those that were never evaluated are last."""
     best = group[0].headline
-    values = [run.evaluation[1] for run in group]
-    if None in values:
+    values = [value for run in group if (value := run.evaluation[1]) is not None]
+    if len(values) < len(group):
         return 2, 0, 0
-    mean = np.mean(values)
+    mean = float(np.mean(values))
     if not np.isfinite(mean):
         return 1, 0, 0
     return 0, HEADLINES.index(best), mean if best.lower_is_better else -mean
 
 
-def _assign_colours(grouped):
+def _assign_colours(grouped: Sequence[Sequence[Run]]) -> None:
     """Gives the runs of a group one colour, and each a dash of its own, if there are enough of both."""
     if len(grouped) <= len(style.COLOURS) and max(map(len, grouped), default=0) <= len(style.DASHES):
         for colour, group in enumerate(sorted(grouped, key=lambda group: group[0].colour)):

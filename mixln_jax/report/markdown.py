@@ -26,7 +26,7 @@ def escaped(text: str) -> str:
     return re.sub(r'[\\`*|~\[\]@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.', r'\\\g<0>', text, flags=re.IGNORECASE)
 
 
-def _paragraph(text):
+def _paragraph(text: str) -> str:
     """Returns markdown of a text on a line of its own, which is no heading or list; `code` in backticks stays code."""
     parts = re.split('`([^`]+)`', text.strip())
     text = ''.join(f'`{part}`' if number % 2 else escaped(part) for number, part in enumerate(parts))

@@ -13,6 +13,8 @@ from mixln_jax.report.page import Picture, Section, Table
 from mixln_jax.report.texts import differences, listed
 
 Result = Mapping[str, Any]  # an element of `results` in a result.json, as Run.results returns it
+Results = Sequence[Result]  # of the newest step of each run
+AllResults = Sequence[Results]  # of all steps of each run
 Parts = tuple[Sequence[Picture], Sequence[Table], Sequence[Section]]
 
 
@@ -26,9 +28,7 @@ def measured(runs: Sequence[Run]) -> list[Section]:
     ]
 
 
-def _analysis(
-    runs: Sequence[Run], job: str, heading: str, show: Callable[[list[list[Result]], list[Result]], Parts]
-) -> Section:
+def _analysis(runs: Sequence[Run], job: str, heading: str, show: Callable[[AllResults, Results], Parts]) -> Section:
     """Returns the section of an analysis.
 
     Args:
@@ -52,14 +52,14 @@ def _analysis(
         return Section(heading, notes=tuple(notes))
     results = [run.results(job)[-1] for run in done]
     pictures, tables, parts = show([run.results(job) for run in done], results)
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if differ := differences([result['label'] for result in results], [result.get('text') for result in results]):
         warnings = (f'Not measured on the same text, so not to be compared. The results differ in {differ}.',)
     tables = (_sample_table(results), *tables)
     return Section(heading, texts, tuple(notes), tuple(pictures), tables, tuple(parts), warnings)
 
 
-def _sample_table(results):
+def _sample_table(results: Results) -> Table:
     """Returns a table of the checkpoint and the sample that were measured."""
     names = ('step', 'tokens', 'rows', 'positions', 'gradients', 'rows_per_gradient', 'theory_constant')
     shown = [name for name in names if any(result.get(name) is not None for result in results)]
@@ -70,13 +70,13 @@ def _sample_table(results):
     return Table('What was measured', ('run', 'checkpoint', *(name.replace('_', ' ') for name in shown)), rows)
 
 
-def _cell(value):
+def _cell(value: Any) -> str:
     if value is None:
         return '-'
     return f'{value:,}' if isinstance(value, int) else f'{value:.4g}' if isinstance(value, float) else f'{value}'
 
 
-def _angular(all_results: list[list[Result]], results: list[Result]) -> Parts:
+def _angular(all_results: AllResults, results: Results) -> Parts:
     del all_results
     pictures = [
         Picture(
@@ -90,7 +90,7 @@ def _angular(all_results: list[list[Result]], results: list[Result]) -> Parts:
     return pictures, [_layer_table('Angular distance across each layer (n = 1)', results, neighbours)], ()
 
 
-def _drop(all_results: list[list[Result]], results: list[Result]) -> Parts:
+def _drop(all_results: AllResults, results: Results) -> Parts:
     """Returns a part for each metric and each size of block, headlines first and the loss last."""
     del all_results
     metrics = dict.fromkeys(name for result in results for name in result['metrics'])
@@ -103,7 +103,7 @@ def _drop(all_results: list[list[Result]], results: list[Result]) -> Parts:
     return (), (), parts
 
 
-def _drop_part(results, metric, block):
+def _drop_part(results: Results, metric: str, block: int) -> Section:
     whole = '; '.join(
         f'{result["label"]} {with_error(value.get("value"), value.get("standard_error"))}'
         for result, value in ((result, result['metrics'][metric]) for result in results)
@@ -123,7 +123,7 @@ def _drop_part(results, metric, block):
     return Section(change.capitalize(), (), (f'With all layers: {whole}.',), pictures, (table,))
 
 
-def _gradients(all_results: list[list[Result]], results: list[Result]) -> Parts:
+def _gradients(all_results: AllResults, results: Results) -> Parts:
     tables = [_gradient_table(results)]
     if outside := list(dict.fromkeys(name for result in results for name in result.get('outside') or ())):
         columns = [result.get('outside') or {} for result in results]
@@ -144,7 +144,7 @@ def _gradients(all_results: list[list[Result]], results: list[Result]) -> Parts:
     return _gradient_pictures(results), tables, parts
 
 
-def _gradient_pictures(results):
+def _gradient_pictures(results: Results) -> tuple[Picture, ...]:
     alt = f'Lines over the layers, one for each of {_labels(results)}: norm of the gradient'
     ranges = '; '.join(f'{result["label"]} {value_range(result["layers"]["mean"])}' for result in results)
     return (
@@ -153,11 +153,11 @@ def _gradient_pictures(results):
     )
 
 
-def _gradient_table(results):
+def _gradient_table(results: Results) -> Table:
     return _layer_table('Gradient norm by layer', results, [result['layers'] for result in results])
 
 
-def _variance(all_results: list[list[Result]], results: list[Result]) -> Parts:
+def _variance(all_results: AllResults, results: Results) -> Parts:
     del all_results
     ranges = '; '.join(f'{result["label"]} {value_range(result["variance"]["mean"])}' for result in results)
     pictures = (
@@ -207,10 +207,10 @@ def _layer_table(
     return Table(caption, (first_column, *(result['label'] for result in results)), rows, folded=True)
 
 
-def _sentence(text):
+def _sentence(text: Any) -> str:
     text = f'{text}'.strip()
     return f'{text[:1].upper()}{text[1:]}{"" if text.endswith(".") else "."}'
 
 
-def _labels(results):
+def _labels(results: Results) -> str:
     return ', '.join(result['label'] for result in results)

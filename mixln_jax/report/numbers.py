@@ -1,7 +1,6 @@
 """Numbers as texts for people."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -34,12 +33,17 @@ def with_error(value: float | None, error: float | None = None) -> str:
     """Returns a number together with its standard error, if that is known."""
     if value is None or not math.isfinite(value):
         return 'not finite'
-    known = error is not None and math.isfinite(error)
-    return f'{short(value)} ± {short(error, 2)}' if known else short(value)
+    if error is None or not math.isfinite(error):
+        return short(value)
+    return f'{short(value)} ± {short(error, 2)}'
 
 
-def value_range(values: Iterable[float | None]) -> str:
-    """Returns the smallest and the largest finite value, as `from 1 to 2`."""
-    values = np.array(values, float)
-    values = values[np.isfinite(values)]
-    return f'from {short(values.min(), 3)} to {short(values.max(), 3)}' if values.size else 'nothing finite'
+def value_range(values: Any) -> str:
+    """Returns the smallest and the largest finite value, as `from 1 to 2`.
+
+    Args:
+        values: numbers or None, in an array or in nested lists.
+    """
+    numbers = np.array(values, float)
+    numbers = numbers[np.isfinite(numbers)]
+    return f'from {short(numbers.min(), 3)} to {short(numbers.max(), 3)}' if numbers.size else 'nothing finite'

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,15 +36,18 @@ def overview(runs: Sequence[Run]) -> Section:
     return Section(labels(columns).capitalize(), notes=tuple(_notes(runs)), warnings=warnings, tables=(table,))
 
 
-def _row(group, columns):
+def _row(group: Sequence[Run], columns: Sequence[Headline]) -> dict[str, str]:
     """Returns {column: text} of runs that differ in seeds alone, without their settings."""
     run, expected, own = group[0], group[0].config.expected, group[0].headline
-    values, bits, tokens = ([run.last(key)[1] for run in group] for key in (own.key, 'eval/bits_per_byte', 'tokens'))
+    last: dict[str, list[Any]] = {
+        key: [run.last(key)[1] for run in group] for key in (own.key, 'eval/bits_per_byte', 'tokens')
+    }
+    values, bits, tokens = last.values()
     bits, tokens = (
         [None if value is None or math.isnan(value) else value for value in column] for column in (bits, tokens)
     )
     mean = np.mean(values) if None not in values else np.nan
-    paper = getattr(expected, own.name, None) or None
+    paper: float = getattr(expected, own.name, None) or 0.0
     compared = paper and np.isfinite(mean)
     return {
         'run': listed(group),
@@ -58,7 +62,7 @@ def _row(group, columns):
     }
 
 
-def _mean(values, decimals):
+def _mean(values: Sequence[Any], decimals: int) -> str:
     """Returns a value as a text, or the mean of several values, with its standard error and their number."""
     if None in values:
         return '-'
@@ -85,7 +89,7 @@ def _incomparable(runs: Sequence[Run], compared: Headline) -> Iterator[str]:
         yield warning
 
 
-def _notes(runs):
+def _notes(runs: Sequence[Run]) -> Iterator[str]:
     """Yields what a reader should know about single runs."""
     for run in runs:
         evaluated, _ = run.evaluation

@@ -128,7 +128,7 @@ def render(title: str, lead: str, sections: Sequence[Section], colours: Mapping[
     )
 
 
-def _section(section, level, colours):
+def _section(section: Section, level: int, colours: Mapping[str, str]) -> str:
     id = f' id="{_anchor(section.heading)}"' if level == 2 else ''
     pictures = ''.join(map(_picture, section.pictures))
     pairs = ' pairs' if len(section.pictures) in (2, 4) else ''  # two rows of two, not three and one
@@ -144,7 +144,7 @@ def _section(section, level, colours):
     )
 
 
-def _picture(picture):
+def _picture(picture: Picture) -> str:
     source = base64.b64encode(figures.svg(picture.figure)).decode()
     caption = f'<figcaption>{_text(picture.caption)}</figcaption>' if picture.caption else ''
     kind, focus = (' class="wide"', ' tabindex="0"') if picture.wide else ('', '')
@@ -152,11 +152,11 @@ def _picture(picture):
     return f'<figure{kind}><div class="frame"{focus}>{image}</div>{caption}</figure>\n'
 
 
-def _table(table, colours):
+def _table(table: Table, colours: Mapping[str, str]) -> str:
     numeric = [all(NUMERIC.fullmatch(text) for text in column) for column in zip(*table.rows, strict=True)]
     numeric[0] = False  # the first column names the rows
 
-    def cell(tag, text, number, scope=''):
+    def cell(tag: str, text: str, number: bool, scope: str = '') -> str:
         names = text.split(', ')
         if all(name in colours for name in names):
             dot = '<span class="dot" style="background:{}"></span>{}'
@@ -183,13 +183,13 @@ def _table(table, colours):
     return f'<p class="note caption">{_text(table.caption)}</p>\n{whole}'
 
 
-def _text(text):
+def _text(text: str) -> str:
     return html.escape(text)
 
 
-def _coded(text):
+def _coded(text: str) -> str:
     return re.sub(r'`([^`]*)`', r'<code>\1</code>', html.escape(text))
 
 
-def _anchor(heading):
+def _anchor(heading: str) -> str:
     return re.sub(r'\W+', '-', heading.lower())

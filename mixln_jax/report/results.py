@@ -49,7 +49,7 @@ def read_content(path: pathlib.Path, job: str = '') -> dict[str, Any] | None:
     return content
 
 
-def _numeric(value):
+def _numeric(value: Any) -> bool:
     """Returns whether a value, or every value in nested lists, is a number or None, which stands for not finite."""
     if isinstance(value, list):
         return all(map(_numeric, value))
@@ -58,7 +58,7 @@ def _numeric(value):
     return value is None or isinstance(value, int) and abs(value) < LARGEST
 
 
-def _check_result(job, result):
+def _check_result(job: str, result: Mapping[str, Any]) -> None:
     """Raises ValueError, KeyError or TypeError if an element of `results` is not as the figures need it."""
     _check_layers(result)
     _check_description(result)
@@ -70,7 +70,7 @@ def _check_result(job, result):
         raise ValueError('the theory has another length than the depths')
 
 
-def _check_layers(result):
+def _check_layers(result: Mapping[str, Any]) -> None:
     L = len(result['norm_position'])
     for name, kind in (('norm_position', str), ('layer_index', int)):
         if not (isinstance(result[name], list) and {*map(type, result[name])} == {kind} and len(result[name]) == L):
@@ -79,7 +79,7 @@ def _check_layers(result):
         raise ValueError('layer_index does not increase')
 
 
-def _check_description(result):
+def _check_description(result: Mapping[str, Any]) -> None:
     for name in ('step', 'tokens', 'rows', 'gradients', 'rows_per_gradient', 'theory_constant'):
         if isinstance(result.get(name), list) or not _numeric(result.get(name)):
             raise ValueError(f'{name} is not a number')
@@ -90,7 +90,7 @@ def _check_description(result):
         raise ValueError('a list where a single value belongs')
 
 
-def _check_single_values(job, result):
+def _check_single_values(job: str, result: Mapping[str, Any]) -> None:
     """Checks the values that belong to the network as a whole, or to its weights outside the layers."""
     metrics = result['metrics'].values() if job == 'drop' else ()
     single = [{'mean': metric.get('value'), **metric} for metric in metrics]
@@ -102,7 +102,7 @@ def _check_single_values(job, result):
         raise ValueError('the size of a block is not a number of layers')
 
 
-def _quantities(job, result) -> Iterator[tuple[Mapping[str, Any], tuple[int, ...]]]:
+def _quantities(job: str, result: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], tuple[int, ...]]]:
     """Yields every quantity that the figures of an analysis draw, with the shape that it must have."""
     L = len(result['norm_position'])
     if job == 'angular':
@@ -118,7 +118,7 @@ def _quantities(job, result) -> Iterator[tuple[Mapping[str, Any], tuple[int, ...
             yield from ((quantity, (L + 1 - int(block),)) for block, quantity in metric['drop'].items())
 
 
-def _check_quantity(quantity, shape):
+def _check_quantity(quantity: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     if not _numeric([quantity['mean'], quantity.get('standard_error')]):
         raise ValueError('an element of a list of numbers is not a number')
     mean, error = np.array(quantity['mean'], float), quantity.get('standard_error')

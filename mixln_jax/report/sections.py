@@ -27,7 +27,7 @@ def compose(runs: Sequence[Run], comparison: Section) -> list[Section]:
     return [section for section in sections if section]
 
 
-def _runs(runs):
+def _runs(runs: Sequence[Run]) -> Table:
     """Returns a table with a row for every run."""
     seeds = [name for name in ('seed', 'data.seed') if len({run.keys[name] for run in runs}) > 1]
     columns = headlines(runs)
@@ -39,8 +39,8 @@ def _runs(runs):
         if isinstance(devices, dict):
             count = f'{devices["count"]} x ' if devices.get('count', 1) != 1 else ''
             device = f'{count}{devices.get("kind", "-")}'
-        evaluated, value = run.evaluation
-        shown = '-' if evaluated is None else fixed(value, run.headline.digits)
+        _, value = run.evaluation
+        shown = '-' if value is None else fixed(value, run.headline.digits)
         rows.append(
             (run.name, *(shown if one == run.headline else '-' for one in columns),
              *(f'{run.keys[name]}' for name in seeds), run.placement, f'{run.config.model.num_layers}', run.steps,
@@ -51,7 +51,7 @@ def _runs(runs):
     return Table('What was run', *without_empty_columns(head, rows))
 
 
-def _training(runs):
+def _training(runs: Sequence[Run]) -> Section:
     """Returns the section with the curves of losses, gradients and evaluations."""
     if not any(run.lines for run in runs):
         return Section('Training', texts=('No step is logged yet.',))
@@ -71,7 +71,9 @@ def _training(runs):
     return Section('Training', notes=(note,), pictures=pictures, tables=_evaluations(runs))
 
 
-def _chart(runs, key, label, caption, marked=None, log=None):
+def _chart(
+    runs: Sequence[Run], key: str, label: str, caption: str, marked: str | None = None, log: bool | None = None
+) -> Picture:
     """Returns a picture of one metric over the tokens: a line for each run, and points for the metric `marked`."""
     series = []
     for run in runs:
@@ -83,7 +85,7 @@ def _chart(runs, key, label, caption, marked=None, log=None):
     return Picture(figures.curves(series, 'tokens', label, log), alt, caption)
 
 
-def _evaluations(runs):
+def _evaluations(runs: Sequence[Run]) -> tuple[Table, ...]:
     """Returns a table for each headline: its value at every step that was evaluated."""
     return tuple(
         table
@@ -118,7 +120,7 @@ def _layer_metrics(runs: Sequence[Run]) -> Iterator[tuple[str, str, str]]:
     yield 'analysis/variance', 'Variance of the residual stream after each layer', 'variance'
 
 
-def _evolution(runs):
+def _evolution(runs: Sequence[Run]) -> Section | None:
     """Returns the section of what was measured layer by layer during the training; None if nothing was."""
     parts = []
     for key, heading, quantity in _layer_metrics(runs):
@@ -136,7 +138,9 @@ def _evolution(runs):
     return Section('Layer by layer during the training', parts=tuple(parts)) if parts else None
 
 
-def _evolution_pictures(series, heading, quantity):
+def _evolution_pictures(
+    series: Sequence[tuple[Run, list[int], list[list[float]]]], heading: str, quantity: str
+) -> Iterator[Picture]:
     """Yields lines of all runs at the last step that was measured, and a heat map of each run with several steps.
 
     Args:
@@ -145,8 +149,8 @@ def _evolution_pictures(series, heading, quantity):
         quantity: the label of an axis.
     """
     last = [values[-1] for _, _, values in series]
-    steps = {steps[-1] for _, steps, _ in series}
-    first, newest = min(steps), max(steps)
+    last_steps = {steps[-1] for _, steps, _ in series}
+    first, newest = min(last_steps), max(last_steps)
     when = f'the last step that was measured of each, from {first:,} to {newest:,}'
     ranges = '; '.join(f'{run.name} {value_range(values)}' for (run, _, _), values in zip(series, last, strict=True))
     named = [{'label': run.name, 'colour': run.colour} for run, _, _ in series]
@@ -167,12 +171,16 @@ def _evolution_pictures(series, heading, quantity):
 def _numbers(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Returns (tokens, values) of the metrics lines that have `key`; nan where a value is not a number."""
     pairs = [(number(line['tokens']), number(line[key])) for line in lines if key in line and 'tokens' in line]
-    return tuple(map(list, zip(*pairs, strict=True))) if pairs else ([], [])
+    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
     """Returns the means of a curve's finite values over at most MOST_POINTS equal parts."""
     parts = np.array_split(np.arange(len(x)), min(MOST_POINTS, len(x))) if x else []
-    x, y = np.array(x, float), np.array(y, float)
-    mean = lambda values: values[np.isfinite(values)].mean() if np.isfinite(values).any() else math.nan  # noqa: E731
-    return [mean(x[part]) for part in parts], [mean(y[part]) for part in parts]
+    curve = np.array(x, float), np.array(y, float)
+
+    def means(values: np.ndarray) -> list[float]:
+        finite = [values[part][np.isfinite(values[part])] for part in parts]
+        return [float(some.mean()) if some.size else math.nan for some in finite]
+
+    return means(curve[0]), means(curve[1])

@@ -6,7 +6,7 @@ matplotlib's settings are changed only inside `styled`; pyplot is never used.
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -18,6 +18,7 @@ from matplotlib.axis import Axis
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 COLUMN, PAGE = 3.25, 6.75  # widths in print, inches
 # Okabe and Ito 2008, distinguishable for colour-blind readers; without yellow, which is too pale for a line on white.
@@ -95,7 +96,12 @@ def panels(
 
 
 def chart(
-    rows: int = 1, columns: int = 1, width: float = COLUMN, height: float = 2.1, **share: bool
+    rows: int = 1,
+    columns: int = 1,
+    width: float = COLUMN,
+    height: float = 2.1,
+    sharex: bool = False,
+    sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
     """Returns (figure, axes) of a grid of charts.
 
@@ -104,10 +110,11 @@ def chart(
         columns: of the grid.
         width: of the figure, inches.
         height: of one row, inches.
-        share: `sharex` and `sharey` of matplotlib.
+        sharex: whether all charts have one x axis.
+        sharey: the same for the y axis.
     """
     figure = Figure(figsize=(width, rows * height), layout='constrained')
-    return figure, list(figure.subplots(rows, columns, squeeze=False, **share).flat)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
 
 
 def look(result: Result, number: int) -> tuple[str, Any]:
@@ -125,7 +132,7 @@ def lines(
     ax: Axes,
     quantities: Sequence[Quantity],
     results: Sequence[Result],
-    positions: Sequence[Sequence[float]] | None = None,
+    positions: Sequence[Sequence[float] | np.ndarray] | None = None,
 ) -> list[Artist]:
     """Draws a line for each quantity in a band of one standard error; returns the lines, for a legend.
 
@@ -135,9 +142,9 @@ def lines(
         results: decide the colours.
         positions: the places on the x axis, [n] for each quantity; None: the numbers of the results' layers.
     """
-    handles = []
-    positions = map(layers, results) if positions is None else positions
-    for number, ((mean, error), result, x) in enumerate(zip(quantities, results, positions, strict=True)):
+    handles: list[Artist] = []
+    places: Iterable[Any] = map(layers, results) if positions is None else positions
+    for number, ((mean, error), result, x) in enumerate(zip(quantities, results, places, strict=True)):
         colour, dash = look(result, number)
         if error is not None:
             ax.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
@@ -189,9 +196,9 @@ def bar_axis(quantities: Sequence[Quantity]) -> BarAxis:
     """
     errors = [0 if error is None else np.nan_to_num(error) for _, error in quantities]
     ends = [mean + sign * error for (mean, _), error in zip(quantities, errors, strict=True) for sign in (-1, 1)]
-    ends = np.concatenate([*ends, [0]])
-    ends = ends[np.isfinite(ends)]
-    low, high = ends.min(), ends.max()
+    numbers = np.concatenate([*ends, [0]])
+    numbers = numbers[np.isfinite(numbers)]
+    low, high = numbers.min(), numbers.max()
     if threshold := linear_up_to(np.concatenate([mean for mean, _ in quantities])):
         return BarAxis(2 * low, 2 * high, threshold)
     margin = 0.05 * ((high - low) or 1)
@@ -210,10 +217,10 @@ def norm(arrays: Sequence[np.ndarray]) -> Normalize:
     return Normalize(min(low, 0), high if high > low else low + 1)
 
 
-def cells(ax: Axes, values: np.ma.MaskedArray, norm: Normalize, extent: tuple[float, float, float, float]) -> Artist:
+def cells(ax: Axes, values: np.ma.MaskedArray, norm: Normalize, extent: tuple[float, float, float, float]) -> AxesImage:
     """Draws a masked array as cells: small is yellow, large is purple, not finite is grey, masked cells are empty."""
     lost = np.ma.array(np.ones(values.shape), mask=values.mask | np.isfinite(values.data))
-    options = {'origin': 'lower', 'extent': extent, 'aspect': 'auto', 'interpolation': 'nearest'}
+    options: dict[str, Any] = {'origin': 'lower', 'extent': extent, 'aspect': 'auto', 'interpolation': 'nearest'}
     if lost.count():
         ax.imshow(lost, cmap='gray', vmin=0, vmax=1.15, **options)
     return ax.imshow(np.ma.masked_invalid(values), cmap='viridis_r', norm=norm, **options)

@@ -21,19 +21,19 @@ def listed(runs: Iterable[Run]) -> str:
 
 def differing(texts: Iterable[Mapping[str, Any] | None]) -> list[str]:
     """Returns the parts, such as the tokenizer, in which descriptions of texts differ; None is an unknown text."""
-    texts = [text or {} for text in texts]
-    names = dict.fromkeys(name for text in texts for name in text)
-    return [name for name in names if len({f'{text.get(name)}' for text in texts}) > 1]
+    known = [text or {} for text in texts]
+    names = dict.fromkeys(name for text in known for name in text)
+    return [name for name in names if len({f'{text.get(name)}' for text in known}) > 1]
 
 
 def differences(names: Sequence[str], texts: Sequence[Mapping[str, Any] | None]) -> str:
     """Returns a phrase that tells in which parts texts differ, and whose; empty if they do not differ."""
     phrases = []
     for part in differing(texts):
-        sides = {}
+        sides: dict[str, list[str]] = {}
         for name, text in zip(names, texts, strict=True):
             sides.setdefault(f'{(text or {}).get(part, "unknown")}', []).append(name)
-        owners = []
+        owners: list[str] = []
         for value, side in sorted(sides.items(), key=lambda pair: len(pair[1])):
             readable = f'{value}: ' if len(value) <= 12 else ''  # not a digest
             many = len(side) > 3 and len(owners) == len(sides) - 1

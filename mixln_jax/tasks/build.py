@@ -11,7 +11,7 @@ from mixln_jax.tasks.question_answering import QuestionAnswering
 from mixln_jax.tasks.task import Task
 
 
-def _language(config, model):
+def _language(config: configs.Config, model: Network) -> Task:
     if not model.causal:
         raise UsageError(
             f'config.model.family={config.model.family} sees the token that config.task.name=language predicts; '
@@ -21,7 +21,7 @@ def _language(config, model):
     return kind(model, config.data.mode, config.seq_length)
 
 
-def _masked_language(config, model):
+def _masked_language(config: configs.Config, model: Network) -> Task:
     if model.causal:
         raise UsageError(
             f'config.task.name=masked_language needs a network that sees both sides, such as '

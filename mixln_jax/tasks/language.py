@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -48,7 +48,7 @@ class Language(Task):
         )
         return Losses(total, count, aux['token_loss'].sum(-1), batch['loss_mask'].sum(-1), {'tokens': count})
 
-    def _read(self, params):
+    def _read(self, params: Any) -> Any:
         """Returns the parameters as the network reads them."""
         return params
 
@@ -86,10 +86,10 @@ class OfficialLanguage(Language):
         counted = {'batch_means': mean, 'batches': (found.weight > 0).astype(jnp.float32)}
         return found._replace(metrics=found.metrics | counted)
 
-    def _read(self, params):
+    def _read(self, params: Any) -> Any:
         return self._with_last_row(params, jax.lax.stop_gradient)
 
-    def _with_last_row(self, params, change):
+    def _with_last_row(self, params: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
         table, row = params['embed']['embedding'], self.model.config.vocab_size - 1
         return params | {'embed': {'embedding': table.at[row].set(change(table[row]))}}
 

@@ -43,7 +43,7 @@ class MaskedLanguage(Language):
         ids, may_be_chosen = batch['inputs'], batch['loss_mask'] > 0
         size = self.model.config.vocab_size
 
-        def draw(key):
+        def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             choice, fate, other = jax.random.split(key, 3)
             uniform = lambda key: jax.random.uniform(key, ids.shape[1:])  # noqa: E731
             return uniform(choice), uniform(fate), jax.random.randint(other, ids.shape[1:], 0, size)
@@ -74,7 +74,7 @@ class MaskedLanguage(Language):
         return super().baseline({**batch, 'targets': batch['inputs']} for batch in batches)
 
 
-def _tokens(batch):
+def _tokens(batch: Mapping[str, Any]) -> Any:
     """[B,T] float32: 1 at every token of a text and at the end of a document, which have a target or are one."""
     target = batch['loss_mask']
     array = np if isinstance(target, np.ndarray) else jnp

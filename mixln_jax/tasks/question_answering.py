@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from mixln_jax.data import batches, squad
+from mixln_jax.models.network import Network
 from mixln_jax.system.errors import NumericsError, UsageError
 from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses, Task
 
@@ -72,12 +73,15 @@ class QuestionAnswering(Task):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model, params, batch, layer_mask):
+def _logits(model: Network, params: Any, batch: Batch, layer_mask: jax.Array) -> jax.Array:
     """[2,B,T]: of where the answer begins and where it ends."""
-    return jnp.stack(model.apply({'params': params}, batch, layer_mask))
+    start_and_end: Any = model.apply({'params': params}, batch, layer_mask)
+    return jnp.stack(start_and_end)
 
 
-def logits(model, params, features, batch_size, layer_mask=None):
+def logits(
+    model: Network, params: Any, features: squad.Features, batch_size: int, layer_mask: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the logits (start [N,T], end [N,T]) of all rows, float32.
 
     Compiled once for a network and batch size, whatever `layer_mask` is.
@@ -105,7 +109,9 @@ def logits(model, params, features, batch_size, layer_mask=None):
     return start, end
 
 
-def best_answers(start, end, features, examples):
+def best_answers(
+    start: np.ndarray, end: np.ndarray, features: squad.Features, examples: Sequence[squad.Question]
+) -> list[str]:
     """The text of each question's best span, [Q]; '' where there is none, or where no answer is better (v2.0).
 
     A span begins and ends at some of the N_BEST positions of its row with the largest logits `start` and `end` [N,T],
@@ -134,7 +140,14 @@ def best_answers(start, end, features, examples):
     return ['' if lack else text for lack, text in zip(lacks, texts, strict=True)]
 
 
-def evaluate(model, params, features, examples, batch_size, layer_mask=None):
+def evaluate(
+    model: Network,
+    params: Any,
+    features: squad.Features,
+    examples: Sequence[squad.Question],
+    batch_size: int,
+    layer_mask: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
     """{'exact_match', 'f1'}: [Q] float64 in 0..1, of each question; the scores in percent are 100 times their means.
 
     Arguments and errors are those of `logits`, and `examples` the list that the features were made of.
@@ -143,7 +156,7 @@ def evaluate(model, params, features, examples, batch_size, layer_mask=None):
     return scores(texts, examples)
 
 
-def scores(texts, examples):
+def scores(texts: Sequence[str], examples: Sequence[squad.Question]) -> dict[str, np.ndarray]:
     """What `evaluate` gives, for the texts [Q]: of each the best over the question's answers."""
     pairs = [(text, example.answers) for text, example in zip(texts, examples, strict=True)]
     return {
@@ -152,17 +165,17 @@ def scores(texts, examples):
     }
 
 
-def _golds(answers):
+def _golds(answers: Sequence[str]) -> list[str]:
     """Those with a word in them; '' where there are none, as the official scorer of v2.0 has it."""
     return [answer for answer in answers if normalized(answer)] or ['']
 
 
-def exact_match(text, gold):
+def exact_match(text: str, gold: str) -> float:
     """1.0 where both have the same words, else 0.0."""
     return float(normalized(text) == normalized(gold))
 
 
-def f1(text, gold):
+def f1(text: str, gold: str) -> float:
     """The harmonic mean of precision and recall of the words of `text`; where one has none, whether both have none."""
     ours, theirs = normalized(text), normalized(gold)
     if not ours or not theirs:
@@ -171,6 +184,6 @@ def f1(text, gold):
     return 2 * same / (len(ours) + len(theirs))
 
 
-def normalized(text):
+def normalized(text: str) -> list[str]:
     """The words of a text, in lower case, without punctuation and articles."""
     return ARTICLES.sub(' ', text.lower().translate(PUNCTUATION)).split()

@@ -17,8 +17,9 @@ class Collapse:
 
     WINDOW, NEAR, PROGRESS = 200, 0.05, 0.01
 
-    def __init__(self, action: str, warmup: int, entropy: Callable[[], float]) -> None:
-        """`action`: warn, stop or ignore; `warmup`: steps; `entropy`: of the tokens, in nats; called once."""
+    def __init__(self, action: str, warmup: int, entropy: Callable[[], float | None]) -> None:
+        """`action`: warn, stop or ignore; `warmup`: steps; `entropy`: of the tokens, in nats, None: it means nothing;
+        called once."""
         self._action, self._start, self._entropy = action, warmup, entropy
         self._losses: list[float] = []
         self._level: float | None = None
@@ -31,6 +32,9 @@ class Collapse:
         if len(self._losses) < self.WINDOW:
             return
         level = self._level = self._level or self._entropy()
+        if level is None:
+            self._action = 'ignore'
+            return
         half = self.WINDOW // 2
         before, mean = (sum(losses) / half for losses in (self._losses[:half], self._losses[half:]))
         self._losses = []

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ from mixln_jax.runs.workdir import (
     resolved_config,
 )
 from mixln_jax.system import console, files, outputs, signals
+from mixln_jax.tasks.task import Task
 from mixln_jax.training import hooks, loop
 from mixln_jax.training.collapse import Collapse
 from mixln_jax.training.feed import Feed
@@ -45,7 +47,7 @@ from mixln_jax.training.meter import Meter
 from mixln_jax.training.start import first_state, with_ramp_offset
 
 
-def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = None, verbose: bool = False):
+def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = None, verbose: bool = False) -> None:
     """Trains, evaluates and saves; goes on with what `workdir` holds.
 
     Args:
@@ -113,7 +115,15 @@ class _Records:
     """What a run writes besides checkpoints: into the work directory, of one of several processes; the others write
     into a folder that is removed in the end."""
 
-    def __init__(self, shared, resolved, about, data, mesh, closing):
+    def __init__(
+        self,
+        shared: pathlib.Path,
+        resolved: dict[str, Any],
+        about: dict[str, Any],
+        data: _Data,
+        mesh: jax.sharding.Mesh,
+        closing: contextlib.ExitStack,
+    ):
         self.shared, self.resolved, self.folder = shared, resolved, shared
         if jax.process_index():
             self.folder = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
@@ -128,7 +138,7 @@ class _Records:
         self.lines = log.Metrics(self.folder, about['step'], about['open_line'], during.PICTURES)
         closing.callback(self.lines.close)
 
-    def save_debug(self, state: State):
+    def save_debug(self, state: State) -> None:
         """Keeps the state of a bad step in debug/; all processes call it."""
         folder = self.shared / 'debug/checkpoints'
         if not jax.process_index():
@@ -190,17 +200,19 @@ class _Job:
             self.checkpoints.wait()
         return state
 
-    def _measuring(self, feed, eval_step):
+    def _measuring(self, feed: Feed, eval_step: Callable[..., Any]) -> list[hooks.Evaluation | hooks.Analysis]:
         """Returns the hooks that put numbers into a step's line."""
         config, program, lines = self.program.config, self.program, self.records.lines
         evaluate = feed.evaluation(eval_step, self.data.evaluation)
-        found = [hooks.Evaluation(config.eval.every, evaluate, program.task.headline, lines)]
+        found: list[hooks.Evaluation | hooks.Analysis] = [
+            hooks.Evaluation(config.eval.every, evaluate, program.task.headline, lines)
+        ]
         if config.analysis.tokens:
             analyses = during.Analyses(config, program.task, self.data.evaluation, feed.checked)
             found.append(hooks.Analysis(config.analysis.every, analyses, lines))
         return found
 
-    def _meter(self, measuring, compile_sec):
+    def _meter(self, measuring: Sequence[hooks.Evaluation | hooks.Analysis], compile_sec: float) -> Meter:
         config, program = self.program.config, self.program
         training = batches.training(self.data.training, seed=config.data.seed, batch_size=config.batch_size)
         seen = map(training.__getitem__, range(1000))
@@ -224,14 +236,14 @@ class _Job:
         )
 
 
-def _join_processes(config, stop, closing):
+def _join_processes(config: configs.Config, stop: signals.Stop, closing: contextlib.ExitStack) -> signals.Stop:
     """Waits for the other processes of the run; returns the Stop of all of them."""
     digest = hashlib.blake2b(json.dumps([configs.public(config), environment.versions()]).encode()).hexdigest()
     closing.enter_context(processes.joined(config.processes.timeout, digest, config.processes.secret))
     return processes.SharedStop() if jax.distributed.is_initialized() else stop
 
 
-def _leave_speaking_to_one(mesh, closing):
+def _leave_speaking_to_one(mesh: jax.sharding.Mesh, closing: contextlib.ExitStack) -> None:
     """Prints who this process is, and from then on lets process 0 alone print."""
     who = f'process {jax.process_index()}/{jax.process_count()}'
     console.say(f'mixln_jax: {who}, {len(mesh.local_devices)} local of {mesh.size} devices')
@@ -241,21 +253,22 @@ def _leave_speaking_to_one(mesh, closing):
         closing.enter_context(contextlib.redirect_stdout(nowhere))
 
 
-def _start_jax(config):
+def _start_jax(config: configs.Config) -> jax.sharding.Mesh:
     """The mesh of the run, after the settings that JAX reads when it starts."""
     if config.deterministic:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
     meshes.keep_heap(config.device)
     mesh = meshes.make_mesh(config.mesh, meshes.devices(config.device))
     # Compiled code is kept between runs, but not for CPUs: it may need instructions that the next host lacks.
-    if mesh.devices.flat[0].platform != 'cpu' and not jax.config.jax_compilation_cache_dir:
+    settings: Any = jax.config  # its stub does not list all settings
+    if mesh.devices.flat[0].platform != 'cpu' and not settings.jax_compilation_cache_dir:
         with contextlib.suppress(OSError):  # a home that cannot be written to: each start compiles
             (cache := files.cache_folder() / 'xla').mkdir(parents=True, exist_ok=True)
             jax.config.update('jax_compilation_cache_dir', str(cache))
     return mesh
 
 
-def _open_data(config, task):
+def _open_data(config: configs.Config, task: Task) -> _Data:
     """Returns the data of a run; warns where it evaluates on text that it trains on."""
     tokenizer = data_rows.open_tokenizer(config.data)
     task.check_tokenizer(tokenizer)
@@ -269,7 +282,7 @@ def _open_data(config, task):
     return _Data(tokenizer, *rows)
 
 
-def _describe(program, rows, verbose):
+def _describe(program: Program, rows: Examples, verbose: bool) -> None:
     """Prints the start line and what follows from the keys; with `verbose` a table of the parameters."""
     config, mesh, model, params = program.config, program.mesh, program.model, program.state.params
     if verbose:

@@ -2,15 +2,21 @@
 
 import contextlib
 import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from mixln_jax import config as configs
 from mixln_jax.models import placements
+from mixln_jax.program.program import Program
+from mixln_jax.program.step import State
 from mixln_jax.runs import checkpoint, weights
 from mixln_jax.runs.workdir import ANOTHER, check_same_run
 from mixln_jax.system import console
 from mixln_jax.system.errors import CheckpointError, UsageError
+from mixln_jax.system.signals import Stop
 
 
 def with_ramp_offset(config: configs.Config) -> configs.Config:
@@ -25,7 +31,13 @@ def with_ramp_offset(config: configs.Config) -> configs.Config:
     return dataclasses.replace(config, model=dataclasses.replace(model, ramp_offset=weights.ramp_offset(config)))
 
 
-def first_state(program, resolved, checkpoints, fingerprint, stop):
+def first_state(
+    program: Program,
+    resolved: dict[str, Any],
+    checkpoints: checkpoint.Checkpoints,
+    fingerprint: Mapping[str, Any],
+    stop: Stop,
+) -> tuple[State, dict[str, Any]]:
     """The state to begin with and its JSON object: the newest good checkpoint's, else that of `resume_from`, else a
     fresh state, with the weights of `init_from` if that is given.
 
@@ -56,10 +68,10 @@ def first_state(program, resolved, checkpoints, fingerprint, stop):
     return state, about
 
 
-def _resume_from(config, like):
+def _resume_from(config: configs.Config, like: Any) -> tuple[State, dict[str, Any]]:
     """(state, JSON object) of the checkpoint that `resume_from` names, which is not touched."""
 
-    def read(folder):
+    def read(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
         with contextlib.closing(checkpoint.Checkpoints(folder.parent, read_only=True)) as source:
             return source.read(int(folder.name), like)
 
@@ -72,10 +84,10 @@ def _resume_from(config, like):
     return state, about
 
 
-def _placed(params, like):
+def _placed(params: Any, like: Any) -> Any:
     """Arrays that every process has whole, in the types and shardings of `like`."""
 
-    def of(values, leaf):
+    def of(values: Any, leaf: Any) -> jax.Array:
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: values[at].astype(leaf.dtype))
 
     return jax.tree.map(of, params, like)

@@ -420,7 +420,7 @@ class TestSilentBuckets:
         answers.clear()
         reader = units.read(data, units.Unit('train', 2, 4, 'train', 1, (5, 12)), skip_bad=10**9)
         with pytest.raises(DataError, match=NO_ANSWER):
-            list(reader)
+            list(reader.pairs())
         assert reader.bad == 0
 
     def test_python_ends(self, remote):

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tqdm
@@ -26,7 +26,7 @@ from mixln_jax.data import text_files, tokenizers
 from mixln_jax.data import workers as worker_processes
 from mixln_jax.data.prepare import job as jobs
 from mixln_jax.data.prepare import shards
-from mixln_jax.data.prepare.units import list_units, read
+from mixln_jax.data.prepare.units import Unit, list_units, read
 from mixln_jax.data.sources import HELD_OUT, first_for_training, rank
 from mixln_jax.system import cli, console, signals
 from mixln_jax.system.errors import UsageError
@@ -93,7 +93,7 @@ def prepare(
         return _complete(job, units, mine, workers)
 
 
-def _complete(job, units, mine, workers):
+def _complete(job: jobs.Job, units: Sequence[Unit], mine: Sequence[Unit], workers: int) -> bool:
     """Prepares the units `mine`; returns whether all units are complete now, and so a data set."""
     _verify(job, [unit for unit in mine if job.result(unit, notes=False)])
     pending = [unit for unit in mine if not job.result(unit)]
@@ -106,9 +106,9 @@ def _complete(job, units, mine, workers):
             job.begin()
         console.say(f'{len(pending)} of {len(units)} shards to prepare into {job.folder}, {workers} processes')
         _write_all(job, pending, workers)
-    results = [job.result(unit) for unit in units]
-    missing = [unit.name for unit, result in zip(units, results, strict=True) if not result]
-    if missing:
+    results = [result for unit in units if (result := job.result(unit))]
+    if len(results) < len(units):
+        missing = [unit.name for unit in units if not job.result(unit)]
         named = ', '.join(missing[:8] + ['...'] * (len(missing) > 8))
         console.say(f'mixln_jax: {job.folder} still lacks {len(missing)} of {len(units)} shards: {named}')
         return False
@@ -117,14 +117,14 @@ def _complete(job, units, mine, workers):
     return True
 
 
-def _first_for_training(units, data, skip_bad, max_document):
+def _first_for_training(units: Sequence[Unit], data: config.Data, skip_bad: int, max_document: int) -> int:
     """Returns the lowest rank of documents for training; for C4 this reads some thousand documents."""
-    documents = (pair for unit in units for pair in read(data, unit, skip_bad, max_document))
+    documents = (pair for unit in units for pair in read(data, unit, skip_bad, max_document).pairs())
     ranks = (rank(decides.encode()) for decides, _ in documents)
     return first_for_training(ranks, HELD_OUT[data.source], '--path', ', or --validation FILES')
 
 
-def _verify(job, finished):
+def _verify(job: jobs.Job, finished: Sequence[Unit]) -> None:
     """Reads the rows of finished units and marks damaged units as not finished."""
     if job.format == 'tokens' and finished:
         console.say(f'checking the rows of {len(finished)} finished shards')
@@ -133,7 +133,7 @@ def _verify(job, finished):
                 console.say(f'mixln_jax: {damage}; the shard is written again')
 
 
-def _check_room(job, pending):
+def _check_room(job: jobs.Job, pending: Sequence[Unit]) -> None:
     """Raises UsageError if the disk is too small: writes the first documents to a temporary folder and extrapolates."""
     free = shutil.disk_usage(job.folder).free
     with tempfile.TemporaryDirectory() as folder:
@@ -149,17 +149,17 @@ def _check_room(job, pending):
         )
 
 
-def _size(count):
+def _size(count: float) -> str:
     return f'{count / 1e9:,.2f} GB' if count >= 1e9 else f'{count / 1e6:,.2f} MB'
 
 
-def _write_all(job, pending, workers):
+def _write_all(job: jobs.Job, pending: Sequence[Unit], workers: int) -> None:
     total = sum(unit.size for unit in pending)
     slow = not sys.stderr.isatty()
     with tqdm.tqdm(total=total, unit='B', unit_scale=True, mininterval=10 if slow else 0.2, smoothing=0.05) as bar:
         counts, start = [0, 0], time.perf_counter()
 
-        def report(position, num_documents, num_bytes):
+        def report(position: int, num_documents: int, num_bytes: int) -> None:
             counts[0] += num_documents
             counts[1] += num_bytes
             seconds = max(time.perf_counter() - start, 1e-9)
@@ -173,7 +173,9 @@ def _write_all(job, pending, workers):
             _write_with_processes(job, pending, workers, report)
 
 
-def _write_with_processes(job, pending, workers, report):
+def _write_with_processes(
+    job: jobs.Job, pending: Sequence[Unit], workers: int, report: Callable[[int, int, int], None]
+) -> None:
     context = multiprocessing.get_context('spawn')
     others, started, begun = multiprocessing.active_children(), [], False
     try:
@@ -211,17 +213,20 @@ def _write_with_processes(job, pending, workers, report):
             job.clean(unit)
 
 
-def _start_worker(reports):
+_reports: Any = None  # the queue of a worker
+
+
+def _start_worker(reports: Any) -> None:
     signals.end_with_parent()
     global _reports
     _reports = reports
 
 
-def _write_in_worker(job, unit):
+def _write_in_worker(job: jobs.Job, unit: Unit) -> None:
     shards.write(job, unit, lambda *new: _reports.put(new))
 
 
-def _summarise(job, results):
+def _summarise(job: jobs.Job, results: Sequence[Mapping[str, Any]]) -> None:
     for split in ('train', 'validation'):
         counts = [result[split] for result in results if split in result]
         console.say(
@@ -256,7 +261,7 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     return arguments | {'data': config.Data(**{key: arguments.pop(key) for key in keys})}
 
 
-def _shard_range(text):
+def _shard_range(text: str) -> slice:
     """Returns the shards of `A:B` as a slice. Raises UsageError."""
     try:
         start, colon, end = text.partition(':')
@@ -268,7 +273,7 @@ def _shard_range(text):
     return only
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     choices = {field.name: field.metadata['choices'] for field in dataclasses.fields(config.Data)}
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.prepare', description=__doc__, allow_abbrev=False)
     add = parser.add_argument
@@ -318,7 +323,7 @@ def _parser():
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
 
-    def job():
+    def job() -> None:
         arguments = parse(argv)
         with signals.stop.may_interrupt():
             prepare(**arguments)

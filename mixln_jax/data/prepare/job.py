@@ -32,6 +32,12 @@ class Job:
     skip_bad: int
     max_document: int = text_files.LARGEST
 
+    @property
+    def row_tokenizer(self) -> Tokenizer:
+        """The tokenizer of rows; a data set of texts has none."""
+        assert self.tokenizer is not None, 'only rows of tokens have a tokenizer'
+        return self.tokenizer
+
     def check_plan(self, all_units: Sequence[units.Unit]) -> None:
         """Creates the folder and writes the plan into it.
 
@@ -48,7 +54,7 @@ class Job:
                 f'{self.folder} holds a file that no preparation has made: {present[0]}; give another --out'
             )
         work.mkdir(parents=True, exist_ok=True)
-        plan = {
+        plan: dict[str, Any] = {
             'source': self.data.source,
             'files': [[pathlib.Path(unit.path).name, unit.split] for unit in all_units],
             'format': self.format,
@@ -154,8 +160,10 @@ class Job:
 
         A damaged unit is marked, so that it is written again.
         """
-        dtype = layout.dtype_for(self.tokenizer.vocab_size)
+        dtype = layout.dtype_for(self.row_tokenizer.vocab_size)
         whole, result = self.result(unit), self.result(unit, notes=False)
+        if result is None:
+            raise ValueError(f'{unit.name} is not finished')
         for split in unit.splits:
             shard = result[split] if whole else {name: result[split][name] for name in ('rows', 'digest')}
             try:
@@ -176,15 +184,16 @@ class Job:
 
             datasets.write_description(self.folder, dataset_name(self.data.name), FIELDS, _shards_by_split(results))
             return
-        self.tokenizer.save(pathlib.Path(self.folder, 'tokenizer'))
+        tokenizer = self.row_tokenizer
+        tokenizer.save(pathlib.Path(self.folder, 'tokenizer'))
         about = {
             'mode': self.data.mode,
             'seq_length': self.seq_length,
-            'dtype': layout.dtype_for(self.tokenizer.vocab_size).str,
-            'pad_id': self.tokenizer.pad_id,
-            'eos_id': self.tokenizer.eos_id,
-            'tokenizer': self.tokenizer.fingerprint,
-            'vocab_size': self.tokenizer.vocab_size,
+            'dtype': layout.dtype_for(tokenizer.vocab_size).str,
+            'pad_id': tokenizer.pad_id,
+            'eos_id': tokenizer.eos_id,
+            'tokenizer': tokenizer.fingerprint,
+            'vocab_size': tokenizer.vocab_size,
             'splits': _shards_by_split(results),
         }
         outputs.write_json(pathlib.Path(self.folder, prepared.DESCRIPTION), about)
@@ -194,12 +203,13 @@ class Job:
         if self.format == 'tfds':
             return f'--config.data.source=tfds --config.data.name={self.data.name} --config.data.data_dir={self.out}'
         return (
-            f'--config.data.source=tokens --config.data.path={self.out} --config.data.tokenizer={self.tokenizer.kind} '
+            f'--config.data.source=tokens --config.data.path={self.out} '
+            f'--config.data.tokenizer={self.row_tokenizer.kind} '
             f'--config.data.mode={self.data.mode} --config.seq_length={self.seq_length}'
         )
 
 
-def _shards_by_split(results):
+def _shards_by_split(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Returns {split: the counts of its shards, in order}."""
     return {split: [result[split] for result in results if split in result] for split in ('train', 'validation')}
 
@@ -218,8 +228,8 @@ def folder(out: str, format: str, name: str) -> pathlib.Path:
     Raises:
         UsageError: `name` is malformed, or `out` is not a path of this machine.
     """
-    out = outputs.resolve(out)
+    root = outputs.resolve(out)
     if format == 'tfds' and not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?(:\d+\.\d+\.\d+)?', name):
         raise UsageError(f'--name {name!r} is not NAME, NAME/CONFIG or NAME/CONFIG:1.2.3')
     name, _, version = name.partition(':')
-    return out / name / (version or '3.1.0') if format == 'tfds' else out
+    return root / name / (version or '3.1.0') if format == 'tfds' else root

@@ -1,10 +1,11 @@
 """The shards of `data.prepare`: a killed process leaves a shard complete or not at all."""
 
+import abc
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import xxhash
 
@@ -40,7 +41,7 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
     num_documents = num_bytes = 0
     reported = 0, 0, 0
 
-    def tell():
+    def tell() -> None:
         nonlocal reported
         now = documents.position, num_documents, num_bytes
         report(*(a - b for a, b in zip(now, reported, strict=True)))
@@ -53,7 +54,7 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
             path = pathlib.Path(job.folder, job.file(unit, split))
             writer = _WRITERS[job.format](job, path, complete.get(split), before.get(split))
             writers[split] = closing.enter_context(writer)
-        for decides, document in documents:
+        for decides, document in documents.pairs():
             split = unit.split or ('validation' if rank(decides.encode()) < (job.first or 0) else 'train')
             writers[split].add(document)
             num_documents += 1
@@ -71,30 +72,40 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
     return result
 
 
-class _Shard:
+class _Shard(abc.ABC):
     """A file that gets its name when it is complete.
 
     `complete` are the counts of an existing complete shard of this name, `before` the counts of a shard that was
     complete once; both may be None.
     """
 
-    def __init__(self, job, path, complete, before):
+    def __init__(
+        self, job: Job, path: pathlib.Path, complete: Mapping[str, Any] | None, before: Mapping[str, Any] | None
+    ):
         del complete, before
         self._job, self._path, self._partial = job, path, path.with_name(f'{path.name}.partial')
         self._documents = 0
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self._partial.unlink(missing_ok=True)
 
-    def _close(self, **counts):
+    @abc.abstractmethod
+    def add(self, document: Mapping[str, Any]) -> None:
+        """Takes a document."""
+
+    @abc.abstractmethod
+    def finish(self) -> dict[str, Any]:
+        """Completes the file; returns its counts."""
+
+    def _close(self, **counts: Any) -> dict[str, Any]:
         size = _finish(self._partial)
         return {'file': self._path.name, 'size': size, 'documents': self._documents} | counts
 
 
-def _finish(partial):
+def _finish(partial: pathlib.Path) -> int:
     """Gives a file its final name, after its content is on disk; returns its size."""
     descriptor = os.open(partial, os.O_RDONLY)
     os.fsync(descriptor)
@@ -106,7 +117,9 @@ def _finish(partial):
 class _Records(_Shard):
     """An ArrayRecord shard of TFDS examples, with one record in each chunk for random access."""
 
-    def __init__(self, job, path, complete, before):
+    def __init__(
+        self, job: Job, path: pathlib.Path, complete: Mapping[str, Any] | None, before: Mapping[str, Any] | None
+    ):
         from array_record.python.array_record_module import ArrayRecordWriter
         from tensorflow_datasets.proto import tf_example_pb2
 
@@ -115,7 +128,7 @@ class _Records(_Shard):
         self._writer = ArrayRecordWriter(str(self._partial), 'group_size:1')
         self._bytes = 0
 
-    def add(self, document):
+    def add(self, document: Mapping[str, Any]) -> None:
         example = self._example()
         for name in FIELDS:
             value = document.get(name)
@@ -127,11 +140,11 @@ class _Records(_Shard):
         self._documents += 1
         self._bytes += len(example)
 
-    def finish(self):
+    def finish(self) -> dict[str, Any]:
         self._writer.close()
         return self._close(bytes=self._bytes)
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         if self._writer.is_open():
             self._writer.close()
         super().__exit__(*error)
@@ -143,11 +156,13 @@ class _Tokens(_Shard):
     Documents are collected and tokenised together, so that the tables of the tokenizer stay in the caches.
     """
 
-    def __init__(self, job, path, complete, before):
+    def __init__(
+        self, job: Job, path: pathlib.Path, complete: Mapping[str, Any] | None, before: Mapping[str, Any] | None
+    ):
         super().__init__(job, path, complete, before)
-        tokenizer = job.tokenizer
+        tokenizer = job.row_tokenizer
         self._layout = layout.Layout(job.data.mode, tokenizer.pad_id, tokenizer.eos_id)
-        self._fill = layout.FILL[job.data.mode](job.seq_length, self._layout, self._write)
+        self._fill: layout.Fill = layout.FILL[job.data.mode](job.seq_length, self._layout, self._write)
         self._dtype = layout.dtype_for(tokenizer.vocab_size)
         self._limit = (
             job.seq_length if job.data.mode == 'pad' else None
@@ -157,18 +172,19 @@ class _Tokens(_Shard):
         self._files = contextlib.ExitStack()
         self._notes = self._files.enter_context(self._notes_partial.open('wb'))
         self._file = self._files.enter_context(self._partial.open('wb'))
-        self._waiting, self._size = [], 0
+        self._waiting: list[str] = []
+        self._size = 0
         self._digest = xxhash.xxh3_128()
         self._rows = 0
 
-    def add(self, document):
+    def add(self, document: Mapping[str, Any]) -> None:
         self._waiting.append(document['text'])
         self._size += len(document['text'])
         self._documents += 1
         if self._size >= AT_ONCE:
             self._tokenize()
 
-    def finish(self):
+    def finish(self) -> dict[str, Any]:
         self._tokenize()
         self._fill.close()
         self._files.close()
@@ -178,19 +194,19 @@ class _Tokens(_Shard):
         noted = prepared.note(self._job.seq_length)
         prepared.add_seal(self._notes_partial, noted, prepared.seal(self._path.name, digest))
         notes = {'notes': _finish(self._notes_partial), 'sealed': True}
-        return self._complete | notes if self._complete else self._close(rows=self._rows, digest=digest, **notes)
+        return {**self._complete, **notes} if self._complete else self._close(rows=self._rows, digest=digest, **notes)
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self._files.close()
         self._notes_partial.unlink(missing_ok=True)
         super().__exit__(*error)
 
-    def _tokenize(self):
+    def _tokenize(self) -> None:
         waiting, self._waiting, self._size = self._waiting, [], 0
-        for document in [rows.tokenized(text, self._job.tokenizer, self._layout, self._limit) for text in waiting]:
+        for document in [rows.tokenized(text, self._job.row_tokenizer, self._layout, self._limit) for text in waiting]:
             self._fill.add(document)
 
-    def _write(self, block):
+    def _write(self, block: layout.Block) -> None:
         content = block.ids.astype(self._dtype).tobytes()
         if not self._complete:
             self._file.write(content)

@@ -5,11 +5,14 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mixln_jax import config
 from mixln_jax.data import stdlib, text_files
 from mixln_jax.system.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from mixln_jax.data.datasets import Dataset
 
 READ_AT_ONCE = 256  # records of a data set
 ENDS = 2**16  # bytes at the beginning and the end of a file that its digest covers
@@ -72,13 +75,13 @@ def list_units(data: config.Data, validation: str) -> list[Unit]:
     return train + held_out
 
 
-def _file_units(paths, split):
+def _file_units(paths: Sequence[str], split: str | None) -> list[Unit]:
     return [
         Unit(split, i, len(paths), path, os.path.getsize(path), digest=_digest(path)) for i, path in enumerate(paths)
     ]
 
 
-def _digest(path):
+def _digest(path: str) -> str:
     """Returns a digest of the size and of the first and last bytes; a gzip file ends with a checksum of its content."""
     try:
         with open(path, 'rb') as file:
@@ -92,7 +95,7 @@ def _digest(path):
         raise DataError(f'{path}: cannot be read: {error}') from error
 
 
-def _dataset_units(dataset, split, name):
+def _dataset_units(dataset: 'Dataset', split: str, name: str) -> Iterator[Unit]:
     starts = [0, *dataset.ends[:-1].tolist()]
     for i, records in enumerate(zip(starts, dataset.ends.tolist(), strict=True)):
         size = dataset.num_bytes * (records[1] - records[0]) // len(dataset)
@@ -104,27 +107,31 @@ class Documents(Protocol):
 
     empty: int
     bad: int
-    position: int
-    skipped: Sequence[str]
+    skipped: list[str]
 
-    def __iter__(self) -> Iterator[tuple[str, dict]]:
+    @property
+    def position(self) -> int:
+        """How far the unit has been read, in bytes as stored."""
+
+    def pairs(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields (the text whose hash decides the split, the record with its `text`)."""
 
 
 class _FromFile(text_files.Reader):
     """The documents of a file; their text decides the split."""
 
-    def __iter__(self):
-        return ((record['text'], record) for _, record in super().__iter__())
+    def pairs(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        return ((record['text'], record) for _, record in self)
 
 
 class _FromStdlib:
     """The embedded corpus; the documents of a module are in the same split."""
 
-    empty = bad = position = 0
-    skipped = ()
+    def __init__(self) -> None:
+        self.empty = self.bad = self.position = 0
+        self.skipped: list[str] = []
 
-    def __iter__(self):
+    def pairs(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, text in stdlib.gather():
             self.position += len(text)
             yield name, {'text': text}
@@ -133,19 +140,18 @@ class _FromStdlib:
 class _FromDataset:
     """The records of one shard of a data set, all of one split."""
 
-    empty = bad = position = 0
-    skipped = ()
-
-    def __init__(self, data, unit, skip_bad, largest):
+    def __init__(self, data: config.Data, unit: Unit, skip_bad: int, largest: int):
+        self.empty = self.bad = self.position = 0
+        self.skipped: list[str] = []
         self._dataset, self._unit, self._skip_bad = open_dataset(data, unit.path), unit, skip_bad
         self._largest = largest
 
-    def __iter__(self):
+    def pairs(self) -> Iterator[tuple[str, dict[str, Any]]]:
         first, end = self._unit.records
         for start in range(first, end, READ_AT_ONCE):
             numbers = range(start, min(start + READ_AT_ONCE, end))
             try:
-                texts = self._dataset.__getitems__(numbers)
+                texts: Sequence[str | None] = self._dataset.__getitems__(numbers)
             except DataError as error:
                 if isinstance(error.__cause__, TimeoutError):  # no record is bad: the bucket does not answer
                     raise
@@ -161,13 +167,14 @@ class _FromDataset:
                 else:
                     yield text, {'text': text}
 
-    def _one(self, number):
+    def _one(self, number: int) -> str | None:
         try:
             return self._dataset[number]
         except DataError as error:
             self._skip(str(error), error)
+            return None
 
-    def _skip(self, problem, error=None):
+    def _skip(self, problem: str, error: DataError | None = None) -> None:
         if self.bad >= self._skip_bad:
             raise DataError(problem) from error
         self.bad += 1
@@ -175,7 +182,7 @@ class _FromDataset:
 
 
 @functools.lru_cache(maxsize=2)  # train and validation
-def open_dataset(data: config.Data, split: str) -> 'datasets.Dataset':  # noqa: F821
+def open_dataset(data: config.Data, split: str) -> 'Dataset':
     """Returns the data set of a split, which is opened once."""
     from mixln_jax.data import datasets  # takes a second, which other sources need not spend
 

@@ -2,10 +2,12 @@
 
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mixln_jax import config as configs
 from mixln_jax.models import bert
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import tensors
@@ -48,7 +50,7 @@ SPAN = 'qa_outputs'
 UNUSED = re.compile(r'(bert\.)?pooler\..*|cls\.(predictions|seq_relationship)\..*')
 
 
-def load(folder, compute_dtype='float32'):
+def load(folder: str | pathlib.Path, compute_dtype: str = 'float32') -> tuple[bert.Bert, Any]:
     """Reads a BERT folder.
 
     Args:
@@ -89,7 +91,7 @@ def load(folder, compute_dtype='float32'):
     return model, jax.tree.map(jnp.asarray, model.with_padding(params))
 
 
-def tensor_name(path, prefix, old):
+def tensor_name(path: str, prefix: str, old: bool) -> str:
     """The tensor of a leaf `layers/<l>/...` (l from 0) or of one outside the layers, `path` joined by slashes.
 
     `prefix` stands before all but the head's, `old` says whether norms have gamma and beta.
@@ -105,7 +107,7 @@ def tensor_name(path, prefix, old):
     return f'{prefix}encoder.layer.{number}.{LAYER[inside]}.{value}'
 
 
-def _read_config(path):
+def _read_config(path: pathlib.Path) -> tuple[configs.Model, list[str]]:
     """(config.Model of a config.json, the names of its architectures)."""
     found = hf_config.read_json(path)
     if found.get('model_type') != 'bert':

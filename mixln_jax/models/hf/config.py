@@ -2,11 +2,14 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax.models import llama, placements, transformer
+from mixln_jax.models.network import Network
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
@@ -54,7 +57,9 @@ NORMS = {'residual_normed': 'in', 'pre': 'in', 'out': 'out', 'post': 'post'}
 FACTORS = ('in_scale', 'residual_scale', 'branch_scale', 'ramp')
 
 
-def read(path, norm_position=None, compute_dtype='float32'):
+def read(
+    path: pathlib.Path, norm_position: str | Sequence[str] | None = None, compute_dtype: str = 'float32'
+) -> tuple[llama.Llama, bool]:
     """(network of a config.json, whether `norm_position` or the file says its placement).
 
     Arguments and errors are those of `hf.load`.
@@ -64,7 +69,9 @@ def read(path, norm_position=None, compute_dtype='float32'):
         return _read(path, found, norm_position, compute_dtype)
 
 
-def _read(path, found, norm_position, compute_dtype):
+def _read(
+    path: pathlib.Path, found: dict[str, Any], norm_position: str | Sequence[str] | None, compute_dtype: str
+) -> tuple[llama.Llama, bool]:
     if found.get('model_type') not in (None, 'llama', OTHER_TYPE):
         raise CheckpointError(f'{path}: model_type={found["model_type"]!r} is not llama or {OTHER_TYPE}')
     config, given = _model_config(path, found), norm_position
@@ -101,20 +108,20 @@ def _read(path, found, norm_position, compute_dtype):
     return model, bool(given) or says is not None
 
 
-def _whole(numbers):
+def _whole(numbers: Any) -> bool:
     return isinstance(numbers, list) and all(type(number) is int and number > 0 for number in numbers)
 
 
-def _spelled(names):
+def _spelled(names: str | Sequence[str]) -> str:
     return names if isinstance(names, str) else ','.join(names)
 
 
-def spell(names):
+def spell(names: Sequence[str]) -> str:
     """The text of a list of placements, `post*2,pre*6`."""
     return ','.join(f'{name}*{end - first}' for name, first, end in placements.layer_runs(names))
 
 
-def read_json(path):
+def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UsageError: it does not exist. CheckpointError: unreadable, or no object."""
     try:
         return files.read_json(path, CheckpointError)
@@ -122,7 +129,7 @@ def read_json(path):
         raise UsageError(f'{path} does not exist') from None
 
 
-def _model_config(path, found):
+def _model_config(path: pathlib.Path, found: dict[str, Any]) -> configs.Model:
     """config.Model of the content of a config.json, its placement left out."""
     values = take(path, found, CONFIG_KEYS, FIXED) | _rope(path, found)
     kv_heads = found.get('num_key_value_heads') or values['num_heads']
@@ -135,13 +142,13 @@ def _model_config(path, found):
     return dataclasses.replace(config, head_dim=0) if usual else config
 
 
-def _rope(path, found):
+def _rope(path: pathlib.Path, found: dict[str, Any]) -> dict[str, Any]:
     """The keys of config.Model that say how heads are turned.
 
     transformers 5 writes rope_parameters, before it there were rope_theta and, with a type that may be called `type`,
     rope_scaling.
     """
-    stated = {}
+    stated: dict[str, Any] = {}
     for name in ('rope_parameters', 'rope_scaling'):
         given = found.get(name) or {}
         if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
@@ -165,7 +172,9 @@ def _rope(path, found):
     return values
 
 
-def take(path, found, keys, fixed):
+def take(
+    path: str | pathlib.Path, found: Mapping[str, Any], keys: Mapping[str, str], fixed: Mapping[str, Any]
+) -> dict[str, Any]:
     """{ours: value} of `keys` {ours: theirs}. Raises CheckpointError: one is missing, or a value is not the `fixed`."""
     for name in keys.values():
         if name not in found:
@@ -176,7 +185,7 @@ def take(path, found, keys, fixed):
     return {ours: found[theirs] for ours, theirs in keys.items()}
 
 
-def build(path, values):
+def build(path: pathlib.Path, values: Mapping[str, Any]) -> configs.Model:
     """config.Model of its keys. Raises CheckpointError for values that it cannot have."""
     try:
         return configs.build({'model': values}).model
@@ -184,7 +193,7 @@ def build(path, values):
         raise CheckpointError(f'{path}: {error}') from None
 
 
-def content(model):
+def content(model: Network) -> dict[str, Any]:
     """config.json of a network as a dict; stock LLaMA where it is that. Raises UsageError as `described` does."""
     config, said = model.config, described(model)
     llama3 = {theirs: getattr(config, ours) for ours, theirs in ROPE.items()} if config.rope_type == 'llama3' else {}
@@ -219,7 +228,7 @@ def content(model):
     }
 
 
-def _ramp(model):
+def _ramp(model: Network) -> dict[str, Any]:
     """The keys of config.json that say where the ramps of a network stand, for who trains it on; `placements` has the
     factors that follow from them."""
     if not placements.has_ramp(model.norm_position):
@@ -228,7 +237,7 @@ def _ramp(model):
     return {'ramp_steps': model.config.ramp_steps} | ({} if steps is None else {'ramp_step': steps})
 
 
-def described(model):
+def described(model: Network) -> list[dict[str, Any]]:
     """What each layer does to the residual stream, as config.json and modeling_mixln.py have it.
 
     Returns:
@@ -238,7 +247,7 @@ def described(model):
     Raises:
         UsageError: a placement that says more than that, naming it.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for name, index in zip(model.norm_position, model.layer_index, strict=True):
         layer = placements.PLACEMENTS[name]
         _check_said(name, layer, ('attention', 'mlp', 'init', 'qkv_norm', 'embed_norm'))
@@ -247,7 +256,7 @@ def described(model):
             at = getattr(layer, sublayer)
             _check_said(name, at, (*NORMS, *FACTORS, 'grouped'))
             on = {switch: f'{sublayer}_norm_{norm}' for switch, norm in NORMS.items() if getattr(at, switch)}
-            said = {switch: norm_name(name, norm) for switch, norm in on.items()}
+            said: dict[str, Any] = {switch: norm_name(name, norm) for switch, norm in on.items()}
             steps = transformer.total_step(model.config, model.trained_steps)
             ramp = at.ramp_factors([index], model.config.ramp_steps, steps)
             constants = at.constants([index], model.depth) | {by: value for by, value in ramp.items() if value[0] != 1}
@@ -260,13 +269,13 @@ def described(model):
     return found
 
 
-def _check_said(name, placement, known):
+def _check_said(name: str, placement: Any, known: Sequence[str]) -> None:
     for field in dataclasses.fields(placement):
         if field.name not in known and getattr(placement, field.name) != field.default:
             raise UsageError(f'norm_position {name}: {field.name} cannot be said in a Hugging Face folder')
 
 
-def norm_name(placement, norm):
+def norm_name(placement: str, norm: str) -> str | None:
     """The name of a layer's norm, such as `mlp_norm_in`, under a placement; None: it has none."""
     layer = placements.PLACEMENTS[placement]
     behind = any(at.out or at.post for at in (layer.attention, layer.mlp))

@@ -7,15 +7,21 @@ import json
 import pathlib
 import re
 import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixln_jax import config as configs
 from mixln_jax import trees
+from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.models import rope
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import tensors
+from mixln_jax.models.llama import Llama
+from mixln_jax.models.network import Network
 from mixln_jax.system.errors import CheckpointError, UsageError
 
 MATRICES = {
@@ -38,7 +44,7 @@ DTYPES = ('float32', 'bfloat16')
 ABOUT = {'max_position_embeddings': 2048, 'bos_token_id': None, 'eos_token_id': None}  # for other tools; nothing here
 
 
-def tensor_name(path, norm_position):
+def tensor_name(path: str, norm_position: Sequence[str]) -> str:
     """The tensor of a leaf `layers/<l>/...` (l from 0) or of one outside the layers, `path` joined by slashes.
 
     Raises UsageError for a parameter that no tensor stands for.
@@ -53,14 +59,15 @@ def tensor_name(path, norm_position):
         matrix, _, leaf = inside.rpartition('/')
         if matrix in MATRICES:
             return f'model.layers.{number}.{MATRICES[matrix]}.{"bias" if leaf == "bias" else "weight"}'
-        inside = QKV_NORMS.get(norm) or hf_config.norm_name(name, norm)
-        if inside:
-            return f'model.layers.{number}.{inside}.weight'
+        if stored := QKV_NORMS.get(norm) or hf_config.norm_name(name, norm):
+            return f'model.layers.{number}.{stored}.weight'
         path = f'{path} of norm_position {name}'
     raise UsageError(f'parameter {path} has no tensor name in a Hugging Face folder')
 
 
-def load(folder, norm_position=None, compute_dtype='float32'):
+def load(
+    folder: str | pathlib.Path, norm_position: str | Sequence[str] | None = None, compute_dtype: str = 'float32'
+) -> tuple[Llama, Any]:
     """Reads a LLaMA folder.
 
     Args:
@@ -81,7 +88,9 @@ def load(folder, norm_position=None, compute_dtype='float32'):
     return model, jax.tree.map(jnp.asarray, params)
 
 
-def read(folder, norm_position=None, compute_dtype='float32'):
+def read(
+    folder: str | pathlib.Path, norm_position: str | Sequence[str] | None = None, compute_dtype: str = 'float32'
+) -> tuple[Llama, Any]:
     """As `load`, with numpy arrays: no device needs to hold them all."""
     folder = pathlib.Path(folder)
     tensors.refuse_others(folder)
@@ -102,14 +111,14 @@ def read(folder, norm_position=None, compute_dtype='float32'):
     return model, model.with_padding(params)
 
 
-def _buffers(config):
+def _buffers(config: configs.Model) -> dict[str, tuple[str, Callable[[np.ndarray], Any]]]:
     """What old versions of transformers saved together with the weights of a LLaMA; see `tensors.drop_buffers`."""
     frequency = np.asarray(rope.rope_frequencies(config), np.float64)
     kind = '' if config.rope_type == 'default' else f' and rope_type={config.rope_type}'
     rotary = f'the rotary frequencies of rope_theta={config.rope_theta:.10g}{kind} in config.json'
 
-    def cached(of):
-        def table(tensor):
+    def cached(of: Callable[[Any], Any]) -> Callable[[np.ndarray], Any]:
+        def table(tensor: np.ndarray) -> np.ndarray:
             exact = of(np.outer(np.arange(tensor.shape[-2]), np.tile(frequency, 2)))
             rounding = 2**-8 + 1e-6 * len(exact)  # of bfloat16, and of angles in float32
             return np.where(np.abs(tensor.astype(np.float64) - exact) < rounding, tensor, exact)
@@ -128,7 +137,7 @@ def _buffers(config):
     }
 
 
-def _check_head(folder, found, tied):
+def _check_head(folder: pathlib.Path, found: dict[str, Any], tied: bool) -> None:
     """Raises CheckpointError where the head's tensor contradicts tie_word_embeddings; of a tied pair one stays."""
     table, head = WHOLE['embed/embedding'], WHOLE['head/kernel']
     if tied and head in found:
@@ -139,7 +148,7 @@ def _check_head(folder, found, tied):
         raise CheckpointError(f'{folder}: no tensor {head}, and config.json does not say tie_word_embeddings=true')
 
 
-def _check_pre(folder, found):
+def _check_pre(folder: pathlib.Path, found: dict[str, Any]) -> None:
     """Raises CheckpointError where tensor names contradict Pre-LN, which is what a folder means that says nothing."""
     others = set(hf_config.OTHER_NORMS.values()) - set(hf_config.STOCK_NORMS.values())
     pattern = re.compile(rf'model\.layers\.(\d+)\.({"|".join(sorted(others))})\.weight')
@@ -150,7 +159,15 @@ def _check_pre(folder, found):
         raise CheckpointError(f'{folder}: layer {number} has {names}: not Pre-LN; pass norm_position')
 
 
-def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.0, about=None):
+def save(
+    folder: str | pathlib.Path,
+    model: Network,
+    params: Any,
+    tokenizer: Tokenizer | None = None,
+    dtype: str = 'float32',
+    max_shard_gb: float = 5.0,
+    about: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a folder that `load` and transformers read.
 
     Pre-LN networks become stock LLaMA; all others the authors' layout, with a modelling file beside it that
@@ -179,7 +196,7 @@ def save(folder, model, params, tokenizer=None, dtype='float32', max_shard_gb=5.
         raise UsageError(
             f'hidden_size={sizes.hidden_size} is not divisible by num_heads={sizes.num_heads}, as transformers needs it'
         )
-    config = hf_config.content(model) | ABOUT | special | (about or {})
+    config = {**hf_config.content(model), **ABOUT, **special, **(about or {})}
     config |= {'dtype': dtype, 'torch_dtype': dtype}  # the latter for transformers 4
     named = {}
     params = model.without_padding(jax.device_get(params))

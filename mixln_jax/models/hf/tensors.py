@@ -3,6 +3,8 @@
 import json
 import pathlib
 import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import huggingface_hub
 import jax
@@ -20,13 +22,13 @@ PICKLED = ('*.bin', '*.bin.index.json', '*.pt', '*.pth', '*.pkl', '*.ckpt')
 # What torch puts into names of tensors: data parallelism, torch.compile, FSDP, recomputation.
 WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
 # Buffers that count: pattern of the name -> what they hold, and a function from the tensor to that.
-COUNTS = {
+COUNTS: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {
     r'(.*\.)?position_ids': ('positions from 0', lambda tensor: np.arange(tensor.shape[-1])),
     r'(.*\.)?token_type_ids': ('zeros', np.zeros_like),
 }
 
 
-def refuse_others(folder):
+def refuse_others(folder: pathlib.Path) -> None:
     """Raises for a folder that is not Hugging Face's.
 
     Raises:
@@ -41,7 +43,7 @@ def refuse_others(folder):
         raise CheckpointError(f'{folder} has {names[0]}, a pickle, which is never opened here: safetensors is needed')
 
 
-def read(folder):
+def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """{name: array} of a folder, in the types that the files have, names without WRAPPERS.
 
     Raises:
@@ -51,7 +53,7 @@ def read(folder):
     refuse_others(folder)
     if (folder / FILE).exists() or not (folder / INDEX).exists():
         return _unwrapped(folder, _read_file(folder / FILE))
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for file, names in _read_index(folder / INDEX).items():
         if not (folder / file).is_file():
             raise CheckpointError(f'{folder / INDEX} names {file}, which is not there')
@@ -64,7 +66,7 @@ def read(folder):
     return _unwrapped(folder, tensors)
 
 
-def _unwrapped(folder, tensors):
+def _unwrapped(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     named = {}
     for name, tensor in tensors.items():
         plain = '.'.join(part for part in name.split('.') if part not in WRAPPERS)
@@ -74,7 +76,9 @@ def _unwrapped(folder, tensors):
     return named
 
 
-def drop_buffers(folder, found, buffers):
+def drop_buffers(
+    folder: pathlib.Path, found: dict[str, np.ndarray], buffers: Mapping[str, tuple[str, Callable[[np.ndarray], Any]]]
+) -> None:
     """Takes buffers, which carry no weights, out of what `read` found, if they hold what the network computes itself.
 
     Args:
@@ -85,7 +89,7 @@ def drop_buffers(folder, found, buffers):
     Raises CheckpointError for one that holds something else, naming it and what it should hold.
     """
     for name in sorted(found):
-        for pattern, (what, expected) in (COUNTS | buffers).items():
+        for pattern, (what, expected) in {**COUNTS, **buffers}.items():
             if re.fullmatch(pattern, name):
                 tensor = found.pop(name)
                 try:
@@ -96,19 +100,26 @@ def drop_buffers(folder, found, buffers):
                     raise CheckpointError(f'{folder}: tensor {name} does not hold {what}')
 
 
-def _is_close(tensor, expected):
+def _is_close(tensor: np.ndarray, expected: Any) -> bool:
     """Whether a buffer is `expected`, up to the rounding of its type (and of float32, in which most were computed)."""
     kind = jnp.finfo(tensor.dtype) if jnp.issubdtype(tensor.dtype, jnp.floating) else None
     rtol, atol = (max(float(kind.eps), 1e-5), float(kind.smallest_subnormal)) if kind else (0, 0)
-    return np.isclose(tensor.astype(np.float64), np.asarray(expected, np.float64), rtol, atol).all()
+    return bool(np.isclose(tensor.astype(np.float64), np.asarray(expected, np.float64), rtol, atol).all())
 
 
-def by_layer(params, norm_position):
+def by_layer(params: Any, norm_position: Sequence[str]) -> dict[str, Any]:
     """Parameters with L single layers in place of the stack, as a folder has them."""
     return dict(params, layers=transformer.split_layers(params[trees.STACKED], norm_position))
 
 
-def fill(folder, found, shapes, norm_position, tensor_name, network):
+def fill(
+    folder: pathlib.Path,
+    found: dict[str, np.ndarray],
+    shapes: Any,
+    norm_position: Sequence[str],
+    tensor_name: Callable[[str], str],
+    network: str,
+) -> dict[str, Any]:
     """The parameters of a network, from what `read` found.
 
     Args:
@@ -126,15 +137,15 @@ def fill(folder, found, shapes, norm_position, tensor_name, network):
         CheckpointError: a tensor missing, left over, of another shape, or not finite numbers, naming it.
     """
 
-    def take(path, leaf):
-        path = trees.path_name(path)
-        name = tensor_name(path)
+    def take(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        leaf_name = trees.path_name(path)
+        name = tensor_name(leaf_name)
         if name not in found:
             raise CheckpointError(f'{folder}: no tensor {name}, which {network} needs')
         tensor = found.pop(name)
         if tensor.dtype.kind in 'iub' or not np.isfinite(tensor := tensor.astype(np.float32)).all():
             raise CheckpointError(f'{folder}: tensor {name} is not finite numbers ({tensor.dtype})')
-        tensor = tensor.T if path.endswith('kernel') else tensor
+        tensor = tensor.T if leaf_name.endswith('kernel') else tensor
         if tensor.shape != leaf.shape:
             raise CheckpointError(
                 f'{folder}: tensor {name} has shape {tensor.shape}, config.json makes it {leaf.shape}'
@@ -147,7 +158,7 @@ def fill(folder, found, shapes, norm_position, tensor_name, network):
     return dict(params, layers=transformer.stack_layers(params[trees.STACKED], norm_position))
 
 
-def write(folder, tensors, dtype, max_bytes):
+def write(folder: pathlib.Path, tensors: dict[str, np.ndarray], dtype: Any, max_bytes: int) -> None:
     """Writes {name: array} as `dtype`, in shards with an index where more than `max_bytes`; a tensor is never split."""
     split = huggingface_hub.split_state_dict_into_shards_factory(
         tensors,
@@ -163,7 +174,7 @@ def write(folder, tensors, dtype, max_bytes):
         (folder / INDEX).write_text(json.dumps(index, indent=1) + '\n', encoding='utf-8')
 
 
-def _read_file(path):
+def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         files.regular(path, CheckpointError)
     except FileNotFoundError:
@@ -172,11 +183,11 @@ def _read_file(path):
         return safetensors.numpy.load_file(path)
 
 
-def _read_index(path):
+def _read_index(path: pathlib.Path) -> dict[str, set[str]]:
     """{file: names of its tensors}."""
     with reading(path, CheckpointError, 'not a readable index'):
         where = files.read_json(path, CheckpointError, 'not a readable index')['weight_map'].items()
-    by_file = {}
+    by_file: dict[str, set[str]] = {}
     for name, file in where:
         # Also no absolute path: an index from elsewhere must not open files outside its folder.
         if not isinstance(file, str) or file != pathlib.PurePath(file).name or file == '..':
