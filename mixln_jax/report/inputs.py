@@ -177,8 +177,10 @@ def _read_run(path: pathlib.Path, folder: str, colour: int) -> Run:
     with reading(metrics, CheckpointError):
         check_lines(metrics, lines)
     run = Run(folder, config, lines, {}, {}, '', colour)
-    with reading(path / 'config.json', UsageError):
+    try:
         _ = run.placement
+    except UsageError as error:
+        raise UsageError(f'{path / "config.json"}: {error}') from None
     return run
 
 

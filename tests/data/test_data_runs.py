@@ -375,7 +375,7 @@ class TestInspect:
         capsys.readouterr()
         assert inspect.main(['--workdir', str(tmp_path), '--step', '3', '--rows', '2']) == 0
         shown = capsys.readouterr().out
-        assert shown.count('targets are real') == 2 and 'weights   1*15 0' in shown
+        assert shown.count('targets are real') == 2 and 'loss_mask   1*15 0' in shown
 
     def test_bad_input(self, dataset, tmp_path, capsys):
         data_dir = shutil.copytree(dataset, tmp_path / 'data')

@@ -83,7 +83,7 @@ def test_rows_are_those_of_their_tokenizer(tmp_path):
     )  # fmt: skip
     np.testing.assert_array_equal(features.inputs, found['input_ids'])
     np.testing.assert_array_equal(features.types, found['token_type_ids'])
-    np.testing.assert_array_equal(features.weights, found['attention_mask'])
+    np.testing.assert_array_equal(features.token_mask, found['attention_mask'])
     offsets = np.array(found['offset_mapping']) * features.context[..., None]
     np.testing.assert_array_equal(features.offsets, offsets)
 
@@ -93,7 +93,7 @@ def test_answers_and_scores(version):
     """By this transformers' logits of golden/squad, and by ours, they are those that transformers 4 found."""
     examples, features, expected = golden_features(version)
     model = transformers.BertForQuestionAnswering.from_pretrained(GOLDEN).eval()
-    arrays = features.inputs, features.types, features.weights
+    arrays = features.inputs, features.types, features.token_mask
     _, logits = theirs_computes(model, *arrays)
     texts = question_answering.best_answers(*logits, features, examples)
     assert texts == list(expected['predictions'].values())
