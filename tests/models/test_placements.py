@@ -15,6 +15,7 @@ from mixln_jax.models import placements, transformer
 from mixln_jax.program import step
 from mixln_jax.program.program import Program
 from mixln_jax.system.errors import UsageError
+from mixln_jax.tasks.language import Language
 
 CONFIG = configs.Config(
     batch_size=16,
@@ -57,7 +58,7 @@ def test_omega_is_what_admin_measures(monkeypatch, accumulate):
         layer.update(attention_residual=np.ones(8), mlp_residual=np.ones(8))
     model = make(','.join(names))
     state = step.State(np.int32(0), to_jax(model, weights), {}, np.int32(0))
-    after = jax.jit(functools.partial(step.measure_factors, model=model, accumulate=accumulate))(state, batch)
+    after = jax.jit(functools.partial(step.measure_factors, task=Language(model), accumulate=accumulate))(state, batch)
     _, found = branches(monkeypatch, weights, batch['inputs'], names)
     sums = np.cumsum([added[batch['loss_mask'].astype(bool)].var() for added in found])
     omega = np.sqrt([1, *sums[:-1]])

@@ -107,7 +107,7 @@ def test_accumulation_measures_the_same_factors():
     optimizer, batch = optim.optimizer(configs.Optim()), batch_of(np.random.default_rng(4))
     begun, found = step.init_state(Language(model), optimizer, jax.random.key(0)), []
     for accumulate in (1, 4):
-        measure = functools.partial(step.measure_factors, model=model, accumulate=accumulate)
+        measure = functools.partial(step.measure_factors, task=Language(model), accumulate=accumulate)
         state = jax.jit(measure)(begun, batch)
         how = {'task': Language(model), 'optimizer': optimizer, 'schedule': lambda s: 1e-2}
         update = functools.partial(step.train_step, accumulate=accumulate, **how)
