@@ -118,7 +118,8 @@ def open_subject(
     Raises:
         UsageError, CheckpointError: as `weights.load`; DataError where initial weights need the run's data.
     """
-    found = weights.load(place.run if place.newest else place.folder, norm_position=norm_position)
+    folder = place.run if place.run and place.newest else place.folder
+    found = weights.load(folder, norm_position=norm_position)
     mesh = _mesh(batch_size)
     if place.initial:
         params = _initial(found, data_path)

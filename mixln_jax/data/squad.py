@@ -214,33 +214,38 @@ def make_features(
         total = len(encoded(question.context)[0])
         spans = _windows(total, max_length - len(query) - 3, stride)
         windows += [(number, query, *at) for at in zip(spans, _shows_best(spans, total), strict=True)]
-    shape = len(windows), max_length
-    made = Features(
+    features = _padding(max_length, pad, np.array([number for number, *_ in windows], np.int32), questions)
+    for row, (number, query, (start, end), best) in enumerate(windows):
+        question = questions[number]
+        ids, offsets = encoded(question.context)
+        first = len(query) + 2
+        last = first + end - start  # the second [SEP]
+        features.inputs[row, : last + 1] = [cls, *query, sep, *ids[start:end], sep]
+        features.types[row, first : last + 1] = 1
+        features.token_mask[row, : last + 1] = 1
+        features.context[row, first:last] = True
+        features.begins[row, first:last] = best
+        features.offsets[row, first:last] = offsets[start:end]
+        if question.answers:
+            features.answer[row], features.answer_mask[row] = _labels(question, offsets, start, end, first)
+    return features
+
+
+def _padding(max_length: int, pad: int | None, example: np.ndarray, questions: Sequence[Question]) -> Features:
+    """Returns Features [N,T] with nothing but padding, of the questions `example` [N]."""
+    shape = len(example), max_length
+    return Features(
         inputs=np.full(shape, pad, np.int32),
         types=np.zeros(shape, np.int32),
         token_mask=np.zeros(shape, np.float32),
         context=np.zeros(shape, bool),
         begins=np.zeros(shape, bool),
         offsets=np.zeros((*shape, 2), np.int32),
-        example=np.array([number for number, *_ in windows], np.int32),
-        answer=np.zeros((len(windows), 2), np.int32),
-        answer_mask=np.ones(len(windows), np.float32),
+        example=example,
+        answer=np.zeros((len(example), 2), np.int32),
+        answer_mask=np.ones(len(example), np.float32),
         questions=tuple(questions),
     )
-    for row, (number, query, (start, end), best) in enumerate(windows):
-        question = questions[number]
-        ids, offsets = encoded(question.context)
-        first = len(query) + 2
-        last = first + end - start  # the second [SEP]
-        made.inputs[row, : last + 1] = [cls, *query, sep, *ids[start:end], sep]
-        made.types[row, first : last + 1] = 1
-        made.token_mask[row, : last + 1] = 1
-        made.context[row, first:last] = True
-        made.begins[row, first:last] = best
-        made.offsets[row, first:last] = offsets[start:end]
-        if question.answers:
-            made.answer[row], made.answer_mask[row] = _labels(question, offsets, start, end, first)
-    return made
 
 
 def _labels(question: Question, offsets: np.ndarray, start: int, end: int, first: int) -> tuple[tuple[int, int], float]:

@@ -66,7 +66,13 @@ def evaluate(
     return {f'eval/{name}': value for name, value in values.items()}
 
 
-def evaluate_run(found: weights.Weights, split=None, num_tokens=None, batch_size=None, data_path=None):
+def evaluate_run(
+    found: weights.Weights,
+    split: str | None = None,
+    num_tokens: int | None = None,
+    batch_size: int | None = None,
+    data_path: str | None = None,
+) -> dict[str, float | None]:
     """Evaluates the weights of a run as the run itself does, on all devices that share a batch evenly.
 
     Args:

@@ -15,7 +15,8 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ import numpy as np
 from mixln_jax.system.errors import UsageError, nearest
 
 Constant = Callable[[int, int], float]  # (layer_index l = 1..L, depth L) -> factor
+Scheme = Callable[[int], tuple[str, ...]]  # number of layers -> the names of all layers
 # (updates done t, layer_index l [n], config.model.ramp_steps T) -> factor [n] in float32
 Ramp = Callable[[int | jax.Array, Sequence[int], int], np.ndarray | jax.Array]
 
@@ -51,13 +53,13 @@ class Placement:
     branch_scale: Constant | Learned | None = None
     ramp: Ramp | None = None  # one more factor of the branch, which depends on the step
 
-    def factors(self):
-        """The factors that are not 1, by name."""
+    def factors(self) -> dict[str, Constant | Learned]:
+        """Returns the factors that are not 1, by name."""
         named = {name: getattr(self, name) for name in ('in_scale', 'residual_scale', 'branch_scale')}
         return {name: factor for name, factor in named.items() if factor}
 
-    def constants(self, layer_index, depth):
-        """Those that are not learned, each a list with one number a layer of `layer_index`."""
+    def constants(self, layer_index: Sequence[int], depth: int) -> dict[str, list[float]]:
+        """Returns the factors that are not learned, each a list with one number per layer of `layer_index`."""
         named = {name: rule for name, rule in self.factors().items() if not isinstance(rule, Learned)}
         return {name: [rule(l, depth) for l in layer_index] for name, rule in named.items()}
 
@@ -82,36 +84,36 @@ class Layer:
     embed_norm: bool = False  # as first layer: what the embedding gives is normalised
 
 
-def _both(placement, **layer):
+def _both(placement: Placement, **layer: Any) -> Layer:
     return Layer(placement, placement, **layer)
 
 
-def _inverse_root_of_index(layer_index, depth):
+def _inverse_root_of_index(layer_index: int, depth: int) -> float:
     """Sun et al. 2025, The Curse of Depth (arXiv 2502.05795), equation 6."""
     del depth
     return layer_index**-0.5
 
 
-def _deepnorm_alpha(layer_index, depth):
+def _deepnorm_alpha(layer_index: int, depth: int) -> float:
     """Wang et al. 2022, DeepNet (arXiv 2203.00555), table of section 3.1, decoder only."""
     del layer_index
     return (2 * depth) ** 0.25
 
 
-def _deepnorm_alpha_of_32(layer_index, depth):
-    """What the Mix-LN authors' code has at any depth (modeling_llama.py)."""
+def _deepnorm_alpha_of_32(layer_index: int, depth: int) -> float:
+    """Returns DeepNorm's alpha of 32 layers, which the Mix-LN authors' code uses at any depth (modeling_llama.py)."""
     return _deepnorm_alpha(layer_index, 32)
 
 
-def _admin_constant(layer_index, depth):
-    """The closed form for n residual sub-layers of PyPI's admin-torch 0.1.0, calculate_init."""
+def _admin_constant(layer_index: int, depth: int) -> float:
+    """Returns the closed form for n residual sub-layers of PyPI's admin-torch 0.1.0, calculate_init."""
     del layer_index
     n = 2 * depth
     return ((n + 1) / math.log(n + 1) - 1) ** 0.5
 
 
-def admin_omega(variances):
-    """omega of every sub-layer before training: sqrt(sum of Var[F_j] over the sub-layers before it), 1 for the first.
+def admin_omega(variances: jax.Array) -> jax.Array:
+    """Returns omega [2L] before training: sqrt(sum of Var[F_j] over the sub-layers before each), 1 for the first.
 
     Liu et al. 2020 (arXiv 2004.08249), section 4.2. `variances` [2L]: attention and MLP of layer 1, of layer 2 and so
     on, from one forward pass with every omega 1.
@@ -119,7 +121,7 @@ def admin_omega(variances):
     return jnp.sqrt(jnp.concatenate([jnp.ones(1), jnp.cumsum(variances)[:-1]]))
 
 
-def _prores(step, layer_index, ramp_steps):
+def _prores(step: int | jax.Array, layer_index: Sequence[int], ramp_steps: int) -> np.ndarray | jax.Array:
     """a(l, t) = min(t / (T l), 1): Chen et al. 2026, ProRes (arXiv 2603.05369), their `linear` schedule.
 
     t is the number of updates done, so all branches are 0 in the first update, as in the authors' code
@@ -142,7 +144,7 @@ MODIFIERS = {'prores': {'ramp': _prores}}  # name -> fields of both placements o
 class _Rows(dict):
     """Rows by name. A name with modifiers, such as `pre+prores`, gives the changed row; iteration has plain names."""
 
-    def __missing__(self, name):
+    def __missing__(self, name: str) -> Layer:
         plain, *modifiers = name.split('+')
         if not modifiers:
             raise KeyError(name)
@@ -171,18 +173,18 @@ PLACEMENTS = _Rows({
 })  # fmt: skip
 
 
-def _first(count, name, then):
+def _first(count: int, name: str, then: str) -> Scheme:
     return lambda layers: (name,) * min(count, layers) + (then,) * (layers - count)
 
 
-def _every_fourth(name, others):
+def _every_fourth(name: str, others: str) -> Scheme:
     return lambda layers: tuple(name if l % 4 == 0 else others for l in range(1, layers + 1))
 
 
 _OFFICIAL = {'deepnorm': 'deepnorm_official'}
 
-# A scheme makes the whole list: number of layers -> names. Those after the second are the authors' (NORM_TYPE).
-SCHEMES = {
+# Those after the second are the authors' (NORM_TYPE).
+SCHEMES: dict[str, Scheme | None] = {
     'mix': None,  # needs post_ratio as well
     'hybridnorm_star': _first(1, 'hybridnorm_first', then='hybridnorm'),
     'pre_post': _first(7, 'pre', then='post'),
@@ -203,13 +205,13 @@ def has_ramp(norm_position: Iterable[str]) -> bool:
     return any(at.ramp for name in norm_position for at in (PLACEMENTS[name].attention, PLACEMENTS[name].mlp))
 
 
-def post_layers(num_layers, post_ratio):
-    """How many layers from the input are Post-LN under Mix-LN: alpha * L, rounded (Table 5's .33 means 8 of 24)."""
+def post_layers(num_layers: int, post_ratio: float) -> int:
+    """Returns how many layers from the input are Post-LN under Mix-LN: alpha * L, rounded (Table 5: .33 is 8 of 24)."""
     return math.floor(post_ratio * num_layers + 0.5)
 
 
-def resolve(norm_position, num_layers, post_ratio=0.25):
-    """The placement name of each layer.
+def resolve(norm_position: str, num_layers: int, post_ratio: float = 0.25) -> tuple[str, ...]:
+    """Returns the placement name of each layer.
 
     Args:
         norm_position: a name for all layers, a scheme, or a list of `num_layers` names, `post*3,pre*9`. Each may have
@@ -231,9 +233,10 @@ def resolve(norm_position, num_layers, post_ratio=0.25):
         if plain == 'mix':
             names = _first(post_layers(num_layers, post_ratio), 'post', then='pre')(num_layers)
         else:
-            names = SCHEMES[plain](num_layers) if plain in SCHEMES else (plain,) * num_layers
+            scheme = SCHEMES.get(plain)
+            names = scheme(num_layers) if scheme else (plain,) * num_layers
         return tuple(name + plus + modifiers for name in names)
-    names = []
+    listed: list[str] = []
     for item in norm_position.split(','):
         match = re.fullmatch(r'\s*(\w+)((?:\+\w*)*)\s*(?:\*\s*([1-9]\d{0,5}))?\s*', item)
         if not match:
@@ -241,19 +244,19 @@ def resolve(norm_position, num_layers, post_ratio=0.25):
         name, modifiers, count = match[1], match[2], int(match[3] or 1)
         if name not in PLACEMENTS:
             known = [*PLACEMENTS, *SCHEMES]
-            scheme = ' is a scheme for all layers and' if name in SCHEMES else ''
+            said = ' is a scheme for all layers and' if name in SCHEMES else ''
             raise UsageError(
-                f'{stated}: {name!r}{scheme} is not one of '
-                f'{", ".join(PLACEMENTS if scheme else known)}{"" if scheme else nearest(name, known)}'
+                f'{stated}: {name!r}{said} is not one of '
+                f'{", ".join(PLACEMENTS if said else known)}{"" if said else nearest(name, known)}'
             )
         _check_modifiers(stated, name, modifiers.split('+')[1:])
-        names += [name + modifiers] * count
-    if len(names) != num_layers:
-        raise UsageError(f'{stated} lists {len(names)} layers, config.model.num_layers is {num_layers}')
-    return tuple(names)
+        listed += [name + modifiers] * count
+    if len(listed) != num_layers:
+        raise UsageError(f'{stated} lists {len(listed)} layers, config.model.num_layers is {num_layers}')
+    return tuple(listed)
 
 
-def _check_modifiers(stated, name, modifiers):
+def _check_modifiers(stated: str, name: str, modifiers: Sequence[str]) -> None:
     """Raises UsageError for a modifier that is unknown, or that a name has twice."""
     for at, modifier in enumerate(modifiers):
         if modifier not in MODIFIERS:
@@ -265,8 +268,8 @@ def _check_modifiers(stated, name, modifiers):
             raise UsageError(f'{stated}: {name!r} has +{modifier} twice')
 
 
-def layer_runs(norm_position):
-    """Runs of equal neighbours: [(name, first, end)], layers counted from 0. Each is one compiled loop."""
+def layer_runs(norm_position: Iterable[str]) -> list[tuple[str, int, int]]:
+    """Returns the runs of equal neighbours, [(name, first, end)], layers counted from 0. Each is one compiled loop."""
     runs, first = [], 0
     for name, group in itertools.groupby(norm_position):
         end = first + len(list(group))
@@ -275,15 +278,24 @@ def layer_runs(norm_position):
     return runs
 
 
-def spelled(norm_position):
-    """The names of all layers for people, `post x 3, pre x 9`."""
+def spelled(norm_position: Iterable[str]) -> str:
+    """Returns the names of all layers for people, `post x 3, pre x 9`."""
     return ', '.join(f'{name} x {end - first}' for name, first, end in layer_runs(norm_position))
 
 
-def growth_factors(norm_position, layer_index, depth, ramp_steps=1, step=None):
-    """The factor that a layer's norms give its sub-layers' inputs: [L], 1/sqrt(l) under LNS, 1 in other layers that are
-    Pre-LN and nothing else, NaN in all others, to which the Curse of Depth's theory does not speak: also in those whose
-    ramp of `ramp_steps` is not done after `step` updates (None: it is)."""
+def growth_factors(
+    norm_position: Sequence[str],
+    layer_index: Sequence[int],
+    depth: int,
+    ramp_steps: int = 1,
+    step: int | None = None,
+) -> list[float]:
+    """Returns the factor [L] by which each layer scales the inputs of its sub-layers after their norms.
+
+    It is 1/sqrt(l) under LNS, 1 in other layers that are Pre-LN and nothing else, and NaN in all others, which the
+    theory of the Curse of Depth does not cover. A ramp of `ramp_steps` that has not ended after `step` updates
+    (None: it has) makes a layer one of those.
+    """
     found = []
     for name, index in zip(norm_position, layer_index, strict=True):
         at = PLACEMENTS[name].attention
@@ -294,8 +306,10 @@ def growth_factors(norm_position, layer_index, depth, ramp_steps=1, step=None):
     return found
 
 
-def warnings(norm_position, init, warmup_ratio, num_steps=math.inf, ramp_steps=0):
-    """Combinations that are known to train badly, a line each."""
+def warnings(
+    norm_position: Sequence[str], init: str, warmup_ratio: float, num_steps: float = math.inf, ramp_steps: int = 0
+) -> Iterator[str]:
+    """Yields a line for each combination that is known to train badly."""
     if init == 'scaled' and any(name.split('+')[0] == 'lns' for name in norm_position):
         yield 'model.init=scaled undoes the gain of layer-norm scaling (lns): use model.init=normal'
     if any(PLACEMENTS[name].attention.post for name in norm_position) and warmup_ratio < 0.1:

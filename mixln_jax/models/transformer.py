@@ -1,11 +1,13 @@
 """The stack of layers that every network of ours shares: norms, attention, MLP, and the one residual rule.
 
 B batch, T length, D width, H query heads, K key/value heads, F MLP width, L layers. Equal neighbouring layers are one
-segment, run by one `nn.scan` over stacked parameters, so compile time grows with segments and not with depth.
+run, executed by one `nn.scan` over stacked parameters, so compile time grows with the number of runs, not with depth.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,8 +20,8 @@ from mixln_jax.models.attention import Attention
 from mixln_jax.models.layers import MLP, RMSNorm
 
 
-def _dots(primitive, *arguments, **parameters):
-    """Whether the backward pass keeps a result: those of matrices, but not of turned heads [B,T,H,d] on TPUs."""
+def _dots(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    """Returns whether the backward pass keeps a result: those of matrices, but not rotated heads [B,T,H,d] on TPUs."""
     saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
     return saveable and arguments[0].ndim < 4
 
@@ -33,7 +35,7 @@ UNROLL_UP_TO = 12  # layers; beyond it `auto` keeps the loop, for the compile ti
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What the layers of a family of networks are made of: modules with the fields and arguments of LLaMA's, here."""
+    """The modules that the layers of a family are made of, with the fields and arguments of LLaMA's, the defaults."""
 
     norm: type[nn.Module] = RMSNorm
     attention: type[nn.Module] = Attention
@@ -52,13 +54,14 @@ class Layer(nn.Module):
     kernel: str = 'blocks'  # of attention
 
     @nn.compact
-    def __call__(self, x, per_layer, angles, mask):
-        """One layer on the stream x [B,T,D]; `per_layer` holds its constants and, under `layer_mask`, whether it runs.
+    def __call__(self, x: jax.Array, per_layer: Mapping[str, Any], angles: Any, mask: jax.Array | None) -> tuple:
+        """Runs one layer on the stream x [B,T,D].
 
-        Returns the stream behind it and, with `capture`, `hidden`: that stream, `branches`: per sub-layer [2,B,T] the
-        norms of the stream before it and of what it adds, and the mean of the latter; else None.
+        `per_layer` holds its constants and, under `layer_mask`, whether it runs. Returns the stream after it and None.
+        With `capture` the second result has `hidden`, that stream, and `branches`, for each sub-layer [2,B,T] the norms
+        of the stream before it and of what it adds, and the mean of the latter.
         """
-        branches = []
+        branches: list[dict[str, jax.Array]] = []
         attend = self.parts.attention(self.config, self.dtype, self.placement.qkv_norm, self.kernel, name='attention')
         mlp = self.parts.mlp(self.config, self.dtype, name='mlp')
         constants = per_layer['constants']
@@ -76,8 +79,20 @@ class Layer(nn.Module):
         y = jnp.where(per_layer['layer_mask'], y, x) if 'layer_mask' in per_layer else y
         return y, {'hidden': y, 'branches': jax.tree.map(lambda *a: jnp.stack(a), *branches)} if self.capture else None
 
-    def residual(self, x, sublayer, placement, constants, name, branches):
-        """The one residual rule (see norms.py). Factors act in float32, whatever type the stream has."""
+    def residual(
+        self,
+        x: jax.Array,
+        sublayer: Callable[[jax.Array], jax.Array],
+        placement: placements.Placement,
+        constants: dict[str, jax.Array],
+        name: str,
+        branches: list[dict[str, jax.Array]],
+    ) -> jax.Array:
+        """Returns the stream after a sub-layer, by the one residual rule (see placements.py).
+
+        Factors act in float32, whatever type the stream has. With `capture` the norms of stream and branch are appended
+        to `branches`.
+        """
         groups = self.config.norm_groups if placement.grouped else 1
         norm = lambda at: self.parts.norm(self.config.norm_eps, self.dtype, groups, name=f'{name}_norm_{at}')  # noqa: E731
         factors = constants | {
@@ -103,7 +118,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """L layers, segment by segment; parameters are stacked over the layers of a segment, `segment_<i>/...` [n, ...]."""
+    """L layers, run by run of equal neighbours; the parameters of run i are stacked, `segment_<i>/...` [n, ...]."""
 
     config: configs.Model
     dtype: jnp.dtype
@@ -115,25 +130,39 @@ class Stack(nn.Module):
     kernel: str = 'blocks'  # of attention; see kernels/attention.py
 
     @nn.compact
-    def __call__(self, x, angles, mask=None, layer_mask=None, capture=False, step=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: Any,
+        mask: jax.Array | None = None,
+        layer_mask: jax.Array | None = None,
+        capture: bool = False,
+        step: int | jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         """Runs the stream x [B,T,D] through the layers.
 
-        `angles` are `rope.rope_cos_sin`, None: attention has none. `mask` [B,1,T,T] bool, or what broadcasts to
-        it, says which keys a query sees of those that attention lets it see, None: all of them.
-        `layer_mask` [L] (traced) removes layers: one that is False is the identity. With `capture` the second result is
-        what every layer captures, stacked over them [L,...], else None. `step`, traced or not, is the number of updates
-        done, at which ramps stand; None: they are done.
+        Args:
+            x: the embeddings.
+            angles: from `rope.rope_cos_sin`; None: attention has no rotary positions.
+            mask: bool, broadcast to [B,1,T,T]: which keys a query may see, of those that attention lets it see. None:
+                all of them.
+            layer_mask: [L] bool, traced: a layer that is False is the identity. None: all layers run.
+            capture: whether to return what the layers capture.
+            step: number of updates done, traced or not, at which ramps stand. None: they have ended.
+
+        Returns:
+            The stream after the last layer, and what every layer captures, stacked over layers [L,...], or None.
         """
         captured = []
         for number, (name, first, end) in enumerate(placements.layer_runs(self.norm_position)):
-            x, ys = self.segment(number, placements.PLACEMENTS[name], end - first, capture)(
+            x, ys = self.layer_run(number, placements.PLACEMENTS[name], end - first, capture)(
                 x, self.per_layer(placements.PLACEMENTS[name], first, end, layer_mask, step), angles, mask
             )
             captured.append(ys)
         return x, jax.tree.map(lambda *a: jnp.concatenate(a), *captured) if capture else None
 
-    def segment(self, number, placement, length, capture):
-        """`length` equal layers as one loop: (x, per_layer, angles, mask) -> (x, what they capture)."""
+    def layer_run(self, number: int, placement: placements.Layer, length: int, capture: bool) -> Callable:
+        """Returns `length` equal layers as one loop: (x, per_layer, angles, mask) -> (x, what they capture)."""
         remat = self.config.remat
         # Unrolled, XLA finds the recomputation equal to the computation and keeps the latter: no memory is saved.
         auto = len(self.norm_position) <= UNROLL_UP_TO and remat == 'none'
@@ -164,18 +193,27 @@ class Stack(nn.Module):
             ),
         )
 
-    def per_layer(self, placement, first, end, layer_mask, step):
-        """What differs between the layers of a segment, each a value with a leading axis over them."""
+    def per_layer(
+        self,
+        placement: placements.Layer,
+        first: int,
+        end: int,
+        layer_mask: jax.Array | None,
+        step: int | jax.Array | None,
+    ) -> dict[str, Any]:
+        """Returns what differs between the layers of a run, each value with a leading axis over them."""
         index = self.layer_index[first:end]
         constants = {
-            name: {by: np.array(values, np.float32) for by, values in at.constants(index, self.depth).items()}
+            name: dict[str, Any](
+                (by, np.array(values, np.float32)) for by, values in at.constants(index, self.depth).items()
+            )
             | at.ramp_factors(index, self.config.ramp_steps, total_step(self.config, step))
             for name, at in (('attention', placement.attention), ('mlp', placement.mlp))
         }
         return {'constants': constants} | ({} if layer_mask is None else {'layer_mask': layer_mask[first:end]})
 
 
-def total_step(config: configs.Model, step: int | jax.Array | None) -> int | jax.Array | None:
+def total_step(config: configs.Model, step: Any) -> Any:
     """Returns the step at which the ramps of a network stand after `step` updates: they began `config.ramp_offset`
     updates earlier. None: they are done."""
     return None if step is None else step + config.ramp_start
@@ -186,8 +224,8 @@ def needed_step(model: nn.Module, step: int | jax.Array | None) -> int | jax.Arr
     return step if placements.has_ramp(model.norm_position) else None
 
 
-def measured(norm_position):
-    """Whether some layers have factors that are set before the first step."""
+def measured(norm_position: Iterable[str]) -> bool:
+    """Returns whether some layers have factors that are set before the first step."""
     return any(
         isinstance(factor, placements.Learned) and factor.measured
         for name in norm_position
@@ -195,8 +233,8 @@ def measured(norm_position):
     )
 
 
-def with_omega(stack, norm_position, omega):
-    """The parameters of a Stack with `omega` [2L] in every factor that is measured."""
+def with_omega(stack: Mapping[str, Any], norm_position: Sequence[str], omega: jax.Array) -> dict[str, Any]:
+    """Returns the parameters of a Stack with `omega` [2L] in every factor that is measured."""
     by_layer, changed = omega.reshape(-1, 2), dict(stack)
     for number, (name, first, end) in enumerate(placements.layer_runs(norm_position)):
         for at, sublayer in enumerate(('attention', 'mlp')):
@@ -209,32 +247,32 @@ def with_omega(stack, norm_position, omega):
     return changed
 
 
-def split_layers(stack, norm_position):
-    """The parameters of a Stack as a list of L single layers."""
-    layers = []
+def split_layers(stack: Mapping[str, Any], norm_position: Sequence[str]) -> list[Any]:
+    """Returns the parameters of a Stack as a list of L single layers."""
+    layers: list[Any] = []
     for number, (_, first, end) in enumerate(placements.layer_runs(norm_position)):
         layers += [jax.tree.map(lambda leaf, i=i: leaf[i], stack[f'segment_{number}']) for i in range(end - first)]
     return layers
 
 
-def stack_layers(layers, norm_position):
-    """The parameters of L single layers as those of a Stack; the inverse of `split_layers`."""
+def stack_layers(layers: Sequence[Any], norm_position: Sequence[str]) -> dict[str, Any]:
+    """Returns the parameters of L single layers as those of a Stack; the inverse of `split_layers`."""
     return {
         f'segment_{number}': jax.tree.map(lambda *leaves: np.stack(leaves), *layers[first:end])
         for number, (_, first, end) in enumerate(placements.layer_runs(norm_position))
     }
 
 
-def branch_variances(branches, weights, width):
-    """Var[F] of what every sub-layer adds to the stream, over all features of the positions that count.
+def branch_variances(branches: Mapping[str, jax.Array], mask: jax.Array, width: int) -> jax.Array:
+    """Returns Var[F] of what every sub-layer adds to the stream, over all features of the positions that count.
 
     Args:
         branches: `norm` and `mean` [L,2,B,T]; see `backbone`.
-        weights: [B,T], 1 at positions that count.
+        mask: [B,T], 1 at positions that count.
         width: D.
 
     Returns:
         [2L]: attention and MLP of layer 1, of layer 2 and so on.
     """
-    over = lambda values: (values * weights).sum((-2, -1)) / weights.sum()  # noqa: E731
+    over = lambda values: (values * mask).sum((-2, -1)) / mask.sum()  # noqa: E731
     return (over(jnp.square(branches['norm'])) / width - jnp.square(over(branches['mean']))).reshape(-1)

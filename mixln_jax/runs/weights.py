@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import time
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -51,8 +52,8 @@ class Weights:
     workdir: pathlib.Path | None = None  # of the run
 
     @property
-    def max_length(self):
-        """Tokens of the longest row that the weights were trained for."""
+    def max_length(self) -> int:
+        """Number of tokens of the longest row that the weights were trained for."""
         if self.config:
             return self.config.seq_length
         path = pathlib.Path(self.where, 'config.json')
@@ -62,14 +63,14 @@ class Weights:
         return length
 
     @property
-    def data_mode(self):
+    def data_mode(self) -> str | None:
         """config.data.mode of the rows that the weights were trained on; None where nothing says it."""
         if self.config:
             return self.config.data.mode
         return _of_export(pathlib.Path(self.where)).get('data_mode')
 
 
-def load(path, compute_dtype='float32', norm_position=None, causal=True) -> Weights:
+def load(path: str | os.PathLike, compute_dtype: str = 'float32', norm_position: str | None = None) -> Weights:
     """Opens weights for evaluation, analysis or export.
 
     Args:
@@ -77,23 +78,21 @@ def load(path, compute_dtype='float32', norm_position=None, causal=True) -> Weig
             Hugging Face folder.
         compute_dtype: of the network; the weights keep their type.
         norm_position: placement of a Hugging Face folder that does not say it.
-        causal: whether it must be a network that predicts the next token; else it may also be a BERT.
 
     Raises:
         UsageError: nothing there, or a `norm_position` for a run or a BERT, which have their own; as `read_newest`.
         CheckpointError: unreadable, damaged or of another structure.
     """
-    given = path
-    path, of_run = find(given)
+    folder, of_run = find(path)
     if not of_run:
-        model, params = hf.load(path, norm_position, compute_dtype)
+        model, params = hf.load(folder, norm_position, compute_dtype)
         tokenizer = None
-        if (path / 'tokenizer/fingerprint.json').is_file():  # from an export
-            tokenizer = tokenizers.load(path / 'tokenizer', _of_export(path).get('tokenizer'))
-        return Weights(model, params, str(path), tokenizer=tokenizer)
+        if (folder / 'tokenizer/fingerprint.json').is_file():  # from an export
+            tokenizer = tokenizers.load(folder / 'tokenizer', _of_export(folder).get('tokenizer'))
+        return Weights(model, params, str(folder), tokenizer=tokenizer)
     if norm_position:
-        raise UsageError(f'--norm_position: {path} is a run of ours, which knows its placement')
-    folder, params, about = read_newest(given, checkpoint.read_params)
+        raise UsageError(f'--norm_position: {folder} is a run of ours, which knows its placement')
+    folder, params, about = read_newest(path, checkpoint.read_params)
     config = configs.from_resolved(about['config'])
     model = families.from_config(config.model, compute_dtype)
     model = model.clone(trained_steps=transformer.needed_step(model, about['step']))
@@ -110,8 +109,8 @@ def load(path, compute_dtype='float32', norm_position=None, causal=True) -> Weig
     return Weights(model, params, str(folder), about['step'], config, tokenizer, workdir)
 
 
-def _of_export(folder):
-    """What mixln_jax.export has noted in a folder that it wrote; {} where it is not one."""
+def _of_export(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns what mixln_jax.export noted in a folder that it wrote; {} for other folders."""
     path = folder / EXPORT
     if not path.exists():
         return {}
@@ -122,8 +121,8 @@ def _of_export(folder):
     return found
 
 
-def without_layers(found: Weights, removed) -> Weights:
-    """The network without some layers, as if `layer_mask` were False for them; the others keep their constants.
+def without_layers(found: Weights, removed: Collection[int]) -> Weights:
+    """Returns the network without some layers, as if `layer_mask` were False for them; the others keep their constants.
 
     Args:
         found: from `load`.
@@ -152,9 +151,12 @@ def without_layers(found: Weights, removed) -> Weights:
     return dataclasses.replace(found, model=pruned, params=params)
 
 
-def find(path):
-    """(`checkpoint_folder(path)`, True) of a run, (the folder, False) of Hugging Face. Raises UsageError for others."""
-    path = files.local(path, '--checkpoint')
+def find(given: str | os.PathLike) -> tuple[pathlib.Path, bool]:
+    """Returns (`checkpoint_folder(given)`, True) of a run, (the folder, False) of Hugging Face.
+
+    Raises UsageError for other folders.
+    """
+    path = files.local(given, '--checkpoint')
     if folder := checkpoint_folder(path):
         return folder, True
     tensors.refuse_others(path)
@@ -163,15 +165,15 @@ def find(path):
     return path, False
 
 
-def checkpoint_folder(path):
-    """`<run>/checkpoints/<step>` of a run, the newest, or of a checkpoint; None for another folder.
+def checkpoint_folder(given: str | os.PathLike) -> pathlib.Path | None:
+    """Returns `<run>/checkpoints/<step>`: the newest of a run, or the checkpoint itself; None for another folder.
 
     Links are followed, so that the run's own folder is found. A run, or a Hugging Face folder, may have the name of a
     checkpoint: what is in a folder decides.
 
     Raises UsageError: not a folder, a run without a checkpoint, or a checkpoint that was moved out of its run.
     """
-    path = files.local(path, '')
+    path = files.local(given, '')
     if not path.is_dir():
         raise UsageError(f'{path} is not a folder')
     if (folder := path / 'checkpoints').is_dir():
@@ -189,8 +191,8 @@ def checkpoint_folder(path):
     return None
 
 
-def read_newest(path, read):
-    """(folder, *`read(folder)`) of the checkpoint that `checkpoint_folder(path)` names.
+def read_newest(path: str | os.PathLike, read: Callable[[pathlib.Path], tuple[Any, dict]]) -> tuple[Any, Any, Any]:
+    """Returns (folder, *`read(folder)`) of the checkpoint that `checkpoint_folder(path)` names.
 
     A run in training removes old checkpoints: where a newer one has come while the newest was read, it is taken.
 
@@ -217,8 +219,8 @@ def read_newest(path, read):
     raise UsageError(f'{path} is not a run of ours')
 
 
-def _hops(path):
-    """A path, what it links to, what that links to and so on, and last its real one, which has no links at all."""
+def _hops(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a path, what it links to, what that links to and so on, and last its real one, which has no links."""
     for _ in range(40):  # as many as Linux follows
         yield path
         if not path.is_symlink():
@@ -227,8 +229,8 @@ def _hops(path):
     yield pathlib.Path(os.path.realpath(path))
 
 
-def open_tokenizer(folder):
-    """(Tokenizer, the ids that begin a text, one or none) of a Hugging Face folder.
+def open_tokenizer(folder: pathlib.Path) -> tuple[tokenizers.Tokenizer, list[int]]:
+    """Returns the tokenizer of a Hugging Face folder, and the ids that begin a text: one or none.
 
     A tokenizer.json says itself whether it puts a bos before a text; a tokenizer.model is LLaMA's, which does.
 
@@ -246,8 +248,8 @@ def open_tokenizer(folder):
     raise UsageError(f'{folder} holds no tokenizer (tokenizer.json or tokenizer.model)')
 
 
-def initial(where, model):
-    """What `config.init_from` names, as parameters of `model`, in numpy arrays: no device needs to hold them all.
+def initial(where: str, model: Network) -> Any:
+    """Returns what `config.init_from` names as parameters of `model`, numpy arrays: no device needs to hold them all.
 
     Args:
         where: `hf:FOLDER`, or what `load` opens as ours.
@@ -268,9 +270,9 @@ def initial(where, model):
             _check_same(model, found, stated)
             found, params = hf.read(folder, model.norm_position)
         elif checkpoint_folder(where):
-            found = load(where)
-            _check_same(model, found.model)
-            params = jax.device_get(found.params)
+            loaded = load(where)
+            _check_same(model, loaded.model)
+            params = jax.device_get(loaded.params)
         else:
             raise UsageError(f'not a run of ours; a Hugging Face folder is hf:{where}')
     except (UsageError, CheckpointError) as error:
@@ -279,10 +281,9 @@ def initial(where, model):
 
 
 def ramp_offset(config: configs.Config) -> int:
-    """Returns the updates that ramps have made before step 0, so that those of the weights of `config.init_from` go on.
+    """Returns how many updates the ramps of the weights of `config.init_from` have made: they go on from there.
 
-    0 for a run that starts from chance. Of a Hugging Face folder that does not say where its
-    ramps stand, they are done.
+    It is 0 for random weights. The ramps of a Hugging Face folder that does not state their step have ended.
 
     Raises:
         UsageError, CheckpointError: as `initial`.
@@ -303,10 +304,10 @@ def ramp_offset(config: configs.Config) -> int:
         raise type(error)(f'config.init_from={where}: {error}') from None
 
 
-def _check_same(model, found, stated=True):
+def _check_same(model: Network, found: Any, stated: bool = True) -> None:
     """Raises UsageError where weights belong to another network than `model`; `stated`: whether they say placements."""
 
-    def facts(of):
+    def facts(of: Any) -> dict[str, Any]:
         found = {name: getattr(of.config, name) for name in configs.same_weights()}
         found |= {'num_kv_heads': of.config.kv_heads, 'head_dim': of.config.head_size}
         if of.config.rope_type == 'llama3':
@@ -328,7 +329,7 @@ def _check_same(model, found, stated=True):
             )
 
 
-def _constants(model):
+def _constants(model: Any) -> list[list[tuple[dict[str, list[float]], int]]]:
     layers = [placements.PLACEMENTS[name] for name in model.norm_position]
     return [
         [(at.constants([index], model.depth), index if at.ramp else 0) for at in (layer.attention, layer.mlp)]
