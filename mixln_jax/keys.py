@@ -333,7 +333,7 @@ class Expected:
 class Config:
     """A whole run."""
 
-    seed: int = key(0, 'seed of the initial weights', at_least=0, below=2**32)
+    seed: int = key(0, "seed of the initial weights and of the task's random choices", at_least=0, below=2**32)
     batch_size: int = key(512, 'sequences in a batch, over all devices and accumulation', at_least=1, at_most=2**24)
     seq_length: int = key(256, 'tokens in a sequence T', at_least=2, at_most=LONGEST)
     num_steps: int = key(20_000, 'updates in the run', at_least=1, below=2**31)

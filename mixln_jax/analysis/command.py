@@ -181,7 +181,7 @@ def _measure_all(
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises UsageError for options that are out of range or say nothing together."""
+    """Raises UsageError for options that are out of range or contradict each other."""
     for name, least in (('tokens', 1), ('batch_size', 1), ('seq_length', 2)):
         if (value := getattr(options, name)) is not None and value < least:
             raise UsageError(f'--{name} must be at least {least}')

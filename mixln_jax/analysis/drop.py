@@ -135,7 +135,7 @@ def of_evaluations(
         blocks: sizes of blocks to remove.
 
     Returns:
-        As `measure`, by metric. Errors of drops are those of two independent values, so rather too large: both are
+        As `measure`, by metric. Errors of drops are those of two independent values, so they overestimate: both are
         measured on the same questions.
     """
     whole = evaluate(np.ones(layers, bool))
@@ -176,7 +176,7 @@ def draw(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """What this job takes besides."""
+    """Adds the options of this job."""
     add('--blocks', default='1', metavar='N,...', help='sizes of blocks of neighbouring layers to remove [1]')
     add_task_options(add)
 
@@ -185,7 +185,7 @@ def _blocks(text: str) -> list[int]:
     """The numbers of --blocks."""
     blocks = [cli.parse_decimal(part) or 0 for part in cli.split_list(text)]
     if min(blocks, default=0) < 1 or len(set(blocks)) < len(blocks):
-        raise UsageError(f'--blocks {text}: different numbers from 1 are needed')
+        raise UsageError(f'--blocks {text}: give distinct integers, at least 1')
     return blocks
 
 

@@ -143,7 +143,7 @@ def _read(dataset: grain.MapDataset, start: int, num_workers: int) -> Generator[
 
 def _first(batches: Iterator[Batch]) -> Batch:
     """The first batch, for which threads and processes start. They inherit the mask of this thread: a signal that goes
-    to all processes, as Ctrl-C does, is the main thread's to answer, also while a worker starts."""
+    to all processes, as Ctrl-C does, must be handled by the main thread, also while a worker starts."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.signals())
     return next(batches)
 
@@ -153,7 +153,7 @@ _reading: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Later, while Python takes its modules apart, grain can no longer free its shared memory."""
+    """Later, during interpreter shutdown, grain can no longer free its shared memory."""
     for batches in list(_reading):
         batches.close()
 

@@ -51,7 +51,7 @@ class Rows(abc.ABC):
 
     @abc.abstractmethod
     def read(self, numbers: Numbers, sized: bool = False) -> Block:
-        """Returns the rows [n, T+1]; their bytes of text, where they take time to find, only if `sized`."""
+        """Returns the rows [n, T+1], with their bytes of text if `sized`, or if they cost nothing."""
 
     def batch(self, numbers: Numbers, epochs: Numbers | None = None) -> Batch:
         """Returns `inputs`, `targets`, `loss_mask` and so on [n, T]; see `Layout.batch` and `Examples.batch`."""

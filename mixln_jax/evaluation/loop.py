@@ -16,7 +16,7 @@ from mixln_jax.distributed import mesh as meshes
 from mixln_jax.models import transformer
 from mixln_jax.program.program import Program
 from mixln_jax.runs import weights
-from mixln_jax.system.errors import NumericsError, UsageError
+from mixln_jax.system.errors import DataError, NumericsError, UsageError
 from mixln_jax.tasks.task import Task
 
 
@@ -62,6 +62,8 @@ def evaluate(
             break
     sums = jax.device_get(sums)
     totals = {name: sum(float(batch[name]) for batch in sums) for name in sums[0]}
+    if not totals['weight']:
+        raise DataError('the evaluation has nothing to predict: raise config.eval.tokens or config.task.mask_rate')
     values = task.summary(totals | {'tokens': tokens, 'num_bytes': num_bytes}) | {'tokens': tokens}
     return {f'eval/{name}': value for name, value in values.items()}
 

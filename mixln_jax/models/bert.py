@@ -17,7 +17,7 @@ from mixln_jax.system.errors import UsageError
 
 
 class Attention(nn.Module):
-    """Self-attention that sees both sides, with biases; where a token stands is said by the embedding alone."""
+    """Self-attention that sees both sides, with biases; only the embedding encodes positions."""
 
     config: configs.Model
     dtype: jnp.dtype
@@ -67,8 +67,14 @@ class Bert(Network):
     lookups: ClassVar[tuple[str, ...]] = ('positions/embedding', 'types/embedding')  # the words' table is the head too
     fixed: ClassVar[tuple[str, ...]] = (
         'num_kv_heads', 'head_dim', 'attention_bias', 'mlp_bias', 'tie_word_embeddings', 'scale_embed', 'rope_theta',
-        'rope_type',
+        'rope_type', 'rope_factor', 'rope_low_freq_factor', 'rope_high_freq_factor', 'rope_original_length',
+        'attention',
     )  # fmt: skip
+
+    @property
+    def longest(self) -> int:
+        """Number of positions."""
+        return self.config.num_positions
 
     def setup(self) -> None:
         config, dtype = self.config, jnp.dtype(self.compute_dtype)

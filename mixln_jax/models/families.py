@@ -35,7 +35,9 @@ def from_config(
     for name in network.fixed:
         if getattr(config, name) != getattr(configs.Model, name):
             value = getattr(config, name)
-            raise UsageError(f'config.model.{name}={value} has no meaning for config.model.family={config.family}')
+            raise UsageError(
+                f'config.model.{name}={value} has no meaning for config.model.family={config.family}: leave it out'
+            )
     names = placements.resolve(config.norm_position, config.num_layers, config.post_ratio)
     if official:
         names = tuple(map(placements.official, names))

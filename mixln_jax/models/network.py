@@ -25,9 +25,9 @@ class Network(nn.Module):
     A family is a subclass with two methods. `backbone(batch, layer_mask, capture, step)` returns the hidden states
     [B,T,D] that the head multiplies; `head_kernel(params)` returns the head's matrix [D,Vp].
 
-    Class attributes: `causal`, whether a position sees those before it alone; `fixed`, the keys of `config.model` that
+    Class attributes: `causal`, whether a position sees only earlier ones; `fixed`, the keys of `config.model` that
     mean nothing to the family; `padded`, the axis over the vocabulary of each leaf that has one, by path; `lookups`,
-    the paths of tables of which a position reads a row and does nothing else.
+    the paths of tables that are only looked up.
     """
 
     config: configs.Model
@@ -43,6 +43,11 @@ class Network(nn.Module):
     fixed: ClassVar[tuple[str, ...]] = ()
     padded: ClassVar[dict[str, int]] = {}
     lookups: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def longest(self) -> int | None:
+        """Number of positions in the longest row that the network can read; None: there is no limit."""
+        return None
 
     @property
     def rows(self) -> int:

@@ -1,4 +1,4 @@
-"""Placements: where the norms of a layer sit, as data. The only room that knows their names.
+"""Placements: where the norms of a layer sit, as data. The only module that knows their names.
 
 A sub-layer F (attention or MLP) changes the residual stream x by one rule, `transformer.residual`:
 
@@ -32,7 +32,7 @@ Ramp = Callable[[int | jax.Array, Sequence[int], int], np.ndarray | jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """A factor that is trained: a scalar, or one number a feature of the stream."""
+    """A factor that is trained: a scalar, or one number per feature of the stream."""
 
     start: float
     per_feature: bool = False
@@ -244,6 +244,8 @@ def resolve(norm_position: str, num_layers: int, post_ratio: float = 0.25) -> tu
         name, modifiers, count = match[1], match[2], int(match[3] or 1)
         if name not in PLACEMENTS:
             known = [*PLACEMENTS, *SCHEMES]
+            if name in MODIFIERS:
+                raise UsageError(f'{stated}: +{name} goes after a name, as in pre+{name}')
             said = ' is a scheme for all layers and' if name in SCHEMES else ''
             raise UsageError(
                 f'{stated}: {name!r}{said} is not one of '
@@ -259,8 +261,10 @@ def resolve(norm_position: str, num_layers: int, post_ratio: float = 0.25) -> tu
 def _check_modifiers(stated: str, name: str, modifiers: Sequence[str]) -> None:
     """Raises UsageError for a modifier that is unknown, or that a name has twice."""
     for at, modifier in enumerate(modifiers):
+        known = ', '.join(f'+{known}' for known in MODIFIERS)
+        if not modifier:
+            raise UsageError(f'{stated}: nothing follows the + after {name!r}, where {known} is expected')
         if modifier not in MODIFIERS:
-            known = ', '.join(f'+{known}' for known in MODIFIERS)
             raise UsageError(
                 f'{stated}: +{modifier} after {name!r} is not one of {known}{nearest(modifier, MODIFIERS)}'
             )

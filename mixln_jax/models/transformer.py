@@ -1,4 +1,4 @@
-"""The stack of layers that every network of ours shares: norms, attention, MLP, and the one residual rule.
+"""The stack of layers that all our networks share: norms, attention, MLP, and the one residual rule.
 
 B batch, T length, D width, H query heads, K key/value heads, F MLP width, L layers. Equal neighbouring layers are one
 run, executed by one `nn.scan` over stacked parameters, so compile time grows with the number of runs, not with depth.

@@ -17,10 +17,10 @@ from mixln_jax.tasks import build
 class Program:
     """Model, state and steps of `config` on `mesh`.
 
-    `state` is the train state as ShapeDtypeStructs with their shardings. `init`: key -> State, made where it is to lie.
-    `measure_factors`: (State, batch) -> State, before the first step where `model.measured()`. `train_step`: (State,
-    batch) -> (State, metrics), donates the state, as that does. `eval_step`: (params, batch, step) -> sums, where
-    `step` is what `transformer.needed_step` gives; see step.py.
+    `state` is the train state as ShapeDtypeStructs with their shardings. `init`: key -> State, created with its final
+    sharding. `measure_factors`: (State, batch) -> State, before the first step where `model.measured()`. `train_step`:
+    (State, batch) -> (State, metrics). Both donate the state. `eval_step`: (params, batch, step) -> sums, where `step`
+    is what `transformer.needed_step` returns; see step.py.
 
     Raises UsageError, naming the keys, for sizes that the mesh does not divide.
     """
@@ -31,8 +31,12 @@ class Program:
         self._rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
         official = config.compat != 'none'
         device = mesh.devices.flat[0] if isinstance(mesh, jax.sharding.Mesh) else None  # plans have none
-        kernel = attention_kernel(config, device)
+        causal = families.FAMILIES[config.model.family].causal
+        kernel = attention_kernel(config, device) if causal else 'blocks'
         self.model = families.from_config(config.model, config.compute_dtype, self._rows, official, kernel)
+        longest = self.model.longest
+        if longest and config.seq_length > longest:
+            raise UsageError(f'config.seq_length={config.seq_length} is more than config.model.num_positions={longest}')
         self.task = build.from_config(config, self.model)
         optimizer = optim.optimizer(config.optim)
         init = functools.partial(
@@ -58,9 +62,7 @@ class Program:
             step.measure_factors, task=self.task, seed=config.seed, accumulate=config.accumulate
         )
         self.measure_factors = jax.jit(measure, donate_argnums=0, out_shardings=shardings)
-        self.eval_step = jax.jit(
-            functools.partial(step.eval_step, task=self.task, seed=config.seed), out_shardings=everywhere
-        )
+        self.eval_step = jax.jit(functools.partial(step.eval_step, task=self.task), out_shardings=everywhere)
 
     def flops_per_position(self) -> int:
         """Returns the FLOPs of training on one position, by formula."""

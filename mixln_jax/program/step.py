@@ -48,7 +48,7 @@ def init_state(
 
 
 def _float32(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)  # else both would be donated
 
 
 def measure_factors(state: State, batch: Batch, *, task: Task, seed: int = 0, accumulate: int = 1) -> State:
@@ -166,15 +166,16 @@ def _sums(task: Task, params: Any, batch: Batch, context: Context) -> tuple[jax.
     return losses.sum, {'sum': losses.sum, 'weight': losses.weight} | losses.metrics
 
 
-def eval_step(
-    params: Any, batch: Batch, step: jax.Array | None = None, *, task: Task, seed: int = 0
-) -> dict[str, jax.Array]:
-    """Returns the sums of a batch after `step` updates: `sum`, `weight` and the task's metrics."""
-    return _sums(task, params, task.prepare(batch, step_key(seed, 0), False), Context(step=step))[1]
+def eval_step(params: Any, batch: Batch, step: jax.Array | None = None, *, task: Task) -> dict[str, jax.Array]:
+    """Returns the sums of a batch after `step` updates: `sum`, `weight` and the task's metrics.
+
+    Random choices of the task are the same in every run, so that networks are compared on the same examples.
+    """
+    return _sums(task, params, task.prepare(batch, step_key(0, 0), False), Context(step=step))[1]
 
 
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:
-    """Returns the random key of update number `step`, from 0; evaluation takes that of 0."""
+    """Returns the random key of update number `step`, from 0."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 

@@ -1,1 +1,1 @@
-"""What is learnt: batches, losses and the numbers that people read."""
+"""What is learned: batches, losses and the numbers that people read."""

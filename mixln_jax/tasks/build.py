@@ -14,8 +14,8 @@ from mixln_jax.tasks.task import Task
 def _language(config: configs.Config, model: Network) -> Task:
     if not model.causal:
         raise UsageError(
-            f'config.model.family={config.model.family} sees the token that config.task.name=language predicts; '
-            'masked_language hides it'
+            f'config.model.family={config.model.family} attends to both sides, so it would see the token that it has '
+            'to predict: use config.task.name=masked_language'
         )
     kind = Language if config.compat == 'none' else OfficialLanguage
     return kind(model, config.data.mode, config.seq_length)
@@ -28,11 +28,12 @@ def _masked_language(config: configs.Config, model: Network) -> Task:
             f'config.model.family=bert, not {config.model.family}'
         )
     if config.compat != 'none':
-        raise UsageError(f'config.compat={config.compat} is about config.task.name=language')
+        raise UsageError(
+            f'config.compat={config.compat} has no meaning for config.task.name=masked_language: leave it at none'
+        )
     size, mask_id = config.model.vocab_size, config.task.mask_id
     if mask_id >= size:
         raise UsageError(f'config.task.mask_id={mask_id} is not below config.model.vocab_size={size}')
-    mask_id = size - 1 if mask_id == -1 else mask_id
     return MaskedLanguage(model, config.data.mode, config.seq_length, config.task.mask_rate, mask_id)
 
 

@@ -21,27 +21,29 @@ HIDDEN, OTHER = 0.8, 0.1  # shares of the chosen tokens that become the mask and
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLanguage(Language):
-    """Of the tokens that a text has, ends of documents left out, `mask_rate` are chosen at random, anew in every epoch.
-    80 % of them become the token `mask_id`, 10 % a random token, 10 % stay; the loss is theirs alone.
+    """Of the tokens of a text (with the ends of documents in rows of `concat`, else without), `mask_rate` are chosen at
+    random, anew in every epoch.
+    80 % of them become the token `mask_id`, 10 % a random token, 10 % stay; only they count in the loss.
 
     In an evaluation the choice depends on the example alone, so that networks are compared on the same tokens.
     """
 
     mask_rate: float = 0.15
-    mask_id: int = 0
+    mask_id: int = -1  # -1: the last token of the vocabulary
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises UsageError where the last token of the vocabulary hides others and texts use it too."""
+        """Raises UsageError if the mask is by default the last token of the vocabulary, and the tokenizer uses it."""
         last = self.model.config.vocab_size - 1
-        if self.mask_id == last and tokenizer.vocab_size > last:
+        if self.mask_id == -1 and tokenizer.vocab_size > last:
             raise UsageError(
-                f'config.task.mask_id={last}, the last token, is one that texts use: raise config.model.vocab_size to '
+                f'config.task.mask_id=-1 is id {last}, which texts use too: raise config.model.vocab_size to '
                 f'at least {tokenizer.vocab_size + 1}, or give the id of the token that hides others'
             )
 
     def prepare(self, batch: Batch, key: jax.Array, train: bool) -> Batch:
         ids, may_be_chosen = batch['inputs'], batch['loss_mask'] > 0
         size = self.model.config.vocab_size
+        mask_id = size - 1 if self.mask_id == -1 else self.mask_id
 
         def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             choice, fate, other = jax.random.split(key, 3)
@@ -50,7 +52,7 @@ class MaskedLanguage(Language):
 
         choice, fate, other = jax.vmap(draw)(example_keys(key, batch))
         chosen = may_be_chosen & (choice < self.mask_rate)
-        replaced = jnp.where(fate < HIDDEN, self.mask_id, jnp.where(fate < HIDDEN + OTHER, other, ids))
+        replaced = jnp.where(fate < HIDDEN, mask_id, jnp.where(fate < HIDDEN + OTHER, other, ids))
         return {
             **batch,
             'inputs': jnp.where(chosen, replaced, ids).astype(ids.dtype),

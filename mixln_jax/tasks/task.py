@@ -54,7 +54,7 @@ class Task(abc.ABC):
     `model` is the network. Equal tasks are equal as objects too, so that what is compiled for one serves the other.
 
     Class attributes: `headline` names the number that people look at first, `label` is its short name; `metrics` are
-    the names of the sums that its losses have besides; `score`, where a task is measured by more than its losses, is a
+    the names of its further sums; `score`, where a task is measured by more than its losses, is a
     function (params, examples, batch_size, layer_mask) -> {name: [Q] in 0..1, of every question}.
     """
 
@@ -75,8 +75,8 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def position_mask(self, batch: Mapping[str, Any]) -> Any:
-        """Returns [B,T]: 1 at the positions of the residual stream that count in measurements, 0 at others; of numpy
-        arrays a numpy array."""
+        """Returns [B,T]: 1 at the positions of the residual stream that count in measurements, 0 at others; a numpy
+        array if the batch is numpy."""
 
     @abc.abstractmethod
     def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:

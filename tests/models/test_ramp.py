@@ -133,11 +133,11 @@ def test_names(value, names):
         ('pre+prores+prores', r"^config.model.norm_position='pre\+prores\+prores': 'pre' has \+prores twice$"),
         ('pre*2,lns+proress', r"\+proress after 'lns' is not one of \+prores, did you mean prores"),
         ('pre*2,lns+prores+prores', "'lns' has .prores twice"),
-        ('pre+', r"\+ after 'pre' is not one of \+prores"),
+        ('pre+', r"nothing follows the \+ after 'pre', where \+prores is expected"),
         ('mix+prores*3', "'mix' is a scheme"),
         ('pree+prores', "'pree' is not one of .*did you mean pre"),
         ('pre*3+prores', 'is not a name'),
-        ('prores', "'prores' is not one of"),
+        ('prores', r'\+prores goes after a name, as in pre\+prores'),
     ],
 )
 def test_bad_names(value, words):

@@ -88,6 +88,9 @@ def test_a_run(tmp_path, mesh):
     losses = [[line['train/loss'] for line in lines] for lines in (plain, averaged)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the average takes no part in training
     assert averaged[-1]['eval/loss'] != plain[-1]['eval/loss']
+    config.init_from, config.num_steps = str(tmp_path / 'plain'), 1  # from where the average starts again
+    main.run(config, tmp_path / 'again')
+    assert len(lines_of(tmp_path / 'again')) == 1
     found = weights.load(tmp_path / 'averaged')
     values = evaluation.evaluate_run(found)
     assert values['eval/loss'] == pytest.approx(averaged[-1]['eval/loss'], rel=1e-6)

@@ -17,7 +17,7 @@ from mixln_jax.data import layout
 from mixln_jax.models import bert, families
 from mixln_jax.program import step
 from mixln_jax.runs import weights
-from mixln_jax.system.errors import Stopped, UsageError
+from mixln_jax.system.errors import DataError, Stopped, UsageError
 from mixln_jax.tasks import build
 from mixln_jax.tasks.masked_language import MaskedLanguage
 from mixln_jax.tasks.task import Context
@@ -251,17 +251,19 @@ class TestRun:
 @pytest.mark.parametrize(
     'changes, message',
     [
-        ({'task.name': 'language'}, 'family=bert sees the token that config.task.name=language predicts'),
+        ({'task.name': 'language'}, 'family=bert attends to both sides'),
         ({'model.family': 'llama', 'model.num_positions': 512}, 'masked_language needs a network that sees both sides'),
         ({'task.mask_id': 260}, 'config.task.mask_id=260 is not below config.model.vocab_size=260'),
-        ({'model.vocab_size': 259}, 'mask_id=258, the last token, is one that texts use: .* at least 260'),
-        ({'compat': 'official'}, 'config.compat=official is about config.task.name=language'),
-        ({'seq_length': 48}, 'rows of 48 tokens, but BERT has 24 positions .config.model.num_positions'),
+        ({'model.vocab_size': 259}, 'mask_id=-1 is id 258, which texts use too: .* at least 260'),
+        ({'compat': 'official'}, 'config.compat=official has no meaning for config.task.name=masked_language'),
+        ({'seq_length': 48}, 'config.seq_length=48 is more than config.model.num_positions=24'),
+        ({'task.mask_rate': 1e-9}, 'the evaluation has nothing to predict: raise config.eval.tokens'),
+        ({'model.rope_factor': 4.0}, 'config.model.rope_factor=4.0 has no meaning for config.model.family=bert'),
         ({'task.mask_rate': 0.0}, 'config.task.mask_rate must be above 0'),
     ],
 )
 def test_bad_configurations(corpus, tmp_path, changes, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises((UsageError, DataError), match=message):
         main.run(recipe(corpus, **changes), tmp_path / 'run')
 
 
