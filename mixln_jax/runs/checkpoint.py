@@ -1,5 +1,6 @@
 """Checkpoints: orbax folders `checkpoints/<step>/` whose arrays are verified by checksums of their bits."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -77,7 +78,7 @@ class Checkpoints:
                 )
         about = {**extra, 'step': step, 'versions': environment.versions(), 'leaves': leaves}
         about |= {'digest': _digest(about)}
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(_present(state)), about=ocp.args.JsonSave(about))
         with jax.transfer_guard('allow'):  # orbax fetches the arrays by implicit transfers
             self._manager.save(step, args=arguments)
 
@@ -177,8 +178,9 @@ class Checkpoints:
                     f'this run needs {needed.get(name, "no such leaf")}'
                 )
         with _reader() as reader:
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            return reader.restore(self._folder / str(step), args=arguments)['state']
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(_present(target)))
+            state = reader.restore(self._folder / str(step), args=arguments)['state']
+        return target.replace(**state) if dataclasses.is_dataclass(target) else state
 
     def _set_aside(self, step: int, problem: str | None, suffix: str) -> None:
         """Renames a checkpoint, in process 0. Every process that has seen a problem reports it."""
@@ -347,6 +349,18 @@ def _reader() -> ocp.Checkpointer:
         about=ocp.JsonCheckpointHandler(multiprocessing_options=options),
     )
     return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+
+def _present(state: Any) -> Any:
+    """Returns the fields of a state that are not None, by name; a tree of another kind as it is.
+
+    orbax counts a field that is None as part of the structure. Without it, checkpoints from before the field existed
+    have the structure of today's.
+    """
+    if not dataclasses.is_dataclass(state):
+        return state
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def describe(state: Any) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The running average of the weights (`optim.ema`): its values, and that evaluation and exports use it."""
 
+import contextlib
 import functools
 import json
 
@@ -97,3 +98,15 @@ def test_a_run(tmp_path, mesh):
     own, _ = checkpoint.read_params(tmp_path / 'averaged/checkpoints/4', average=False)
     other = weights.load(tmp_path / 'plain').params
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), own, other)
+
+
+def test_states_without_an_average_have_the_structure_of_earlier_ones(tmp_path):
+    """A field that is None is no part of a checkpoint, so those from before the field existed are read."""
+    state = step.State(jnp.int32(1), {'layers': jnp.ones(2)}, {'mu': jnp.ones(2)}, jnp.int32(0))
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as kept:
+        kept.save(1, state, {})
+        kept.wait()
+        restored, _ = kept.restore(jax.eval_shape(lambda: state))
+    assert isinstance(restored, step.State) and restored.ema is None and restored.frozen is None
+    metadata = json.loads((tmp_path / '1/state/_METADATA').read_text())
+    assert {name.split("'")[1] for name in metadata['tree_metadata']} == {'step', 'params', 'opt_state', 'bad_step'}
