@@ -180,7 +180,8 @@ class Checkpoints:
         with _reader() as reader:
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(_present(target)))
             state = reader.restore(self._folder / str(step), args=arguments)['state']
-        return target.replace(**state) if dataclasses.is_dataclass(target) else state
+        rebuild = getattr(target, 'replace', None)  # of a State; None of a tree of another kind
+        return rebuild(**state) if rebuild else state
 
     def _set_aside(self, step: int, problem: str | None, suffix: str) -> None:
         """Renames a checkpoint, in process 0. Every process that has seen a problem reports it."""

@@ -23,6 +23,7 @@ class Numbered(examples.Rows):
     """Rows whose tokens are their number; the `bad` one cannot be read."""
 
     layout = layout.Layout('concat', 0, 0)
+    fingerprint = {}
 
     def __init__(self, count, bad=None):
         self._count, self._bad = count, bad
@@ -35,6 +36,9 @@ class Numbered(examples.Rows):
             raise DataError(f'row {self._bad} of a file: cannot be read')
         ids = np.repeat(np.asarray(indices)[:, None], T + 1, 1)
         return layout.Block(ids, np.zeros_like(ids, bool), 1 + np.asarray(indices) if sized else None)
+
+    def origin(self, number):
+        return f'row {number} of a file'
 
 
 def shapes(batch):
