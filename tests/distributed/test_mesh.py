@@ -19,6 +19,7 @@ import pytest
 
 from mixln_jax import config as configs
 from mixln_jax import trees
+from mixln_jax.data.batches import marks as batch_marks
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.plan import hlo
 from mixln_jax.program.program import Program
@@ -65,7 +66,8 @@ def batches(config):
         start, by = rng.integers(0, 100, (config.batch_size, 1)), rng.integers(1, 4, (config.batch_size, 1))
         tokens = (start + by * np.arange(config.seq_length + 1)) % config.model.vocab_size
         weights = np.arange(config.seq_length) < rng.integers(1, config.seq_length + 1, (config.batch_size, 1))
-        yield {
+        marks = batch_marks(np.arange(config.batch_size), np.ones(config.batch_size, bool))
+        yield marks | {
             'inputs': tokens[:, :-1].astype(np.int32),
             'targets': tokens[:, 1:].astype(np.int32),
             'loss_mask': weights.astype(np.float32),
