@@ -273,7 +273,7 @@ def test_all_is_checked_before_anything_is_measured(run, tmp_path, capsys, monke
         ([run, tmp_path], 'is neither a run of ours'),
         ([run, '--out', tmp_path / 'file'], 'file cannot be written to: File exists'),
         ([run, '--out', tmp_path / 'strange'], 'strange/result.json: not the result of an analysis'),
-        ([run, '--blocks', '0'], '--blocks 0: different numbers from 1'),
+        ([run, '--blocks', '0'], '--blocks 0: give distinct integers'),
         ([run, '--tasks', 'a', '--task_path', tmp_path / 'no'], 'no is not a folder'),
     ):
         assert command('drop', '--checkpoint', *words) == 2
@@ -389,8 +389,8 @@ class TestBert:
         ('gradients', ['--checkpoint', 'RUN', '--rows', '12'], '--rows 12 is not a multiple of --batch_size 8', 2),
         ('gradients', ['--checkpoint', 'RUN', '--tokens', '20', '--rows', '64'], 'raise --tokens or lower --rows', 2),
         ('drop', ['--checkpoint', 'RUN', '--blocks', '1,4'], '--blocks 1,4: .*/checkpoints/4 has 3 layers', 2),
-        ('drop', ['--checkpoint', 'RUN', '--blocks', 'x'], '--blocks x: different numbers', 2),
-        ('drop', ['--checkpoint', 'RUN', '--blocks', ' , '], '--blocks , : different numbers', 2),
+        ('drop', ['--checkpoint', 'RUN', '--blocks', 'x'], '--blocks x: give distinct integers', 2),
+        ('drop', ['--checkpoint', 'RUN', '--blocks', ' , '], '--blocks , : give distinct integers', 2),
         ('drop', ['--checkpoint', 'RUN', '--tokens', '1e3.5'], '--tokens: invalid int value', 2),
         ('angular', ['--checkpoint', 'RUN', '--text', 'x', '--data_path', 'x'], 'has no meaning with --text', 2),
         ('angular', ['--checkpoint', 'RUN', '--squad', 'x', '--data_path', 'x'], '--data_path .* with --squad', 2),
