@@ -42,8 +42,8 @@ def main(argv):
     add('--dtype', default='bfloat16', help='to compute in: bfloat16 or float32 [bfloat16]')
     add('--rounds', type=int, default=9, metavar='N', help='[9]')
     add('--steps', type=int, default=10, metavar='N', help='of each contender in a round [10]')
-    add('--seconds', type=float, default=90, metavar='S', help='begin no new round of a case behind so many [90]')
-    add('--total', type=float, default=1e9, metavar='S', help='begin no new case behind so many')
+    add('--seconds', type=float, default=90, metavar='S', help='begin no new round of a case after so many [90]')
+    add('--total', type=float, default=1e9, metavar='S', help='begin no new case after so many')
     add('--out', default=str(RESULTS), metavar='DIR', help='[benchmarks/results]')
     add('--traceback', action='store_true', help='show where an error comes from')
 

@@ -208,7 +208,7 @@ def _tasks(subject: Subject, harness: Callable[..., Any]) -> Callable[[np.ndarra
 
 
 def _scores(subject: Subject, options: argparse.Namespace, examples: Any, blocks: Sequence[int]) -> dict[str, Any]:
-    """The scores of a network on all questions, and on how much."""
+    """Returns the scores of a network on all questions, and the numbers of tokens, rows and questions."""
 
     def score(layer_mask: np.ndarray) -> dict[str, np.ndarray]:
         assert subject.task.score is not None

@@ -38,10 +38,10 @@ def training(
     """
     part = np.arange(batch_size)[part]
     dataset = grain.MapDataset.range(2**62 // batch_size)  # as good as endless
-    return dataset.map(lambda s: at(examples, seed, s * batch_size + part))
+    return dataset.map(lambda s: batch_at(examples, seed, s * batch_size + part))
 
 
-def at(examples: Examples, seed: int, places: np.ndarray) -> Batch:
+def batch_at(examples: Examples, seed: int, places: np.ndarray) -> Batch:
     """Returns the batch of the examples at `places` (from 0) of the endless stream of epochs."""
     batch = examples.batch(order(examples, seed, places), places // len(examples))
     return batch | marks(places, np.ones(len(places), bool))
@@ -89,11 +89,11 @@ def evaluation(examples: Examples, batch_size: int, seed: int | None = None) -> 
         places = np.arange(batch_size) + number * batch_size
         real = places < len(examples)
         wanted = np.where(real, places, 0)
-        made = examples.batch(wanted if seed is None else order(examples, seed, wanted))
-        for name, values in made.items():
+        arrays = examples.batch(wanted if seed is None else order(examples, seed, wanted))
+        for name, values in arrays.items():
             if name.endswith('_mask') or name == 'num_bytes':
-                made[name] = values * real.reshape(-1, *(1,) * (values.ndim - 1)).astype(values.dtype)
-        return made | marks(places, real)
+                arrays[name] = values * real.reshape(-1, *(1,) * (values.ndim - 1)).astype(values.dtype)
+        return arrays | marks(places, real)
 
     return grain.MapDataset.range(-(-len(examples) // batch_size)).map(batch)
 

@@ -48,7 +48,7 @@ def inspect(
     of = rows.open_rows_of_run(workdir, config, config.data.split, tokenizer, data_path)
     places = (step - 1) * config.batch_size + np.arange(config.batch_size)
     places = places[:num_rows]
-    batch = batches.at(of, config.data.seed, places)
+    batch = batches.batch_at(of, config.data.seed, places)
     for i, number in enumerate(batches.order(of, config.data.seed, places).tolist()):
         row = {name: values[i].tolist() for name, values in batch.items()}
         yield {'row': i, 'origin': of.origin(number), 'text': _texts(row, tokenizer), **row}

@@ -76,6 +76,11 @@ class Bert(Network):
         """Number of positions."""
         return self.config.num_positions
 
+    @property
+    def ends_in_norm(self) -> bool:
+        """Whether the last layer ends in a norm; else there is a final one."""
+        return placements.PLACEMENTS[self.norm_position[-1]].mlp.post
+
     def setup(self) -> None:
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
         table = lambda rows: layers.Embedding(rows, config.hidden_size, dtype, self.stream_sharding)  # noqa: E731
@@ -86,7 +91,7 @@ class Bert(Network):
         self.layers = transformer.Stack(
             config, dtype, self.norm_position, self.layer_index, self.depth, self.stream_sharding, PARTS
         )
-        if not placements.PLACEMENTS[self.norm_position[-1]].mlp.post:  # else the last layer ends in a norm
+        if not self.ends_in_norm:
             self.norm = LayerNorm(config.norm_eps, dtype)
         if self.head == WORDS:
             self.transform = layers.linear(config.hidden_size, dtype, None, bias=True)
@@ -125,16 +130,9 @@ class Bert(Network):
             positions = batch.get('positions', jnp.arange(ids.shape[1])[None])
             types = batch.get('types', jnp.zeros_like(ids))
             first = self.embed_norm(self.words(ids) + self.types(types) + self.positions(positions))
-            step = self.trained_steps if step is None else step
-            last, out = self.layers(first, None, _seen(batch), layer_mask, capture, step)
-            if capture:
-                out['hidden'] = jnp.concatenate([first[None], out['hidden']])
-            return self._head_input(last), out or {}
-
-    def _head_input(self, x: jax.Array) -> jax.Array:
-        if not placements.PLACEMENTS[self.norm_position[-1]].mlp.post:
-            x = self.norm(x)
-        return self.transform_norm(nn.gelu(self.transform(x), False)) if self.head == WORDS else x
+            x, out = self.run_layers(first, None, _seen(batch), layer_mask, capture, step)
+            x = x if self.ends_in_norm else self.norm(x)
+            return self.transform_norm(nn.gelu(self.transform(x), False)) if self.head == WORDS else x, out
 
     def __call__(
         self,

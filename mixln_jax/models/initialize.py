@@ -34,7 +34,7 @@ def initialize(
         config: config.Model: init, init_std, embed_std, vocab_size.
         norm_position: placement name of each layer.
         depth: L in the constants of `scaled` and `deepnorm`.
-        padded: {path: axis} of the leaves with an axis over the vocabulary; what lies beyond vocab_size is zero.
+        padded: {path: axis} of the leaves with an axis over the vocabulary; entries beyond vocab_size are zero.
 
     Returns:
         The tree of arrays. Norm gains are 1, biases 0; `scaled` divides sub-layer outputs by sqrt(2L) (GPT-2);

@@ -70,11 +70,8 @@ class Llama(Network):
                 first = self.embed_norm(first)
             angles = rope.rope_cos_sin(positions, rope.rope_frequencies(self.config))
             mask = attention.document_mask(batch['segment_ids']) if 'segment_ids' in batch else None
-            step = self.trained_steps if step is None else step
-            last, out = self.layers(first, angles, mask, layer_mask, capture, step)
-            if capture:
-                out['hidden'] = jnp.concatenate([first[None], out['hidden']])
-            return self.norm(last), out or {}
+            last, out = self.run_layers(first, angles, mask, layer_mask, capture, step)
+            return self.norm(last), out
 
     def __call__(
         self,

@@ -59,6 +59,20 @@ class Network(nn.Module):
         """Precision of matrix products: the highest in float32, which GPUs and TPUs would cut short."""
         return 'highest' if self.compute_dtype == 'float32' else None
 
+    def run_layers(
+        self,
+        x: jax.Array,
+        angles: Any,
+        mask: jax.Array | None,
+        layer_mask: jax.Array | None,
+        capture: bool,
+        step: int | jax.Array | None,
+    ) -> tuple[jax.Array, dict]:
+        """Returns the stream after the last layer, and what is captured, `hidden` from the input of layer 1 on; see
+        `transformer.Stack`. `step` None: `trained_steps`."""
+        last, out = self.layers(x, angles, mask, layer_mask, capture, self.trained_steps if step is None else step)
+        return last, out | {'hidden': jnp.concatenate([x[None], out['hidden']])} if capture else {}
+
     @nn.nowrap
     def init(self, key: jax.Array) -> dict[str, Any]:  # type: ignore[override]
         """Returns initial variables {'params': ...} in float32; see initialize.py."""

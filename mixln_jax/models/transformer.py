@@ -204,10 +204,10 @@ class Stack(nn.Module):
         """Returns what differs between the layers of a run, each value with a leading axis over them."""
         index = self.layer_index[first:end]
         constants = {
-            name: dict[str, Any](
-                (by, np.array(values, np.float32)) for by, values in at.constants(index, self.depth).items()
-            )
-            | at.ramp_factors(index, self.config.ramp_steps, total_step(self.config, step))
+            name: {
+                **{by: np.array(values, np.float32) for by, values in at.constants(index, self.depth).items()},
+                **at.ramp_factors(index, self.config.ramp_steps, total_step(self.config, step)),
+            }
             for name, at in (('attention', placement.attention), ('mlp', placement.mlp))
         }
         return {'constants': constants} | ({} if layer_mask is None else {'layer_mask': layer_mask[first:end]})

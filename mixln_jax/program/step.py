@@ -21,9 +21,7 @@ class State:
     step: jax.Array  # updates done
     params: Any
     opt_state: Any
-    bad_step: (
-        jax.Array
-    )  # the first step whose loss or gradient was not finite, 0: none; while set, a step changes nothing
+    bad_step: jax.Array  # the first step that was not finite; 0: none. While it is set, a step changes nothing
     ema: Any = None  # running average of params, float32; None: there is none
     frozen: Any = None  # weights that are never updated
 

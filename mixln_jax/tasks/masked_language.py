@@ -21,9 +21,10 @@ HIDDEN, OTHER = 0.8, 0.1  # shares of the chosen tokens that become the mask and
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLanguage(Language):
-    """Of the tokens of a text (with the ends of documents in rows of `concat`, else without), `mask_rate` are chosen at
-    random, anew in every epoch.
-    80 % of them become the token `mask_id`, 10 % a random token, 10 % stay; only they count in the loss.
+    """Predicts tokens that are hidden: `mask_rate` of the tokens of a text are chosen at random, anew in every epoch.
+
+    80 % of them become the token `mask_id`, 10 % a random token, 10 % stay; only they count in the loss. The token that
+    ends a document is never chosen, except in rows of mode concat.
 
     In an evaluation the choice depends on the example alone, so that networks are compared on the same tokens.
     """

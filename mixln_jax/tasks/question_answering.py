@@ -1,4 +1,4 @@
-"""SQuAD (Rajpurkar et al. 2016, 2018): its files, rows of tokens for BERT, best spans, exact match and F1.
+"""Question answering on SQuAD (Rajpurkar et al. 2016, 2018): the loss, the best spans, exact match and F1.
 
 As in Devlin et al.'s run_squad.py, which transformers 4 follows in data/processors/squad.py; but answers are cut out of
 the text by the tokenizer's offsets, so one that begins with a later piece of a word begins there, not with the word.

@@ -15,9 +15,9 @@ import pytest
 from hf_folders import PLACEMENTS, network
 
 from mixln_jax import config as configs
-from mixln_jax import evaluate, export, main, recipes
+from mixln_jax import evaluate, export, main, recipes, trees
 from mixln_jax.analysis import drop, samples, subjects
-from mixln_jax.data import squad, tokenizers
+from mixln_jax.data import batches, squad, tokenizers
 from mixln_jax.evaluation import loop as evaluation
 from mixln_jax.models.hf import bert as hf_bert
 from mixln_jax.models.hf import llama as hf_llama
@@ -342,6 +342,25 @@ class TestBert:
         assert found[0]['rows'] == found[1]['rows'] == 8 and found[0]['tokens'] == found[1]['tokens'] < 8 * 36
         np.testing.assert_allclose(short, long, rtol=1e-5, atol=1e-6)
         assert short.shape[0] == len(found[0]['norm_position']) + 1 and abs(short[0] - short[1]).max() > 0.1
+
+    def test_the_gradients_of_its_loss(self, tmp_path):
+        """The mean norm of the gradients of 8 rows each."""
+        words = ['--checkpoint', self.FOLDER, '--squad', self.FOLDER / 'v1.json', '--seq_length', 32]
+        assert command('gradients', *words, '--out', tmp_path, '--tokens', 10**6, '--rows', 8) == 0
+        [result] = content(tmp_path)['results']
+        model, params = hf_bert.load(self.FOLDER)
+        asked = squad.read(self.FOLDER / 'v1.json')
+        features = squad.make_features(asked, squad.open_tokenizer(self.FOLDER), max_length=32, max_query=8)
+        task = question_answering.QuestionAnswering(model)
+
+        def loss(params, batch):
+            losses = task.losses(params, batch)
+            return losses.per_example.mean()  # every question says where its answer is
+
+        order = batches.order(features, 0, np.arange(16)).reshape(2, 8)  # six are left over
+        norms = [trees.layer_norms(jax.grad(loss)(params, features.batch(rows)))[0] for rows in order]
+        assert result['gradients'] == 2 and len(features) == 22 and features.answer_mask.all()
+        np.testing.assert_allclose(result['layers']['mean'], np.mean(norms, axis=0), rtol=1e-5)
 
     @pytest.mark.parametrize(
         'job, words, message, code',

@@ -187,10 +187,10 @@ class TestEvaluation:
                 asked.append(None if epochs is None else epochs.tolist())
                 return super().batch(numbers, epochs)
 
-        batch = batches.at(Seen(4), 0, np.arange(3, 9))
+        batch = batches.batch_at(Seen(4), 0, np.arange(3, 9))
         assert asked == [[0, 1, 1, 1, 1, 2]] and batch['place'].tolist() == [3, 4, 5, 6, 7, 8]
         assert batches.evaluation(Seen(4), 4)[0] and asked[1:] == [None]
-        assert batches.at(Seen(4), 0, np.array([2**32 + 5]))['place'].tolist() == [5]
+        assert batches.batch_at(Seen(4), 0, np.array([2**32 + 5]))['place'].tolist() == [5]
 
     def test_weights_are_the_rows_own(self):
         made = rows.Documents(Texts(['abc', 'defgh', 'i']), tokenizers.Bytes(), T)

@@ -11,7 +11,7 @@ import pytest
 
 from mixln_jax import config as configs
 from mixln_jax import evaluate as evaluate_command
-from mixln_jax import main
+from mixln_jax import export, main
 from mixln_jax.analysis import drop, gradients, variance
 from mixln_jax.data import layout
 from mixln_jax.models import bert, families
@@ -237,8 +237,6 @@ class TestRun:
         assert result['tokens'] >= 200 or job is gradients
 
     def test_what_it_cannot_do(self, run, tmp_path, capsys):
-        from mixln_jax import export
-
         assert export.main(['--checkpoint', str(run), '--out', str(tmp_path / 'out')]) == 5
         assert 'of the family bert cannot be written' in capsys.readouterr().err
         pytest.importorskip('lm_eval')
