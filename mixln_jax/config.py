@@ -11,24 +11,11 @@ from typing import Any
 
 import ml_collections
 
-from mixln_jax.keys import (  # noqa: F401
-    LARGEST_VOCABULARY,
-    LONGEST,
-    PUBLISHED,
-    WORKERS,
-    Analysis,
-    Checkpoint,
-    Config,
-    Data,
-    Eval,
-    Expected,
-    Mesh,
-    Model,
-    Optim,
-    Processes,
-    Profile,
-    Task,
-)
+from mixln_jax.keys.data import WORKERS, Data, Task  # noqa: F401
+from mixln_jax.keys.field import LARGEST_VOCABULARY, LONGEST  # noqa: F401
+from mixln_jax.keys.model import Model  # noqa: F401
+from mixln_jax.keys.optim import PUBLISHED, Optim  # noqa: F401
+from mixln_jax.keys.run import Analysis, Checkpoint, Config, Eval, Expected, Mesh, Processes, Profile  # noqa: F401
 from mixln_jax.system import errors, files
 from mixln_jax.system.errors import UsageError, nearest
 

@@ -195,7 +195,7 @@ def help_text(
 
     Args:
         values: of a recipe; those that differ from the default are marked. None: the defaults.
-        choices: {key: possible values} of keys whose choices are not in keys.py.
+        choices: {key: possible values} of keys whose choices are not in keys/.
     """
     lines, flat = [], flatten(values.to_dict()) if values else {}
     for path, field in all_fields():

@@ -1,0 +1,58 @@
+"""Keys of what is learned, and from which text."""
+
+import dataclasses
+
+from mixln_jax.keys.field import LARGEST_VOCABULARY, key
+
+WORKERS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the network learns."""
+
+    name: str = key(
+        'language',
+        'language: predict the next token; masked_language: predict hidden tokens, as BERT does',
+        choices=('language', 'masked_language'),
+    )
+    mask_rate: float = key(0.15, 'masked_language: share of the tokens that are hidden', above=0.0, at_most=1.0)
+    mask_id: int = key(
+        -1,
+        'masked_language: id of the token that hides others; -1: the last one of config.model.vocab_size',
+        at_least=-1,
+        below=LARGEST_VOCABULARY,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where the text comes from and how it becomes rows of tokens."""
+
+    source: str = key('tfds', 'kind of source', choices=('tfds', 'tokens', 'jsonl', 'text', 'stdlib'))
+    path: str = key(
+        '',
+        'files of a jsonl or text source: paths or globs, separated by commas; folder of prepared tokens',
+        may_change=True,
+    )
+    name: str = key('c4/en', 'name of a tfds data set')
+    data_dir: str = key(
+        '', 'folder or gs:// bucket that holds tfds data sets; empty: ~/tensorflow_datasets', may_change=True
+    )
+    split: str = key('train', 'split to train on: train, validation, or what a tfds data set has')
+    tokenizer: str = key('sentencepiece', 'kind of tokenizer', choices=('sentencepiece', 'huggingface', 'bytes'))
+    tokenizer_path: str = key(
+        '',
+        'file or URL of a sentencepiece model or a huggingface tokenizer.json; empty: the T5 vocabulary',
+        may_change=True,
+    )
+    mode: str = key(
+        'pad',
+        'pad: one document per row, cut or padded; pack: several pieces of documents per row, each of which attends to '
+        'itself alone; concat: documents end to end',
+        choices=('pad', 'pack', 'concat'),
+    )
+    workers: int = key(
+        0, 'processes that prepare batches; 0: threads of this process', at_least=0, at_most=WORKERS, may_change=True
+    )
+    seed: int = key(0, 'seed of the order of the rows', at_least=0, below=2**32)
