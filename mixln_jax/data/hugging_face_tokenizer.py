@@ -28,7 +28,7 @@ class HuggingFace(Learned):
     """
 
     kind = 'huggingface'
-    FORM, FILES = 'a tokenizer.json', ('tokenizer.json', 'tokenizer_config.json')
+    FORM, FILES, EXTRA = 'a tokenizer.json', ('tokenizer.json', 'tokenizer_config.json'), ('chat_template.jinja',)
 
     def _open(self) -> None:
         tokenizer = self._tokenizer = library.Tokenizer.from_buffer(self.contents['tokenizer.json'])
@@ -38,7 +38,10 @@ class HuggingFace(Learned):
         if isinstance(tokenizer.model, library.models.BPE):
             tokenizer.model.dropout = None  # equal texts have to give equal ids
         self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
-        names = self._names()
+        if template := self._template():
+            self.contents = self.contents | {'chat_template.jinja': template.encode()}
+        self.chat_template, names = template, self._names()
+        self.special_names = {f'{role}_token': name for role, name in names.items()}
         pad, bos, eos = (tokenizer.token_to_id(names[role]) if role in names else -1 for role in ('pad', 'bos', 'eos'))
         common = ' '.join(COMMON['eos'])
         missing = f'none in a tokenizer_config.json next to it, none of {common} in the vocabulary'
@@ -47,6 +50,8 @@ class HuggingFace(Learned):
         settings = {f'{role}_token': name for role, name in sorted(names.items())}
         self.contents = self.contents | {'tokenizer_config.json': json.dumps(settings, indent=2).encode() + b'\n'}
         tokenizer.add_special_tokens(list(names.values()))  # the file may have them as ordinary tokens
+        added = tokenizer.get_added_tokens_decoder().values()
+        self.special_tokens = [token.content for token in added if token.special]
         self._guard()
         if self.eos_id in self._ids(end := names['eos']):
             raise DataError(f'{self.origin}: a text that spells {end!r} cannot be told from the end of a document')
@@ -116,8 +121,24 @@ class HuggingFace(Learned):
         added = self._tokenizer.get_added_tokens_decoder()
         return {i for i, token in added.items() if token.special and (i == self._unknown or not self.can_yield(i))}
 
+    @functools.cached_property
+    def _reading(self) -> library.Tokenizer:
+        """The tokenizer that reads names of special tokens in a text as these tokens."""
+        tokenizer = library.Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.encode_special_tokens = False
+        return tokenizer
+
+    def read_specials(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        with reading(self.origin, DataError, 'cannot encode a text'):
+            [encoding] = self._reading.encode_batch([text], add_special_tokens=False)
+            return np.array(encoding.ids, np.int32), np.maximum.accumulate(self._ends(encoding, text))
+
     def _offsets(self, text: str) -> np.ndarray:
         [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        return self._ends(encoding, text)
+
+    def _ends(self, encoding: library.Encoding, text: str) -> np.ndarray:
+        """Returns the byte of the text at which each id ends, [n]."""
         points = np.frombuffer(text.encode('utf-32-le'), '<u4')  # offsets count characters
         sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
         ends = np.concatenate([[0], np.cumsum(sizes)])[[end for _, end in encoding.offsets]]
@@ -130,11 +151,27 @@ class HuggingFace(Learned):
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoding.ids, np.int32)
 
+    def _settings(self) -> dict[str, Any]:
+        """Returns the content of tokenizer_config.json. Raises DataError."""
+        with reading(self.origin, DataError, 'the tokenizer_config.json next to it is not a JSON object'):
+            return dict(json.loads(self.contents['tokenizer_config.json']).items())
+
+    def _template(self) -> str:
+        """Returns the chat template, of several the one named default; empty: there is none. Raises DataError."""
+        if 'chat_template.jinja' in self.contents:
+            with reading(self.origin, DataError, 'the chat_template.jinja next to it is not text'):
+                return self.contents['chat_template.jinja'].decode()
+        template = self._settings().get('chat_template') or ''
+        with reading(self.origin, DataError, 'chat_template in the tokenizer_config.json next to it is not text'):
+            if isinstance(template, list):
+                template = {entry['name']: entry['template'] for entry in template}.get('default', '')
+            template.encode()
+        return template
+
     def _names(self) -> dict[str, str]:
         """Returns {role: special token}. Raises DataError."""
-        with reading(self.origin, DataError, 'the tokenizer_config.json next to it is not a JSON object'):
-            settings = json.loads(self.contents['tokenizer_config.json'])
-            names = {role: settings.get(f'{role}_token') for role in COMMON}
+        settings = self._settings()
+        names = {role: settings.get(f'{role}_token') for role in COMMON}
         for role, name in names.items():
             name = name.get('content') if isinstance(name, dict) else name
             if name is None:

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,20 +24,24 @@ BLANKS = bytes.maketrans(b'\t\n\r\x0b\x0c', b'     ')
 class Learned(abc.ABC):
     """A vocabulary learned from text; see tokenizers.Tokenizer.
 
-    A subclass has the class attributes `kind`, `FORM` (for error messages) and `FILES`, and everything that is abstract
-    here.
+    A subclass has the class attributes `kind`, `FORM` (for error messages), `FILES`, which decide ids, and `EXTRA`,
+    files that may come with them, and everything that is abstract here.
     """
 
     kind: str
     FORM: str
     FILES: tuple[str, ...]
+    EXTRA: tuple[str, ...] = ()
     vocab_size: int
+    chat_template = ''
+    special_names: Mapping[str, str] = {}
+    special_tokens: Sequence[str] = ()
 
     def __init__(self, contents: dict[str, bytes], origin: str):
         """Opens a tokenizer.
 
         Args:
-            contents: {name: content} of the files in FILES.
+            contents: {name: content} of the files in FILES and EXTRA.
             origin: the name of these files in messages.
 
         Raises:
@@ -88,10 +92,10 @@ class Learned(abc.ABC):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of kind and contents, hexadecimal."""
+        """A digest of kind and contents that decide ids, hexadecimal."""
         digest = hashlib.blake2b(self.kind.encode(), digest_size=16)
-        for body in self.contents.values():
-            digest.update(hashlib.blake2b(body).digest())
+        for name in self.FILES:
+            digest.update(hashlib.blake2b(self.contents[name]).digest())
         return digest.hexdigest()
 
     def encode(self, text: str, limit: int | None = None) -> np.ndarray:
@@ -101,6 +105,9 @@ class Learned(abc.ABC):
     def spans(self, text: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         with reading(self.origin, DataError, 'cannot encode a text'):
             return self._all_spans(text, limit)
+
+    def read_specials(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        return self.spans(text)
 
     def _encode(self, text: str, limit: int | None) -> np.ndarray:
         if len(text) <= LONGEST:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mixln_jax import config
-from mixln_jax.data import layout, prepared, tokenizers
+from mixln_jax.data import instructions, layout, prepared, tokenizers
 from mixln_jax.data.examples import Numbers, Rows
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.data.sources import Source, open_source
@@ -17,6 +17,9 @@ from mixln_jax.system.errors import DataError, UsageError, reading
 
 # What the option --data_path means.
 MOVED = "where the run's data is now: data.data_dir of a tfds data set, data.path of another source [where it was]"
+
+
+LANGUAGE = config.Task()  # the task of plain text
 
 
 class Documents(Rows):
@@ -103,13 +106,22 @@ def open_tokenizer(data: config.Data) -> Tokenizer:
     return tokenizer
 
 
-def open_rows(data: config.Data, split: str, tokenizer: Tokenizer, seq_length: int, vocab_size: int) -> Rows:
-    """The rows of a split, as `data.mode` makes them; `vocab_size` is the model's.
+def open_rows(
+    data: config.Data,
+    split: str,
+    tokenizer: Tokenizer,
+    seq_length: int,
+    vocab_size: int,
+    task: config.Task = LANGUAGE,
+) -> Rows:
+    """The rows of a split, as `data.mode` makes them for a task; `vocab_size` is the model's.
 
     Raises UsageError where text or padding may have ids beyond the model's or prepared rows are of another length or
     mode; DataError as `open_source` and the kinds of rows do.
     """
     tokenizers.check_fits(tokenizer, vocab_size, f'config.model.vocab_size={vocab_size}')
+    if task.name == 'instructions':
+        return instructions.open_rows(data, split, tokenizer, seq_length, vocab_size, task.learn)
     if data.source == 'tokens':
         rows = prepared.Prepared(data.path, split)
         for name, asked in (('mode', data.mode), ('seq_length', seq_length)):
@@ -150,10 +162,10 @@ def open_rows_of_run(
     trained, evaluated = seen_by_run(workdir)
     seen = trained if split == run.data.split else evaluated if split == evaluated.get('split') else None
     try:
-        rows = open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size)
+        rows = open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size, run.task)
         found = rows.fingerprint
         if not seen and data_path:
-            seen, found = trained, fingerprint(data, run.data.split, tokenizer, run.seq_length)
+            seen, found = trained, fingerprint(data, run.data.split, tokenizer, run)
     except (DataError, UsageError) as error:
         key, said = f'config.data.{_place(data)}', str(error)
         if data_path:
@@ -197,11 +209,13 @@ def _place(data: config.Data) -> str:
     return 'data_dir' if data.source == 'tfds' else 'path'
 
 
-def fingerprint(data: config.Data, split: str, tokenizer: Tokenizer, seq_length: int) -> dict:
-    """The fingerprint of the rows of a split, without making them."""
+def fingerprint(data: config.Data, split: str, tokenizer: Tokenizer, run: config.Config) -> dict:
+    """The fingerprint of the rows that a run makes of a split of `data`; those of plain text are not made for it."""
+    if run.task.name == 'instructions':
+        return open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size, run.task).fingerprint
     if data.source == 'tokens':
         return prepared.Prepared(data.path, split).fingerprint
-    return _fingerprint(open_source(data, split), tokenizer, data.mode, seq_length)
+    return _fingerprint(open_source(data, split), tokenizer, data.mode, run.seq_length)
 
 
 def _fingerprint(source: Source, tokenizer: Tokenizer, mode: str, seq_length: int) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def rank(unit: bytes) -> int:
     return xxhash.xxh3_64_intdigest(unit)
 
 
-def first_for_training(ranks: Iterable[int], one_in: int, key: str = 'config.data.path', way: str = '') -> int:
+def first_for_training(ranks: Iterable[int], one_in: float, key: str = 'config.data.path', way: str = '') -> int:
     """Returns the lowest rank of documents for training; lower ranks are for validation.
 
     One of `one_in` documents is for validation, but at least 20, or half of fewer than 40.
@@ -175,7 +175,7 @@ def first_for_training(ranks: Iterable[int], one_in: int, key: str = 'config.dat
     Raises:
         DataError: there are fewer than two different ranks.
     """
-    share, count = 2**64 // one_in, 0
+    share, count = int(2**64 // one_in), 0
     smallest: list[int] = []
     for number in ranks:
         count += 1

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -55,6 +56,22 @@ def gather() -> list[tuple[str, str]]:
         body = json.dumps(documents).encode()
         outputs.write(cache, _digest(body).encode() + b'\n' + body)
     return documents
+
+
+def questions() -> list[tuple[str, str, str]]:
+    """Returns questions about the functions of the corpus, (question, answer, name of the function), by name.
+
+    The answer is the first line of the function's documentation, where that is one line.
+
+    Raises DataError as `gather`.
+    """
+    answers: dict[str, str] = {}
+    for module, text in gather():
+        for name, line in re.findall(
+            rf'^({re.escape(module)}(?:\.\w+)*\.[a-z]\w*)\n\n(\S.{{9,99}})(?:\n\n|\Z)', text, re.M
+        ):
+            answers.setdefault(name, line)
+    return [(f'What does {name} do?\n', answers[name], name) for name in sorted(answers)]
 
 
 def _files(root: pathlib.Path) -> Iterator[pathlib.Path]:

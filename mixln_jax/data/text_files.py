@@ -1,4 +1,4 @@
-"""Documents from files of JSON lines or plain text, plain or compressed by gzip, one after the other."""
+"""Documents from files of JSON lines or plain text, plain or compressed by gzip or zstd, one after the other."""
 
 import functools
 import glob
@@ -24,7 +24,7 @@ PIECE = 2000  # the least number of characters of a text document
 STEP = 2**15  # bytes
 LONGEST = 10**7  # characters after which a text document without a blank line ends at the next line
 AT_ONCE = 32  # calls that wait for answers at a time
-GZIP = b'\x1f\x8b'
+GZIP, ZSTD = b'\x1f\x8b', b'\x28\xb5\x2f\xfd'
 JSON = ('.json', '.jsonl', '.ndjson', '.jsonlines')
 BEGINS = re.compile(r'\{\s*("|\}|$)|\[\s*(\{|\[|"|$)')  # JSON: an object or an array, also over several lines
 FORMS = 'the source jsonl reads lines that are objects with a field `text`, the source text reads plain text'
@@ -33,7 +33,7 @@ ARRAY = "is the file a JSON array? jq -c '.[]' FILE writes one object per line"
 # Files that cannot be read: position and bytes by which they are recognised, and a description.
 FOREIGN = (
     (0, GZIP, 'compressed by gzip twice; decompress it once'),
-    (0, b'\x28\xb5\x2f\xfd', 'compressed by zstd; decompress it, or use gzip'),
+    (0, ZSTD, 'compressed by zstd twice; decompress it once'),
     (0, b'\xfd7zXZ\0', 'compressed by xz; decompress it, or use gzip'),
     (4, b'1AY&SY', 'compressed by bzip2; decompress it, or use gzip'),
     (0, b'\x04\x22\x4d\x18', 'compressed by lz4; decompress it, or use gzip'),
@@ -124,9 +124,9 @@ def kind(path: str) -> str:
     Raises:
         DataError: the file cannot be read.
     """
-    if path.lower().removesuffix('.gz').endswith(JSON):
+    if path.lower().removesuffix('.gz').removesuffix('.zst').endswith(JSON):
         return 'jsonl'
-    lines = (line.strip() for _, line in Reader('text', path, sys.maxsize)._lines())
+    lines = (line.strip() for _, line in Reader('text', path, sys.maxsize).lines())
     first = next((line for line in lines if line and not line.startswith(('#', '//'))), '')
     return 'jsonl' if BEGINS.match(first) else 'text'
 
@@ -210,6 +210,18 @@ class _Steps(io.FileIO):
         return super().readinto(memoryview(buffer)[:STEP])
 
 
+def _decompressed(raw: _Steps, path: str) -> Any:
+    """Returns the content of a file as a stream of bytes."""
+    begin = os.pread(raw.fileno(), len(ZSTD), 0)
+    if path.lower().endswith('.gz') or begin.startswith(GZIP):
+        return igzip.open(raw)
+    if path.lower().endswith('.zst') or begin == ZSTD:
+        import pyarrow  # takes a third of a second
+
+        return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, 'r'), 'zstd')
+    return raw
+
+
 class Reader:
     """The documents of one file, in order, as pairs (line number from 1, record); record['text'] is never blank.
 
@@ -264,15 +276,14 @@ class Reader:
             return f'{self.empty} documents, all of them blank'
         return f'{self._number} blank lines' if self._number else 'it is empty'
 
-    def _lines(self) -> Iterator[tuple[int, str]]:
+    def lines(self) -> Iterator[tuple[int, str]]:
         """Yields pairs (line number from 1, line with its end), decoded from UTF-8."""
         number = 0
         try:
             regular(self._path, DataError)
             with _Steps(self._path) as self._raw:
-                compressed = self._path.lower().endswith('.gz') or os.pread(self._raw.fileno(), 2, 0) == GZIP
                 # igzip splits lines in Python, a BufferedReader in C.
-                content = igzip.open(self._raw) if compressed else self._raw
+                content = _decompressed(self._raw, self._path)
                 # Of 8 kB: the bytes that one read has decompressed before an error are lost, and their lines.
                 lines = io.BufferedReader(content)
                 try:
@@ -313,7 +324,7 @@ class Reader:
         """Yields pieces of the file; the last piece, which may be short, is joined to the one before it."""
         before, piece, first = None, [], 1
         length = 0
-        for number, line in self._lines():
+        for number, line in self.lines():
             piece.append(line)
             length += len(line)
             if length >= PIECE and (not line.strip() or length >= LONGEST):
@@ -330,7 +341,7 @@ class Reader:
     def _jsonl(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields the records of the file."""
         is_jsonl = False  # whether the file has had a record: then it is a file of JSON lines
-        for number, line in self._lines():
+        for number, line in self.lines():
             if not line.strip():
                 continue
             problem: str | None

@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 import urllib.parse
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +35,9 @@ class Tokenizer(Protocol):
     pad_id: int
     bos_id: int
     eos_id: int
+    chat_template: str  # Jinja (chat.py); empty: it has none
+    special_names: Mapping[str, str]  # what a chat template may call by name, such as `eos_token`
+    special_tokens: Sequence[str]  # names that `read_specials` reads as tokens
 
     @property
     def fingerprint(self) -> str:
@@ -58,6 +62,9 @@ class Tokenizer(Protocol):
         or to the last. This takes longer than `encode`.
         """
 
+    def read_specials(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what `spans` does of a text in which names of special tokens stand for these tokens."""
+
     def decode(self, ids: ArrayLike) -> str:
         """Returns the text of ids [n]; special tokens are dropped, broken characters become U+FFFD."""
 
@@ -76,6 +83,9 @@ class Bytes:
 
     kind = origin = 'bytes'
     vocab_size, pad_id, bos_id, eos_id = 259, 256, 257, 258
+    chat_template = ''
+    special_names: Mapping[str, str] = {}
+    special_tokens: Sequence[str] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -88,6 +98,9 @@ class Bytes:
     def spans(self, text: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         ids = self.encode(text, limit)
         return ids, np.arange(1, len(ids) + 1)
+
+    def read_specials(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        return self.spans(text)
 
     def can_yield(self, i: int) -> bool:
         return i < 256
@@ -142,7 +155,12 @@ def open_tokenizer(data: config.Data) -> Tokenizer:
             contents[name] = files.read(file.with_name(name), DataError)
         except FileNotFoundError:
             contents[name] = b'{}'
-    return kind(contents, str(file))
+    return kind(contents | _beside(file.parent, kind.EXTRA), str(file))
+
+
+def _beside(folder: pathlib.Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Returns the contents of those files that a folder has."""
+    return {name: files.read(folder / name, DataError) for name in names if (folder / name).exists()}
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, limit: str) -> None:
@@ -180,6 +198,7 @@ def load(folder: str | pathlib.Path, fingerprint: str | None = None) -> Tokenize
         saved = files.read_json(folder / saved_tokenizer.FINGERPRINT, DataError)
         kind = KINDS.get(saved['kind'])
         contents = {name: files.read(folder / name, DataError) for name in kind.FILES} if kind else {}
+        contents |= _beside(folder, kind.EXTRA) if kind else {}
     tokenizer = kind(contents, str(folder)) if kind else Bytes()
     if saved != saved_tokenizer.summary(tokenizer):
         raise DataError(f'{folder}: the saved tokenizer is damaged: its content has another fingerprint')
@@ -191,9 +210,8 @@ def load(folder: str | pathlib.Path, fingerprint: str | None = None) -> Tokenize
 def _fetch(kind: Any, url: str) -> Tokenizer:
     """Returns the tokenizer at a URL. The cache keeps only files that can be opened, so never a login page that a
     server sends in their place."""
-    cache = (
-        files.cache_folder() / 'tokenizers' / hashlib.blake2b(f'{kind.kind} {url}'.encode(), digest_size=16).hexdigest()
-    )
+    name = ' '.join([kind.kind, url, *kind.EXTRA])
+    cache = files.cache_folder() / 'tokenizers' / hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
     with contextlib.suppress(DataError):  # missing or damaged: it is fetched again
         return load(cache)
     if url.startswith('http:'):
@@ -201,6 +219,8 @@ def _fetch(kind: Any, url: str) -> Tokenizer:
     first, *others = kind.FILES
     contents = {first: download.fetch(url)}
     contents |= {name: download.fetch(urllib.parse.urljoin(url, name), absent=b'{}') for name in others}
+    extra = {name: download.fetch(urllib.parse.urljoin(url, name), absent=b'') for name in kind.EXTRA}
+    contents |= {name: content for name, content in extra.items() if content}
     tokenizer = kind(contents, url)
     with contextlib.suppress(OSError):  # the home folder cannot be written to: the file is fetched again next time
         tokenizer.save(cache)

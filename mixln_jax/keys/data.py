@@ -13,8 +13,14 @@ class Task:
 
     name: str = key(
         'language',
-        'language: predict the next token; masked_language: predict hidden tokens, as BERT does',
-        choices=('language', 'masked_language'),
+        'language: predict the next token; masked_language: predict hidden tokens, as BERT does; instructions: predict '
+        'the answers of conversations',
+        choices=('language', 'masked_language', 'instructions'),
+    )
+    learn: str = key(
+        'completions',
+        'instructions: tokens that are learned; completions: what the assistant says; all: what others say too',
+        choices=('completions', 'all'),
     )
     mask_rate: float = key(0.15, 'masked_language: share of the tokens that are hidden', above=0.0, at_most=1.0)
     mask_id: int = key(
@@ -51,6 +57,19 @@ class Data:
         'pad: one document per row, cut or padded; pack: several pieces of documents per row, each of which attends to '
         'itself alone; concat: documents end to end',
         choices=('pad', 'pack', 'concat'),
+    )
+    template: str = key(
+        'chat',
+        "instructions: how a record becomes text; chat: the tokenizer's own chat template; alpaca; llm_adapters: "
+        "LLM-Adapters' form of alpaca, for Commonsense170K; chatml; plain: one turn after the other",
+        choices=('chat', 'alpaca', 'llm_adapters', 'chatml', 'plain'),
+    )
+    held_out: float = key(
+        0.05,
+        'instructions: share of the records that are for validation alone, by their hashes (at least 20 records, or '
+        'half of fewer than 40); 0: none',
+        at_least=0.0,
+        below=1.0,
     )
     workers: int = key(
         0, 'processes that prepare batches; 0: threads of this process', at_least=0, at_most=WORKERS, may_change=True

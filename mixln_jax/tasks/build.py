@@ -5,6 +5,7 @@ from collections.abc import Callable
 from mixln_jax import config as configs
 from mixln_jax.models.network import Network
 from mixln_jax.system.errors import UsageError
+from mixln_jax.tasks.instructions import Instructions
 from mixln_jax.tasks.language import Language, OfficialLanguage
 from mixln_jax.tasks.masked_language import MaskedLanguage
 from mixln_jax.tasks.question_answering import QuestionAnswering
@@ -37,9 +38,23 @@ def _masked_language(config: configs.Config, model: Network) -> Task:
     return MaskedLanguage(model, config.data.mode, config.seq_length, config.task.mask_rate, mask_id)
 
 
+def _instructions(config: configs.Config, model: Network) -> Task:
+    if not model.causal:
+        raise UsageError(
+            f'config.task.name=instructions needs a network that predicts the next token, such as '
+            f'config.model.family=llama, not {config.model.family}'
+        )
+    if config.compat != 'none':
+        raise UsageError(
+            f'config.compat={config.compat} has no meaning for config.task.name=instructions: leave it at none'
+        )
+    return Instructions(model, config.data.mode, config.seq_length)
+
+
 TASKS: dict[str, Callable[[configs.Config, Network], Task]] = {
     'language': _language,
     'masked_language': _masked_language,
+    'instructions': _instructions,
 }
 
 

@@ -273,7 +273,7 @@ def _open_data(config: configs.Config, task: Task) -> _Data:
     tokenizer = data_rows.open_tokenizer(config.data)
     task.check_tokenizer(tokenizer)
     rows = [
-        data_rows.open_rows(config.data, split, tokenizer, config.seq_length, config.model.vocab_size)
+        data_rows.open_rows(config.data, split, tokenizer, config.seq_length, config.model.vocab_size, config.task)
         for split in (config.data.split, config.eval.split)
     ]
     if config.data.split == config.eval.split or 'all' in (config.data.split, config.eval.split):

@@ -174,7 +174,7 @@ class TestReader:
     @staticmethod
     def packed(how, content, path):
         """`content` at `path` in another form than files have here."""
-        if how in ('zstd', 'lz4'):
+        if how == 'lz4':
             with pyarrow.CompressedOutputStream(str(path), how) as file:
                 file.write(content)
         elif how == 'zip':
@@ -197,13 +197,28 @@ class TestReader:
 
     @pytest.mark.parametrize('kind', ['jsonl', 'text'])
     @pytest.mark.parametrize(
-        'how', ['gzip', 'zstd', 'lz4', 'xz', 'bzip2', 'zip', 'tar', 'tar.gz', 'parquet', 'Arrow', 'UTF-16']
+        'how', ['gzip', 'lz4', 'xz', 'bzip2', 'zip', 'tar', 'tar.gz', 'parquet', 'Arrow', 'UTF-16']
     )
     def test_other_forms_are_named(self, tmp_path, kind, how):
         """Whatever their names, and none of their bytes is skipped as malformed."""
         path = self.packed(how, self.GOOD * 3, tmp_path / 'a.jsonl')
         with pytest.raises(DataError, match=f'^{path} is .*{how.removesuffix(".gz")}.*; (unpack|decompress|write) it'):
             list(text_files.Reader(kind, path, skip_bad=10**9))
+
+    @pytest.mark.parametrize('name', ['a.jsonl.zst', 'a'])
+    def test_zstd(self, tmp_path, name):
+        """Of one frame or several; cut short anywhere it is an error."""
+        path = tmp_path / name
+        with pyarrow.CompressedOutputStream(str(path), 'zstd') as file:
+            file.write(self.GOOD * 3)
+        wanted, frame = list(text_files.Reader('jsonl', str(path))), path.read_bytes()
+        assert len(wanted) == 3 and text_files.kind(str(path)) == 'jsonl'
+        path.write_bytes(frame * 2)
+        assert len(list(text_files.Reader('jsonl', str(path)))) == 6
+        for content in (*(frame[:length] for length in range(4, len(frame))), frame + b'rubbish'):
+            path.write_bytes(content)
+            with pytest.raises(DataError, match=f'^{path}.*: cannot be read: '):
+                list(text_files.Reader('jsonl', str(path), skip_bad=10**9))
 
     @pytest.mark.parametrize('begin', ['BZh91', 'PK', 'PAR1 and PAR2', '7z', 'ustar', 'ARROW1', '\u04ff'])
     def test_texts_that_begin_like_them_are_read(self, tmp_path, begin):

@@ -163,7 +163,7 @@ def test_download_with_settings(served):
     for _ in range(2):
         assert specials(open_file(f'{url}/a/tokenizer.json?download=true')) == (0, 2, 2)
         assert specials(open_file(f'{url}/b/tokenizer.json')) == (0, 2, 1)
-    assert len(requests) == 4
+    assert len(requests) == 6
     answers['/c/tokenizer.json'] = 200, byte_level(), None
     answers['/c/tokenizer_config.json'] = 500, b'', None
     with pytest.raises(DataError, match=r'/c/tokenizer_config\.json cannot be fetched: 500'):

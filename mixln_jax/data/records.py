@@ -1,0 +1,175 @@
+"""Records for fine-tuning as conversations: JSON lines or a JSON array, in one of three shapes."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from mixln_jax.data import text_files
+from mixln_jax.system.errors import DataError
+
+LARGEST = 10**9  # bytes of a file's text, which is held in memory
+SHAPES = {  # the fields by which a shape is recognised
+    'instruction, input, output': ('instruction', 'output'),
+    'prompt, completion': ('prompt', 'completion'),
+    'messages': ('messages',),
+}
+KNOWN = 'known shapes: "instruction, input, output", "prompt, completion", and "messages"'
+_JSON_TYPES = {dict: 'an object', list: 'an array', str: 'a string', bool: 'true or false', type(None): 'null'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A record. `messages`: its turns, each a dict with `role` and `content`, and whatever else the record gave it; the
+    user's turn of an instruction has `instruction` and `input` too. `origin`: its file and line, for people."""
+
+    messages: list[dict[str, Any]]
+    origin: str
+
+    @property
+    def unit(self) -> bytes:
+        """What decides its split: equal conversations are in the same one."""
+        return json.dumps([[message['role'], message['content']] for message in self.messages]).encode()
+
+
+def from_turns(prompt: str, completion: str, origin: str) -> Conversation:
+    """Returns a conversation of one question and its answer."""
+    turns = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': completion}]
+    return Conversation(turns, origin)
+
+
+def read(paths: Sequence[str]) -> Iterator[Conversation]:
+    """Yields the conversations of some files, all of one shape.
+
+    Raises DataError, naming file and line: not JSON; a record of no known shape, or of another shape than the first;
+    a value of another type; a file without records.
+    """
+    first: tuple[str, str] | None = None  # (shape, origin) of the first record
+    for path in paths:
+        empty = True
+        for line, record in _records(path):
+            empty, origin = False, f'{path}:{line}'
+            try:
+                shape = _shape(record)
+                first = first or (shape, origin)
+                if shape != first[0]:
+                    raise DataError(f'a record of the shape "{shape}", but {first[1]} has "{first[0]}"; use one shape')
+                conversation = Conversation(_MESSAGES[shape](record), origin)
+            except DataError as error:
+                raise DataError(f'{origin}: {error}') from None
+            yield conversation
+        if empty:
+            raise DataError(f'{path}: no records in this file')
+
+
+def _records(path: str) -> Iterator[tuple[int, Any]]:
+    """Yields (line from 1, value) of a file of JSON lines, or of the members of a JSON array."""
+    lines = text_files.Reader('jsonl', path, largest=LARGEST).lines()
+    is_array = None
+    for number, line in lines:
+        if not line.strip():
+            continue
+        if is_array is None and (is_array := line.lstrip().startswith('[')):
+            yield from _members(path, number, line + ''.join(rest for _, rest in lines))
+            return
+        yield number, _loads(line, f'{path}:{number}')
+
+
+def _loads(text: str, origin: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except ValueError as error:
+        raise DataError(f'{origin}: not JSON: {str(error).partition(":")[0]}') from None
+
+
+def _members(path: str, line: int, text: str) -> Iterator[tuple[int, Any]]:
+    """Yields (line, value) of the members of an array, whose text begins on `line`."""
+    decoder, gap = json.JSONDecoder(), re.compile(r'[ \t\r\n]*')
+    skip = lambda place: gap.match(text, place).end()  # type: ignore[union-attr]  # noqa: E731
+    place, counted = skip(text.index('[') + 1), 0
+
+    def problem(reason: str, at: int) -> DataError:
+        return DataError(f'{path}:{line + text.count(chr(10), counted, at)}: not JSON: {reason}')
+
+    closed = text[place : place + 1] == ']'
+    while not closed:
+        line, counted = line + text.count('\n', counted, place), place
+        try:
+            _, end = decoder.raw_decode(text, place)
+            value = _loads(text[place:end], f'{path}:{line}')  # the decoder accepts what is no JSON, such as NaN
+        except json.JSONDecodeError as error:
+            raise problem(error.msg, error.pos) from None
+        except RecursionError:
+            raise problem('nested too deeply', place) from None
+        yield line, value
+        place = skip(end)
+        if text[place : place + 1] not in (',', ']'):
+            raise problem('the array is not closed' if place == len(text) else 'a comma or ] is missing', place)
+        closed = text[place] == ']'
+        place = skip(place + 1) if not closed else place
+    if (end := skip(place + 1)) != len(text):
+        raise problem('text after the end of the array', end)
+
+
+def _shape(record: Any) -> str:
+    """Returns which of SHAPES a record has."""
+    if not isinstance(record, dict):
+        raise DataError(f'a record is an object, not {_type(record)}')
+    shapes = [shape for shape, fields in SHAPES.items() if all(field in record for field in fields)]
+    if len(shapes) == 1:
+        return shapes[0]
+    if shapes:
+        raise DataError(f'a record of two shapes at once: "{shapes[0]}" and "{shapes[1]}"')
+    fields = ', '.join([*map(repr, list(record)[:8]), *(['...'] if len(record) > 8 else [])]) or 'none'
+    raise DataError(f'a record of no known shape (its fields: {fields}); {KNOWN}')
+
+
+def _from_instruction(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    instruction, given = _text(record, 'instruction'), _text({'input': ''} | dict(record), 'input')
+    content = f'{instruction}\n\n{given}' if given else instruction
+    return [
+        {'role': 'user', 'content': content, 'instruction': instruction, 'input': given},
+        {'role': 'assistant', 'content': _text(record, 'output')},
+    ]
+
+
+def _from_prompt(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return from_turns(_text(record, 'prompt'), _text(record, 'completion'), '').messages
+
+
+def _from_messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    messages = record['messages']
+    if not isinstance(messages, list):
+        raise DataError(f'messages is {_type(messages)}, not an array')
+    if not messages:
+        raise DataError('messages is empty')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise DataError(f'messages[{number}] is {_type(message)}, not an object')
+        for field in ('role', 'content'):
+            _text(message, field, f'messages[{number}].')
+    return messages
+
+
+_MESSAGES = {
+    'instruction, input, output': _from_instruction,
+    'prompt, completion': _from_prompt,
+    'messages': _from_messages,
+}
+
+
+def _text(owner: Mapping[str, Any], field: str, prefix: str = '') -> str:
+    """Returns a field that has to be a string."""
+    if field not in owner:
+        raise DataError(f'{prefix}{field} is missing')
+    value = owner[field]
+    if not isinstance(value, str):
+        raise DataError(f'{prefix}{field} is {_type(value)}, not a string')
+    return value
+
+
+def _type(value: Any) -> str:
+    return _JSON_TYPES.get(type(value), 'a number')
