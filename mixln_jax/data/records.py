@@ -87,7 +87,8 @@ def _loads(text: str, origin: str) -> Any:
 
 def _members(path: str, line: int, text: str) -> Iterator[tuple[int, Any]]:
     """Yields (line, value) of the members of an array, whose text begins on `line`."""
-    decoder, gap = json.JSONDecoder(), re.compile(r'[ \t\r\n]*')
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # tells where a value ends; `_loads` reads it
+    gap = re.compile(r'[ \t\r\n]*')
     skip = lambda place: gap.match(text, place).end()  # type: ignore[union-attr]  # noqa: E731
     place, counted = skip(text.index('[') + 1), 0
 
