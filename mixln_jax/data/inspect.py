@@ -10,6 +10,7 @@ if __name__ == '__main__':
 import argparse
 import itertools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,8 @@ def inspect(
     """The first `num_rows` rows (None: all) of the batch of step `step` (from 1) of the run in `workdir`, one by one.
 
     Each is a dict: `row` in the batch, `origin` (file and record), `text` (a list, one piece of text for each document
-    in the row), and `inputs`, `targets`, `loss_mask`, for packed rows `segment_ids` and `positions`, each a list of T.
+    in the row; a conversation is a list of pairs instead, a part of its text and whether it is learned), and `inputs`,
+    `targets`, `loss_mask`, for packed rows `segment_ids` and `positions`, each a list of T.
     `data_path` is where the run's data is now (None: where it was).
 
     Raises:
@@ -51,7 +53,8 @@ def inspect(
     batch = batches.batch_at(of, config.data.seed, places)
     for i, number in enumerate(batches.order(of, config.data.seed, places).tolist()):
         row = {name: values[i].tolist() for name, values in batch.items()}
-        yield {'row': i, 'origin': of.origin(number), 'text': _texts(row, tokenizer), **row}
+        texts = _parts if config.task.name == 'instructions' else _texts
+        yield {'row': i, 'origin': of.origin(number), 'text': texts(row, tokenizer), **row}
 
 
 def verify(workdir: str | pathlib.Path | None, data_path: str | None = None) -> None:
@@ -91,17 +94,44 @@ def _texts(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
     ]
 
 
+def _parts(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[list[tuple[str, bool]]]:
+    """The text of each conversation of a row, in parts that are learned, or not; special tokens as <id>."""
+    targets, mask = np.array(row['targets']), np.array(row['loss_mask']) > 0
+    segments = np.array(row.get('segment_ids', np.ones_like(targets)))
+    conversations = []
+    for number in range(1, segments.max() + 1):
+        places = np.flatnonzero(segments == number)
+        places = places[: np.flatnonzero(mask[places])[-1] + 1]  # what comes after is padding
+        ids = [row['inputs'][places[0]], *targets[places].tolist()]
+        learned = [False, *mask[places].tolist()]
+        runs = itertools.groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])
+        conversations.append([(_spelled([i for i, _ in run], tokenizer), is_learned) for is_learned, run in runs])
+    return conversations
+
+
+def _spelled(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """A text with special tokens as <id>."""
+    runs = itertools.groupby(ids, key=tokenizer.can_yield)
+    return ''.join(tokenizer.decode(list(run)) if text else ''.join(f'<{i}>' for i in run) for text, run in runs)
+
+
 def _former(row: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays that had other names once, under those names too."""
     return {former: row[name] for former, name in layout.FORMER_NAMES.items() if name in row}
 
 
-def show(row: Mapping[str, Any]) -> list[str]:
-    """The lines that a person reads of one row."""
-    lines = [
-        f'row {row["row"]}: {row["origin"]}: {int(sum(row["loss_mask"]))} of {len(row["inputs"])} targets are real'
-    ]
-    lines += [f'  text        {text!r}' for text in row['text']]
+def show(row: Mapping[str, Any], colour: bool = False) -> list[str]:
+    """The lines that a person reads of one row. What is learned of a conversation stands out by `colour`, else in
+    brackets."""
+    count, total = int(sum(row['loss_mask'])), len(row['inputs'])
+    begin, end = ('\x1b[1;32m', '\x1b[0m') if colour else ('[[', ']]')
+    lines = [f'row {row["row"]}: {row["origin"]}: {count} of {total} targets are real']
+    for text in row['text']:
+        if isinstance(text, str):
+            lines.append(f'  text        {text!r}')
+            continue
+        parts = ((repr(part)[1:-1], learned) for part, learned in text)
+        lines.append('  text        ' + ''.join(f'{begin}{part}{end}' if learned else part for part, learned in parts))
     for name in ('inputs', 'targets', 'loss_mask', 'segment_ids', 'positions'):
         if name in row:
             lines.append(f'  {name:<11} {_runs(row[name])}')
@@ -138,8 +168,9 @@ def main(argv: Sequence[str]) -> int:
             verify(options.workdir, options.data_path)
             return
         stop.started()
+        colour = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
         for row in inspect(options.workdir, options.step, options.rows or None, options.data_path):
-            console.say(*([json.dumps(row | _former(row))] if options.json else show(row)))
+            console.say(*([json.dumps(row | _former(row))] if options.json else show(row, colour)))
 
     return cli.call(job, show_traceback='--traceback' in argv)
 
