@@ -56,12 +56,18 @@ MISTRAL = (
     "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
 )
-TOOLS = (  # what Jinja's sandbox has besides: tojson, namespace, loop controls
-    '{% set ns = namespace(n=0) %}{% for m in messages %}{% if loop.index > 9 %}{% break %}{% endif %}'
-    '{% set ns.n = ns.n + 1 %}{{ ns.n }}:{{ m.content | tojson }}'
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}"
-    '\n{% endfor %}'
-)
+TOOLS = """\
+{% set ns = namespace(n=0) %}
+{% for m in messages %}
+    {% if loop.index > 9 %}
+        {% break %}
+    {% endif %}
+    {% set ns.n = ns.n + 1 %}
+{{ ns.n }}:{{ m.content | tojson }}
+    {% if m.role == 'assistant' %}
+{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}
+{% endfor %}
+"""  # what the sandbox has besides: tojson, namespace, loop controls; and indented blocks
 TEMPLATES = {'chatml': CHATML, 'llama': LLAMA, 'mistral': MISTRAL, 'tools': TOOLS}
 
 TURNS = [
