@@ -24,6 +24,7 @@ from mixln_jax.runs import weights
 from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli, console, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError
+from mixln_jax.tasks.build import TASKS
 
 
 def _text(found: Weights, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -33,12 +34,13 @@ def _text(found: Weights, options: argparse.Namespace) -> tuple[str, dict[str, A
     split = options.split or found.config.eval.split
     numbers = {name.removeprefix('eval/'): value for name, value in values.items()}
     tokens = numbers.pop('tokens')
-    said = '  '.join(f'{name.replace("_", " ")} {_number(name, value)}' for name, value in numbers.items())
-    return f'{split}: {said}  ({tokens:,} tokens)', {'split': split} | values
-
-
-def _number(name: str, value: float | None) -> str:
-    return '-' if value is None else format(value, '.2f' if name == 'perplexity' else '.4f')
+    task = TASKS[found.config.task.name]
+    decimals = {name: task.digits if name == task.headline else 4 for name in numbers}
+    shown = '  '.join(
+        f'{name.replace("_", " ")} {"-" if value is None else format(value, f".{decimals[name]}f")}'
+        for name, value in numbers.items()
+    )
+    return f'{split}: {shown}  ({tokens:,} tokens)', {'split': split} | values
 
 
 def _place(out: str) -> pathlib.Path:

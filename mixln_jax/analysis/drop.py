@@ -66,11 +66,12 @@ def measure(
     blocks: Sequence[int] = (1,),
     step: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """Returns the loss with and without layers, and the perplexity where it is the task's headline; arguments as those
-    of angular.measure.
+    """Returns the loss with and without layers, and the headline of a task where it is a function of the loss.
+
+    Arguments as those of angular.measure.
 
     Returns:
-        {'loss', 'perplexity'}: {'value', 'standard_error', 'drop': {block: {'mean', 'standard_error'}, [L-block+1]}}.
+        {'loss', headline}: {'value', 'standard_error', 'drop': {block: {'mean', 'standard_error'}, [L-block+1]}}.
     """
     L = len(task.model.norm_position)
     removed = [masks(L, block) for block in blocks]
@@ -79,12 +80,9 @@ def measure(
     sums, weights = command.by_row(
         lambda batch: _losses(params, batch, layer_masks, step, task=task), task.model, batches
     )
-    metrics = statistics.drops(sums, weights)
-    return {
-        name: metric | {'drop': _by_block(metric['drop'], blocks, L)}
-        for name, metric in metrics.items()
-        if name in ('loss', task.headline)
-    }
+    of_loss = {task.headline: task.headline_of_loss} if task.headline_of_loss else {}
+    metrics = statistics.drops(sums, weights, of_loss)
+    return {name: metric | {'drop': _by_block(metric['drop'], blocks, L)} for name, metric in metrics.items()}
 
 
 def _by_block(drop: Mapping[str, np.ndarray], blocks: Sequence[int], layers: int) -> dict[str, Any]:

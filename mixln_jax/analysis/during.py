@@ -21,10 +21,10 @@ PICTURES = {'analysis/angular_matrix': lambda matrix: figures.image(figures.heat
 class Analyses:
     """Calling it with the weights and the step that they are of gives the values of a metrics line.
 
-    Lists have a number a layer: `analysis/angular_distance` across the layer, `analysis/perplexity_drop` without
-    it (`loss_drop` where the task has no perplexity),
-    `analysis/grad_norm` of the sample's mean loss, `analysis/variance` of the stream behind it,
-    `analysis/contribution_attention` and `_mlp`; `analysis/angular_matrix` is [L+1,L+1] between any two depths.
+    Lists have a number for each layer: `analysis/angular_distance` across it, `analysis/<headline>_drop` without it (of
+    language modelling `perplexity_drop`; `loss_drop` where the headline is not a function of the loss),
+    `analysis/grad_norm` of the sample's mean loss, `analysis/variance` of the stream after it,
+    `analysis/contribution_attention` and `_mlp`; `analysis/angular_matrix` [L+1,L+1] is between any two depths.
     """
 
     def __init__(self, config: configs.Config, task: Task, examples: Examples, watched: Callable = iter):
@@ -45,7 +45,7 @@ class Analyses:
 
         distances, dropped, norms, stream = (of(job) for job in (angular, drop, gradients, variance))
         matrix = distances['distance']['mean']
-        headline = self._task.headline if self._task.headline in dropped else 'loss'
+        headline = self._task.headline if self._task.headline_of_loss else 'loss'
         return {
             'analysis/angular_distance': matrix.diagonal(1).tolist(),
             'analysis/angular_matrix': matrix.tolist(),

@@ -4,7 +4,7 @@ What is averaged over tokens comes as a sum and a count of every row of text, in
 of them in float64, so that no mean depends on how rows are batched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -94,36 +94,41 @@ def mean_and_error(sums: ArrayLike, counts: ArrayLike) -> dict[str, Any]:
     return {'mean': mean, 'standard_error': np.sqrt(spread * (rows / (rows - 1) if rows > 1 else np.nan)) / total}
 
 
-def drops(sums: ArrayLike, counts: ArrayLike) -> dict[str, Any]:
+def drops(
+    sums: ArrayLike,
+    counts: ArrayLike,
+    of_loss: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] | None = None,
+) -> dict[str, Any]:
     """Performance drop of removed layers: a metric without them minus the metric with all (Mix-LN, section 3.1).
 
     Args:
         sums: [R,1+M] losses (nats) of each row: of the whole network, then with layers removed.
         counts: [R], tokens of each row.
+        of_loss: further metrics, functions of the mean loss: {name: (function, its derivative)}.
 
     Returns:
-        {'loss', 'perplexity'}: each {'value', 'standard_error'} of the whole network and 'drop', as `mean_and_error`
-        [M]. Errors of drops are those of paired rows, of perplexities by the delta method.
+        {'loss', ...}: each {'value', 'standard_error'} of the whole network and 'drop', as `mean_and_error` [M]. Errors
+        of drops are those of paired rows, of functions of the loss by the delta method.
     """
     sums = np.asarray(sums, np.float64)
     with np.errstate(over='ignore', invalid='ignore'):  # without a layer nothing may be left of a network
         losses, loss_drops = mean_and_error(sums, counts), mean_and_error(sums[:, 1:] - sums[:, :1], counts)
-        perplexity = np.exp(losses['mean'])
-        linear = perplexity * sums
-        found = {'loss': (losses['mean'], losses, loss_drops['mean'], loss_drops)}
-        found['perplexity'] = (
-            perplexity,
-            mean_and_error(linear, counts),
-            perplexity[1:] - perplexity[0],
-            mean_and_error(linear[:, 1:] - linear[:, :1], counts),
-        )
+        metrics = {'loss': (losses['mean'], losses, loss_drops['mean'], loss_drops)}
+        for name, (function, derivative) in (of_loss or {}).items():
+            values, linear = function(losses['mean']), derivative(losses['mean']) * sums
+            metrics[name] = (
+                values,
+                mean_and_error(linear, counts),
+                values[1:] - values[0],
+                mean_and_error(linear[:, 1:] - linear[:, :1], counts),
+            )
     return {
         name: {
-            'value': value[0],
+            'value': values[0],
             'standard_error': error['standard_error'][0],
-            'drop': {'mean': drop, 'standard_error': of_drop['standard_error']},
+            'drop': {'mean': drop, 'standard_error': drop_error['standard_error']},
         }
-        for name, (value, error, drop, of_drop) in found.items()
+        for name, (values, error, drop, drop_error) in metrics.items()
     }
 
 

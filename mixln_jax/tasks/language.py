@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixln_jax import config as configs
 from mixln_jax.data import batches, layout
 from mixln_jax.kernels import cross_entropy
+from mixln_jax.models.network import Network
+from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses, Task
 
 ENOUGH = 500_000  # tokens, for their frequencies
@@ -28,6 +31,20 @@ class Language(Task):
 
     headline: ClassVar[str] = 'perplexity'
     label: ClassVar[str] = 'ppl'
+    lower_is_better: ClassVar[bool] = True
+    digits: ClassVar[int] = 2
+    headline_of_loss: ClassVar[tuple[Callable[[Any], Any], Callable[[Any], Any]] | None] = (np.exp, np.exp)
+
+    @classmethod
+    def from_config(cls, config: configs.Config, model: Network) -> Task:
+        """Returns the task of a run. Raises UsageError if the network sees the tokens that it has to predict."""
+        if not model.causal:
+            raise UsageError(
+                f'config.model.family={config.model.family} attends to both sides, so it would see the token that it '
+                'has to predict: use config.task.name=masked_language'
+            )
+        kind = cls if config.compat == 'none' else OfficialLanguage
+        return kind(model, config.data.mode, config.seq_length)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         rows = layout.Layout(self.mode, 0, 0)
