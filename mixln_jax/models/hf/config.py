@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax.models import llama, placements, transformer
+from mixln_jax.models import families, llama, placements, transformer
 from mixln_jax.models.network import Network
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
@@ -186,9 +186,11 @@ def take(
 
 
 def build(path: pathlib.Path, values: Mapping[str, Any]) -> configs.Model:
-    """config.Model of its keys. Raises CheckpointError for values that it cannot have."""
+    """Returns the config.Model with these values. Raises CheckpointError for values that its family cannot have."""
     try:
-        return configs.build({'model': values}).model
+        model = configs.build({'model': values}).model
+        families.FAMILIES[model.family].check(model)
+        return model
     except UsageError as error:
         raise CheckpointError(f'{path}: {error}') from None
 
