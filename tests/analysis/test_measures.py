@@ -125,7 +125,7 @@ def test_drops():
 
 
 def test_theory_of_the_variance():
-    """A stream that grows by the rule gives the rule's constant back; behind Post-LN layers it begins anew."""
+    """A stream that grows by the rule gives the rule's constant back; after Post-LN layers it begins anew."""
     c, factors = 0.7, np.array([np.nan, np.nan, 1.0, 0.5, 0.25])
     variances = [9.0, 1.0, 2.0]
     for factor in factors[2:]:
