@@ -21,12 +21,12 @@ def load(folder: pathlib.Path, norm_position: str | None = None, compute_dtype: 
 
     Args:
         folder: holds config.json and safetensors.
-        norm_position: placement of a LLaMA folder that does not say it.
+        norm_position: placement of a LLaMA folder that does not state it.
         compute_dtype: of the network; weights are float32.
 
     Raises:
         UsageError: a `norm_position` for a BERT, which has its own; as `llama.load`.
-        CheckpointError: unreadable, damaged or another network.
+        CheckpointError: unreadable, damaged, or of another kind of network.
     """
     if not is_bert(folder):
         return llama.load(folder, norm_position, compute_dtype)
