@@ -98,7 +98,7 @@ class MaskedLanguage(Language):
 
 
 def _tokens(batch: Mapping[str, Any]) -> Any:
-    """[B,T] float32: 1 at every token of a text and at the end of a document, which have a target or are one."""
+    """Returns [B,T] float32: 1 at tokens of a text and at ends of documents, which have a target or are one."""
     target = batch['loss_mask']
     array = np if isinstance(target, np.ndarray) else jnp
     return array.maximum(target, array.pad(target[:, :-1], ((0, 0), (1, 0))))

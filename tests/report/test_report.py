@@ -330,7 +330,7 @@ class TestComparison:
         assert [(row['seed'], row['optim.b2']) for row in table(read()[1])] == [('0', '0.999'), ('1', '0.5')]
 
     def test_runs_on_other_text_are_not_one_row(self, made):
-        """The same configuration, but the files behind data.path have changed."""
+        """The same configuration, but the files that data.path names have changed."""
         one = made('a', logged(30.0), {'source': 'ab', 'tokenizer': 'cd'})
         two = made('b', logged(31.0), {'source': 'ef', 'tokenizer': 'cd'}, seed=1)
         assert report.main([str(one), str(two)]) == 0
