@@ -178,7 +178,7 @@ FILES = {
     'malformed': ('{"prompt": "a", "completion": "b"}\n{"prompt"\n', 'a.jsonl:2: not JSON'),
     'empty': ('', 'a.jsonl: no records in this file'),
     'role': (
-        '{"messages": [{"role": "x", "content": "a"}]}\n' * 2 + '{"messages": [{"role": "user", "content": ""}]}',
+        ''.join(f'{{"messages": [{{"role": "x", "content": "{text}"}}]}}\n' for text in 'ab'),
         ': the template plain: template error: it does not know the role x',
     ),
 }
