@@ -1,18 +1,22 @@
 """Fine-tuning on conversations: packed equals unpacked, examples do not see each other, and a run from end to end."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 
 from mixln_jax import config as configs
-from mixln_jax import evaluate, main
+from mixln_jax import evaluate, main, recipes
 from mixln_jax.analysis import angular
 from mixln_jax.data import inspect, rows, tokenizers
 from mixln_jax.models import families
 from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks import build
+from mixln_jax.tasks.instructions import Instructions
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 T, V = 24, 259
 WORDS = 'the quick brown fox jumps over a lazy dog'.split()  # noqa: SIM905
@@ -109,6 +113,26 @@ def test_the_loss_is_that_of_learned_tokens(path):
     learned = sum(len(m['content']) + 1 for record in RECORDS for m in record['messages'] if m['role'] == 'assistant')
     assert losses.weight == losses.metrics['tokens'] == batch['loss_mask'].sum() == learned
     assert float(losses.sum) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize('name', ['quickstart', 'commonsense'])
+def test_recipes(name):
+    config = configs.build(recipes.load(str(ROOT / f'configs/finetune/{name}.py'), []))
+    assert isinstance(build.from_config(config, families.from_config(config.model)), Instructions)
+    base = {'quickstart': 'quickstart', 'commonsense': 'llama_130m'}[name]
+    start = configs.build(recipes.load(str(ROOT / f'configs/{base}.py'), [])).model
+    assert all(getattr(config.model, key) == getattr(start, key) for key in configs.same_weights())
+
+
+def test_questions_about_the_library():
+    data = configs.Data(source='stdlib', template='plain', tokenizer='bytes')
+    task = configs.Task(name='instructions')
+    of = rows.open_rows(data, 'all', tokenizers.Bytes(), 128, V, task)
+    [number] = [i for i in range(len(of)) if of.origin(i) == 'textwrap.dedent']
+    batch = of.batch([number])
+    learned = batch['targets'][batch['loss_mask'] > 0]
+    assert tokenizers.Bytes().decode(learned) == 'Remove any common leading whitespace from every line in `text`.'
+    assert len(of) > 1000
 
 
 @pytest.fixture(scope='module')
