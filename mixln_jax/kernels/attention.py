@@ -86,6 +86,39 @@ def cudnn_attention(
     )
 
 
+def cached_attention(
+    q_B1Hd: jax.Array,
+    k_B1Kd: jax.Array,
+    v_B1Kd: jax.Array,
+    keys_BSKd: jax.Array,
+    values_BSKd: jax.Array,
+    mask: jax.Array,
+) -> jax.Array:
+    """Returns softmax(q k^T) v of one position, which sees its own key and those keys of a cache that `mask` shows it.
+
+    The cache is read where it lies: the caller writes the position's own key and value into it afterwards.
+
+    Args:
+        q_B1Hd: queries [B, 1, H, d], already divided by sqrt(d); head h uses key and value head h // (H / K).
+        k_B1Kd, v_B1Kd: key and value of the position [B, 1, K, d].
+        keys_BSKd, values_BSKd: the cache [B, S, K, d].
+        mask: bool [B, 1, 1, S]: which keys of the cache are seen.
+
+    Returns:
+        [B, 1, H, d].
+    """
+    B, _, K, d = k_B1Kd.shape
+    q_BKGd = q_B1Hd.reshape(B, K, -1, d)
+    scores = jnp.where(mask, _dot('bkgd,bskd->bkgs', q_BKGd, keys_BSKd), -jnp.inf)
+    own = _dot('bkgd,bskd->bkgs', q_BKGd, k_B1Kd)
+    largest = jnp.maximum(scores.max(axis=-1, keepdims=True), own)
+    exp_scores, exp_own = jnp.exp(scores - largest), jnp.exp(own - largest)
+    total = exp_scores.sum(axis=-1, keepdims=True) + exp_own
+    y = _dot('bkgs,bskd->bkgd', exp_scores.astype(values_BSKd.dtype), values_BSKd)
+    y += exp_own * v_B1Kd.reshape(B, K, 1, d).astype(jnp.float32)
+    return (y / total).astype(v_B1Kd.dtype).reshape(q_B1Hd.shape)
+
+
 def _forward(q_BTHd: jax.Array, k_BTKd: jax.Array, v_BTKd: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, Any]:
     q, k, v = _by_head(q_BTHd, k_BTKd, v_BTKd)
     outs, lse = [], []
