@@ -34,13 +34,15 @@ class Attention(nn.Module):
         scaled = [a / head_dim**0.5 for a in angles]  # turning the queries by these divides them too
         q, k = rope.rotate(heads('q', H), scaled), rope.rotate(heads('k', K), angles)
         v = heads('v', K)
-        for name, values in (('keys', k), ('values', v)):
-            self.sow('intermediates', name, values, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+        for name, new in (('keys', k), ('values', v)):
+            self.sow('intermediates', name, new, init_fn=lambda: None, reduce_fn=lambda _, last: last)
         by_cudnn = self.kernel == 'cudnn' and q.dtype == jnp.bfloat16  # analyses in training are in float32
         attend = attention.cudnn_attention if by_cudnn else attention.causal_attention
         if self.has_variable('cache', 'keys'):
-            cached = self.get_variable('cache', 'keys'), self.get_variable('cache', 'values')
-            y_BTHd = attention.cached_attention(q, k, v, *cached, mask)
+            assert mask is not None, 'decoding needs cache_mask'
+            keys: jax.Array = self.get_variable('cache', 'keys')
+            values: jax.Array = self.get_variable('cache', 'values')
+            y_BTHd = attention.cached_attention(q, k, v, keys, values, mask)
         else:
             y_BTHd = attend(q, k, v, mask)
         return linear(D, self.dtype, 'o', bias)(y_BTHd.reshape(*x_BTD.shape[:2], H * head_dim))

@@ -274,7 +274,7 @@ def _decode(
         state, token, log_prob = _next(params, state, call, step, model, sampling)
         return count + 1, state, tokens.at[:, count].set(token), log_probs.at[:, count].set(log_prob)
 
-    start = jnp.int32(0), state.replace(ended=state.ended | ended), *blank
+    start = jnp.int32(0), dataclasses.replace(state, ended=state.ended | ended), *blank
     count, state, tokens, log_probs = jax.lax.while_loop(goes_on, body, start)
     return state, tokens, log_probs, count
 
@@ -319,7 +319,7 @@ def _ended(tokens: jax.Array, left: jax.Array, call: _Call) -> jax.Array:
     return jnp.isin(tokens, call.end_ids) | (left <= 0)
 
 
-def _logits(model: Network, params: Any, x: jax.Array) -> jax.Array:
+def _logits(model: Network, params: Any, x: jax.Array) -> Any:
     return model.apply({'params': params}, x, method='logits')
 
 

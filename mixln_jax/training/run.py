@@ -40,7 +40,7 @@ from mixln_jax.runs.workdir import (
 )
 from mixln_jax.system import console, files, outputs, signals
 from mixln_jax.tasks.task import Task
-from mixln_jax.training import hooks, loop
+from mixln_jax.training import hooks, loop, samples
 from mixln_jax.training.collapse import Collapse
 from mixln_jax.training.feed import Feed
 from mixln_jax.training.meter import Meter
@@ -200,19 +200,20 @@ class _Job:
             self.checkpoints.wait()
         return state
 
-    def _measuring(self, feed: Feed, eval_step: Callable[..., Any]) -> list[hooks.Evaluation | hooks.Analysis]:
-        """Returns the hooks that put numbers into a step's line."""
+    def _measuring(self, feed: Feed, eval_step: Callable[..., Any]) -> list[hooks.Hook]:
+        """Returns the hooks that put numbers into a step's line, or texts beside it."""
         config, program, lines = self.program.config, self.program, self.records.lines
         evaluate = feed.evaluation(eval_step, self.data.evaluation)
-        found: list[hooks.Evaluation | hooks.Analysis] = [
-            hooks.Evaluation(config.eval.every, evaluate, program.task.headline, lines)
-        ]
+        found: list[hooks.Hook] = [hooks.Evaluation(config.eval.every, evaluate, program.task.headline, lines)]
+        if config.eval.samples:
+            write = samples.sampling(program, self.data.evaluation, self.data.tokenizer)
+            found.append(hooks.Samples(config.eval.every, write, self.records.folder / 'samples'))
         if config.analysis.tokens:
             analyses = during.Analyses(config, program.task, self.data.evaluation, feed.checked)
             found.append(hooks.Analysis(config.analysis.every, analyses, lines))
         return found
 
-    def _meter(self, measuring: Sequence[hooks.Evaluation | hooks.Analysis], compile_sec: float) -> Meter:
+    def _meter(self, measuring: Sequence[hooks.Hook], compile_sec: float) -> Meter:
         config, program = self.program.config, self.program
         training = batches.training(self.data.training, seed=config.data.seed, batch_size=config.batch_size)
         seen = map(training.__getitem__, range(1000))

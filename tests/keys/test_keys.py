@@ -110,6 +110,7 @@ ELSEWHERE = {
     'data.tokenizer_path': 'test_tokenizers.py::test_huggingface_needs_a_path',
     'data.mode': 'test_keys.py::test_what_a_run_begins_with',
     'data.workers': 'test_keys.py::test_when_a_run_does_what',
+    'eval.samples': 'test_generate.py::test_samples_of_a_run',
     'eval.split': 'test_keys.py::test_what_a_run_begins_with',
     'mesh.data': 'test_mesh.py::test_of_a_run',
     'mesh.fsdp': 'test_mesh.py::test_of_a_run',
