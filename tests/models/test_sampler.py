@@ -238,17 +238,17 @@ def test_equally_likely_tokens_are_kept_together():
     assert (np.asarray(p) > 0).tolist() == [[True, True, True, True, False]]
 
 
-@pytest.mark.parametrize('chosen', [Sampling(), Sampling(1.5, 6, 0.9)])
-def test_frequencies_are_the_probabilities(chosen):
+@pytest.mark.parametrize('chosen, V', [(Sampling(), 12), (Sampling(1.5, 6, 0.9), 12), (Sampling(), 300)])
+def test_frequencies_are_the_probabilities(chosen, V):
     """Chi-square over 20,000 draws: below the quantile 0.9999 of its distribution."""
-    count, logits = 20_000, np.random.default_rng(3).normal(0, 1.2, 12).astype(np.float32)
+    count, logits = 20_000, np.random.default_rng(3).normal(0, 0.6, V).astype(np.float32)
     draw = jax.jit(functools.partial(sampling.draw, sampling=chosen))
     places = np.arange(count, dtype=np.int32)
     tokens, log_probs = draw(
         jnp.tile(logits, (count, 1)), seed=np.uint32(7), rows=places % 100, positions=places // 100
     )
     expected = count * kept_by_numpy(logits, chosen.temperature, chosen.top_k, chosen.top_p)
-    found, there = np.bincount(tokens, minlength=12), expected > 0
+    found, there = np.bincount(tokens, minlength=V), expected > 0
     statistic = (np.square(found - expected)[there] / expected[there]).sum()
     freedom = there.sum() - 1
     quantile = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3  # Wilson and Hilferty 1931
