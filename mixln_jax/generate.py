@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import orjson
 
 from mixln_jax import config as configs
@@ -108,8 +107,8 @@ def _open(options: argparse.Namespace, count: int) -> tuple[weights.TextEncoder,
     encoder = weights.text_encoder(found)
     devices = meshes.devices('auto')
     mesh = meshes.make_mesh(configs.Mesh(data=math.gcd(count, len(devices))), devices)
-    params = jax.device_put(found.params, meshes.state_shardings(mesh, found.params))
-    return encoder, Writer(Sampler(found.model, found.max_length, mesh), params, encoder), found.max_length
+    sampler = Sampler(found.model, found.max_length, mesh)
+    return encoder, Writer(sampler, sampler.to_devices(found.params), encoder), found.max_length
 
 
 def _written(

@@ -104,6 +104,10 @@ class Sampler:
             out_shardings=out,
         )
 
+    def to_devices(self, params: Any) -> Any:
+        """Returns the parameters on the devices of the mesh, split by its rules."""
+        return jax.device_put(params, meshes.state_shardings(self.mesh, params))
+
     def generate(self, params: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
         """Returns the completion of each prompt; arguments are those of `stream`."""
         *_, last = self.stream(params, prompts, **options)
@@ -126,7 +130,7 @@ class Sampler:
         """Yields the completions of a batch of prompts, the same objects each time, which grow by up to `steps` tokens.
 
         Args:
-            params: of the network, on the devices of the mesh.
+            params: of the network, on the devices of the mesh; see `to_devices`.
             prompts: token ids, at least one in each; see `fit` for those that are as long as the window.
             max_new: most tokens of a completion; or those of each row.
             sampling: how tokens are chosen.

@@ -28,7 +28,8 @@ def make(norm_position='mix', devices=(1, 1, 1), window=WINDOW, dtype='float32',
     mesh = meshes.make_mesh(configs.Mesh(*devices), jax.devices('cpu'))
     model, params = network(norm_position, **changes)
     model = model.clone(compute_dtype=dtype)
-    return model, jax.device_put(params, meshes.state_shardings(mesh, params)), Sampler(model, window, mesh)
+    generator = Sampler(model, window, mesh)
+    return model, generator.to_devices(params), generator
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -148,7 +148,7 @@ def test_greedy_tokens_are_those_of_generate(tmp_path, norm_position):
         mask = torch.asarray([[0] * (5 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         for row, ids in zip(ours, found.generate(padded, attention_mask=mask, **stops).tolist(), strict=True):
             assert row.ids == ids[5 : 5 + len(row.ids)]
-    assert len({tuple(row.ids) for row in ours}) == 3
+    assert len({tuple(row.ids) for row in ours}) > 1
 
 
 def test_bfloat16(tmp_path):
