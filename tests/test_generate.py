@@ -19,6 +19,7 @@ from mixln_jax.models import families
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.models.sampler import Completion
 from mixln_jax.runs import weights
+from mixln_jax.system.errors import UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -239,6 +240,13 @@ def test_samples_of_a_run(run):
         logits = found.model.apply({'params': found.params}, np.array([ids]))[0][0]
         expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(15, 31), one['ids']]
         np.testing.assert_allclose(one['log_probs'], expected, rtol=0, atol=1e-5)
+
+
+def test_samples_of_a_network_that_sees_both_sides(tmp_path):
+    keys = [('eval.samples', '2'), ('device', 'cpu')]
+    with pytest.raises(UsageError, match='config.eval.samples=2 has no meaning for config.model.family=bert'):
+        main.run(recipes.load(f'{ROOT}/configs/bert_quickstart.py', keys), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from mixln_jax.models import transformer
 from mixln_jax.models.sampler import Sampler
 from mixln_jax.program.program import Program
 from mixln_jax.runs import weights
-from mixln_jax.system.errors import UsageError
 
 LONGEST = 32  # tokens of text that are continued
 NEW = 64  # tokens of a continuation
@@ -22,13 +21,8 @@ ROWS = 16  # continued at a time
 
 def sampling(program: Program, examples: Examples, tokenizer: Tokenizer) -> Callable[[Any, Any], bytes]:
     """Returns the function (weights, step) -> JSON lines, with a continuation of each of the first `eval.samples`
-    examples, or of all if there are fewer. Draws are the same at every step, as far as the weights are.
-
-    Raises UsageError for a network that sees both sides of a token.
-    """
+    examples, or of all if there are fewer. Random numbers are the same at every step."""
     config, model = program.config, program.model
-    if not model.causal:
-        raise UsageError(f'config.eval.samples={config.eval.samples} has no meaning for a network that cannot generate')
     assert isinstance(program.mesh, jax.sharding.Mesh), 'plans do not sample'
     encoder = weights.encoder_of_run(config, tokenizer)
     sampler = Sampler(model, config.seq_length, program.mesh)
