@@ -41,6 +41,7 @@ def main(argv):
                 made = {'mixln_jax': ('generate_ours', (case, folder, NEW))}
                 made |= {'transformers': ('generate_hugging_face', (case, folder, NEW))}
                 rows += train_step.measure(name, made, options)
+            print('\n'.join([*_table(rows)][-len(made) :]), flush=True)
         print('\n'.join(['', f'`python -m benchmarks.generate {" ".join(sys.argv[1:])}`', '', *_table(rows)]))
 
     return cli.call(command, show_traceback='--traceback' in argv)
