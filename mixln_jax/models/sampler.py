@@ -296,7 +296,7 @@ def _next(
     (x, _), made = model.apply(
         {'params': params, 'cache': state.cache}, batch, step=step, method='backbone', mutable=['intermediates']
     )
-    write = jax.vmap(_write, in_axes=(1, 1, 0), out_axes=1)
+    write = jax.vmap(jax.vmap(_write), in_axes=(0, 0, None))  # layers, rows: in this order nothing is transposed
     cache = jax.tree.map(lambda old, new: write(old, new, state.position), state.cache, made['intermediates'])
     tokens, log_probs = draw(_logits(model, params, x[:, 0]), sampling, call.seed, call.rows, state.position + 1)
     on, left = ~state.ended, state.left - 1
@@ -314,8 +314,8 @@ def _next(
 
 
 def _write(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
-    """Returns the cache of a row [n, S, K, d] with `new` [n, 1, K, d] at a position."""
-    return jax.lax.dynamic_update_slice(cache, new, (0, position, 0, 0))
+    """Returns the cache of a row [S, K, d] with `new` [1, K, d] at a position."""
+    return jax.lax.dynamic_update_slice(cache, new, (position, 0, 0))
 
 
 def _ended(tokens: jax.Array, left: jax.Array, call: _Call) -> jax.Array:
