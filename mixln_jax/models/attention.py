@@ -13,8 +13,9 @@ from mixln_jax.models.layers import RMSNorm, linear
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped key/value heads.
 
-    Keys and values [B,T,K,d] are sown as the intermediates `keys` and `values`. Where the collection `cache` holds
-    those of earlier positions [B,S,K,d], T is 1, and the mask [B,1,1,S] says which of them are seen.
+    Keys and values [B,T,K,d] are sown as the intermediates `keys` and `values`. Where the collections `cache` and
+    `recent` hold those of earlier positions, [B,S,K,d] and [B,R,K,d], T is 1, and the mask [B,1,1,S+R] says which of
+    them are seen.
     """
 
     config: configs.Model
@@ -40,9 +41,11 @@ class Attention(nn.Module):
         attend = attention.cudnn_attention if by_cudnn else attention.causal_attention
         if self.has_variable('cache', 'keys'):
             assert mask is not None, 'decoding needs cache_mask'
-            keys: jax.Array = self.get_variable('cache', 'keys')
-            values: jax.Array = self.get_variable('cache', 'values')
-            y_BTHd = attention.cached_attention(q, k, v, keys, values, mask)
+            cached: list[tuple[jax.Array, jax.Array]] = [
+                (self.get_variable(collection, 'keys'), self.get_variable(collection, 'values'))
+                for collection in ('cache', 'recent')
+            ]
+            y_BTHd = attention.cached_attention(q, k, v, cached, mask)
         else:
             y_BTHd = attend(q, k, v, mask)
         return linear(D, self.dtype, 'o', bias)(y_BTHd.reshape(*x_BTD.shape[:2], H * head_dim))

@@ -58,7 +58,7 @@ class Llama(Network):
             batch: `inputs` [B,T] int32, token ids. Packed rows have `positions` [B,T], of each token in its document
                 (default 0..T-1), and `segment_ids` [B,T], the number of each token's document in its row: attention
                 stays inside a document; padding counts as one. In decoding (see Attention), with T = 1, `cache_mask`
-                [B,S] bool says which positions of the cache are seen. Other arrays are ignored.
+                [B,S+R] bool says which positions of the caches are seen. Other arrays are ignored.
             layer_mask: [L] bool, traced: a layer that is False is the identity. None: all layers run.
             capture: whether to return the residual stream as well.
             step: number of updates done, int32 where it is traced, at which ramps stand. None: `trained_steps`.

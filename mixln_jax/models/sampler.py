@@ -266,56 +266,63 @@ def _decode(
     """Returns the state after up to `steps` more tokens, the tokens [B, steps], their log-probabilities, and how many
     tokens these are: fewer where all rows have ended. `ended` [B] are those that the host has ended too."""
     params = _in_compute_dtype(params, model)
-    B = len(state.token)
+    B, S = len(state.token), jax.tree.leaves(state.cache)[0].shape[2]
     blank = jnp.zeros((B, steps), jnp.int32), jnp.zeros((B, steps), jnp.float32)
+
+    recent = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:2], steps, *leaf.shape[3:]), leaf.dtype), state.cache)
 
     def goes_on(carry: Any) -> jax.Array:
         count, state, *_ = carry
         return (count < steps) & ~state.ended.all()
 
     def body(carry: Any) -> Any:
-        count, state, tokens, log_probs = carry
-        state, token, log_prob = _next(params, state, call, step, model, sampling)
-        return count + 1, state, tokens.at[:, count].set(token), log_probs.at[:, count].set(log_prob)
+        count, now, recent, tokens, log_probs = carry
+        visible = jnp.arange(S) < state.position[:, None], jnp.broadcast_to(jnp.arange(steps) < count, (B, steps))
+        caches = {'cache': state.cache, 'recent': recent}
+        now, new, token, log_prob = _next(params, now, caches, jnp.hstack(visible), call, step, model, sampling)
+        recent = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, count, 2), recent, new)
+        return count + 1, now, recent, tokens.at[:, count].set(token), log_probs.at[:, count].set(log_prob)
 
-    start = jnp.int32(0), dataclasses.replace(state, ended=state.ended | ended), *blank
-    count, state, tokens, log_probs = jax.lax.while_loop(goes_on, body, start)
-    return state, tokens, log_probs, count
+    # All rows write their keys and values into the same place of `recent`. The cache, in which each row has a place of
+    # its own, stays as it is until the end: to write there for each token would copy all of it.
+    start = dataclasses.replace(state, cache=None, ended=state.ended | ended)
+    count, now, recent, tokens, log_probs = jax.lax.while_loop(goes_on, body, (jnp.int32(0), start, recent, *blank))
+    write = jax.vmap(jax.vmap(_write), in_axes=(0, 0, None))  # layers, rows: in this order nothing is transposed
+    cache = jax.tree.map(lambda old, new: write(old, new, state.position), state.cache, recent)
+    return dataclasses.replace(now, cache=cache), tokens, log_probs, count
 
 
 def _next(
-    params: Any, state: _State, call: _Call, step: Any, model: Network, sampling: Sampling
-) -> tuple[_State, jax.Array, jax.Array]:
-    """Returns the state after one more token, the token of each row [B] and its log-probability [B]."""
-    S = jax.tree.leaves(state.cache)[0].shape[2]
-    batch = {
-        'inputs': state.token[:, None],
-        'positions': state.position[:, None],
-        'cache_mask': jnp.arange(S) < state.position[:, None],
-    }
+    params: Any,
+    state: _State,
+    caches: dict[str, Any],
+    visible: jax.Array,
+    call: _Call,
+    step: Any,
+    model: Network,
+    sampling: Sampling,
+) -> tuple[_State, Any, jax.Array, jax.Array]:
+    """Returns the state after one more token, the keys and values of the last one, and the token of each row [B] with
+    its log-probability [B]. `visible` [B, S+R] says which positions of the caches are seen."""
+    batch = {'inputs': state.token[:, None], 'positions': state.position[:, None], 'cache_mask': visible}
     (x, _), made = model.apply(
-        {'params': params, 'cache': state.cache}, batch, step=step, method='backbone', mutable=['intermediates']
+        {'params': params, **caches}, batch, step=step, method='backbone', mutable=['intermediates']
     )
-    write = jax.vmap(jax.vmap(_write), in_axes=(0, 0, None))  # layers, rows: in this order nothing is transposed
-    cache = jax.tree.map(lambda old, new: write(old, new, state.position), state.cache, made['intermediates'])
     tokens, log_probs = draw(_logits(model, params, x[:, 0]), sampling, call.seed, call.rows, state.position + 1)
     on, left = ~state.ended, state.left - 1
-    return (
-        _State(
-            cache,
-            jnp.where(on, tokens, state.token),
-            jnp.where(on, state.position + 1, state.position),
-            left,
-            state.ended | _ended(tokens, left, call),
-        ),
-        tokens,
-        log_probs,
+    state = _State(
+        state.cache,
+        jnp.where(on, tokens, state.token),
+        jnp.where(on, state.position + 1, state.position),
+        left,
+        state.ended | _ended(tokens, left, call),
     )
+    return state, made['intermediates'], tokens, log_probs
 
 
 def _write(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
-    """Returns the cache of a row [S, K, d] with `new` [1, K, d] at a position."""
-    return jax.lax.dynamic_update_slice(cache, new, (position, 0, 0))
+    """Returns the cache of a row [S, K, d] with `new` [R, K, d] from a position on; what is beyond S is dropped."""
+    return cache.at[position + jnp.arange(len(new))].set(new, mode='drop')
 
 
 def _ended(tokens: jax.Array, left: jax.Array, call: _Call) -> jax.Array:

@@ -45,8 +45,10 @@ def decoded(model, params, ids, first):
     cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 2 + [(0, 9 - first)] + [(0, 0)] * 2), made['intermediates'])
     for place in range(first, ids.shape[1]):
         positions = np.full((len(ids), 1), place)
-        batch = {'inputs': ids[:, place : place + 1], 'positions': positions, 'cache_mask': np.arange(9) < positions}
-        (x, _), made = apply({'params': params, 'cache': cache}, batch)
+        seen = np.hstack([np.arange(9) < positions, np.zeros((len(ids), 2), bool)])
+        recent = jax.tree.map(lambda a: jnp.ones((*a.shape[:2], 2, *a.shape[3:])), cache)
+        batch = {'inputs': ids[:, place : place + 1], 'positions': positions, 'cache_mask': seen}
+        (x, _), made = apply({'params': params, 'cache': cache, 'recent': recent}, batch)
         cache = jax.tree.map(lambda old, new: old.at[:, :, place].set(new[:, :, 0]), cache, made['intermediates'])  # noqa: B023
         yield np.asarray(model.apply({'params': params}, x[:, 0], method='logits'))
 
