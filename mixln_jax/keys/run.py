@@ -15,6 +15,12 @@ class Eval:
     every: int = key(1000, 'steps between evaluations; 0: only after the last step', at_least=0)
     tokens: int = key(10_000_000, 'least number of target tokens in an evaluation (or the whole split)', at_least=1)
     split: str = key('validation', 'split to evaluate on: train, validation, or what a tfds data set has')
+    samples: int = key(
+        0,
+        'examples of the split of which each evaluation writes a continuation into samples/<step>.jsonl',
+        at_least=0,
+        at_most=4096,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax
 
 from mixln_jax.program.step import State
 from mixln_jax.runs import checkpoint, log
-from mixln_jax.system import console
+from mixln_jax.system import console, outputs
 from mixln_jax.system.errors import NumericsError
 
 
@@ -69,6 +69,18 @@ class Analysis(_Every):
     def __call__(self, step: int, state: State) -> None:
         """Measures `state`."""
         self.metrics.add(step, self.measure(state.averaged, state.step))
+
+
+@dataclasses.dataclass
+class Samples(_Every):
+    """Writes continuations of texts to a file for each step."""
+
+    write: Callable[[Any, jax.Array], bytes]  # (weights, step) -> JSON lines
+    folder: pathlib.Path
+
+    def __call__(self, step: int, state: State) -> None:
+        """Writes `<folder>/<step>.jsonl` with the weights of `state`."""
+        outputs.write(self.folder / f'{step}.jsonl', self.write(state.averaged, state.step))
 
 
 @dataclasses.dataclass

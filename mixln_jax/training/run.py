@@ -40,7 +40,7 @@ from mixln_jax.runs.workdir import (
 )
 from mixln_jax.system import console, files, outputs, signals
 from mixln_jax.tasks.task import Task
-from mixln_jax.training import hooks, loop
+from mixln_jax.training import hooks, loop, samples
 from mixln_jax.training.collapse import Collapse
 from mixln_jax.training.feed import Feed
 from mixln_jax.training.meter import Meter
@@ -200,19 +200,20 @@ class _Job:
             self.checkpoints.wait()
         return state
 
-    def _measuring(self, feed: Feed, eval_step: Callable[..., Any]) -> list[hooks.Evaluation | hooks.Analysis]:
-        """Returns the hooks that add numbers to the metrics line of a step."""
+    def _measuring(self, feed: Feed, eval_step: Callable[..., Any]) -> list[hooks.Hook]:
+        """Returns the hooks that add numbers to the metrics line of a step, or write texts at it."""
         config, program, metrics = self.program.config, self.program, self.records.metrics
         evaluate = feed.evaluation(eval_step, self.data.evaluation)
-        measuring: list[hooks.Evaluation | hooks.Analysis] = [
-            hooks.Evaluation(config.eval.every, evaluate, program.task.headline, metrics)
-        ]
+        measuring: list[hooks.Hook] = [hooks.Evaluation(config.eval.every, evaluate, program.task.headline, metrics)]
+        if config.eval.samples:
+            write = samples.sampling(program, self.data.evaluation, self.data.tokenizer)
+            measuring.append(hooks.Samples(config.eval.every, write, self.records.folder / 'samples'))
         if config.analysis.tokens:
             analyses = during.Analyses(config, program.task, self.data.evaluation, feed.checked)
             measuring.append(hooks.Analysis(config.analysis.every, analyses, metrics))
         return measuring
 
-    def _meter(self, measuring: Sequence[hooks.Evaluation | hooks.Analysis], compile_sec: float) -> Meter:
+    def _meter(self, measuring: Sequence[hooks.Hook], compile_sec: float) -> Meter:
         config, program = self.program.config, self.program
         training = batches.training(self.data.training, seed=config.data.seed, batch_size=config.batch_size)
         seen = map(training.__getitem__, range(1000))

@@ -113,6 +113,7 @@ ELSEWHERE = {
     'data.template': 'test_chat.py::test_alpaca',
     'data.held_out': 'test_instructions.py::test_splits',
     'data.workers': 'test_keys.py::test_when_a_run_does_what',
+    'eval.samples': 'test_generate.py::test_samples_of_a_run',
     'eval.split': 'test_keys.py::test_what_a_run_begins_with',
     'mesh.data': 'test_mesh.py::test_of_a_run',
     'mesh.fsdp': 'test_mesh.py::test_of_a_run',
