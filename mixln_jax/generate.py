@@ -11,54 +11,30 @@ if __name__ == '__main__':
 # ruff: noqa: E402
 import argparse
 import contextlib
+import dataclasses
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
 
 from mixln_jax import config as configs
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.evaluation import prompts
 from mixln_jax.evaluation.generation import FIELDS, Continuation, Writer, json_lines
+from mixln_jax.evaluation.prompts import Prompt
 from mixln_jax.models.sampler import Sampler
 from mixln_jax.models.sampling import Sampling
 from mixln_jax.runs import weights
 from mixln_jax.system import cli, console, files, outputs
-from mixln_jax.system.errors import CheckpointError, DataError, UsageError
+from mixln_jax.system.errors import CheckpointError, UsageError
 
 
-def read_prompts(path: str) -> list[dict[str, Any]]:
-    """Returns the records of a file of JSON lines, objects with a string `prompt`.
-
-    Raises DataError, naming file and line, for anything else.
-    """
-    try:
-        content = files.read(files.local(path, '--prompts'), DataError)
-    except FileNotFoundError as error:
-        raise DataError(f'--prompts: there is no file {path}') from error
-    records = []
-    for number, line in enumerate(content.split(b'\n'), 1):
-        if not line.strip():
-            continue
-        try:
-            record = orjson.loads(line)
-        except ValueError as error:
-            raise DataError(f'{path}:{number}: not JSON: {str(error).partition(":")[0]}') from None
-        if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
-            raise DataError(
-                f'{path}:{number}: an object with a string `prompt` is needed, such as {{"prompt": "def "}}'
-            )
-        records.append(record)
-    if not records:
-        raise DataError(f'{path} holds no prompts')
-    return records
-
-
-def _prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns the records to continue, each `--num_samples` times."""
+def _prompts(options: argparse.Namespace) -> list[Prompt]:
+    """Returns the prompts to continue, each `--num_samples` times."""
     if (options.prompt is None) == (options.prompts is None):
         raise UsageError('give either --prompt TEXT or --prompts FILE.jsonl')
     if options.prompt is not None:
@@ -66,8 +42,8 @@ def _prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
             options.prompt.encode()
         except UnicodeEncodeError:
             raise UsageError('--prompt: the text contains bytes that are not UTF-8') from None
-    records = [{'prompt': options.prompt}] if options.prompts is None else read_prompts(options.prompts)
-    return [record for record in records for _ in range(options.num_samples)]
+    given = [prompts.from_text(options.prompt)] if options.prompts is None else prompts.read(options.prompts)
+    return [prompt for prompt in given for _ in range(options.num_samples)]
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:
@@ -99,27 +75,51 @@ def _place(out: str) -> pathlib.Path:
     return path
 
 
-def _open(options: argparse.Namespace, count: int) -> tuple[weights.TextEncoder, Writer, int]:
-    """Returns the encoder and writer of the checkpoint, and its window, for batches of up to `count` rows."""
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Prompts with what continues them.
+
+    Attributes:
+        prompts: one for each completion.
+        contexts: their token ids.
+        writer: of the checkpoint.
+        shown: what is printed before each completion: the text that it continues, not a question that it answers.
+    """
+
+    prompts: list[Prompt]
+    contexts: list[list[int]]
+    writer: Writer
+    shown: list[str]
+
+
+def _open(options: argparse.Namespace, given: list[Prompt]) -> _Job:
+    """Returns the job; warns of prompts that are cut."""
     found = weights.load(options.checkpoint, options.compute_dtype, options.norm_position)
     if not found.model.causal:
         raise CheckpointError(f'{found.where} sees both sides of a token, so it does not predict the next one')
     encoder = weights.text_encoder(found)
-    devices = meshes.devices('auto')
-    mesh = meshes.make_mesh(configs.Mesh(data=math.gcd(count, len(devices))), devices)
-    sampler = Sampler(found.model, found.max_length, mesh)
-    return encoder, Writer(sampler, sampler.to_devices(found.params), encoder), found.max_length
+    template = prompts.open_template(options.template, found, encoder)
+    encoder = prompts.with_turn_end(encoder, template)
+    contexts = prompts.contexts(given, encoder, template)
+    window, devices = found.max_length, meshes.devices('auto')
+    if cut := sum(len(context) >= window for context in contexts):
+        longer = f'{cut:,} of {len(contexts):,} prompts fill the window of {window} tokens'
+        console.say(f'mixln_jax: warning: {longer} and lose their beginning', file=sys.stderr)
+    rows = min(options.batch_size, len(given))
+    mesh = meshes.make_mesh(configs.Mesh(data=math.gcd(rows, len(devices))), devices)
+    sampler = Sampler(found.model, window, mesh)
+    writer = Writer(sampler, sampler.to_devices(found.params), encoder)
+    return _Job(given, contexts, writer, ['' if template else prompt.text or '' for prompt in given])
 
 
-def _written(
-    options: argparse.Namespace, records: Sequence[dict[str, Any]], writer: Writer, contexts: Sequence[list[int]]
-) -> list[Continuation]:
-    """Returns the continuation of every context. Without --out they are printed, a single one while it grows."""
-    sampling, size, made = _sampling(options), min(options.batch_size, len(records)), []
-    for first in range(0, len(records), size):
-        rows, shown = range(first, min(first + size, len(records))), 0
-        stream = writer.stream(
-            contexts[first : first + size],
+def _write(options: argparse.Namespace, job: _Job) -> list[Continuation]:
+    """Returns the continuation of every prompt. Without --out they are printed, a single one while it grows."""
+    sampling, count, made = _sampling(options), len(job.prompts), list[Continuation]()
+    size = min(options.batch_size, count)
+    for first in range(0, count, size):
+        rows, printed = range(first, min(first + size, count)), 0
+        stream = job.writer.stream(
+            job.contexts[first : first + size],
             [options.stop] * len(rows),
             max_new=options.max_new_tokens,
             sampling=sampling,
@@ -127,42 +127,44 @@ def _written(
             rows=rows,
             size=size,
         )
-        if options.out is None and len(records) == 1:
-            console.say(records[0]['prompt'], end='')
+        if options.out is None and count == 1:
+            console.say(job.shown[0], end='')
         for batch in stream:
-            if options.out is None and len(records) == 1:
-                console.say(batch[0].text[shown:], end='')
-                shown = len(batch[0].text)
+            if options.out is None and count == 1:
+                console.say(batch[0].text[printed:], end='')
+                printed = len(batch[0].text)
         if options.out is None:
-            for row, one in zip(rows, batch, strict=True) if len(records) > 1 else ():
-                console.say(f'--- {row + 1} of {len(records)}', records[row]['prompt'] + one.text)
+            for row, one in zip(rows, batch, strict=True) if count > 1 else ():
+                console.say(f'--- {row + 1} of {count}', job.shown[row] + one.text)
         made += batch
     return made
 
 
+def _records(job: _Job, made: Sequence[Continuation]) -> Iterator[dict[str, Any]]:
+    """Yields a record for each completion: the fields of its prompt, and FIELDS."""
+    for prompt, context, one in zip(job.prompts, job.contexts, made, strict=True):
+        text = job.writer.decode(context) if prompt.text is None else prompt.text
+        yield prompt.fields | one.record(text)
+
+
 def _run(options: argparse.Namespace) -> None:
     _sampling(options)
-    records = _prompts(options)
+    given = _prompts(options)
     with contextlib.ExitStack() as closing:
         if options.out is not None:  # before anything is computed
             closing.enter_context(outputs.writing(out := _place(options.out)))
-        encoder, writer, window = _open(options, min(options.batch_size, len(records)))
-        contexts = [encoder.encode(record['prompt']) for record in records]
-        if cut := sum(len(context) >= window for context in contexts):
-            longer = f'{cut:,} of {len(contexts):,} prompts fill the window of {window} tokens'
-            console.say(f'mixln_jax: warning: {longer} and lose their beginning', file=sys.stderr)
+        job = _open(options, given)
         start = time.perf_counter()
-        made = _written(options, records, writer, contexts)
+        made = _write(options, job)
         seconds, tokens = time.perf_counter() - start, sum(len(one.tokens.ids) for one in made)
         if options.out is not None:
-            pairs = zip(records, made, strict=True)
-            outputs.write(out, json_lines(record | one.record(record['prompt']) for record, one in pairs))
-        elif len(records) == 1:
+            outputs.write(out, json_lines(_records(job, made)))
+        elif len(made) == 1:
             console.say()
         place = f' in {out}' if options.out is not None else ''
         ends = ', '.join(f'{sum(one.tokens.finish == end for one in made):,} {end}' for end in ('stop', 'length'))
-        said = f'{len(made):,} completions{place} ({ends}), {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s'
-        console.say(f'{said} with compiling', file=sys.stderr)
+        summary = f'{len(made):,} completions{place} ({ends}), {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s'
+        console.say(f'{summary} with compiling', file=sys.stderr)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -174,7 +176,18 @@ def main(argv: Sequence[str]) -> int:
     add('--checkpoint', required=True, metavar='DIR', help='a run, <run>/checkpoints/<step> or a Hugging Face folder')
     add('--norm_position', metavar='P', help='placement of a Hugging Face folder that does not say it')
     add('--prompt', metavar='TEXT', help='what to continue; an empty one begins a new text')
-    add('--prompts', metavar='FILE.jsonl', help='JSON lines with a field `prompt`; other fields are kept')
+    add(
+        '--prompts',
+        metavar='FILE.jsonl',
+        help='JSON lines with `prompt`, `messages` or `instruction`; other fields are kept',
+    )
+    add(
+        '--template',
+        choices=prompts.TEMPLATES,
+        default=prompts.AUTO,
+        help='how a prompt becomes a question to answer, as config.data.template; auto: as the weights were taught to '
+        'answer, none: it is a text to continue [auto]',
+    )
     add('--out', metavar='FILE.jsonl', help='write prompts and completions here instead of printing them')
     add('--max_new_tokens', type=int, default=128, metavar='N', help='tokens of a completion, at most [128]')
     add('--temperature', type=float, default=1.0, metavar='X', help='logits are divided by it; 0: the likeliest [1.0]')

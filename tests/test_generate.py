@@ -64,6 +64,88 @@ def test_printed_and_written_text_are_one(run, tmp_path, capsys):
     np.testing.assert_allclose(line['log_probs'], expected, rtol=0, atol=1e-5)
 
 
+@pytest.fixture(scope='module')
+def answering(tmp_path_factory):
+    """A run that has learned answers, under the template `chatml`, for one step."""
+    folder = tmp_path_factory.mktemp('answering')
+    record = {'prompt': 'Who?', 'completion': 'Ann'}
+    (folder / 'data.jsonl').write_text(''.join(json.dumps(record) + '\n' for _ in range(80)))
+    keys = {
+        'num_steps': 1, 'batch_size': 8, 'seq_length': 96, 'eval.split': 'train', 'model.num_layers': 1,
+        'model.hidden_size': 16, 'model.num_heads': 2, 'model.intermediate_size': 24, 'mesh.data': 1,
+        'data.source': 'jsonl', 'data.path': folder / 'data.jsonl', 'data.template': 'chatml', 'data.mode': 'pad',
+        'data.held_out': 0, 'task.name': 'instructions', 'analysis.tokens': 0,
+    }  # fmt: skip
+    values = recipes.load(f'{ROOT}/configs/quickstart.py', [(key, str(value)) for key, value in keys.items()])
+    main.run(values, folder / 'run')
+    return folder / 'run'
+
+
+ASKED = '<|im_start|>user\nWho?{end}\n<|im_start|>assistant\n'
+
+
+@pytest.mark.parametrize(
+    'record, words, before',
+    [
+        ({'prompt': 'Who?'}, [], ASKED),
+        ({'messages': [{'role': 'user', 'content': 'Who?'}]}, [], ASKED),
+        ({'messages': [{'role': r, 'content': c} for r, c in (('user', 'Who?'), ('assistant', 'A'))]}, [], ASKED),
+        ({'instruction': 'Who?', 'input': ''}, [], ASKED),
+        ({'instruction': 'Who?', 'output': 'A', 'answer': 3}, ['--template', 'plain'], 'Who?'),
+        ({'prompt': 'Who?'}, ['--template', 'none'], 'Who?'),
+    ],
+)
+def test_questions_have_the_template_of_the_run(answering, tmp_path, capsys, record, words, before):
+    """The log-probabilities of the answer are those after the rendered question."""
+    (tmp_path / 'in.jsonl').write_text(json.dumps(record))
+    words = ['--checkpoint', answering, '--prompts', tmp_path / 'in.jsonl', '--max_new_tokens', 5, *words]
+    code, _, said = command(capsys, *words, '--out', tmp_path / 'out.jsonl')
+    assert code == 0, said
+    [line] = lines(tmp_path / 'out.jsonl')
+    loaded = weights.load(answering)
+    first, *rest = before.split('{end}')
+    end = [loaded.tokenizer.eos_id] if rest else []
+    ids = [*first.encode(), *end, *''.join(rest).encode()]
+    logits = loaded.model.apply({'params': loaded.params}, np.array([[*ids, *line['ids']]]))[0][0]
+    expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(5) + len(ids) - 1, line['ids']]
+    np.testing.assert_allclose(line['log_probs'], expected, rtol=0, atol=1e-5)
+    assert {**record, 'prompt': line['prompt']} == {name: line[name] for name in {**record, 'prompt': ''}}
+    assert line['prompt'] == ('Who?' if 'prompt' in record else tokenizers.Bytes().decode(ids))
+
+
+def test_an_answer_is_printed_without_its_question(answering, capsys):
+    words = ['--checkpoint', answering, '--prompt', 'Who?', '--max_new_tokens', 5]
+    code, shown, _ = command(capsys, *words)
+    assert code == 0 and not shown.startswith('Who?')
+    code, shown, _ = command(capsys, *words, '--template', 'none')
+    assert code == 0 and shown.startswith('Who?')
+
+
+@pytest.mark.parametrize(
+    'record, words, exit_code, message',
+    [
+        ({'messages': [{'role': 'robot', 'content': 'a'}]}, [], 4, 'in.jsonl:1: the template chatml: .*role.*robot'),
+        ({'messages': []}, [], 4, 'in.jsonl:1: messages is empty'),
+        ({'messages': [{'role': 'assistant', 'content': 'a'}]}, [], 4, 'messages has nothing before the answer'),
+        ({'messages': [{'role': 'user'}]}, [], 4, r'in.jsonl:1: messages\[0\].content is missing'),
+        ({'instruction': 3}, [], 4, 'in.jsonl:1: instruction is a number, not a string'),
+        (
+            {'messages': [{'role': 'user', 'content': 'a'}]},
+            ['--template', 'none'],
+            2,
+            'a conversation needs a template',
+        ),
+        ({'prompt': 'a'}, ['--template', 'chat'], 4, 'this tokenizer has no chat template'),
+        ({'prompt': 'a'}, ['--template', 'odd'], 2, "--template: invalid choice: 'odd'"),
+    ],
+)
+def test_questions_that_cannot_be_asked(answering, tmp_path, capsys, record, words, exit_code, message):
+    (tmp_path / 'in.jsonl').write_text(json.dumps(record))
+    code, shown, said = command(capsys, '--checkpoint', answering, '--prompts', tmp_path / 'in.jsonl', *words)
+    assert (code, shown, said.count('\n')) == (exit_code, '', 1), said
+    assert re.search(message, said), said
+
+
 def test_prompts_keep_their_order_and_fields(run, tmp_path, capsys):
     prompts = [{'prompt': 'ab', 'id': 7}, {'prompt': ''}, {'prompt': 'a' * 50, 'prompts': [1]}]
     (tmp_path / 'in.jsonl').write_text('\n'.join(map(json.dumps, prompts)) + '\n\n')
@@ -122,9 +204,9 @@ BAD = [
     *((['--prompts', f'{{folder}}/{name}'], 4, message) for name, (_, message) in {
         'empty.jsonl': ('\n\n', 'empty.jsonl holds no prompts'),
         'cut.jsonl': ('{"prompt": "a"}\n{"prompt": "b', 'cut.jsonl:2: not JSON'),
-        'text.jsonl': ('{"prompt": "a"}\n\n{"text": "b"}', 'text.jsonl:3: an object with a string `prompt` is needed'),
-        'list.jsonl': ('["a"]', 'list.jsonl:1: an object with a string'),
-        'number.jsonl': ('{"prompt": 3}', 'number.jsonl:1: an object with a string'),
+        'text.jsonl': ('{"prompt": "a"}\n\n{"text": "b"}', 'text.jsonl:3: a prompt is an object with `prompt`'),
+        'list.jsonl': ('["a"]', 'list.jsonl:1: a record is an object, not an array'),
+        'number.jsonl': ('{"prompt": 3}', 'number.jsonl:1: prompt is a number, not a string'),
         'bytes.jsonl': ('{"prompt": "\udcff"}', 'bytes.jsonl:1: not JSON'),
         'half.jsonl': ('{"prompt": "\\ud800"}', 'half.jsonl:1: not JSON'),
     }.items()),

@@ -105,6 +105,10 @@ class Writer:
             done(len(rows))
         return [made[row] for row in range(len(contexts))]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids."""
+        return self._tokenizer.decode(list(ids)) if len(ids) else ''
+
     def _update(self, one: Continuation, context: Sequence[int], stops: Sequence[str]) -> None:
         """Brings the text of a continuation to its tokens, and ends it at a stop string."""
         tokens, decode = one.tokens, lambda count: self._decode(context, one.tokens.ids[:count])
@@ -118,7 +122,7 @@ class Writer:
     def _decode(self, context: Sequence[int], ids: Sequence[int]) -> str:
         """Returns the text of ids after a context."""
         tail = list(context[-self._tail :]) if self._tail else []
-        before, text = (self._tokenizer.decode(part) if part else '' for part in (tail, [*tail, *ids]))
+        before, text = self.decode(tail), self.decode([*tail, *ids])
         return text[len(before if text.startswith(before) else before.rstrip(BROKEN)) :]
 
 
