@@ -17,7 +17,7 @@ from mixln_jax.models import families, hf, placements, transformer
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import tensors
 from mixln_jax.models.network import Network
-from mixln_jax.runs import checkpoint
+from mixln_jax.runs import checkpoint, checkpoint_folders
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
@@ -177,11 +177,11 @@ def checkpoint_folder(given: str | os.PathLike) -> pathlib.Path | None:
     if not path.is_dir():
         raise UsageError(f'{path} is not a folder')
     if (folder := path / 'checkpoints').is_dir():
-        if found := checkpoint.steps(folder):
+        if found := checkpoint_folders.steps(folder):
             return folder / str(found[-1])
         if not (path / 'config.json').exists() or not any(path.glob('*.safetensors*')):
             raise UsageError(f'{folder} holds no checkpoint')
-    if checkpoint.is_other(path):
+    if checkpoint_folders.is_other(path):
         return None
     for at in sorted(_hops(path), key=lambda at: at.is_symlink()):  # as it was given, rather than in full
         if at.name.isdecimal() and at.parent.name == 'checkpoints' and '..' not in at.parts:
@@ -203,7 +203,7 @@ def read_newest(path: str | os.PathLike, read: Callable[[pathlib.Path], tuple[An
         try:
             return folder, *read(folder)
         except (CheckpointError, OSError):
-            newer = any(step > int(folder.name) for step in checkpoint.steps(folder.parent))
+            newer = any(step > int(folder.name) for step in checkpoint_folders.steps(folder.parent))
             if not newer or jax.process_count() > 1:  # several processes have to agree on what they read
                 raise
             for _ in range(20):  # it may be half gone
