@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,24 @@ class _Unavailable(str):
     """A problem with the file system, which does not mean that the stored content is damaged."""
 
 
+@dataclasses.dataclass
+class _Kept:
+    """Which checkpoints stay when one is saved: the `newest`, those of every `every` steps, and the `best`."""
+
+    newest: int
+    every: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns for each of `checkpoints`, ascending, whether it stays; orbax calls it."""
+        del context
+        first = len(checkpoints) - self.newest
+        return [number >= first or self._stays(one.step) for number, one in enumerate(checkpoints)]
+
+    def _stays(self, step: int) -> bool:
+        return step == self.best or bool(self.every and step % self.every == 0)
+
+
 class Checkpoints:
     """The checkpoints of a work directory.
 
@@ -42,17 +60,34 @@ class Checkpoints:
     checksum of every leaf.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: int = 3, read_only: bool = False) -> None:
-        """Opens `folder` and, unless `read_only`, removes incomplete checkpoints. The newest `keep` are kept."""
+    def __init__(self, folder: str | os.PathLike, keep: int = 3, read_only: bool = False, keep_every: int = 0) -> None:
+        """Opens `folder` and, unless `read_only`, removes incomplete checkpoints.
+
+        The newest `keep` are kept, also those of every `keep_every` steps (0: none), and that of step `best`.
+        """
         self._folder = files.for_arrays(folder, '')
         if not read_only:
             clear(self._folder)
         # A checkpoint has its final name from the start and gets COMMITTED at its end: gcsfuse cannot rename folders.
         atomicity = ocp.options.AtomicityOptions(ocp.options.AtomicityMode.COMMIT_FILE, allow_legacy_atomic_rename=True)
+        self._kept = _Kept(keep, keep_every)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=not read_only, read_only=read_only, atomicity_options=atomicity
+            preservation_policy=self._kept, create=not read_only, read_only=read_only, atomicity_options=atomicity
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    @property
+    def best(self) -> int | None:
+        """The step that stays because it is the best; None: there is none. The same in all processes."""
+        return self._kept.best
+
+    @best.setter
+    def best(self, step: int | None) -> None:
+        self._kept.best = step
+
+    def saved(self) -> list[int]:
+        """Returns the steps that are saved or being saved, ascending."""
+        return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
         """Returns the newest step, or None."""
@@ -178,19 +213,32 @@ class Checkpoints:
         rebuild = getattr(target, 'replace', None)  # of a State; None of a tree of another kind
         return rebuild(**state) if rebuild else state
 
+    def go_back(self, step: int) -> None:
+        """Makes `step` the newest checkpoint: renames those after it `<step>.superseded`. Every process calls it."""
+        for later in reversed([other for other in steps(self._folder) if other > step]):
+            new = self._rename(later, 'superseded')
+            console.say(f'mixln_jax: goes back to step {step}; checkpoint {later} is now {new.name}', file=sys.stderr)
+
     def _set_aside(self, step: int, problem: str | None, suffix: str) -> None:
         """Renames a checkpoint, in process 0. Every process that has seen a problem reports it."""
+        new = self._rename(step, suffix)
+        if not jax.process_index():
+            problem = problem or OTHERS
+        if problem:
+            state = 'is damaged' if suffix == 'corrupt' else 'cannot be read'
+            folder = self._folder / str(step)
+            console.say(f'mixln_jax: checkpoint {folder} {state} ({problem}); now {new.name}', file=sys.stderr)
+
+    def _rename(self, step: int, suffix: str) -> pathlib.Path:
+        """Renames a checkpoint `<step>.<suffix>`, in process 0; returns the new path."""
         folder = self._folder / str(step)
         new = free_name(folder, suffix)
         processes.barrier(f'read {step}')  # all have looked at the folder
         if not jax.process_index():
             outputs.rename(folder, new)
-            problem = problem or OTHERS
         processes.barrier(f'set aside {step}')
         self._manager.reload()
-        if problem:
-            state = 'is damaged' if suffix == 'corrupt' else 'cannot be read'
-            console.say(f'mixln_jax: checkpoint {folder} {state} ({problem}); now {new.name}', file=sys.stderr)
+        return new
 
 
 def read_params(folder: str | os.PathLike, average: bool = True) -> tuple[Any, About]:
