@@ -234,6 +234,7 @@ def _check_together(config: Config) -> None:
             'config.optim.mu_dtype has no meaning under config.optim.name=adafactor, which has no momentum'
         )
     _check_length(config)
+    task_accuracies(config.expected.tasks)
     if 0 < config.processes.stall < 1:
         raise UsageError(f'config.processes.stall={config.processes.stall:g} must be 0 or at least 1 second')
     if config.batch_size * config.seq_length >= 2**31:
@@ -251,7 +252,7 @@ def _check_length(config: Config) -> None:
     opened."""
     optim, num_steps = config.optim, config.num_steps
     if not num_steps and not config.num_epochs:
-        raise UsageError('config.num_steps=0 needs config.num_epochs')
+        raise UsageError('config.num_steps must be at least 1 without config.num_epochs, not 0')
     if num_steps + config.model.ramp_start >= 2**31:
         raise UsageError('config.num_steps plus config.model.ramp_offset must be below 2^31')
     if optim.decay_steps and optim.schedule != 'wsd':
@@ -287,6 +288,21 @@ def with_num_steps(config: Config, num_steps: int) -> Config:
     config = dataclasses.replace(config, num_steps=num_steps)
     _check_length(config)
     return config
+
+
+def task_accuracies(text: str) -> dict[str, float]:
+    """Returns {task: accuracy in per cent} of `config.expected.tasks`. Raises UsageError if it is malformed."""
+    found: dict[str, float] = {}
+    for part in filter(None, text.split(',')):
+        task, _, number = part.partition('=')
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not task or task in found or not 0 <= value <= 100:
+            raise UsageError(f'config.expected.tasks: {part!r} is not TASK=PER CENT, each task once')
+        found[task] = value
+    return found
 
 
 def public(config: Config) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class Expected:
 
     perplexity: float = key(0.0, 'perplexity that a paper reports; 0: none', at_least=0.0)
     tokens: float = key(0.0, 'tokens that the paper reports', at_least=0.0)
+    tasks: str = key('', 'accuracies of tasks that the paper reports, in per cent: boolq=56.12,piqa=66.34')
     source: str = key('', 'the paper, and the table in it')
 
 

@@ -22,7 +22,7 @@ MAY_CHANGE = {
     *('processes.timeout', 'processes.secret', 'processes.stall'),
     *('analysis.every', 'analysis.tokens'),
     *('profile.start', 'profile.steps'),
-    *('expected.perplexity', 'expected.tokens', 'expected.source'),
+    *('expected.perplexity', 'expected.tokens', 'expected.tasks', 'expected.source'),
 }
 RESOLVED = configs.flatten(configs.Config()) | {
     'model.norm_position': ['post', 'pre', 'pre'],
