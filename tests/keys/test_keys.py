@@ -125,6 +125,7 @@ ELSEWHERE = {
     'processes.stall': 'test_keys.py::test_when_a_run_does_what',
     'expected.perplexity': 'test_papers.py::test_got_paper_and_difference',
     'expected.tokens': 'test_papers.py::test_every_cell_builds',
+    'expected.tasks': 'test_task_tables.py::test_beside_the_papers',
     'expected.source': 'test_papers.py::test_got_paper_and_difference',
     'device': 'test_main.py::test_is_named',
     'collapse': 'test_main.py::test_a_collapsed_network',
