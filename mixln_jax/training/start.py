@@ -21,9 +21,9 @@ from mixln_jax.system.signals import Stop
 
 
 def with_ramp_offset(config: configs.Config) -> configs.Config:
-    """Returns the configuration with `model.ramp_offset=auto` as a number; that of a network without a ramp as it is.
+    """Returns the configuration with a number in place of `model.ramp_offset=auto`, if the network has a ramp.
 
-    Raises UsageError, CheckpointError: `init_from` cannot be read.
+    Raises UsageError or CheckpointError if `init_from` cannot be read.
     """
     model = config.model
     names = placements.resolve(model.norm_position, model.num_layers, model.post_ratio)
@@ -56,16 +56,18 @@ def first_state(
     fingerprint: Mapping[str, Any],
     stop: Stop,
 ) -> tuple[State, dict[str, Any]]:
-    """The state to begin with and its JSON object: the newest good checkpoint's, else that of `resume_from`, else a
-    fresh state, with the weights of `init_from` if that is given.
+    """Returns the state to begin with and its JSON object.
 
-    Raises UsageError for a checkpoint that has seen other data, or of another configuration.
+    It is the newest good checkpoint, or else that of `resume_from`, or else a fresh state, with the weights of
+    `init_from` if that is given.
+
+    Raises UsageError if a checkpoint has seen other data or has another configuration.
     """
     config = program.config
-    with stop.wait():  # cut short, a restore would look like damage
-        restored, where, way_out, own = checkpoints.restore(program.state), 'checkpoint', ANOTHER, True
+    with stop.wait():  # an interrupted restore would look like damage
+        restored, name, way_out, own = checkpoints.restore(program.state), 'checkpoint', ANOTHER, True
         if not restored and config.resume_from:
-            where, way_out = f'config.resume_from={config.resume_from}: checkpoint', 'init_from takes its weights alone'
+            name, way_out = f'config.resume_from={config.resume_from}: checkpoint', 'init_from takes its weights alone'
             restored, own = _resume_from(config, program.state), False
     if not restored:
         state = program.init(jax.random.key(config.seed))
@@ -75,16 +77,16 @@ def first_state(
             console.say(f'mixln_jax: starts from the weights of {config.init_from}')
         return state, {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored
-    where = f'{where} {about["step"]}'
+    name = f'{name} {about["step"]}'
     if own:
-        check_continues(where, about['config'], resolved, way_out, [about['step']])
+        check_continues(name, about['config'], resolved, way_out, [about['step']])
     else:
-        check_same_run(where, about['config'], resolved, way_out, SCHEDULE)
+        check_same_run(name, about['config'], resolved, way_out, SCHEDULE)
     differ = [
         f'data.fingerprint.{part}' for part, seen in about['data']['fingerprint'].items() if fingerprint[part] != seen
     ]
     if differ:
-        raise UsageError(f'{where} has seen other data: {", ".join(differ)} differs; {way_out}')
+        raise UsageError(f'{name} has seen other data: {", ".join(differ)} differs; {way_out}')
     console.say(f'mixln_jax: goes on from step {about["step"]}')
     if not own and (rates := continuation.rates_around(about['step'], about['config'], resolved)):
         console.say(
@@ -94,7 +96,7 @@ def first_state(
 
 
 def _resume_from(config: configs.Config, like: Any) -> tuple[State, dict[str, Any]]:
-    """(state, JSON object) of the checkpoint that `resume_from` names, which is not touched."""
+    """Returns (state, JSON object) of the checkpoint that `resume_from` names, which is not changed."""
 
     def read(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
         with contextlib.closing(checkpoint.Checkpoints(folder.parent, read_only=True)) as source:
@@ -112,9 +114,9 @@ def _resume_from(config: configs.Config, like: Any) -> tuple[State, dict[str, An
 
 
 def _placed(params: Any, like: Any) -> Any:
-    """Arrays that every process has whole, in the types and shardings of `like`."""
+    """Returns arrays, which every process has whole, in the types and shardings of `like`."""
 
-    def of(values: Any, leaf: Any) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: values[at].astype(leaf.dtype))
+    def placed(values: Any, leaf: Any) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index].astype(leaf.dtype))
 
-    return jax.tree.map(of, params, like)
+    return jax.tree.map(placed, params, like)

@@ -18,6 +18,7 @@ from mixln_jax.runs import weights
 from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
 from mixln_jax.training import loop
 
+BERT = {'model.family': 'bert', 'task.name': 'masked_language', 'model.vocab_size': 260}
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 
 
@@ -153,6 +154,26 @@ class TestInitFrom:
             weights.initial(where, model)
 
 
+class TestFamilies:
+    """Weights of one family for a run of the other."""
+
+    def test_a_bert_of_hugging_face_starts_no_run(self, corpus, tmp_path):
+        (tmp_path / 'bert').mkdir()
+        (tmp_path / 'bert/config.json').write_text('{"model_type": "bert"}')
+        where = f'hf:{tmp_path / "bert"}'
+        for family, changes in (('llama', {}), ('llama', {'model.norm_position': 'pre+prores'}), ('bert', BERT)):
+            message = f'^config.init_from={where}: .*/bert is a BERT, config.model.family is {family}: only'
+            with pytest.raises(UsageError, match=message) as error:
+                main.run(recipe(corpus, init_from=where, **changes), tmp_path / 'run')
+            assert '\n' not in str(error.value)
+
+    def test_a_llama_for_a_bert(self, corpus, finished, folder, tmp_path):
+        for where in (f'hf:{folder}', str(finished)):
+            message = f'^config.init_from={where}: its network has family llama, config.model.family is bert$'
+            with pytest.raises(UsageError, match=message):
+                main.run(recipe(corpus, init_from=where, **BERT), tmp_path / 'run')
+
+
 class TestResumeFrom:
     @pytest.mark.parametrize('mesh', [{}, {'mesh.fsdp': 2}], ids=['one', 'fsdp'])
     def test_goes_on_in_another_folder(self, corpus, finished, folder, tmp_path, begun, mesh):
@@ -182,10 +203,11 @@ class TestResumeFrom:
         [
             ({}, UsageError, 'it is trained to its end, step 4'),
             (
-                {'num_steps': 9},
+                {'num_steps': 9, 'optim.clip_norm': 1.0},
                 UsageError,
-                r'checkpoint 4 holds a run of another configuration: num_steps \(was 4, is 9\); init_from takes',
+                r'checkpoint 4 holds a run of another configuration: optim.clip_norm \(was 0.0, is 1.0\); init_from',
             ),
+            ({'num_steps': 3}, UsageError, r'it is at step 4, after the last one \(config.num_steps=3\)'),
             ({'model.hidden_size': 32}, CheckpointError, r'checkpoints/4: params/.* is .*, this run needs'),
         ],
     )
