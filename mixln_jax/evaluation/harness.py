@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -249,6 +249,13 @@ def open_tasks(names: Sequence[str], task_path: str | None = None) -> TaskManage
     return manager
 
 
+def average_accuracy(results: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> float | None:
+    """Returns the mean of the accuracies of tasks or groups, each with the same weight; None if one has none."""
+    values = [results.get(name, {}).get('acc,none') for name in names]
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(names) else None
+
+
 def run(
     model: Harness,
     manager: TaskManager,
@@ -287,4 +294,7 @@ def run(
     tables = [make_table(evaluation, part) for part in ('results', 'groups') if evaluation.get(part)]
     kept = ('results', 'groups', 'versions', 'n-shot', 'n-samples')
     about = {'lm_eval': importlib.metadata.version('lm_eval'), 'limit': limit}
+    if len(names) > 1 and (average := average_accuracy(evaluation['results'], names)) is not None:
+        tables.append(f'average acc of {len(names)} tasks: {100 * average:.2f} %')
+        about['average'] = average
     return '\n'.join(tables), about | {part: evaluation[part] for part in kept if part in evaluation}

@@ -17,7 +17,7 @@ from mixln_jax.models import families, hf, placements, transformer
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import tensors
 from mixln_jax.models.network import Network
-from mixln_jax.runs import checkpoint
+from mixln_jax.runs import best, checkpoint, checkpoint_folders
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
@@ -166,7 +166,8 @@ def find(given: str | os.PathLike) -> tuple[pathlib.Path, bool]:
 
 
 def checkpoint_folder(given: str | os.PathLike) -> pathlib.Path | None:
-    """Returns `<run>/checkpoints/<step>`: the newest of a run, or the checkpoint itself; None for another folder.
+    """Returns `<run>/checkpoints/<step>`: the newest of a run, the best one for `<run>/best`, or the checkpoint itself;
+    None for another folder.
 
     Links are followed, so that the run's own folder is found. A run, or a Hugging Face folder, may have the name of a
     checkpoint: what is in a folder decides.
@@ -174,14 +175,16 @@ def checkpoint_folder(given: str | os.PathLike) -> pathlib.Path | None:
     Raises UsageError: not a folder, a run without a checkpoint, or a checkpoint that was moved out of its run.
     """
     path = files.local(given, '')
+    if path.name == best.NAME and not path.exists() and (path.parent / 'checkpoints').is_dir():
+        return best.best_folder(path.parent)
     if not path.is_dir():
         raise UsageError(f'{path} is not a folder')
     if (folder := path / 'checkpoints').is_dir():
-        if found := checkpoint.steps(folder):
+        if found := checkpoint_folders.steps(folder):
             return folder / str(found[-1])
         if not (path / 'config.json').exists() or not any(path.glob('*.safetensors*')):
             raise UsageError(f'{folder} holds no checkpoint')
-    if checkpoint.is_other(path):
+    if checkpoint_folders.is_other(path):
         return None
     for at in sorted(_hops(path), key=lambda at: at.is_symlink()):  # as it was given, rather than in full
         if at.name.isdecimal() and at.parent.name == 'checkpoints' and '..' not in at.parts:
@@ -203,20 +206,26 @@ def read_newest(path: str | os.PathLike, read: Callable[[pathlib.Path], tuple[An
         try:
             return folder, *read(folder)
         except (CheckpointError, OSError):
-            newer = any(step > int(folder.name) for step in checkpoint.steps(folder.parent))
+            newer = any(step > int(folder.name) for step in checkpoint_folders.steps(folder.parent))
             if not newer or jax.process_count() > 1:  # several processes have to agree on what they read
                 raise
             for _ in range(20):  # it may be half gone
                 if not folder.exists():
                     break
                 time.sleep(0.05)
-            again = checkpoint_folder(path) if pathlib.Path(path).expanduser().is_dir() else None
+            again = checkpoint_folder(path) if _names_several(path) else None
             if not again:
                 raise Removed(f'{folder} was removed while it was read: newer checkpoints took its place') from None
             if again == folder:
                 raise
             folder = again
     raise UsageError(f'{path} is not a run of ours')
+
+
+def _names_several(path: str | os.PathLike) -> bool:
+    """Returns whether a path names a run or its best checkpoint, rather than a checkpoint that has been removed."""
+    path = pathlib.Path(path).expanduser()
+    return path.is_dir() or path.name == best.NAME
 
 
 def _hops(path: pathlib.Path) -> Iterator[pathlib.Path]:
