@@ -17,7 +17,8 @@ from mixln_jax.models import families, hf, placements, transformer
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import tensors
 from mixln_jax.models.network import Network
-from mixln_jax.runs import checkpoint
+from mixln_jax.program import lora
+from mixln_jax.runs import checkpoint, frozen
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
@@ -38,7 +39,7 @@ class Weights:
         params: the tree of parameters, layers stacked; `transformer.split_layers` gives single ones.
         where: the folder that was read, of a run its `checkpoints/<step>`.
         step: updates that made the weights; None: of a Hugging Face folder.
-        config: of the run; None: of a Hugging Face folder.
+        config: of the run, `tune` apart: adapters are merged; None: of a Hugging Face folder.
         tokenizer: has `encode` and `decode`; None: of a Hugging Face folder that is no export of ours, whose own one
             `open_tokenizer` opens.
     """
@@ -93,7 +94,9 @@ def load(path: str | os.PathLike, compute_dtype: str = 'float32', norm_position:
     if norm_position:
         raise UsageError(f'--norm_position: {folder} is a run of ours, which knows its placement')
     folder, params, about = read_newest(path, checkpoint.read_params)
-    config = configs.from_resolved(about['config'])
+    params = lora.merged(trees.join(params, frozen.read_here(folder.parents[1], about)))
+    # Of a network with adapters that of the merged one, which has all its weights in one tree.
+    config = dataclasses.replace(configs.from_resolved(about['config']), tune=configs.Tune())
     model = families.from_config(config.model, compute_dtype)
     model = model.clone(trained_steps=transformer.needed_step(model, about['step']))
     expected, shapes = (

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 from mixln_jax import config as configs
+from mixln_jax import trees
 from mixln_jax.models import placements
 from mixln_jax.program.program import Program
 from mixln_jax.program.step import State
-from mixln_jax.runs import checkpoint, weights
+from mixln_jax.runs import checkpoint, frozen, weights
 from mixln_jax.runs.workdir import ANOTHER, check_same_run
 from mixln_jax.system import console
 from mixln_jax.system.errors import CheckpointError, UsageError
@@ -34,26 +35,29 @@ def with_ramp_offset(config: configs.Config) -> configs.Config:
 def first_state(
     program: Program,
     resolved: dict[str, Any],
+    workdir: pathlib.Path,
     checkpoints: checkpoint.Checkpoints,
     fingerprint: Mapping[str, Any],
     stop: Stop,
 ) -> tuple[State, dict[str, Any]]:
     """The state to begin with and its JSON object: the newest good checkpoint's, else that of `resume_from`, else a
-    fresh state, with the weights of `init_from` if that is given.
+    fresh state, with the weights of `init_from` if that is given. Frozen weights are those of the same run.
 
-    Raises UsageError for a checkpoint that has seen other data, or of another configuration.
+    Raises UsageError for a checkpoint that has seen other data, or of another configuration; CheckpointError where
+    frozen weights are missing or others.
     """
     config = program.config
     with stop.wait():  # cut short, a restore would look like damage
-        restored, where, way_out = checkpoints.restore(program.state), 'checkpoint', ANOTHER
+        restored, where, way_out = checkpoints.restore(program.state.own), 'checkpoint', ANOTHER
+        source = workdir
         if not restored and config.resume_from:
             where, way_out = f'config.resume_from={config.resume_from}: checkpoint', 'init_from takes its weights alone'
-            restored = _resume_from(config, program.state)
+            source, state, about = _resume_from(config, program.state.own)
+            restored = state, about
     if not restored:
         state = program.init(jax.random.key(config.seed))
         if config.init_from:
-            params = weights.initial(config.init_from, program.model)
-            state = state.with_params(_placed(params, program.state.params))
+            state = _with_weights(state, weights.initial(config.init_from, program.model), program.state)
             console.say(f'mixln_jax: starts from the weights of {config.init_from}')
         return state, {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored
@@ -64,30 +68,37 @@ def first_state(
     ]
     if differ:
         raise UsageError(f'{where} has seen other data: {", ".join(differ)} differs; {way_out}')
+    with stop.wait():
+        state = dataclasses.replace(state, frozen=frozen.read(source, program.state.frozen, about))
     console.say(f'mixln_jax: goes on from step {about["step"]}')
     return state, about
 
 
-def _resume_from(config: configs.Config, like: Any) -> tuple[State, dict[str, Any]]:
-    """(state, JSON object) of the checkpoint that `resume_from` names, which is not touched."""
+def _resume_from(config: configs.Config, like: Any) -> tuple[pathlib.Path, State, dict[str, Any]]:
+    """(the run's folder, state, JSON object) of the checkpoint that `resume_from` names, which is not touched."""
 
     def read(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
         with contextlib.closing(checkpoint.Checkpoints(folder.parent, read_only=True)) as source:
             return source.read(int(folder.name), like)
 
     try:
-        _, state, about = weights.read_newest(config.resume_from, read)
+        folder, state, about = weights.read_newest(config.resume_from, read)
         if about['step'] == config.num_steps and about['open_line'] is None:
             raise UsageError(f'it is trained to its end, step {config.num_steps}')
     except (UsageError, CheckpointError) as error:
         raise type(error)(f'config.resume_from={config.resume_from}: {error}') from None
-    return state, about
+    return folder.parents[1], state, about
 
 
-def _placed(params: Any, like: Any) -> Any:
-    """Arrays that every process has whole, in the types and shardings of `like`."""
+def _with_weights(state: State, values: Any, like: State) -> State:
+    """Returns a fresh state with these weights, numpy arrays that every process has whole, in the types and shardings
+    of `like`; adapters stay as they were drawn."""
+    given = dict(trees.named_leaves(values))
 
-    def of(values: Any, leaf: Any) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: values[at].astype(leaf.dtype))
+    def placed(path: tuple, old: jax.Array, leaf: Any) -> jax.Array:
+        if (name := trees.path_name(path)) not in given:
+            return old
+        array = given[name]
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: array[at].astype(leaf.dtype))
 
-    return jax.tree.map(of, params, like)
+    return state.with_network(jax.tree_util.tree_map_with_path(placed, state.network, like.network))
