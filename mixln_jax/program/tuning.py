@@ -25,11 +25,16 @@ def split(network: Any, tune: configs.Tune) -> tuple[Any, Any]:
     names = [name for name, _ in trees.named_leaves(lora.base(network))]
     trained = _matching(names, tune.train) if tune.train else set()
     params, frozen = trees.split(network, lambda name: name in trained or name.rpartition('/')[2] in lora.TRAINED)
+    return params, in_base_dtype(frozen, tune.base_dtype)
+
+
+def in_base_dtype(frozen: Any, dtype: str) -> Any:
+    """Returns frozen weights with matrices and embeddings in `dtype`, all others in float32."""
 
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf.astype(tune.base_dtype if path[-1].key in ('kernel', 'embedding') else jnp.float32)
+        return leaf.astype(dtype if path[-1].key in ('kernel', 'embedding') else 'float32')
 
-    return params, jax.tree_util.tree_map_with_path(cast, frozen)
+    return jax.tree_util.tree_map_with_path(cast, frozen)
 
 
 def _matching(names: list[str], patterns: str) -> set[str]:

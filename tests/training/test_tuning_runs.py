@@ -1,8 +1,6 @@
 """Runs that train a part of a network: what they write, that they go on exactly, and that tools read their folder."""
 
 import functools
-import json
-import pathlib
 import shutil
 
 import jax
@@ -18,7 +16,7 @@ from mixln_jax.models import families
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.program import lora
 from mixln_jax.runs import checkpoint, weights
-from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
+from mixln_jax.system.errors import CheckpointError, Stopped
 
 METHODS = {
     'lora': {
