@@ -273,9 +273,7 @@ def initial(where: str, model: Network) -> Any:
     """
     try:
         if where.startswith('hf:'):
-            if where == 'hf:':
-                raise UsageError('hf: must be followed by a folder')
-            params = _of_hugging_face(files.local(where.removeprefix('hf:'), ''), model)
+            params = _of_hugging_face(_hugging_face_folder(where, model.config.family), model)
         elif where.startswith(ADAPTER):
             params = _of_adapter(files.local(where.removeprefix(ADAPTER), ''), model)
         elif checkpoint_folder(where):
@@ -290,7 +288,6 @@ def initial(where: str, model: Network) -> Any:
 
 
 def _of_hugging_face(folder: pathlib.Path, model: Network) -> Any:
-    tensors.refuse_others(folder)
     found, stated = hf_config.read(folder / 'config.json')
     _check_same(model, found, stated)
     return hf.read(folder, model.norm_position)[1]
@@ -306,7 +303,10 @@ def _of_adapter(folder: pathlib.Path, model: Network) -> Any:
             f'{folder / peft.CONFIG}: {peft.BASE}={name!r} is not a folder here: write there the folder of the weights '
             'that were adapted'
         )
-    params, about = _of_hugging_face(candidates[0], model), _of_export(folder)
+    params, about = (
+        _of_hugging_face(_hugging_face_folder(f'hf:{candidates[0]}', model.config.family), model),
+        _of_export(folder),
+    )
     if about.get('base') and about['base'] != base_fingerprint(params, about.get('base_dtype')):
         raise CheckpointError(f'{folder} was trained on another base than {candidates[0]}, which {peft.CONFIG} names')
     return peft.merged(folder, config, model, params)
@@ -317,6 +317,21 @@ def base_fingerprint(base: Any, dtype: Any) -> str:
     if dtype not in ('float32', 'bfloat16'):
         raise CheckpointError(f'{EXPORT}: base_dtype={dtype!r} is not float32 or bfloat16')
     return frozen.fingerprint(checkpoint.describe(tuning.in_base_dtype(base, dtype)))
+
+
+def _hugging_face_folder(where: str, family: str) -> pathlib.Path:
+    """Returns the folder of `hf:FOLDER`. Raises UsageError if it is a run, or a BERT, which no network here starts
+    from: the head of Hugging Face's has a bias over the vocabulary."""
+    if where == 'hf:':
+        raise UsageError('hf: must be followed by a folder')
+    folder = files.local(where.removeprefix('hf:'), '')
+    tensors.refuse_others(folder)
+    if hf.is_bert(folder):
+        raise UsageError(
+            f'{folder} is a BERT, config.model.family is {family}: only folders of LLaMA can start a run; a BERT can '
+            'start from a run of config.model.family=bert'
+        )
+    return folder
 
 
 def ramp_offset(config: configs.Config) -> int:
@@ -333,7 +348,7 @@ def ramp_offset(config: configs.Config) -> int:
     done = sizes.ramp_steps * sizes.num_layers
     try:
         if where.startswith('hf:'):
-            found, _ = hf_config.read(files.local(where.removeprefix('hf:'), '') / 'config.json')
+            found, _ = hf_config.read(_hugging_face_folder(where, sizes.family) / 'config.json')
             return done if found.trained_steps is None else min(found.trained_steps, done)
         if where.startswith(ADAPTER) or not (folder := checkpoint_folder(where)):
             return 0  # `initial` says what is wrong

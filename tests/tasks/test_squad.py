@@ -388,6 +388,27 @@ class TestGolden:
             expected['f1']
         )
 
+    def test_losses(self, golden):
+        """The mean of two cross-entropies over all positions; rows without answer or that fill up have none."""
+        model, params = golden
+        _, features, _ = golden_features('v1')
+        features.answer_mask[3] = 0
+        logits = np.stack(question_answering.logits(model, params, features, 8), 1).astype(np.float64)  # [N, 2, T]
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = [
+            -(row[0, first] + row[1, last]) / 2 * mask
+            for row, (first, last), mask in zip(log_probs, features.answer, features.answer_mask, strict=True)
+        ]
+        task, sums, per_example = question_answering.QuestionAnswering(model), 0, []
+        for batch in batches.evaluation(features, 8):
+            losses = task.losses(params, batch)
+            sums += np.array([losses.sum, losses.weight, losses.metrics['tokens']])
+            per_example += [*losses.per_example]
+        assert expected[3] == 0 and len(features) % 8 and len(per_example) > len(features)
+        np.testing.assert_allclose(per_example[: len(features)], expected, rtol=1e-5)
+        assert not np.any(per_example[len(features) :])
+        np.testing.assert_allclose(sums, [sum(expected), len(features) - 1, features.token_mask.sum()], rtol=1e-5)
+
     def test_another_network_gives_other_answers(self, golden):
         examples, features, expected = golden_features('v1')
         model, params = golden
