@@ -16,6 +16,7 @@ from mixln_jax.keys.field import LARGEST_VOCABULARY, LONGEST  # noqa: F401
 from mixln_jax.keys.model import Model  # noqa: F401
 from mixln_jax.keys.optim import PUBLISHED, Optim  # noqa: F401
 from mixln_jax.keys.run import Analysis, Checkpoint, Config, Eval, Expected, Mesh, Processes, Profile  # noqa: F401
+from mixln_jax.keys.tune import MEANT_FOR, Tune
 from mixln_jax.system import errors, files
 from mixln_jax.system.errors import UsageError, nearest
 
@@ -232,6 +233,7 @@ def _check_together(config: Config) -> None:
         )
     _check_length(config)
     task_accuracies(config.expected.tasks)
+    _check_tune(config)
     if 0 < config.processes.stall < 1:
         raise UsageError(f'config.processes.stall={config.processes.stall:g} must be 0 or at least 1 second')
     if config.batch_size * config.seq_length >= 2**31:
@@ -300,6 +302,24 @@ def task_accuracies(text: str) -> dict[str, float]:
             raise UsageError(f'config.expected.tasks: {part!r} is not TASK=PER CENT, each task once')
         found[task] = value
     return found
+
+
+def _check_tune(config: Config) -> None:
+    """Raises UsageError if keys contradict what is to be trained."""
+    tune, method = config.tune, f'config.tune.method={config.tune.method}'
+    for name, methods in MEANT_FOR.items():
+        if tune.method not in methods and getattr(tune, name) != getattr(Tune, name):
+            raise UsageError(f'config.tune.{name} has no meaning under {method}: it is for {" and ".join(methods)}')
+    if tune.method == 'full' and not tune.train and tune.base_dtype != Tune.base_dtype:
+        raise UsageError(f'config.tune.base_dtype={tune.base_dtype} has no meaning where nothing is frozen')
+    if tune.method == 'lora' and not (config.init_from or config.resume_from):
+        raise UsageError(f'{method} needs config.init_from: the weights that the adapters are to adapt')
+    if tune.method == 'lora' and config.optim.name == 'galore':
+        raise UsageError(f'config.optim.name=galore has no meaning under {method}: adapters are of low rank already')
+    if tune.method == 'lisa' and tune.layers > config.model.num_layers:
+        raise UsageError(
+            f'config.tune.layers={tune.layers} is more than config.model.num_layers={config.model.num_layers}'
+        )
 
 
 def public(config: Config) -> dict[str, Any]:

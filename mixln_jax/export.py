@@ -25,13 +25,24 @@ import optax
 
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.models.hf import peft
+from mixln_jax.program import lora
 from mixln_jax.runs import environment, weights
 from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli, console, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
 BESIDE = ('tokenizer*.json', 'tokenizer.model', 'spiece.model', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
-OWN = (*BESIDE, 'config.json', 'model*.safetensors*', 'modeling_*.py', 'tokenizer/*', weights.EXPORT)
+OWN = (
+    *BESIDE,
+    'config.json',
+    'model*.safetensors*',
+    'modeling_*.py',
+    'tokenizer/*',
+    weights.EXPORT,
+    peft.CONFIG,
+    peft.WEIGHTS,
+)
 # The largest allowed difference of a logit, as a share of the largest logit, and of the perplexity, as a share of it.
 BOUNDS = {'float32': 0.0, 'bfloat16': 0.05}
 
@@ -85,6 +96,41 @@ def export(
     if loaded.tokenizer and not (target / 'tokenizer.json').exists():
         console.say('its tokenizer cannot be said as a tokenizer.json; tokenizer/ holds it as it is')
     console.say(compared)
+
+
+def export_adapter(checkpoint: str | os.PathLike, out: str) -> None:
+    """Writes the adapters of a run into the folder `out`, as peft reads them; see `export`.
+
+    Raises:
+        UsageError: as `export`; not a run that trains adapters alone, or not one of stock LLaMA.
+        CheckpointError: weights that cannot be read, or that are others when read back.
+    """
+    target = outputs.resolve(out)
+    with outputs.replacing(target, _check_replaceable) as partial:
+        found = weights.load(checkpoint, merge=False)
+        if not found.config or found.config.tune.method != 'lora' or found.config.tune.train:
+            raise UsageError(
+                f'--adapter: {found.where} is not a run that trains adapters alone '
+                '(config.tune.method=lora, config.tune.train empty)'
+            )
+        tune, init_from, network = found.config.tune, found.config.init_from, jax.device_get(found.params)
+        base = os.path.abspath(init_from.removeprefix('hf:')) if init_from.startswith('hf:') else None
+        peft.save(partial, found.model, network, tune, base)
+        plain = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), lora.base(network))
+        again = peft.merged(partial, peft.read_config(partial), found.model, plain)
+        expected = jax.device_get(lora.merged(network))
+        apart = max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (again, expected)), strict=True))
+        if not apart <= 1e-5:
+            raise CheckpointError(f'{found.where}: read back, its merged weights differ by {apart:.3g}')
+        origin = {'from': found.where, 'step': found.step, 'versions': environment.versions()}
+        origin |= {'base': weights.base_fingerprint(plain, tune.base_dtype), 'base_dtype': tune.base_dtype}
+        outputs.write_json(partial / weights.EXPORT, origin | {'files': [peft.CONFIG, peft.WEIGHTS, weights.EXPORT]})
+    console.say(f'{target}: the adapters of {found.where}, rank {tune.rank}; read back and compared')
+    if not base:
+        console.say(
+            f'their base is that of config.init_from={init_from}: export it, and write its folder as {peft.BASE} into '
+            f'{target / peft.CONFIG}'
+        )
 
 
 def _check_replaceable(out: pathlib.Path) -> None:
@@ -159,14 +205,24 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         '--remove_layers', metavar='N,...', help='leave these layers out, the first is 1: what analysis.drop measures'
     )
+    parser.add_argument(
+        '--adapter', action='store_true', help='write the adapters of a LoRA run alone, as peft reads them'
+    )
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
     def job() -> None:
         options = cli.parse(parser, argv)
+        if options.adapter:
+            for name in ('dtype', 'max_shard_gb', 'norm_position', 'remove_layers'):
+                if getattr(options, name) != parser.get_default(name):
+                    raise UsageError(f'--{name} has no meaning with --adapter')
         jax.config.update('jax_platforms', 'cpu')  # an export is not worth the wait for a device
         removed = [cli.parse_decimal(part) for part in cli.split_list(options.remove_layers or '')]
         if (options.remove_layers is not None and not removed) or None in removed:
             raise UsageError(f'--remove_layers {options.remove_layers!r}: numbers from 1 are needed, such as 3 or 3,4')
+        if options.adapter:
+            export_adapter(options.checkpoint, options.out)
+            return
         export(
             options.checkpoint,
             options.out,

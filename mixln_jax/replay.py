@@ -29,7 +29,7 @@ from mixln_jax import trees
 from mixln_jax.data import batches, layout
 from mixln_jax.models import families, transformer
 from mixln_jax.program import step
-from mixln_jax.runs import checkpoint, checkpoint_folders
+from mixln_jax.runs import checkpoint, checkpoint_folders, frozen
 from mixln_jax.system import cli, console, files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 from mixln_jax.tasks import build
@@ -45,6 +45,7 @@ def replay(folder: str, compute_dtype: str | None) -> None:
         raise UsageError(f'{debug} holds no batches and weights of a bad step')
     _check_complete(debug, stored)
     params, about = checkpoint.read_params(debug / f'checkpoints/{steps[-1]}', average=False)
+    params = trees.join(params, frozen.read_here(debug.parent, about))
     config = configs.from_resolved(about['config'])
     task = _task(config, compute_dtype or 'float32')
     model = task.model

@@ -1,5 +1,6 @@
-"""Parameter trees: names of leaves, and which leaves are stacked over layers."""
+"""Parameter trees: names of leaves, parts of a tree, and which leaves are stacked over layers."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,21 +19,56 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the tree of nested dicts that has these (name, leaf); the inverse of `named_leaves`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves:
+        *groups, last = name.split('/')
+        parent = tree
+        for group in groups:
+            parent = parent.setdefault(group, {})
+        parent[last] = leaf
+    return tree
+
+
+def split(tree: Any, chosen: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (the leaves whose name is `chosen`, the others) of nested dicts, both as nested dicts; see `join`."""
+    leaves = named_leaves(tree)
+    return (
+        nested((name, leaf) for name, leaf in leaves if chosen(name)),
+        nested((name, leaf) for name, leaf in leaves if not chosen(name)),
+    )
+
+
+def join(tree: Any, other: Any) -> Any:
+    """Returns the tree of the leaves of both of two trees of nested dicts, which share none; None stands for no leaves.
+
+    It computes nothing.
+    """
+    if other is None:
+        return tree
+    return nested([*named_leaves(tree), *named_leaves(other)])
+
+
 def layer_runs(params: Any) -> list[Any]:
     """Returns the stacked runs of equal layers of a parameter tree, in layer order."""
     stack = params[STACKED]
     return [stack[f'segment_{number}'] for number in range(len(stack))]
 
 
-def layer_norms(tree: Any) -> tuple[jax.Array, jax.Array]:
+def layer_norms(tree: Any, network: Any = None) -> tuple[jax.Array, jax.Array]:
     """Returns (Euclidean norm of each layer `[L]`, norm of the whole tree).
 
-    `tree`: parameters or their gradients.
+    Args:
+        tree: parameters or their gradients.
+        network: all parameters, where `tree` has a part of them alone: layers without a leaf in it have norm 0.
     """
     squares = jax.tree.map(lambda leaf: jnp.square(leaf.astype(jnp.float32)), tree)
-    layers = [
-        sum(leaf.sum(axis=range(1, leaf.ndim)) for leaf in jax.tree.leaves(segment)) for segment in layer_runs(squares)
-    ]
+    layers = []
+    for number, run in enumerate(layer_runs(tree if network is None else network)):
+        leaves = jax.tree.leaves(squares.get(STACKED, {}).get(f'segment_{number}'))
+        norms = [leaf.sum(axis=range(1, leaf.ndim)) for leaf in leaves]
+        layers.append(sum(norms) if norms else jnp.zeros(len(jax.tree.leaves(run)[0])))
     by_layer = jnp.concatenate(layers)
     rest = sum(leaf.sum() for name, leaf in named_leaves(squares) if not name.startswith(f'{STACKED}/'))
     return jnp.sqrt(by_layer), jnp.sqrt(by_layer.sum() + rest)

@@ -4,11 +4,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from mixln_jax import config as configs
+from mixln_jax import trees
 from mixln_jax.analysis import angular, drop, gradients, samples, variance
 from mixln_jax.data.examples import Examples
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.models import transformer
+from mixln_jax.program import lora
 from mixln_jax.report import figures
 from mixln_jax.tasks.task import Task
 
@@ -45,6 +49,7 @@ class Analyses:
 
     def __call__(self, params: Any, step: Any) -> dict[str, Any]:
         step = transformer.needed_step(self._task.model, step)
+        params = _merged(params)
 
         def measure(job: Any) -> dict[str, Any]:
             return job.measure(self._task, params, self._watched(self._batches), step=step)
@@ -60,6 +65,14 @@ class Analyses:
             'analysis/variance': stream['variance']['mean'][1:].tolist(),
             **{f'analysis/contribution_{name}': part['mean'].tolist() for name, part in stream['contribution'].items()},
         }
+
+
+def _merged(network: Any) -> Any:
+    """Returns a network without adapters, as analyses after the run see it."""
+    if not any(lora.is_adapter(name) for name, _ in trees.named_leaves(network)):
+        return network
+    like = jax.tree.map(lambda leaf: leaf.sharding, lora.base(network))
+    return jax.jit(lora.merged, out_shardings=like)(network)
 
 
 def share(config: configs.Config, flops_per_position: float) -> float:

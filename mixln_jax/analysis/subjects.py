@@ -16,7 +16,7 @@ from mixln_jax.distributed import mesh as meshes
 from mixln_jax.models import transformer
 from mixln_jax.models.network import Network
 from mixln_jax.program.program import Program
-from mixln_jax.runs import checkpoint_folders, weights, workdir
+from mixln_jax.runs import checkpoint_folders, frozen, weights, workdir
 from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli
 from mixln_jax.system.errors import UsageError
@@ -144,6 +144,8 @@ def _initial(loaded: Weights, data_path: str | None) -> Any:
     """Returns the weights that a run began with, made again from its config, on one device."""
     config, mesh = loaded.config, _mesh(1)
     assert config and loaded.workdir and loaded.tokenizer, 'only a run has initial weights'
+    if (base := frozen.read_base(loaded.workdir)) is not None:
+        return base
     if config.init_from:
         return weights.initial(config.init_from, loaded.model)
     program = Program(config, mesh)
@@ -152,4 +154,4 @@ def _initial(loaded: Weights, data_path: str | None) -> Any:
         rows = data_rows.open_rows_of_run(loaded.workdir, config, config.data.split, loaded.tokenizer, data_path)
         first = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size)[0]
         state = program.measure_factors(state, meshes.to_devices(first, meshes.batch_sharding(mesh)))
-    return jax.device_get(state.params)
+    return jax.device_get(state.network)

@@ -6,6 +6,7 @@ from mixln_jax.keys.data import Data, Task
 from mixln_jax.keys.field import LONGEST, group, key
 from mixln_jax.keys.model import Model
 from mixln_jax.keys.optim import Optim
+from mixln_jax.keys.tune import Tune
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,10 @@ class Config:
         choices=('none', 'official', 'official_float32'),
     )
     init_from: str = key(
-        '', 'start from the weights of a run, a checkpoint, or hf:FOLDER; nothing else is read', may_change=True
+        '',
+        'start from the weights of a run, a checkpoint, hf:FOLDER, or adapter:FOLDER (of PEFT, merged into its base); '
+        'nothing else is read',
+        may_change=True,
     )
     resume_from: str = key(
         '',
@@ -138,6 +142,7 @@ class Config:
     task: Task = group(Task)
     data: Data = group(Data)
     optim: Optim = group(Optim)
+    tune: Tune = group(Tune)
     eval: Eval = group(Eval, may_change=True)
     checkpoint: Checkpoint = group(Checkpoint, may_change=True)
     mesh: Mesh = group(Mesh, may_change=True)

@@ -54,18 +54,19 @@ def initialize(
                 start = getattr(placements.PLACEMENTS[name], sublayer).factors()[by].start
                 return jnp.full(shape.shape, start, shape.dtype)
             std = _std('/'.join(names[2:]), shape.shape[1:], config, placements.PLACEMENTS[name].init, depth)
-            draw = lambda number: _normal(_fold(key, '/'.join(names[2:]), number), shape.shape[1:], shape.dtype)  # noqa: E731
+            draw = lambda number: _normal(leaf_key(key, '/'.join(names[2:]), number), shape.shape[1:], shape.dtype)  # noqa: E731
             return jax.vmap(draw)(jnp.arange(first + 1, end + 1)) * std
         std = config.embed_std if names[-1] == 'embedding' else config.init_std
         vocab_axis = padded.get('/'.join(names))
         used = tuple(config.vocab_size if axis == vocab_axis else size for axis, size in enumerate(shape.shape))
-        values = _normal(_fold(key, '/'.join(names), 0), used, shape.dtype) * std
+        values = _normal(leaf_key(key, '/'.join(names), 0), used, shape.dtype) * std
         return jnp.pad(values, [(0, size - n) for size, n in zip(shape.shape, used, strict=True)])
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def _fold(key: jax.Array, name: str, layer: Any) -> jax.Array:
+def leaf_key(key: jax.Array, name: str, layer: Any) -> jax.Array:
+    """Returns the random key of a leaf of a layer, from 1; 0: of a leaf outside the layers."""
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(name.encode())), layer)
 
 

@@ -88,9 +88,37 @@ def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     return nn.silu(gate) * up
 
 
-def linear(features: int, dtype: Any, name: str | None, bias: bool = False) -> nn.Dense:
+class Linear(nn.Dense):
+    """x W, plus the bias where there is one, plus (x A) B s where its parameters hold an adapter.
+
+    Hu et al. 2022 (LoRA, arXiv 2106.09685), section 4.1. `lora_a` A is [in, r], `lora_b` B [r, out], `lora_scale` s a
+    number. In training `x` may be dropped in part: the collection `dropout` then has `keys` [B, 2], the key data of
+    each example, and `keep`, the share that stays.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = super().__call__(x)
+        if not self.has_variable('params', 'lora_a'):
+            return y
+        adapter: list[jax.Array] = [self.get_variable('params', f'lora_{name}') for name in ('a', 'b', 'scale')]
+        A, B, scale = adapter
+        x = x.astype(y.dtype)
+        if self.has_variable('dropout', 'keys'):
+            x = _dropped(x, self.get_variable('dropout', 'keys'), self.get_variable('dropout', 'keep'))
+        added = matmul(matmul(x, A.astype(y.dtype)), B.astype(y.dtype))
+        return y + (added * scale).astype(y.dtype)
+
+
+def _dropped(x: jax.Array, keys: jax.Array, keep: jax.Array) -> jax.Array:
+    """Returns x [B,...] with the share `keep` of its values divided by `keep`, the others 0, drawn by example."""
+    draw = lambda key: jax.random.bernoulli(jax.random.wrap_key_data(key), keep, x.shape[1:])  # noqa: E731
+    return jnp.where(jax.vmap(draw)(keys), x / keep.astype(x.dtype), 0)
+
+
+def linear(features: int, dtype: Any, name: str | None, bias: bool = False) -> Linear:
     """A matrix, without bias unless it is asked for; its values come from `initialize`, or from a file."""
-    return nn.Dense(
+    return Linear(
         features, use_bias=bias, dtype=dtype, name=name, kernel_init=nn.initializers.zeros, dot_general=_dot_general
     )
 

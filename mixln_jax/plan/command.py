@@ -94,10 +94,11 @@ def _print_formula(program: Program, device: str, count: int, flops: float, mfu:
         hours = f'the data decides how many steps {config.num_epochs:g} epochs are'
     parts = memory(program)
     shape = ', '.join(f'{axis} {size}' for axis, size in program.mesh.shape.items())
-    checkpoint = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
+    checkpoint = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state.own))
+    trained = f' ({program.model.num_params(program.state.params):,} trained)' if program.num_frozen() else ''
     console.say(
         f'{count} x {device} ({capacity / 2**30:.0f} GiB each); mesh {shape}',
-        f'parameters          {program.model.num_params(program.state.params):,}',
+        f'parameters          {program.model.num_params(program.state.network):,}{trained}',
         f'positions per step  {config.batch_size * config.seq_length:,} ({config.accumulate} micro-batches)',
         f'FLOPs per step      {flops:.3g}',
         f'time per step       {seconds:.3g} s at {mfu:.0%} MFU; {hours}',

@@ -12,6 +12,8 @@ from optax import contrib
 from mixln_jax import config as configs
 from mixln_jax import trees
 
+MATRICES = ('kernel', 'lora_a', 'lora_b')  # leaves that are matrices between features, or of an adapter
+
 
 def schedule(config: configs.Optim, num_steps: int, official: bool = False) -> Callable[[Any], jax.Array]:
     """The learning rate of update s = 0, 1, ...: a linear warm-up that ends at the peak, then a decay that ends at
@@ -61,7 +63,7 @@ def optimizer(config: configs.Optim) -> optax.GradientTransformation:
     decay = [decaying(config.weight_decay)] if config.weight_decay else []
     others = rule
     if config.name in ('muon', 'galore'):  # for matrices between features alone
-        kind = lambda path, _: 'matrix' if path[-1].key == 'kernel' else 'vector'  # noqa: E731
+        kind = lambda path, _: 'matrix' if path[-1].key in MATRICES else 'vector'  # noqa: E731
         by_leaf = functools.partial(jax.tree_util.tree_map_with_path, kind)
         rule, others = optax.partition({'matrix': rule, 'vector': adam}, by_leaf), adam
     return per_layer(optax.chain(rule, *decay), optax.chain(others, *decay), one_by_one=config.name == 'galore')
@@ -168,12 +170,15 @@ def per_layer(
         return jax.vmap(transformation.update)(*arguments)
 
     def split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {name: leaf for name, leaf in params.items() if name != trees.STACKED}, params[trees.STACKED]
+        return {name: leaf for name, leaf in params.items() if name != trees.STACKED}, params.get(trees.STACKED, {})
+
+    def stacked(layers: dict[str, Any]) -> dict[str, Any]:
+        return {trees.STACKED: layers} if layers else {}  # none of their weights may be trained
 
     def init(params: Any) -> Any:
         rest, stack = split(params)
         layers = {name: jax.vmap(transformation.init)(segment) for name, segment in stack.items()}
-        return {'rest': others.init(rest), trees.STACKED: layers}
+        return {'rest': others.init(rest)} | stacked(layers)
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         (rest, stack), (params_rest, params_stack) = split(updates), split(params)
@@ -181,11 +186,11 @@ def per_layer(
         layers, states = {}, {}
         for name, segment in stack.items():
             layers[name], states[name] = mapped(segment, state[trees.STACKED][name], params_stack[name])
-        return rest | {trees.STACKED: layers}, {'rest': rest_state, trees.STACKED: states}
+        return rest | stacked(layers), {'rest': rest_state} | stacked(states)
 
     return optax.GradientTransformation(init, update)
 
 
 def _is_matrix(params: Any) -> Any:
     """Weight decay is for matrices and the embedding, by name: a stacked norm gain looks like a matrix."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ('kernel', 'embedding'), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in (*MATRICES, 'embedding'), params)

@@ -1,11 +1,14 @@
 """What runs on the devices: the functions of a run, jitted for a mesh, and the shapes they take."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from mixln_jax import config as configs
+from mixln_jax import trees
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.kernels import attention
 from mixln_jax.models import families, transformer
@@ -19,8 +22,8 @@ class Program:
 
     `state` is the train state as ShapeDtypeStructs with their shardings. `init`: key -> State, created with its final
     sharding. `measure_factors`: (State, batch) -> State, before the first step where `model.measured()`. `train_step`:
-    (State, batch) -> (State, metrics). Both donate the state. `eval_step`: (params, batch, step) -> sums, where `step`
-    is what `transformer.needed_step` returns; see step.py.
+    (State, batch) -> (State, metrics). Both donate the state, `train_step` all but its frozen weights. `eval_step`:
+    (network, batch, step) -> sums, where `step` is what `transformer.needed_step` returns; see step.py.
 
     Raises UsageError, naming the keys, for sizes that the mesh does not divide.
     """
@@ -45,7 +48,12 @@ class Program:
         self.task = build.from_config(config, self.model)
         optimizer = optim.optimizer(config.optim)
         init = functools.partial(
-            step.init_state, self.task, optimizer, param_dtype=config.param_dtype, ema=config.optim.ema
+            step.init_state,
+            self.task,
+            optimizer,
+            param_dtype=config.param_dtype,
+            ema=config.optim.ema,
+            tune=config.tune,
         )
         shapes = jax.eval_shape(init, jax.random.key(0))
         shardings = meshes.state_shardings(mesh, shapes)
@@ -61,8 +69,12 @@ class Program:
             ema=config.optim.ema,
             accumulate=config.accumulate,
             shardings=shardings.params,
+            tune=config.tune,
         )
-        self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
+        jitted = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings.own, everywhere))
+        self.train_step: Any = jitted(train_step)
+        if self.state.frozen is not None:
+            self.train_step = _WithoutFrozen(jitted(_without_frozen(train_step)))
         measure = functools.partial(
             step.measure_factors, task=self.task, seed=config.seed, accumulate=config.accumulate
         )
@@ -70,20 +82,54 @@ class Program:
         self.eval_step = jax.jit(functools.partial(step.eval_step, task=self.task), out_shardings=everywhere)
 
     def flops_per_position(self) -> int:
-        """Returns the FLOPs of training on one position, by formula."""
-        return self.model.flops_per_position(self.state.params, self.config.seq_length)
+        """Returns the FLOPs of training on one position, by formula; frozen weights have no gradient, a third less."""
+        found = self.model.flops_per_position(self.state.network, self.config.seq_length)
+        return found - 2 * self.num_frozen(multiplied=True)
+
+    def num_frozen(self, multiplied: bool = False) -> int:
+        """Returns the number of frozen weights; `multiplied`: without tables that are only looked up."""
+        leaves = dict(trees.named_leaves(self.state.frozen))
+        looked_up = () if not multiplied or self.config.model.tie_word_embeddings else self.model.lookups
+        return self.model.num_params({name: leaf for name, leaf in leaves.items() if name not in looked_up})
 
     def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of `size` rows as ShapeDtypeStructs."""
         return {name: _like(values, self._rows) for name, values in self.task.batch_spec(size).items()}
 
-    def compile(self) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    def compile(self) -> tuple[Callable[..., Any], jax.stages.Compiled]:
         """`train_step` for batches of `batch_size`, `eval_step` for its micro-batches, compiled."""
         size, step = self.config.batch_size, transformer.needed_step(self.model, self.state.step)
+        train_step = self.train_step.lower(self.state, self.batch(size)).compile()
         return (
-            self.train_step.lower(self.state, self.batch(size)).compile(),
+            train_step if self.state.frozen is None else _WithoutFrozen(train_step),
             self.eval_step.lower(self.state.averaged, self.batch(size // self.config.accumulate), step).compile(),
         )
+
+
+class _WithoutFrozen:
+    """A train step that neither donates nor returns the frozen weights: the state that it returns keeps them.
+
+    `function` is that of `_without_frozen`, jitted or compiled.
+    """
+
+    def __init__(self, function: Any):
+        self._function = function
+
+    def __call__(self, state: step.State, batch: Any) -> tuple[step.State, dict[str, jax.Array]]:
+        after, metrics = self._function(state.own, state.frozen, batch)
+        return dataclasses.replace(after, frozen=state.frozen), metrics
+
+    def lower(self, state: step.State, batch: Any) -> jax.stages.Lowered:
+        """Returns the lowered function of (the state without its frozen weights, these, batch)."""
+        return self._function.lower(state.own, state.frozen, batch)
+
+
+def _without_frozen(train_step: Callable[..., Any]) -> Callable[..., Any]:
+    def update(own: step.State, frozen: Any, batch: Any) -> tuple[step.State, dict[str, jax.Array]]:
+        after, metrics = train_step(dataclasses.replace(own, frozen=frozen), batch)
+        return after.own, metrics
+
+    return update
 
 
 def _check_sizes(config: configs.Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:

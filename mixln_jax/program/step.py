@@ -9,40 +9,71 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.models import transformer
-from mixln_jax.tasks.task import Batch, Context, Task
+from mixln_jax.program import lora, tuning
+from mixln_jax.tasks.task import Batch, Context, Task, example_keys
+
+ALL = configs.Tune()  # every weight is trained
 
 
 @flax.struct.dataclass
 class State:
-    """What training changes: all of a checkpoint's arrays."""
+    """What training changes, all of a checkpoint's arrays, and the weights that it does not change."""
 
     step: jax.Array  # updates done
-    params: Any
+    params: Any  # the trained weights
     opt_state: Any
     bad_step: jax.Array  # the first step that was not finite; 0: none. While it is set, a step changes nothing
     ema: Any = None  # running average of params, float32; None: there is none
-    frozen: Any = None  # weights that are never updated
+    frozen: Any = None  # the other weights of the network, which are never updated; None: there are none
+
+    @property
+    def network(self) -> Any:
+        """All weights of the network, trained and frozen."""
+        return trees.join(self.params, self.frozen)
 
     @property
     def averaged(self) -> Any:
-        """The weights that are evaluated: the running average where there is one."""
-        return self.params if self.ema is None else self.ema
+        """The network that is evaluated: with the running average of the trained weights where there is one."""
+        return trees.join(self.params if self.ema is None else self.ema, self.frozen)
 
-    def with_params(self, params: Any) -> 'State':
+    @property
+    def own(self) -> 'State':
+        """The state without its frozen weights, as checkpoints hold it."""
+        return dataclasses.replace(self, frozen=None)
+
+    def with_network(self, network: Any) -> 'State':
         """Returns the state with other weights, from which a running average starts again."""
-        return dataclasses.replace(self, params=params, ema=None if self.ema is None else _float32(params))
+        params, frozen = network, None
+        if self.frozen is not None:
+            params, frozen = trees.split(network, {name for name, _ in trees.named_leaves(self.params)}.__contains__)
+        ema = None if self.ema is None else _float32(params)
+        return dataclasses.replace(self, params=params, frozen=frozen, ema=ema)
 
 
 def init_state(
-    task: Task, optimizer: optax.GradientTransformation, key: jax.Array, param_dtype: str = 'float32', ema: float = 0.0
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    param_dtype: str = 'float32',
+    ema: float = 0.0,
+    tune: configs.Tune = ALL,
 ) -> State:
-    """Returns a fresh State: the weights that the model draws, in `param_dtype`, with `ema` their average."""
-    drawn = jax.tree.map(lambda leaf: leaf.astype(param_dtype), task.model.init(key)['params'])
-    params = task.initial(drawn)
+    """Returns a fresh State: the weights that the model draws, and adapters where `tune` wants them.
+
+    Trained weights are in `param_dtype`, and `ema` keeps their average. Raises UsageError for keys of `tune` that do
+    not fit the network.
+    """
+    in_type = lambda tree: jax.tree.map(lambda leaf: leaf.astype(param_dtype), tree)  # noqa: E731
+    network = task.initial(in_type(task.model.init(key)['params']))
+    if tune.method == 'lora':
+        network = lora.with_adapters(network, tune, key)
+    params, frozen = tuning.split(network, tune)
+    params = in_type(params)
     average = _float32(params) if ema else None
-    return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0), average)
+    return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0), average, frozen)
 
 
 def _float32(params: Any) -> Any:
@@ -54,10 +85,10 @@ def measure_factors(state: State, batch: Batch, *, task: Task, seed: int = 0, ac
 
     Ramps count as done: the factors balance the branches that training will have. At step 0 each of them adds nothing.
     """
-    model = task.model
+    model, network = task.model, state.network
 
     def branches(micro_batch: Batch) -> Any:
-        _, out = model.apply({'params': state.params}, micro_batch, capture=True, method='backbone')
+        _, out = model.apply({'params': network}, micro_batch, capture=True, method='backbone')
         return out['branches']
 
     micro = micro_batches(task.prepare(batch, step_key(seed, 0), True), accumulate)
@@ -65,7 +96,7 @@ def measure_factors(state: State, batch: Batch, *, task: Task, seed: int = 0, ac
     variances = transformer.branch_variances(
         whole, jnp.concatenate(jax.vmap(task.position_mask)(micro)), model.config.hidden_size
     )
-    return state.with_params(model.with_measured(state.params, variances))
+    return state.with_network(model.with_measured(network, variances))
 
 
 def train_step(
@@ -80,6 +111,7 @@ def train_step(
     ema: float = 0.0,
     accumulate: int = 1,
     shardings: Any = None,
+    tune: configs.Tune = ALL,
 ) -> tuple[State, dict[str, jax.Array]]:
     """Returns the state after one update, and its metrics.
 
@@ -93,7 +125,9 @@ def train_step(
         clip_norm: largest global gradient norm; 0: no clipping.
         ema: decay of the running average of the weights, where the state has one.
         accumulate: micro-batches; they share one sum and one weight, so the mathematics is the whole batch's.
-        shardings: of the weights, which their gradients are to have too; None: one device.
+        shardings: of the trained weights, which their gradients are to have too; None: one device.
+        tune: what is trained. Under `lisa` the layers that are not drawn have no gradient, so they do not enter its
+            norm, and keep their weights and moments; see `tuning.drawn_layers`.
 
     Returns:
         (State, metrics): loss, grad_norm (before clipping), learning_rate, layer_grad_norm [L], bad_step, and the sums
@@ -101,16 +135,19 @@ def train_step(
         and sets `bad_step`.
     """
     parts = micro_batches(task.prepare(batch, step_key(seed, state.step), True), accumulate)
-    sums, grads = _sums_and_gradients(task, state, parts, shardings)
+    sums, grads = _sums_and_gradients(task, state, parts, shardings, seed, tune.dropout)
+    drawn = tuning.drawn_layers(tune, seed, state.step, task.model.config.num_layers)
+    if drawn is not None:
+        grads = tuning.choose(drawn, grads, jax.tree.map(jnp.zeros_like, grads))
     loss, grads = jax.tree.map(lambda total: total / jnp.maximum(sums['weight'], 1), (sums['sum'], grads))
-    layer_grad_norm, grad_norm = trees.layer_norms(grads)
+    layer_grad_norm, grad_norm = trees.layer_norms(grads, state.network)
     if clip_norm:
         grads = jax.tree.map(lambda grad: grad * jnp.minimum(1, clip_norm / grad_norm), grads)
     grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
     learning_rate = schedule(state.step)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     with jax.named_scope('update'):
-        state = _updated(state, grads, optimizer, learning_rate, finite, ema)
+        state = _updated(state, grads, optimizer, learning_rate, finite, ema, drawn)
     return state, {
         'loss': loss,
         'grad_norm': grad_norm,
@@ -120,10 +157,20 @@ def train_step(
     } | sums
 
 
-def _sums_and_gradients(task: Task, state: State, parts: Any, shardings: Any) -> tuple[dict[str, jax.Array], Any]:
+def _sums_and_gradients(
+    task: Task, state: State, parts: Any, shardings: Any, seed: int, dropout: float
+) -> tuple[dict[str, jax.Array], Any]:
     """Returns all sums by name, and the gradient of the sum of the losses, over micro-batches [accumulate, ...]."""
-    context = Context(train=True, frozen=state.frozen, step=state.step)
-    loss_and_gradient = jax.value_and_grad(lambda params, part: _sums(task, params, part, context), has_aux=True)
+    context = Context(train=True, step=state.step)
+
+    def sums_of(params: Any, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        network, chosen = trees.join(params, state.frozen), context
+        if dropout:
+            keys = example_keys(step_key(seed, state.step), part)
+            chosen = context._replace(collections={'dropout': lora.dropout(network, dropout, keys)})
+        return _sums(task, network, part, chosen)
+
+    loss_and_gradient = jax.value_and_grad(sums_of, has_aux=True)
 
     def split(grads: Any) -> Any:  # left alone, XLA may let every device hold the whole sum
         return jax.lax.with_sharding_constraint(grads, shardings) if shardings else grads
@@ -132,7 +179,7 @@ def _sums_and_gradients(task: Task, state: State, parts: Any, shardings: Any) ->
         (_, sums), grads = loss_and_gradient(state.params, part)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), totals, (sums, split(grads))), None
 
-    sums = jax.eval_shape(lambda: _sums(task, state.params, jax.tree.map(lambda part: part[0], parts), context)[1])
+    sums = jax.eval_shape(lambda: sums_of(state.params, jax.tree.map(lambda part: part[0], parts))[1])
     zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)  # noqa: E731
     return jax.lax.scan(add, (zeros(sums), split(zeros(state.params))), parts)[0]
 
@@ -144,32 +191,39 @@ def _updated(
     learning_rate: jax.Array,
     finite: jax.Array,
     ema: float,
+    drawn: jax.Array | None,
 ) -> State:
-    """Returns the state after an update; if it is not `finite`, or an earlier one was not, only `bad_step` changes."""
+    """Returns the state after an update of the `drawn` layers and of all that is not a layer; None: of all layers.
+
+    If the update is not `finite`, or an earlier one was not, only `bad_step` changes.
+    """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda update: -learning_rate * update, updates))
+    params, opt_state = (
+        tuning.choose(drawn, new, old) for new, old in ((params, state.params), (opt_state, state.opt_state))
+    )
     bad_step = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
     average = None
     if state.ema is not None:
         average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new.astype(old.dtype), state.ema, params)
     updated = State(state.step + 1, params, opt_state, bad_step, average)
-    kept = dataclasses.replace(state, bad_step=bad_step, frozen=None)
+    kept = dataclasses.replace(state.own, bad_step=bad_step)
     chosen = jax.tree.map(lambda new, old: jnp.where(bad_step == 0, new, old), updated, kept)
     return dataclasses.replace(chosen, frozen=state.frozen)
 
 
-def _sums(task: Task, params: Any, batch: Batch, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _sums(task: Task, network: Any, batch: Batch, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the sum of the losses of a prepared batch, and all sums by name."""
-    losses = task.losses(params, batch, context)
+    losses = task.losses(network, batch, context)
     return losses.sum, {'sum': losses.sum, 'weight': losses.weight} | losses.metrics
 
 
-def eval_step(params: Any, batch: Batch, step: jax.Array | None = None, *, task: Task) -> dict[str, jax.Array]:
+def eval_step(network: Any, batch: Batch, step: jax.Array | None = None, *, task: Task) -> dict[str, jax.Array]:
     """Returns the sums of a batch after `step` updates: `sum`, `weight` and the task's metrics.
 
     Random choices of the task are the same in every run, so that networks are compared on the same examples.
     """
-    return _sums(task, params, task.prepare(batch, step_key(0, 0), False), Context(step=step))[1]
+    return _sums(task, network, task.prepare(batch, step_key(0, 0), False), Context(step=step))[1]
 
 
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:

@@ -1,12 +1,11 @@
 """Checkpoints: orbax folders `checkpoints/<step>/` whose arrays are verified by checksums of their bits."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -120,7 +119,7 @@ class Checkpoints:
 
     def about(self, step: int) -> About:
         """Returns the JSON object of a checkpoint."""
-        return _about(self._folder / str(step))
+        return read_about(self._folder / str(step))
 
     def restore(self, target: Any) -> tuple[Any, About] | None:
         """Returns (state, JSON object) of the newest good checkpoint, or None if there are no checkpoints.
@@ -195,7 +194,7 @@ class Checkpoints:
         except Exception as error:  # a flipped byte can make orbax, zstd or JSON raise anything
             if 'RESOURCE_EXHAUSTED' in str(error):
                 raise  # does not mean that the checkpoint is damaged
-            return state, about, _problem(error)
+            return state, about, describe_problem(error)
         return state, about, None
 
     def _restore_state(self, step: int, target: Any, leaves: Mapping[str, Any]) -> Any:
@@ -242,24 +241,36 @@ class Checkpoints:
 
 
 def read_params(folder: str | os.PathLike, average: bool = True) -> tuple[Any, About]:
-    """Returns (weights, JSON object) of one checkpoint, `checkpoints/<step>`: the running average of the weights where
-    it has one and `average`, else the weights themselves.
+    """Returns (trained weights, JSON object) of one checkpoint, `checkpoints/<step>`: the running average of the
+    weights where it has one and `average`, else the weights themselves.
 
-    The weights are on one device of this process, whatever mesh they were saved from. The optimiser's state is not
-    read. Raises CheckpointError if the checkpoint is unreadable or damaged.
+    The optimiser's state is not read. See `read_tree`.
+    """
+
+    def chosen(leaves: Mapping[str, Any]) -> str:
+        return 'ema' if average and any(name.startswith('ema/') for name in leaves) else 'params'
+
+    return read_tree(folder, chosen)
+
+
+def read_tree(
+    folder: str | os.PathLike, chosen: Callable[[Mapping[str, Any]], str] = lambda _: ''
+) -> tuple[Any, About]:
+    """Returns (arrays, JSON object) of one checkpoint; of the field `chosen(leaves)`, empty: of all of it.
+
+    The arrays are on one device of this process, whatever mesh they were saved from. Raises CheckpointError if the
+    checkpoint is unreadable or damaged.
     """
     folder = files.for_arrays(folder, '')
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target: dict[str, Any] = {}
     try:
-        about = _about(folder)
-        averaged = average and any(name.startswith('ema/') for name in about['leaves'])
-        tree = 'ema' if averaged else 'params'
-        stored = {name: leaf for name, leaf in about['leaves'].items() if name.startswith(f'{tree}/')}
-        for name, leaf in stored.items():
-            *groups, last = name.split('/')
-            parent = functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, target)
-            parent[last] = jax.ShapeDtypeStruct(leaf['shape'], leaf['dtype'], sharding=sharding)
+        about = read_about(folder)
+        tree = chosen(about['leaves'])
+        stored = {name: leaf for name, leaf in about['leaves'].items() if not tree or name.startswith(f'{tree}/')}
+        target = trees.nested(
+            (name, jax.ShapeDtypeStruct(leaf['shape'], leaf['dtype'], sharding=sharding))
+            for name, leaf in stored.items()
+        )
         arguments = ocp.args.PyTreeRestore(
             target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
@@ -268,13 +279,13 @@ def read_params(folder: str | os.PathLike, average: bool = True) -> tuple[Any, A
     except CheckpointError:
         raise
     except Exception as error:  # no such step; or a flipped byte, which can make orbax or zstd raise anything
-        raise CheckpointError(f'{folder}: {_problem(error)}') from error
+        raise CheckpointError(f'{folder}: {describe_problem(error)}') from error
     if problem := checksums.difference(stored, checksums.describe(loaded)):
         raise CheckpointError(f'{folder}: {problem}')
-    return loaded[tree], about
+    return loaded[tree] if tree else loaded, about
 
 
-def _about(folder: pathlib.Path) -> About:
+def read_about(folder: pathlib.Path) -> About:
     """Returns the JSON object of a checkpoint. Raises Damaged if it is not what was saved, or of another step."""
     if folder.is_dir() and not is_complete(folder):
         raise CheckpointError(f'{folder}: it was not written to its end')
@@ -290,7 +301,7 @@ def _about(folder: pathlib.Path) -> About:
     return about
 
 
-def _problem(error: Exception) -> str:
+def describe_problem(error: Exception) -> str:
     """Returns what is wrong with a checkpoint, by an exception of its reader, and names the file if it is known."""
     file = getattr(error, 'filename', None)
     text = first_line(error) if isinstance(error, Damaged) else f'{type(error).__name__}: {first_line(error)}'

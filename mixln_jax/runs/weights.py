@@ -15,13 +15,17 @@ from mixln_jax import trees
 from mixln_jax.data import tokenizers
 from mixln_jax.models import families, hf, placements, transformer
 from mixln_jax.models.hf import config as hf_config
-from mixln_jax.models.hf import tensors
+from mixln_jax.models.hf import peft, tensors
 from mixln_jax.models.network import Network
-from mixln_jax.runs import best, checkpoint, checkpoint_folders
+from mixln_jax.program import lora, tuning
+from mixln_jax.runs import best, checkpoint, checkpoint_folders, checksums, frozen
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
 EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
+
+
+ADAPTER = 'adapter:'  # begins an init_from
 
 
 class Removed(UsageError):
@@ -38,7 +42,7 @@ class Weights:
         params: the tree of parameters, layers stacked; `transformer.split_layers` gives single ones.
         where: the folder that was read, of a run its `checkpoints/<step>`.
         step: updates that made the weights; None: of a Hugging Face folder.
-        config: of the run; None: of a Hugging Face folder.
+        config: of the run, `tune` apart: adapters are merged; None: of a Hugging Face folder.
         tokenizer: has `encode` and `decode`; None: of a Hugging Face folder that is no export of ours, whose own one
             `open_tokenizer` opens.
     """
@@ -70,7 +74,9 @@ class Weights:
         return _of_export(pathlib.Path(self.where)).get('data_mode')
 
 
-def load(path: str | os.PathLike, compute_dtype: str = 'float32', norm_position: str | None = None) -> Weights:
+def load(
+    path: str | os.PathLike, compute_dtype: str = 'float32', norm_position: str | None = None, merge: bool = True
+) -> Weights:
     """Opens weights for evaluation, analysis or export.
 
     Args:
@@ -78,6 +84,7 @@ def load(path: str | os.PathLike, compute_dtype: str = 'float32', norm_position:
             Hugging Face folder.
         compute_dtype: of the network; the weights keep their type.
         norm_position: placement of a Hugging Face folder that does not say it.
+        merge: whether adapters of a run become a part of its matrices; the config is then that of a run without.
 
     Raises:
         UsageError: nothing there, or a `norm_position` for a run or a BERT, which have their own; as `read_newest`.
@@ -93,11 +100,15 @@ def load(path: str | os.PathLike, compute_dtype: str = 'float32', norm_position:
     if norm_position:
         raise UsageError(f'--norm_position: {folder} is a run of ours, which knows its placement')
     folder, params, about = read_newest(path, checkpoint.read_params)
+    params = trees.join(params, frozen.read_here(folder.parents[1], about))
     config = configs.from_resolved(about['config'])
+    if merge:
+        params, config = lora.merged(params), dataclasses.replace(config, tune=configs.Tune())
     model = families.from_config(config.model, compute_dtype)
     model = model.clone(trained_steps=transformer.needed_step(model, about['step']))
     expected, shapes = (
-        {name: leaf.shape for name, leaf in trees.named_leaves(tree)} for tree in (model.shapes()['params'], params)
+        {name: leaf.shape for name, leaf in trees.named_leaves(tree)}
+        for tree in (model.shapes()['params'], lora.base(params))
     )
     for name in sorted(expected | shapes):
         if expected.get(name) != shapes.get(name):
@@ -115,7 +126,7 @@ def _of_export(folder: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     found = files.read_json(path, CheckpointError)
-    for name in ('data_mode', 'tokenizer'):
+    for name in ('data_mode', 'tokenizer', 'base'):
         if not isinstance(found.get(name), str | None):
             raise CheckpointError(f'{path}: {name} is not a text')
     return found
@@ -320,7 +331,7 @@ def initial(where: str, model: Network) -> Any:
     """Returns what `config.init_from` names as parameters of `model`, numpy arrays: no device needs to hold them all.
 
     Args:
-        where: `hf:FOLDER`, or what `load` opens as ours.
+        where: `hf:FOLDER`, `adapter:FOLDER` of peft, or what `load` opens as ours.
         model: the network that is to start from them. A Hugging Face folder that does not say its placement, as the
             authors' do not, is read under this network's.
 
@@ -330,10 +341,9 @@ def initial(where: str, model: Network) -> Any:
     """
     try:
         if where.startswith('hf:'):
-            folder = _hugging_face_folder(where, model.config.family)
-            found, stated = hf_config.read(folder / 'config.json')
-            _check_same(model, found, stated)
-            found, params = hf.read(folder, model.norm_position)
+            params = _of_hugging_face(_hugging_face_folder(where, model.config.family), model)
+        elif where.startswith(ADAPTER):
+            params = _of_adapter(files.local(where.removeprefix(ADAPTER), ''), model)
         elif checkpoint_folder(where):
             loaded = load(where)
             _check_same(model, loaded.model)
@@ -343,6 +353,38 @@ def initial(where: str, model: Network) -> Any:
     except (UsageError, CheckpointError) as error:
         raise type(error)(f'config.init_from={where}: {error}') from None
     return params
+
+
+def _of_hugging_face(folder: pathlib.Path, model: Network) -> Any:
+    found, stated = hf_config.read(folder / 'config.json')
+    _check_same(model, found, stated)
+    return hf.read(folder, model.norm_position)[1]
+
+
+def _of_adapter(folder: pathlib.Path, model: Network) -> Any:
+    """Returns the parameters of the base that a folder of peft names, with its adapters merged into them."""
+    config = peft.read_config(folder)
+    name = config.get(peft.BASE) or ''
+    candidates = [path for path in (pathlib.Path(name), folder / name) if (path / 'config.json').is_file()]
+    if not name or not candidates:
+        raise UsageError(
+            f'{folder / peft.CONFIG}: {peft.BASE}={name!r} is not a folder here: write there the folder of the weights '
+            'that were adapted'
+        )
+    params, about = (
+        _of_hugging_face(_hugging_face_folder(f'hf:{candidates[0]}', model.config.family), model),
+        _of_export(folder),
+    )
+    if about.get('base') and about['base'] != base_fingerprint(params, about.get('base_dtype')):
+        raise CheckpointError(f'{folder} was trained on another base than {candidates[0]}, which {peft.CONFIG} names')
+    return peft.merged(folder, config, model, params)
+
+
+def base_fingerprint(base: Any, dtype: Any) -> str:
+    """Returns the fingerprint of the weights that adapters adapt; `dtype`: config.tune.base_dtype."""
+    if dtype not in ('float32', 'bfloat16'):
+        raise CheckpointError(f'{EXPORT}: base_dtype={dtype!r} is not float32 or bfloat16')
+    return frozen.fingerprint(checksums.describe(tuning.in_base_dtype(base, dtype)))
 
 
 def _hugging_face_folder(where: str, family: str) -> pathlib.Path:
@@ -376,7 +418,7 @@ def ramp_offset(config: configs.Config) -> int:
         if where.startswith('hf:'):
             found, _ = hf_config.read(_hugging_face_folder(where, sizes.family) / 'config.json')
             return done if found.trained_steps is None else min(found.trained_steps, done)
-        if not (folder := checkpoint_folder(where)):
+        if where.startswith(ADAPTER) or not (folder := checkpoint_folder(where)):
             return 0  # `initial` says what is wrong
         earlier = configs.read(folder.parents[1] / 'config.json').model
         return min(earlier.ramp_start + int(folder.name), done)

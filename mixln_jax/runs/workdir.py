@@ -28,7 +28,8 @@ def short_names(folders: Iterable[str | os.PathLike]) -> list[str]:
     return ['/'.join(shortest(own)) for own in parts]
 
 
-WRITTEN = 'metrics.jsonl', 'tokenizer/*', 'environment.json', 'debug/*', 'profile/*'  # by a run, after config.json
+# What a run writes after config.json.
+WRITTEN = 'metrics.jsonl', 'tokenizer/*', 'environment.json', 'debug/*', 'profile/*', 'frozen/*'
 
 
 def resolved_config(config: configs.Config, model: Any) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def _remove_traces(workdir: pathlib.Path, new_folders: Sequence[pathlib.Path], o
     if {path.name for path in new} & {'debug', 'profile'}:
         return
     for path in new:
-        if path.name in ('checkpoints', 'tokenizer'):
+        if path.name in ('checkpoints', 'frozen', 'tokenizer'):
             shutil.rmtree(path, ignore_errors=True)
         elif (
             path.parent != workdir

@@ -57,7 +57,7 @@ class Language(Task):
 
     def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
         model = self.model
-        variables = {'params': self._read(params)}
+        variables = {'params': self._read(params), **context.collections}
         x, _ = model.apply(variables, batch, context.layer_mask, step=context.step, method='backbone')
         mesh = model.stream_sharding and model.stream_sharding.mesh
         total, count, aux = cross_entropy.token_losses(

@@ -57,7 +57,8 @@ class QuestionAnswering(Task):
 
     def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
         logits = jnp.stack(
-            self.model.apply({'params': params}, batch, context.layer_mask, step=context.step), axis=1
+            self.model.apply({'params': params, **context.collections}, batch, context.layer_mask, step=context.step),
+            axis=1,
         )  # [B,2,T]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['answer']).mean(-1)
         per_example = losses * batch['answer_mask']

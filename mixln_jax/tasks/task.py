@@ -5,6 +5,7 @@ A task knows what a batch holds, what its loss is and what its headline number i
 
 import abc
 import dataclasses
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,14 +23,14 @@ class Context(NamedTuple):
     """What a loss may depend on besides the weights and the batch.
 
     `layer_mask` [L] bool: layers that are False are the identity; None: all of them run. `train`: whether it is the
-    training loss. `frozen`: the weights of the state that are never updated. `step`: number of updates done, at which
-    ramps stand; None: the model's `trained_steps`.
+    training loss. `step`: number of updates done, at which ramps stand; None: the model's `trained_steps`.
+    `collections`: more variables of the network by the name of their flax collection, such as the keys of its dropout.
     """
 
     layer_mask: jax.Array | None = None
     train: bool = False
-    frozen: Any = None
     step: jax.Array | None = None
+    collections: Mapping[str, Any] = types.MappingProxyType({})
 
 
 EVALUATION = Context()
@@ -84,7 +85,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
-        """Returns the losses of a prepared batch; called inside jit."""
+        """Returns the losses of a prepared batch; called inside jit. `params`: all weights of the network."""
 
     @abc.abstractmethod
     def position_mask(self, batch: Mapping[str, Any]) -> Any:

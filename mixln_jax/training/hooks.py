@@ -118,7 +118,7 @@ class Saving(_Every):
             self.metrics.flush()
         if self.checkpoints.latest() != step:
             record = {'open_line': self.metrics.open_line, 'metrics': self.metrics.seal()}
-            self.checkpoints.save(step, state, self.about() | record)
+            self.checkpoints.save(step, state.own, self.about() | record)
             self._saved_at = time.monotonic()
         if wait:
             self.checkpoints.wait()

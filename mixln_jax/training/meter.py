@@ -188,7 +188,7 @@ class Meter:
         """Writes debug/: the bad step, the last two batches, and the norms of every layer's weights and gradients."""
         folder = self._workdir / 'debug'
         folder.mkdir(exist_ok=True)
-        weights, _ = jax.device_get(jax.jit(trees.layer_norms)(state.params))
+        weights, _ = jax.device_get(jax.jit(trees.layer_norms)(state.network))
         steps = []
         for number, batch, values in self._recent:
             np.savez(folder / f'batch_{number}.npz', **meshes.fetch(batch))

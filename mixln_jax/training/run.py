@@ -29,7 +29,7 @@ from mixln_jax.distributed import processes
 from mixln_jax.models import placements
 from mixln_jax.program.program import Program
 from mixln_jax.program.step import State
-from mixln_jax.runs import best, checkpoint, continuation, environment, log
+from mixln_jax.runs import best, checkpoint, continuation, environment, frozen, log
 from mixln_jax.runs.workdir import (
     check_folder,
     check_metrics,
@@ -92,7 +92,7 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
                 return
             data = open_data()
             _describe(program, data.training, verbose)
-            state, about = first_state(program, resolved, checkpoints, data.training.fingerprint, stop)
+            state, about = first_state(program, resolved, shared, checkpoints, data.training.fingerprint, stop)
             if checkpoints.latest() is not None:
                 check_metrics(shared, about, config.num_steps)
             records = _Records(shared, resolved, about, data, mesh, closing)
@@ -103,7 +103,7 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
         state = job.train(state, compile_sec, closing)
         processes.watch(0)
         del state  # makes room for what is read back
-        checkpoints.read_back(config.num_steps, program.state)
+        checkpoints.read_back(config.num_steps, program.state.own)
         console.say(log.summary_table(records.metrics.lines[-1], program.model.norm_position))
         console.say(
             f'weights, metrics and configuration are in {workdir}',
@@ -134,6 +134,7 @@ class _Records:
         closing: contextlib.ExitStack,
     ):
         self.shared, self.resolved, self.folder = shared, resolved, shared
+        self.frozen: str | None = None  # fingerprint of the weights that are not trained
         if jax.process_index():
             self.folder = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
         outputs.write_json(self.folder / 'config.json', resolved)
@@ -154,7 +155,9 @@ class _Records:
             shutil.rmtree(folder, ignore_errors=True)
         processes.barrier('debug')
         with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as checkpoints:
-            checkpoints.save(int(jax.device_get(state.step)), state, {'config': self.resolved})
+            checkpoints.save(
+                int(jax.device_get(state.step)), state.own, {'config': self.resolved, frozen.FOLDER: self.frozen}
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +182,7 @@ class _Job:
         closing.callback(processes.watch, 0)
         if first == 1 and program.model.measured() and not config.init_from:  # given weights have factors already
             state = program.measure_factors(state, to_devices(dataset[0]))
+        self.records.frozen = frozen.keep(self.records.shared, state.frozen)
         measuring = self._measuring(feed, eval_step)
         meter = self._meter(measuring, compile_sec)
         saving = hooks.Saving(
@@ -189,6 +193,7 @@ class _Job:
                 'tokens': meter.tokens,
                 'data': {'fingerprint': self.data.training.fingerprint},
                 'config': self.records.resolved,
+                frozen.FOLDER: self.records.frozen,
             },
             config.checkpoint.minutes,
             config.log_every,
@@ -300,16 +305,18 @@ def _open_data(config: configs.Config, task: Task) -> _Data:
 
 def _describe(program: Program, rows: Examples, verbose: bool) -> None:
     """Prints the devices, sizes and warnings that follow from the keys; with `verbose` also all parameters."""
-    config, mesh, model, params = program.config, program.mesh, program.model, program.state.params
+    config, mesh, model, params = program.config, program.mesh, program.model, program.state.network
     if verbose:
         console.say(parameter_overview.get_parameter_overview(params, include_stats=False))
     per_step = config.batch_size * config.seq_length
     numbers = {name: getattr(config.optim, name) for name in configs.PUBLISHED[config.optim.name]}
+    frozen_ones = program.num_frozen()
+    trained = f', {model.num_params(program.state.params):,} of them trained' if frozen_ones else ''
     attention = '; attention by cuDNN' if model.attention_kernel == 'cudnn' else ''
     console.say(
         f'{mesh.size} x {mesh.devices.flat[0].device_kind}{attention}'
         f'; placement {placements.spelled(model.norm_position)}\n'
-        f'{model.num_params(params):,} parameters{"" if verbose else " (--verbose lists them)"}\n'
+        f'{model.num_params(params):,} parameters{trained}{"" if verbose else " (--verbose lists them)"}\n'
         f'{per_step:,} positions a step, {per_step * config.num_steps:,} in {config.num_steps:,} steps, '
         f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows\n'
         f'optimiser {config.optim.name}: {", ".join(f"{name} {number:g}" for name, number in numbers.items()) or "-"}'

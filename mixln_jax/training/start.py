@@ -10,10 +10,11 @@ from typing import Any
 import jax
 
 from mixln_jax import config as configs
+from mixln_jax import trees
 from mixln_jax.models import placements
 from mixln_jax.program.program import Program
 from mixln_jax.program.step import State
-from mixln_jax.runs import checkpoint, continuation, weights
+from mixln_jax.runs import checkpoint, continuation, frozen, weights
 from mixln_jax.runs.continuation import ANOTHER, SCHEDULE, check_continues, check_same_run
 from mixln_jax.system import console
 from mixln_jax.system.errors import CheckpointError, UsageError
@@ -52,6 +53,7 @@ def with_num_steps(
 def first_state(
     program: Program,
     resolved: dict[str, Any],
+    workdir: pathlib.Path,
     checkpoints: checkpoint.Checkpoints,
     fingerprint: Mapping[str, Any],
     stop: Stop,
@@ -59,21 +61,22 @@ def first_state(
     """Returns the state to begin with and its JSON object.
 
     It is the newest good checkpoint, or else that of `resume_from`, or else a fresh state, with the weights of
-    `init_from` if that is given.
+    `init_from` if that is given. Frozen weights are those of the same run.
 
-    Raises UsageError if a checkpoint has seen other data or has another configuration.
+    Raises UsageError if a checkpoint has seen other data or has another configuration; CheckpointError if frozen
+    weights are missing or others.
     """
     config = program.config
     with stop.wait():  # an interrupted restore would look like damage
-        restored, name, way_out, own = checkpoints.restore(program.state), 'checkpoint', ANOTHER, True
+        restored, name, way_out, own = checkpoints.restore(program.state.own), 'checkpoint', ANOTHER, True
+        source = workdir
         if not restored and config.resume_from:
             name, way_out = f'config.resume_from={config.resume_from}: checkpoint', 'init_from takes its weights alone'
-            restored, own = _resume_from(config, program.state), False
+            (source, restored), own = _resume_from(config, program.state.own), False
     if not restored:
         state = program.init(jax.random.key(config.seed))
         if config.init_from:
-            params = weights.initial(config.init_from, program.model)
-            state = state.with_params(_placed(params, program.state.params))
+            state = _with_weights(state, weights.initial(config.init_from, program.model), program.state)
             console.say(f'mixln_jax: starts from the weights of {config.init_from}')
         return state, {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored
@@ -87,6 +90,8 @@ def first_state(
     ]
     if differ:
         raise UsageError(f'{name} has seen other data: {", ".join(differ)} differs; {way_out}')
+    with stop.wait():
+        state = dataclasses.replace(state, frozen=frozen.read(source, program.state.frozen, about))
     console.say(f'mixln_jax: goes on from step {about["step"]}')
     if not own and (rates := continuation.rates_around(about['step'], about['config'], resolved)):
         console.say(
@@ -95,28 +100,33 @@ def first_state(
     return state, about
 
 
-def _resume_from(config: configs.Config, like: Any) -> tuple[State, dict[str, Any]]:
-    """Returns (state, JSON object) of the checkpoint that `resume_from` names, which is not changed."""
+def _resume_from(config: configs.Config, like: Any) -> tuple[pathlib.Path, tuple[State, dict[str, Any]]]:
+    """Returns (folder of the run, (state, JSON object)) of the checkpoint that `resume_from` names, left as it is."""
 
     def read(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
         with contextlib.closing(checkpoint.Checkpoints(folder.parent, read_only=True)) as source:
             return source.read(int(folder.name), like)
 
     try:
-        _, state, about = weights.read_newest(config.resume_from, read)
+        folder, state, about = weights.read_newest(config.resume_from, read)
         if about['step'] == config.num_steps and about['open_line'] is None:
             raise UsageError(f'it is trained to its end, step {config.num_steps}')
         if about['step'] > config.num_steps:
             raise UsageError(f'it is at step {about["step"]}, after the last one (config.num_steps={config.num_steps})')
     except (UsageError, CheckpointError) as error:
         raise type(error)(f'config.resume_from={config.resume_from}: {error}') from None
-    return state, about
+    return folder.parents[1], (state, about)
 
 
-def _placed(params: Any, like: Any) -> Any:
-    """Returns arrays, which every process has whole, in the types and shardings of `like`."""
+def _with_weights(state: State, values: Any, like: State) -> State:
+    """Returns a fresh state with these weights, numpy arrays that every process has whole, in the types and shardings
+    of `like`; adapters stay as they were drawn."""
+    given = dict(trees.named_leaves(values))
 
-    def placed(values: Any, leaf: Any) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index].astype(leaf.dtype))
+    def placed(path: tuple, old: jax.Array, leaf: Any) -> jax.Array:
+        if (name := trees.path_name(path)) not in given:
+            return old
+        array = given[name]
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: array[at].astype(leaf.dtype))
 
-    return jax.tree.map(placed, params, like)
+    return state.with_network(jax.tree_util.tree_map_with_path(placed, state.network, like.network))

@@ -47,7 +47,7 @@ def test_values():
     bad, _ = update(state, batch | {'loss_mask': batch['loss_mask'] * np.nan})
     jax.tree.map(np.testing.assert_array_equal, bad.ema, state.ema)
     assert bad.bad_step == 4
-    half = state.with_params(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params))
+    half = state.with_network(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params))
     assert {leaf.dtype for leaf in jax.tree.leaves(half.ema)} == {jnp.dtype('float32')}
     for anew, weight in zip(leaves(half.ema), leaves(half.params), strict=True):
         np.testing.assert_array_equal(anew, weight)  # from given weights the average starts again

@@ -1,0 +1,82 @@
+"""What is trained of a network: which leaves, and in which of the layers."""
+
+import fnmatch
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mixln_jax import config as configs
+from mixln_jax import trees
+from mixln_jax.program import lora
+from mixln_jax.system.errors import UsageError
+
+LISA = 0x4C495341  # apart from the other random choices of a seed
+
+
+def split(network: Any, tune: configs.Tune) -> tuple[Any, Any]:
+    """Returns (the trained leaves, the frozen ones in `tune.base_dtype`) of a network; None: no leaf is frozen.
+
+    Norms, biases and the scales of adapters stay in float32. Raises UsageError for a pattern of `tune.train` that
+    matches no weight, and for patterns that match them all.
+    """
+    if tune.method != 'lora' and not tune.train:
+        return network, None
+    names = [name for name, _ in trees.named_leaves(lora.base(network))]
+    trained = _matching(names, tune.train) if tune.train else set()
+    params, frozen = trees.split(network, lambda name: name in trained or name.rpartition('/')[2] in lora.TRAINED)
+    return params, in_base_dtype(frozen, tune.base_dtype)
+
+
+def in_base_dtype(frozen: Any, dtype: str) -> Any:
+    """Returns frozen weights with matrices and embeddings in `dtype`, all others in float32."""
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype if path[-1].key in ('kernel', 'embedding') else 'float32')
+
+    return jax.tree_util.tree_map_with_path(cast, frozen)
+
+
+def _matching(names: list[str], patterns: str) -> set[str]:
+    trained: set[str] = set()
+    for pattern in (part.strip() for part in patterns.split(',')):
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise UsageError(
+                f'config.tune.train={patterns}: {pattern!r} matches no weight; --verbose lists them, such as {names[0]}'
+            )
+        trained |= {*matching}
+    if len(trained) == len(names):
+        raise UsageError(f'config.tune.train={patterns} matches every weight: leave it out, and all are trained')
+    return trained
+
+
+def drawn_layers(tune: configs.Tune, seed: int, step: jax.Array, num_layers: int) -> jax.Array | None:
+    """Returns which layers [L] train in the update after `step` updates; None: all of them in every update.
+
+    Pan et al. 2024 (LISA, arXiv 2403.17919), algorithm 1, as in LMFlow and OwLore: every `tune.interval` updates
+    `tune.layers` of them are drawn from (seed, step), uniformly without replacement.
+    """
+    if tune.method != 'lisa':
+        return None
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), LISA), step // tune.interval)
+    return jax.random.permutation(key, num_layers) < tune.layers
+
+
+def choose(drawn: jax.Array | None, new: Any, old: Any) -> Any:
+    """Returns `new`, with the layers that are not drawn as in `old`; both are parameters, or states of an optimiser of
+    them. `drawn`: see `drawn_layers`."""
+    if drawn is None:
+        return new
+    chosen, first = {}, 0
+    for number in range(len(new[trees.STACKED])):
+        name = f'segment_{number}'
+        before, after = old[trees.STACKED][name], new[trees.STACKED][name]
+        length = len(jax.tree.leaves(after)[0])
+        here, first = drawn[first : first + length], first + length
+
+        def pick(b: jax.Array, a: jax.Array, here: jax.Array = here) -> jax.Array:
+            return jnp.where(here.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+        chosen[name] = jax.tree.map(pick, before, after)
+    return {**new, trees.STACKED: chosen}

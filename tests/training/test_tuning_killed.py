@@ -1,0 +1,38 @@
+"""Runs of each method that are killed or stopped end as undisturbed ones, bit for bit."""
+
+import random
+import signal
+import time
+
+import killed_runs
+import pytest
+
+METHODS = {
+    'lora': {'tune.method': 'lora', 'tune.rank': 4, 'tune.dropout': 0.1},
+    'lisa': {'tune.method': 'lisa', 'tune.layers': 1},
+    'probe': {'tune.train': 'head/*'},
+}
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    """A run whose weights are to be fine-tuned."""
+    folder = tmp_path_factory.mktemp('base') / 'run'
+    killed_runs.finish(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', METHODS)
+def test_kills_and_signals(method, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(killed_runs, 'CHANGES', killed_runs.CHANGES | METHODS[method] | {'init_from': base})
+    killed_runs.finish(tmp_path / 'whole')
+    run, rng = tmp_path / 'run', random.Random(method)
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        process, log = killed_runs.start(run)
+        killed_runs.wait_for(process, log, 'step ', log.stat().st_size)
+        time.sleep(rng.uniform(0, 1))
+        process.send_signal(number)
+        process.wait(timeout=120)
+    killed_runs.finish(run)
+    killed_runs.assert_same_run(run, tmp_path / 'whole')
