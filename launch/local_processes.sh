@@ -2,7 +2,7 @@
 # Trains with N processes on this machine: launch/local_processes.sh N --config FILE [--workdir DIR] [...]
 # Each process gets its part of CUDA_VISIBLE_DEVICES if that is set; on CPUs JAX_NUM_CPU_DEVICES says how many devices
 # each one shows. Ends with 8 where one process says so, for then another was lost, else with the first exit code that is
-# not 0; Ctrl-C stops all behind the same step.
+# not 0; Ctrl-C stops all after the same step.
 set -euo pipefail
 
 if [[ $# -lt 1 || ! $1 =~ ^[1-9][0-9]*$ ]]; then

@@ -14,7 +14,7 @@ usage: $0 [--dry-run] COMMAND NAME [ARGUMENTS]
                       trains on all workers, in ~/mixln_jax, again after exit 8, 75 and 134;
                       DIR has to be a folder that all workers see, such as ../bucket/runs/mix1b
   tail    NAME        follows the log of worker 0
-  stop    NAME        stops all workers behind the same step, with everything saved
+  stop    NAME        stops all workers after the same step, with everything saved
   delete  NAME        deletes the slice
 
 ZONE (default us-central1-a) and PROJECT (default: gcloud's own) say where. --dry-run prints the commands of gcloud.

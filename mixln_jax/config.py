@@ -203,9 +203,6 @@ def _check_together(config: Config) -> None:
         raise UsageError(
             f'config.model.hidden_size={model.hidden_size} is not divisible by config.model.num_heads={model.num_heads}'
         )
-    if model.head_size % 2:
-        source = 'config.model.head_dim' if model.head_dim else 'config.model.hidden_size / num_heads'
-        raise UsageError(f'the head size {model.head_size} ({source}) must be even for rotary positions')
     if model.num_heads % model.kv_heads:
         raise UsageError(
             f'config.model.num_heads={model.num_heads} is not divisible by '

@@ -24,25 +24,27 @@ from mixln_jax.runs import weights
 from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli, console, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError
+from mixln_jax.tasks.build import TASKS
 
 
-def _text(found: Weights, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The line and JSON object without --tasks."""
-    values = evaluate_run(found, options.split, options.tokens, options.batch_size, options.data_path)
-    assert found.config is not None, 'evaluate_run refuses others'
-    split = options.split or found.config.eval.split
+def _text(loaded: Weights, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Returns the line and the JSON object of an evaluation on text, without --tasks."""
+    values = evaluate_run(loaded, options.split, options.tokens, options.batch_size, options.data_path)
+    assert loaded.config is not None, 'evaluate_run refuses others'
+    split = options.split or loaded.config.eval.split
     numbers = {name.removeprefix('eval/'): value for name, value in values.items()}
     tokens = numbers.pop('tokens')
-    said = '  '.join(f'{name.replace("_", " ")} {_number(name, value)}' for name, value in numbers.items())
-    return f'{split}: {said}  ({tokens:,} tokens)', {'split': split} | values
-
-
-def _number(name: str, value: float | None) -> str:
-    return '-' if value is None else format(value, '.2f' if name == 'perplexity' else '.4f')
+    task = TASKS[loaded.config.task.name]
+    decimals = {name: task.digits if name == task.headline else 4 for name in numbers}
+    shown = '  '.join(
+        f'{name.replace("_", " ")} {"-" if value is None else format(value, f".{decimals[name]}f")}'
+        for name, value in numbers.items()
+    )
+    return f'{split}: {shown}  ({tokens:,} tokens)', {'split': split} | values
 
 
 def _place(out: str) -> pathlib.Path:
-    """Where to write results. Raises UsageError for a file that is there and holds none."""
+    """Returns where to write results. Raises UsageError if a file there holds anything else."""
     path = outputs.resolve(out)
     try:
         ours = not path.exists() or {'checkpoint', 'step'} <= {*files.read_json(path, UsageError)}
@@ -54,7 +56,7 @@ def _place(out: str) -> pathlib.Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog='python -m mixln_jax.evaluate',
         description="Evaluates trained weights: on the run's own text, or in the lm-evaluation-harness.",
@@ -83,13 +85,13 @@ def main(argv: Sequence[str]) -> int:
             if options.out is not None:  # before anything is measured
                 closing.enter_context(outputs.writing(out := _place(options.out)))
             harness = open_harness(options)
-            found = weights.load(options.checkpoint, norm_position=options.norm_position)
-            if not (found.config or found.model.causal):
-                raise CheckpointError(f'{found.where} sees both sides of a token, so it does not predict the next one')
-            shown, values = harness(found)[1]() if harness else _text(found, options)
-            console.say(f'{found.where}', shown)
+            loaded = weights.load(options.checkpoint, norm_position=options.norm_position)
+            if not (loaded.config or loaded.model.causal):
+                raise CheckpointError(f'{loaded.where} sees both sides of a token, so it does not predict the next one')
+            shown, values = harness(loaded)[1]() if harness else _text(loaded, options)
+            console.say(f'{loaded.where}', shown)
             if options.out is not None:
-                outputs.write_json(out, {'checkpoint': found.where, 'step': found.step} | values)
+                outputs.write_json(out, {'checkpoint': loaded.where, 'step': loaded.step} | values)
 
     return cli.call(job, show_traceback='--traceback' in argv)
 

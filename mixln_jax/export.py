@@ -32,7 +32,7 @@ from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
 BESIDE = ('tokenizer*.json', 'tokenizer.model', 'spiece.model', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
 OWN = (*BESIDE, 'config.json', 'model*.safetensors*', 'modeling_*.py', 'tokenizer/*', weights.EXPORT)
-# The largest difference of a logit, as a share of the largest logit, and of the perplexity, as a share of it.
+# The largest allowed difference of a logit, as a share of the largest logit, and of the perplexity, as a share of it.
 BOUNDS = {'float32': 0.0, 'bfloat16': 0.05}
 
 
@@ -46,49 +46,49 @@ def export(
 ) -> None:
     """Writes the weights at `checkpoint`, which is anything that `weights.load` opens, into the folder `out`.
 
-    It is written next to `out`, read back and compared, and then renamed, so `out` is never half. Where `out` is a link
-    its target is written. Layers of `remove_layers`, see `weights.without_layers`, are left out.
+    It is written next to `out`, read back and compared, and then renamed, so `out` is never incomplete. If `out` is a
+    link, its target is written. Layers of `remove_layers` are left out; see `weights.without_layers`.
 
     Raises:
-        UsageError: `out` holds what is not an export, is the checkpoint, in it or around it, or is being written by
-            another process; options, or a network, that cannot be written.
-        CheckpointError: weights that cannot be read, or that are others when read back.
+        UsageError: `out` holds anything but an export, is the checkpoint, inside it or around it, or another process
+            writes it; options that do not fit, or a network that cannot be written.
+        CheckpointError: weights that cannot be read, or that differ when they are read back.
     """
     target = outputs.resolve(out)
     source = pathlib.Path(os.path.realpath(weights.find(checkpoint)[0]))
     if target in (source, *source.parents) or source in target.parents:
         raise UsageError(f'--out {target} and the checkpoint {source} are one, or one is inside the other')
     with outputs.replacing(target, _check_replaceable) as partial:
-        found = weights.load(checkpoint, norm_position=norm_position)
-        source = pathlib.Path(found.where)
-        if not found.model.causal:
-            family = found.model.config.family
+        loaded = weights.load(checkpoint, norm_position=norm_position)
+        source = pathlib.Path(loaded.where)
+        if not loaded.model.causal:
+            family = loaded.model.config.family
             raise CheckpointError(
                 f'{source}: a network of the family {family} cannot be written as a Hugging Face folder'
             )
         if remove_layers:
-            found = weights.without_layers(found, remove_layers)
-        about = {'max_position_embeddings': found.config.seq_length} if found.config else _about(source)
-        hf_llama.save(partial, found.model, found.params, found.tokenizer, dtype, max_shard_gb, about)
-        if not found.config:
+            loaded = weights.without_layers(loaded, remove_layers)
+        about = {'max_position_embeddings': loaded.config.seq_length} if loaded.config else _about(source)
+        hf_llama.save(partial, loaded.model, loaded.params, loaded.tokenizer, dtype, max_shard_gb, about)
+        if not loaded.config:
             for path in (path for pattern in BESIDE for path in source.glob(pattern)):
                 files.regular(path, CheckpointError)
                 shutil.copy(path, partial)
-        compared = _check(partial, found, dtype)
+        compared = _check(partial, loaded, dtype)
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file())
-        origin: dict[str, Any] = {'from': found.where, 'step': found.step, 'removed_layers': sorted({*remove_layers})}
-        origin |= {'data_mode': found.data_mode, 'dtype': dtype, 'versions': environment.versions()}
-        origin |= {'tokenizer': found.tokenizer.fingerprint if found.tokenizer else None}
+        origin: dict[str, Any] = {'from': loaded.where, 'step': loaded.step, 'removed_layers': sorted({*remove_layers})}
+        origin |= {'data_mode': loaded.data_mode, 'dtype': dtype, 'versions': environment.versions()}
+        origin |= {'tokenizer': loaded.tokenizer.fingerprint if loaded.tokenizer else None}
         outputs.write_json(partial / weights.EXPORT, origin | {'files': [*names, weights.EXPORT]})
     size = sum(path.stat().st_size for path in target.rglob('*'))
     console.say(f'{target}: {len(names) + 1} files, {size:,} bytes')
-    if found.tokenizer and not (target / 'tokenizer.json').exists():
+    if loaded.tokenizer and not (target / 'tokenizer.json').exists():
         console.say('its tokenizer cannot be said as a tokenizer.json; tokenizer/ holds it as it is')
     console.say(compared)
 
 
 def _check_replaceable(out: pathlib.Path) -> None:
-    """Raises UsageError for what is no folder, and for a folder with anything in it that no export has written."""
+    """Raises UsageError if `out` exists and is not a folder, or has anything in it that no export has written."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -96,8 +96,8 @@ def _check_replaceable(out: pathlib.Path) -> None:
     path, names = out / weights.EXPORT, set()
     if path.exists():
         with reading(path, UsageError, 'not readable'):
-            said = files.read_json(path, UsageError)['files']
-            names = {name for name in said if any(_matches(name, own) for own in OWN)}
+            listed = files.read_json(path, UsageError)['files']
+            names = {name for name in listed if any(_matches(name, own) for own in OWN)}
     ours = names | {str(pathlib.PurePath(name).parent) for name in names}
     for path in sorted(out.rglob('*')):
         name = str(path.relative_to(out))
@@ -110,36 +110,40 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _about(folder: pathlib.Path) -> dict[str, Any]:
-    """What a Hugging Face folder says for other tools."""
-    found = hf_config.read_json(folder / 'config.json')
-    return {name: found[name] for name in hf_llama.ABOUT if name in found}
+    """Returns what the config.json of a Hugging Face folder has for other tools."""
+    content = hf_config.read_json(folder / 'config.json')
+    return {name: content[name] for name in hf_llama.ABOUT if name in content}
 
 
-def _check(folder: pathlib.Path, found: Weights, dtype: str) -> str:
-    """Reads back what was written and compares logits [2,64,V] and perplexity on fixed tokens; what to say of it."""
-    ids = np.random.default_rng(0).integers(0, found.model.config.vocab_size, (2, 64), np.int32)
+def _check(folder: pathlib.Path, loaded: Weights, dtype: str) -> str:
+    """Returns a line for people, after a comparison of logits [2,64,V] and perplexity with those of the written folder.
+
+    Raises CheckpointError if they differ by more than BOUNDS.
+    """
+    ids = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, (2, 64), np.int32)
 
     def numbers(model: Any, params: Any) -> tuple[np.ndarray, float]:
         logits, _ = jax.jit(model.apply)({'params': params}, ids)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
         return np.asarray(logits), float(np.exp(loss))
 
-    (logits, perplexity), (written, again) = numbers(found.model, found.params), numbers(*hf_llama.load(folder))
-    largest, apart, bound = np.abs(logits).max(), np.abs(written - logits).max(), BOUNDS[dtype]
-    if not (apart <= bound * largest and abs(again - perplexity) <= bound * perplexity):  # also where one is NaN
+    logits, perplexity = numbers(loaded.model, loaded.params)
+    written, reread = numbers(*hf_llama.load(folder))
+    largest, gap, bound = np.abs(logits).max(), np.abs(written - logits).max(), BOUNDS[dtype]
+    if not (gap <= bound * largest and abs(reread - perplexity) <= bound * perplexity):  # also if one is NaN
         problem = (
-            f'read back, its logits differ by {apart:.3g} of {largest:.3g}; {dtype} may differ by a share of {bound}'
+            f'read back, its logits differ by {gap:.3g} of {largest:.3g}; {dtype} may differ by a share of {bound}'
         )
-        raise CheckpointError(f'{found.where}: {problem}{"" if dtype == "float32" else ": use --dtype float32"}')
-    same = 'identical' if np.array_equal(written, logits) and again == perplexity else f'equal up to {dtype}'
+        raise CheckpointError(f'{loaded.where}: {problem}{"" if dtype == "float32" else ": use --dtype float32"}')
+    same = 'identical' if np.array_equal(written, logits) and reread == perplexity else f'equal up to {dtype}'
     return (
-        f'read back and compared: {same} (on {ids.size} random tokens the largest difference of a logit {apart:.3g} '
-        f'(of {largest:.3g}), of the perplexity {abs(again - perplexity):.3g} (of {perplexity:.6g}))'
+        f'read back and compared: {same} (on {ids.size} random tokens the largest difference of a logit {gap:.3g} '
+        f'(of {largest:.3g}), of the perplexity {abs(reread - perplexity):.3g} (of {perplexity:.6g}))'
     )
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.export', description=__doc__, allow_abbrev=False)
     parser.add_argument(
         '--checkpoint', required=True, metavar='DIR', help='a run, one of its checkpoints/<step>, a Hugging Face folder'
@@ -159,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
 
     def job() -> None:
         options = cli.parse(parser, argv)
-        jax.config.update('jax_platforms', 'cpu')  # nothing here is worth waiting for a device
+        jax.config.update('jax_platforms', 'cpu')  # an export is not worth the wait for a device
         removed = [cli.parse_decimal(part) for part in cli.split_list(options.remove_layers or '')]
         if (options.remove_layers is not None and not removed) or None in removed:
             raise UsageError(f'--remove_layers {options.remove_layers!r}: numbers from 1 are needed, such as 3 or 3,4')

@@ -1,7 +1,7 @@
-"""What happened at a bad step: `python -m mixln_jax.replay --workdir DIR` runs the batches in DIR/debug once more.
+"""What happened at a bad step: `python -m mixln_jax.replay --workdir DIR` runs the batches in DIR/debug again.
 
-On one device, in float32 unless told otherwise, with the weights from before the bad step: per row the loss, per layer
-what the stream and the gradient were, and where the first number was not finite.
+It uses one device, float32 by default, and the weights from before the bad step. It prints the highest loss of a row,
+the size of the stream and of the gradient in each layer, and the first number that was not finite.
 """
 
 from mixln_jax.system.signals import stop
@@ -37,7 +37,7 @@ from mixln_jax.tasks.task import Batch, Context, Task
 
 
 def replay(folder: str, compute_dtype: str | None) -> None:
-    """Prints what the batches of a debug/ folder do. Raises UsageError where there is nothing to replay."""
+    """Prints what happens in the batches of a debug/ folder. Raises UsageError if there is nothing to replay."""
     debug = files.local(folder, '--workdir') / 'debug'
     stored = sorted(debug.glob('batch_[0-9]*.npz'), key=_number)
     steps = checkpoint.steps(debug / 'checkpoints')
@@ -49,7 +49,7 @@ def replay(folder: str, compute_dtype: str | None) -> None:
     task = _task(config, compute_dtype or 'float32')
     model = task.model
     console.say(f'weights of step {about["step"]}, {model.compute_dtype}, {len(model.norm_position)} layers')
-    of_batch = jax.jit(functools.partial(_look, task))
+    measured = jax.jit(functools.partial(_measured, task))
     for path in stored:
         before = transformer.needed_step(model, _number(path) - 1)  # updates done when it was trained on
         stored_batch: Any = read_batch(path, config)
@@ -57,15 +57,15 @@ def replay(folder: str, compute_dtype: str | None) -> None:
         micro = step.micro_batches(batch, config.accumulate)
         if _number(path) <= about['step']:
             console.say(f'\nbatch {_number(path)} came before these weights, which it has helped to make:')
-        found = [
-            jax.device_get(of_batch(params, jax.tree.map(lambda a, i=i: a[i], micro), before))
+        measurements = [
+            jax.device_get(measured(params, jax.tree.map(lambda a, i=i: a[i], micro), before))
             for i in range(config.accumulate)
         ]
-        _say(_number(path), model.norm_position, jax.tree.map(lambda *a: np.stack(a), *found))
+        _show(_number(path), model.norm_position, jax.tree.map(lambda *a: np.stack(a), *measurements))
 
 
 def _check_complete(folder: pathlib.Path, batches: Sequence[pathlib.Path]) -> None:
-    """Raises CheckpointError where the batch of the bad step, which report.json names, is missing."""
+    """Raises CheckpointError if the batch of the bad step, which report.json names, is missing."""
     try:
         report = files.read_json(folder / 'report.json', CheckpointError)
     except FileNotFoundError:
@@ -109,8 +109,9 @@ def _task(config: configs.Config, compute_dtype: str = 'float32') -> Task:
     return build.from_config(config, families.from_config(config.model, compute_dtype))
 
 
-def _look(task: Task, params: Any, batch: Batch, before: jax.Array | None) -> dict[str, jax.Array]:
-    """Loss of every row (nats a token), and per layer the largest norms of stream and branches and the gradient's."""
+def _measured(task: Task, params: Any, batch: Batch, before: jax.Array | None) -> dict[str, jax.Array]:
+    """Returns the losses of rows (nats per token), and for each layer the largest norms of stream and branches, and the
+    norm of the gradient."""
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
         _, out = task.model.apply({'params': params}, batch, capture=True, step=before, method='backbone')
@@ -129,9 +130,9 @@ def _look(task: Task, params: Any, batch: Batch, before: jax.Array | None) -> di
     }
 
 
-def _say(number: int, norm_position: Sequence[str], found: Mapping[str, np.ndarray]) -> None:
-    """`found`: arrays of `_look`, over micro-batches [A, ...]."""
-    rows = found['rows'].T.reshape(-1)  # micro-batch i has rows i, i + A, ...
+def _show(number: int, norm_position: Sequence[str], measurements: Mapping[str, np.ndarray]) -> None:
+    """Prints the arrays of `_measured`, stacked over micro-batches [A, ...]."""
+    rows = measurements['rows'].T.reshape(-1)  # micro-batch i has rows i, i + A, ...
     bad = np.flatnonzero(~np.isfinite(rows))
     highest = int(np.argmax(np.where(np.isfinite(rows), rows, -np.inf)))
     width = max(16, *map(len, norm_position))
@@ -141,13 +142,13 @@ def _say(number: int, norm_position: Sequence[str], found: Mapping[str, np.ndarr
         f'highest loss of a row {rows[highest]:.4f} (row {highest}), mean {np.mean(rows):.4f}',
         f'{"layer":>5}  {"placement":<{width}} {"attention adds":>14} {"MLP adds":>14} {"stream":>14} {"gradient":>14}',
     )
-    attention, mlp = np.moveaxis(found['branch'].max(axis=0), -1, 0)
-    stream, gradient = found['stream'].max(axis=0), found['gradient'].max(axis=0)
+    attention, mlp = np.moveaxis(measurements['branch'].max(axis=0), -1, 0)
+    stream, gradient = measurements['stream'].max(axis=0), measurements['gradient'].max(axis=0)
     for l, name in enumerate(norm_position):
         numbers = ' '.join(f'{value:14.6g}' for value in (attention[l], mlp[l], stream[l], gradient[l]))
         console.say(f'{l + 1:>5}  {name:<{width}} {numbers}')
     for l in range(len(norm_position)):
-        for what, value in (('attention', attention[l]), ('MLP', mlp[l]), ('stream behind', stream[l])):
+        for what, value in (('attention', attention[l]), ('MLP', mlp[l]), ('stream after', stream[l])):
             if not np.isfinite(value):
                 console.say(f'the first number that is not finite: {what} of layer {l + 1}')
                 return
@@ -158,7 +159,7 @@ def _number(path: pathlib.Path) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.replay', description=__doc__, allow_abbrev=False)
     parser.add_argument('--workdir', required=True, metavar='DIR', help='of a run that ended with exit code 6')
     parser.add_argument('--compute_dtype', choices=('float32', 'bfloat16'), help='type of activations [float32]')

@@ -183,7 +183,7 @@ class TestRecords:
 
 
 class TestResume:
-    # Looks 0-3: start; 4-6: steps 1 to 3; 7-9: evaluation 3; 10-13: analyses 3; 14: behind them; 15-25, 26-34 likewise.
+    # Looks 0-3: start; 4-6: steps 1 to 3; 7-9: evaluation 3; 10-13: analyses 3; 14: after them; 15-25, 26-34 likewise.
     @pytest.mark.parametrize('looks', [3, 4, 6, 7, 10, 13, 14, 15, 24, 34])
     def test_a_signal_at_any_point_changes_nothing(self, corpus, finished, tmp_path, looks):
         """Wherever the run looks for a signal (start, compilation, step, evaluation, save) it may stop there."""

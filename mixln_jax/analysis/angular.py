@@ -1,6 +1,6 @@
 """Angular distance between the residual stream at any two depths: `python -m mixln_jax.analysis.angular`.
 
-A layer whose stream hardly turns, d(x_{l-1}, x_l) near 0, does little; many such layers are the sign of wasted depth
+A layer that hardly turns the stream, d(x_{l-1}, x_l) near 0, does little; many such layers are a sign of wasted depth
 (Mix-LN, Figures 2, 3 and 5).
 """
 
@@ -36,7 +36,7 @@ SOURCE = 'Gromov et al. 2024 (arXiv 2403.17887), equation 4; Mix-LN (arXiv 2412.
 
 @functools.partial(jax.jit, static_argnames='task')
 def _distances(params: Any, batch: Batch, step: jax.Array | None, *, task: Task) -> Any:
-    """Sums over the positions of each row [B,L+1,L+1], and their number [B]."""
+    """Returns sums over the positions of each row [B,L+1,L+1], and the number of these positions [B]."""
     _, out = task.model.apply({'params': params}, batch, capture=True, step=step, method='backbone')
     mask = command.position_mask(task, batch)
     return command.everywhere((statistics.distance_matrix(out['hidden'], mask), mask.sum(-1)), task.model)
@@ -62,28 +62,28 @@ def measure(
 
 
 def whole(numbers: Mapping[str, Any]) -> list[Any]:
-    """What must be finite."""
+    """Returns what must be finite."""
     return [numbers['distance']['mean']]
 
 
 def columns(result: Mapping[str, Any]) -> dict[str, Any]:
-    """{title: [L]} of an entry of result.json."""
+    """Returns the columns {title: [L]} of an entry of result.json."""
     matrix = result['distance']['mean']
     return {'angular distance': [matrix[l][l + 1] for l in range(len(matrix) - 1)]}
 
 
 def draw(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-    """{name: figure} of a result.json's results."""
+    """Returns {name: figure} of the results in a result.json."""
     return {NAME: figures.angular(results)}
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """What this job takes besides."""
+    """Adds the options of this job."""
     add('--positions', choices=('all', 'last'), default='all', help='tokens that count, or the last of each row [all]')
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
 
     def work(subject: Subject, options: argparse.Namespace, sample: command.Sample) -> dict[str, Any]:
         batches = sample.batches(last=options.positions == 'last')

@@ -1,4 +1,4 @@
-"""What the analyses share: options, opening, progress, result.json and figures.
+"""The command that all analyses share: its options, progress bars, result.json and figures.
 
 A job is a module with NAME, DEFINITION, UNIT, SOURCE, `measure` (numbers of one network), `whole` (those of them that
 must be finite), `draw` (figures of many networks) and `columns` (what its table shows by layer).
@@ -32,7 +32,8 @@ TOKENS, BATCH_SIZE = 65_536, 8
 
 
 def everywhere(values: Any, model: Network) -> Any:
-    """Inside jit: `values` whole on every device of the model's mesh, so that every process can read them."""
+    """Returns `values` whole on every device of the model's mesh, so that every process can read them; for use inside
+    jit."""
     return jax.lax.with_sharding_constraint(values, meshes.replicated(_sharding(model).mesh))
 
 
@@ -43,7 +44,7 @@ def _sharding(model: Network) -> jax.sharding.NamedSharding:
 
 
 def position_mask(task: Task, batch: Mapping[str, Any]) -> Any:
-    """Inside jit: [B,T], the positions of a batch that count: those that a sample has chosen, else the task's."""
+    """Returns a mask [B,T] of the positions of a batch that count: those that a sample has chosen, else the task's."""
     return batch.get('position_mask', task.position_mask(batch))
 
 
@@ -51,28 +52,29 @@ def by_row(compiled: Callable[[Any], Any], model: Network, batches: Iterable[Map
     """Runs a function on batches of numpy arrays.
 
     Args:
-        compiled: batch on the devices -> (a tree of sums over each row's positions [B,...], how many [B] they are of).
-        model: says where a batch's rows lie.
-        batches: iterable, see samples.sample.
+        compiled: takes a batch on the devices; returns a tree of sums over the positions of each row [B,...], and the
+            number of these positions [B].
+        model: determines how the rows of a batch are sharded.
+        batches: batches of numpy arrays; see samples.sample.
 
     Returns:
         (tree [R,...] of all rows, counts [R]).
     """
     rows = [jax.device_get(compiled(meshes.to_devices(batch, _sharding(model)))) for batch in batches]
-    return jax.tree.map(lambda *of_batches: np.concatenate(of_batches), *rows)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
 
 class Sample:
-    """What a network is measured on, by the options of a command; `about` says what it was."""
+    """The sample that a network is measured on, which the options of a command choose; `about` describes it."""
 
     def __init__(self, subject: subjects.Subject, options: argparse.Namespace, label: str):
-        """`label`: of the progress bar."""
+        """Opens nothing yet; `label` is that of the progress bar."""
         self._subject, self._options, self._label = subject, options, label
         self.about: dict[str, Any] = {}
 
     @functools.cached_property
     def examples(self) -> Examples:
-        """All of the questions or of the text."""
+        """All rows of the questions or of the text."""
         options = self._options
         if options.squad:
             examples: Examples = samples.questions(self._subject, options.squad, options.seq_length)
@@ -83,7 +85,7 @@ class Sample:
         return examples
 
     def batches(self, last: bool = False) -> Iterable[dict[str, np.ndarray]]:
-        """Returns batches, see samples.sample, with a progress bar."""
+        """Returns the batches of the sample, in a progress bar; see samples.sample."""
         options, parts = self._options, subjects.parts(self._options.batch_size)
         taken = self._subject.task, self.examples, options.tokens or TOKENS, options.batch_size
         batches = samples.sample(*taken, last, parts)
@@ -99,16 +101,17 @@ def run(
     add_options: Callable[[Callable[..., Any]], None] = lambda add: None,
     check: Callable[[argparse.Namespace], None] = lambda options: None,
 ) -> int:
-    """A job's command; returns its exit code.
+    """Runs the command of a job; returns its exit code.
 
-    What can be checked is checked before anything is measured; a network that is not finite hides no other.
+    Options and folders are checked before anything is measured. The other networks are measured even if the numbers of
+    one are not finite.
 
     Args:
         job: the module.
         work: (Subject, options, Sample) -> the numbers of one network, a dict.
-        argv: words of the command.
-        add_options: (add_argument), for options of the job's own.
-        check: (options), raises UsageError for those.
+        argv: arguments of the command.
+        add_options: adds the job's own options, given the parser's `add_argument`.
+        check: checks them; raises UsageError.
     """
     parser = argparse.ArgumentParser(
         prog=f'python -m mixln_jax.analysis.{job.NAME}',
@@ -160,7 +163,7 @@ def _measure_all(
     options: argparse.Namespace,
     by_folder: Mapping[pathlib.Path, Sequence[subjects.Place]],
 ) -> None:
-    """Measures, writes and draws; one problem with a network hides no other."""
+    """Measures, writes and draws; the other networks are measured even if there is a problem with one."""
     problems = []
     for folder, places in by_folder.items():
         results = []
@@ -193,7 +196,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _folder(job: Any, options: argparse.Namespace, place: subjects.Place) -> pathlib.Path:
-    """Where the results of a checkpoint go."""
+    """Returns the folder for the results of a checkpoint."""
     if options.out is not None:
         return outputs.resolve(options.out)
     if not place.run:
@@ -202,7 +205,7 @@ def _folder(job: Any, options: argparse.Namespace, place: subjects.Place) -> pat
 
 
 def _check_free(job: Any, folder: pathlib.Path) -> None:
-    """Raises UsageError where another job's results are in a folder, or what is no result."""
+    """Raises UsageError if a folder has the results of another job, or takes a figure's name for another file."""
     if (other := _written(folder).get('job', job.NAME)) != job.NAME:
         raise UsageError(f'--out {folder} has the results of mixln_jax.analysis.{other}; give another folder')
     if not _is_ours(folder, job.NAME):
@@ -210,39 +213,41 @@ def _check_free(job: Any, folder: pathlib.Path) -> None:
 
 
 def _written(folder: pathlib.Path) -> dict[str, Any]:
-    """What result.json in a folder says, {} where there is none."""
+    """Returns the content of a folder's result.json; {} if there is none."""
     path = folder / 'result.json'
     problem = 'not the result of an analysis; give another folder as --out'
-    found = files.read_json(path, UsageError, problem) if path.exists() else {}
-    if found and not isinstance(found.get('job'), str):
+    content = files.read_json(path, UsageError, problem) if path.exists() else {}
+    if content and not isinstance(content.get('job'), str):
         raise UsageError(f'{path}: {problem}')
-    return found
+    return content
 
 
 def _is_ours(folder: pathlib.Path, name: Any) -> bool:
-    """Whether an analysis may write or remove a figure of this name in a folder: nothing is there, or what one drew.
+    """Returns whether an analysis may write or remove a figure of this name: it does not exist, or an analysis drew it.
 
-    Names come from a result.json too, which may say anything."""
+    Names come from a result.json too, which may contain anything.
+    """
     if not isinstance(name, str) or pathlib.PurePath(name).parts != (name,) or name == '..':
         return False
-    figure = [folder / f'{name}.{suffix}' for suffix in ('png', 'svg')]
-    there = [path for path in figure if os.path.lexists(path)]
-    return not there or all(path.is_file() and not path.is_symlink() for path in there) and figures.is_drawn(figure[1])
+    paths = [folder / f'{name}.{suffix}' for suffix in ('png', 'svg')]
+    existing = [path for path in paths if os.path.lexists(path)]
+    plain = all(path.is_file() and not path.is_symlink() for path in existing)
+    return not existing or plain and figures.is_drawn(paths[1])
 
 
 def _result(
     job: Any, place: subjects.Place, options: argparse.Namespace, work: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
-    """The entry of one network in result.json. Raises NumericsError where it is not finite."""
+    """Returns the entry of one network in result.json. Raises NumericsError if it is not finite."""
     subject = subjects.open_subject(place, options.norm_position, options.batch_size, options.data_path)
     sample = Sample(subject, options, place.label)
     numbers = work(subject, options, sample)
     if not all(np.isfinite(part).all() for part in job.whole(numbers)):
-        raise NumericsError(f'{subject.found.where}: its {job.NAME} is not finite')
+        raise NumericsError(f'{subject.weights.where}: its {job.NAME} is not finite')
     result = {
         'label': place.label,
-        'checkpoint': subject.found.where,
-        'step': subject.found.step,
+        'checkpoint': subject.weights.where,
+        'step': subject.weights.step,
         'norm_position': list(subject.model.norm_position),
         'layer_index': list(subject.model.layer_index),
     }
@@ -250,7 +255,7 @@ def _result(
 
 
 def _write(job: Any, folder: pathlib.Path, results: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Writes what has been measured so far."""
+    """Writes result.json with what has been measured so far."""
     kept = {name: value for name, value in vars(options).items() if name not in ('checkpoint', 'out', 'traceback')}
     content = {
         'job': job.NAME,
@@ -266,24 +271,24 @@ def _write(job: Any, folder: pathlib.Path, results: Sequence[dict[str, Any]], op
 
 
 def _draw(job: Any, folder: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
-    """Writes the figures, in place of those of an earlier result."""
-    made, content = job.draw(results), _written(folder)
-    for name in made:
+    """Writes the figures; those of an earlier result are removed."""
+    drawn, content = job.draw(results), _written(folder)
+    for name in drawn:
         if not _is_ours(folder, name):
             raise UsageError(f'--out {folder}: {name}.png or .svg there is no figure of ours; result.json is written')
-    for name, figure in made.items():
+    for name, figure in drawn.items():
         figures.save(figure, folder, name)
     before = content['figures'] if isinstance(content['figures'], list) else []
     for name in before:
-        if _is_ours(folder, name) and name not in made:
+        if _is_ours(folder, name) and name not in drawn:
             for suffix in ('png', 'svg'):
                 (folder / f'{name}.{suffix}').unlink(missing_ok=True)
-    outputs.write_json(folder / 'result.json', content | {'figures': sorted(made)})
-    console.say(f'{folder}: result.json, {", ".join(f"{name}.png" for name in sorted(made))} (.svg)')
+    outputs.write_json(folder / 'result.json', content | {'figures': sorted(drawn)})
+    console.say(f'{folder}: result.json, {", ".join(f"{name}.png" for name in sorted(drawn))} (.svg)')
 
 
 def _table(result: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> Iterator[str]:
-    """A line a layer, of {title: [L]}."""
+    """Yields the lines of a table of `columns` {title: [L]}: a head, then one line for each layer."""
     about = f' step {result["step"]}' if result['step'] is not None else ''
     yield f'{result["checkpoint"]},{about} on {result["tokens"]:,} tokens of {result["rows"]:,} rows'
     width = max(16, *map(len, result['norm_position']))
@@ -295,5 +300,5 @@ def _table(result: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> I
 
 
 def _plain(value: Any) -> Any:
-    """numpy's numbers and arrays as Python's."""
+    """Returns numpy's numbers and arrays as Python's; other values as they are."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

@@ -1,6 +1,6 @@
 """The change without each layer of a network: `python -m mixln_jax.analysis.drop`.
 
-Every layer, and with --blocks every block of n neighbours, is removed in turn by a mask, so one compilation does for
+Every layer, and with --blocks every block of n neighbours, is removed in turn by a mask, so one compilation serves
 all (Mix-LN, Figures 2 and 3). `python -m mixln_jax.export --remove_layers` writes such a network.
 """
 
@@ -41,15 +41,15 @@ SOURCE = 'Mix-LN (arXiv 2412.13795), section 3 and Figures 2, 3; Gromov et al. 2
 
 
 def masks(layers: int, block: int = 1) -> np.ndarray:
-    """[L-block+1, L] bool: which layers stay when each block of neighbours is removed in turn."""
-    at = np.arange(layers)
+    """Returns [L-block+1, L] bool: which layers stay when each block of neighbours is removed in turn."""
+    numbers = np.arange(layers)
     first = np.arange(layers - block + 1)[:, None]
-    return (at < first) | (at >= first + block)
+    return (numbers < first) | (numbers >= first + block)
 
 
 @functools.partial(jax.jit, static_argnames='task')
 def _losses(params: Any, batch: Batch, layer_masks: jax.Array, step: jax.Array | None, *, task: Task) -> Any:
-    """Summed losses of each row [B,K], with the layers of each of `layer_masks` [K,L], and what to divide by [B]."""
+    """Returns summed losses of each row [B,K], one for each of `layer_masks` [K,L], and what to divide them by [B]."""
 
     def losses(layer_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         losses = task.losses(params, batch, Context(layer_mask, step=step))
@@ -66,11 +66,12 @@ def measure(
     blocks: Sequence[int] = (1,),
     step: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """Returns the loss with and without layers, and the perplexity where it is the task's headline; arguments as those
-    of angular.measure.
+    """Returns the loss with and without layers, and the headline of a task where it is a function of the loss.
+
+    Arguments as those of angular.measure.
 
     Returns:
-        {'loss', 'perplexity'}: {'value', 'standard_error', 'drop': {block: {'mean', 'standard_error'}, [L-block+1]}}.
+        {'loss', headline}: {'value', 'standard_error', 'drop': {block: {'mean', 'standard_error'}, [L-block+1]}}.
     """
     L = len(task.model.norm_position)
     removed = [masks(L, block) for block in blocks]
@@ -79,25 +80,22 @@ def measure(
     sums, weights = command.by_row(
         lambda batch: _losses(params, batch, layer_masks, step, task=task), task.model, batches
     )
-    metrics = statistics.drops(sums, weights)
-    return {
-        name: metric | {'drop': _by_block(metric['drop'], blocks, L)}
-        for name, metric in metrics.items()
-        if name in ('loss', task.headline)
-    }
+    of_loss = {task.headline: task.headline_of_loss} if task.headline_of_loss else {}
+    metrics = statistics.drops(sums, weights, of_loss)
+    return {name: metric | {'drop': _by_block(metric['drop'], blocks, L)} for name, metric in metrics.items()}
 
 
 def _by_block(drop: Mapping[str, np.ndarray], blocks: Sequence[int], layers: int) -> dict[str, Any]:
-    """A drop of all removals, one after the other, as {size of block: drop}."""
+    """Returns a drop of all removals, one after the other, as {size of block: drop}."""
     ends = np.cumsum([layers - block + 1 for block in blocks])[:-1]
     split = {name: np.split(values, ends) for name, values in drop.items()}
-    return {str(block): {name: parts[at] for name, parts in split.items()} for at, block in enumerate(blocks)}
+    return {str(block): {name: parts[i] for name, parts in split.items()} for i, block in enumerate(blocks)}
 
 
-def of_questions(
+def measure_scores(
     evaluate: Callable[[np.ndarray], Mapping[str, np.ndarray]], layers: int, blocks: Sequence[int]
 ) -> dict[str, Any]:
-    """Drops of scores that each question has, one evaluation a network.
+    """Returns the drops of scores that every question has; each network is evaluated once.
 
     Args:
         evaluate: (keep [L] bool) -> {metric: [Q] in 0..1}.
@@ -108,26 +106,25 @@ def of_questions(
         As `measure`, by metric, in percent. Errors are those of paired questions.
     """
     keeps = np.concatenate([np.ones((1, layers), bool), *(masks(layers, block) for block in blocks)])
-    made, found = [evaluate(keep) for keep in tqdm(keeps, desc='networks', leave=False, disable=None)], {}
-    for name in made[0]:
-        scores = 100 * np.stack([of_network[name] for of_network in made], axis=-1)
-        one = np.ones(len(scores))
-        whole, drop = (
-            statistics.mean_and_error(scores[:, 0], one),
-            statistics.mean_and_error(scores[:, 1:] - scores[:, :1], one),
-        )
-        found[name] = {
+    evaluations = [evaluate(keep) for keep in tqdm(keeps, desc='networks', leave=False, disable=None)]
+    metrics = {}
+    for name in evaluations[0]:
+        scores = 100 * np.stack([evaluation[name] for evaluation in evaluations], axis=-1)
+        counts = np.ones(len(scores))
+        whole = statistics.mean_and_error(scores[:, 0], counts)
+        drop = statistics.mean_and_error(scores[:, 1:] - scores[:, :1], counts)
+        metrics[name] = {
             'value': whole['mean'],
             'standard_error': whole['standard_error'],
             'drop': _by_block(drop, blocks, layers),
         }
-    return found
+    return metrics
 
 
-def of_evaluations(
+def measure_metrics(
     evaluate: Callable[[np.ndarray], Mapping[str, tuple[float, float]]], layers: int, blocks: Sequence[int]
 ) -> dict[str, Any]:
-    """Drops of any metrics, one evaluation a network.
+    """Returns the drops of any metrics; each network is evaluated once.
 
     Args:
         evaluate: (keep [L] bool) -> {metric: (value, standard error or NaN)}.
@@ -140,31 +137,31 @@ def of_evaluations(
     """
     whole = evaluate(np.ones(layers, bool))
     pruned = {block: [evaluate(keep) for keep in masks(layers, block)] for block in blocks}
-    found = {}
+    metrics = {}
     for name, (value, error) in whole.items():
-        every = [each[name] for of_block in pruned.values() for each in of_block]
+        without = [evaluation[name] for evaluations in pruned.values() for evaluation in evaluations]
         drop = {
-            'mean': np.array([without - value for without, _ in every]),
-            'standard_error': np.array([math.hypot(of, error) for _, of in every]),
+            'mean': np.array([pruned_value - value for pruned_value, _ in without]),
+            'standard_error': np.array([math.hypot(pruned_error, error) for _, pruned_error in without]),
         }
-        found[name] = {'value': value, 'standard_error': error, 'drop': _by_block(drop, blocks, layers)}
-    return found
+        metrics[name] = {'value': value, 'standard_error': error, 'drop': _by_block(drop, blocks, layers)}
+    return metrics
 
 
 def whole(numbers: Mapping[str, Any]) -> list[Any]:
-    """What must be finite: the network with all its layers."""
+    """Returns what must be finite: the metrics of the network with all its layers."""
     return [metric['value'] for metric in numbers['metrics'].values()]
 
 
 def columns(result: Mapping[str, Any]) -> dict[str, Any]:
-    """{title: [L]} of an entry of result.json."""
-    found = result['metrics'].items()
-    return {f'change in {name}': metric['drop']['1']['mean'] for name, metric in found if '1' in metric['drop']}
+    """Returns the columns {title: [L]} of an entry of result.json."""
+    metrics = result['metrics'].items()
+    return {f'change in {name}': metric['drop']['1']['mean'] for name, metric in metrics if '1' in metric['drop']}
 
 
 def draw(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-    """{name: figure} of a result.json's results: a chart of every metric but the loss, by size of block."""
-    metrics = {name: set(found['drop']) for result in results for name, found in result['metrics'].items()}
+    """Returns {name: figure} of the results in a result.json: a chart of every metric but the loss and block."""
+    metrics = {name: set(metric['drop']) for result in results for name, metric in result['metrics'].items()}
     return {
         '_'.join([name.replace('/', '_'), *([block] if block != '1' else [])]): figures.drop(
             [result for result in results if block in result['metrics'].get(name, {}).get('drop', ())], name, int(block)
@@ -182,7 +179,7 @@ def add_options(add: Callable[..., Any]) -> None:
 
 
 def _blocks(text: str) -> list[int]:
-    """The numbers of --blocks."""
+    """Returns the numbers of --blocks. Raises UsageError if they are not distinct positive integers."""
     blocks = [cli.parse_decimal(part) or 0 for part in cli.split_list(text)]
     if min(blocks, default=0) < 1 or len(set(blocks)) < len(blocks):
         raise UsageError(f'--blocks {text}: give distinct integers, at least 1')
@@ -190,21 +187,21 @@ def _blocks(text: str) -> list[int]:
 
 
 def _tasks(subject: Subject, harness: Callable[..., Any]) -> Callable[[np.ndarray], dict[str, tuple[float, float]]]:
-    """(keep) -> {task/metric: (value, standard error)} in the harness."""
-    model, evaluate = harness(subject.found)
+    """Returns a function (layer_mask) -> {task/metric: (value, standard error)} that evaluates in the harness."""
+    model, evaluate = harness(subject.weights)
 
-    def of(layer_mask: np.ndarray) -> dict[str, tuple[float, float]]:
-        model.layer_mask, found = layer_mask, {}  # the harness has a mesh of its own
+    def metrics(layer_mask: np.ndarray) -> dict[str, tuple[float, float]]:
+        model.layer_mask, pairs = layer_mask, {}  # the harness has a mesh of its own
         for task, values in evaluate()[1]['results'].items():
             for key, value in values.items():
                 metric, _, filtered = key.partition(',')
                 if isinstance(value, float) and not metric.endswith('_stderr'):
                     error = values.get(f'{metric}_stderr,{filtered}')
                     name = f'{task}/{metric}' + (f',{filtered}' if filtered != 'none' else '')
-                    found[name] = value, error if isinstance(error, float) else math.nan
-        return found
+                    pairs[name] = value, error if isinstance(error, float) else math.nan
+        return pairs
 
-    return of
+    return metrics
 
 
 def _scores(subject: Subject, options: argparse.Namespace, examples: Any, blocks: Sequence[int]) -> dict[str, Any]:
@@ -214,13 +211,13 @@ def _scores(subject: Subject, options: argparse.Namespace, examples: Any, blocks
         assert subject.task.score is not None
         return subject.task.score(subject.params, examples, options.batch_size, layer_mask)
 
-    metrics = of_questions(score, len(subject.model.norm_position), blocks)
+    metrics = measure_scores(score, len(subject.model.norm_position), blocks)
     tokens = int(subject.task.position_mask(examples.batch(range(len(examples)))).sum())
     return {'tokens': tokens, 'rows': len(examples), 'questions': len(examples.questions), 'metrics': metrics}
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     harness = None
 
     def check(options: argparse.Namespace) -> None:
@@ -234,12 +231,12 @@ def main(argv: Sequence[str]) -> int:
     def work(subject: Subject, options: argparse.Namespace, sample: command.Sample) -> dict[str, Any]:
         L, blocks = len(subject.model.norm_position), _blocks(options.blocks)
         if max(blocks) > L:
-            raise UsageError(f'--blocks {options.blocks}: {subject.found.where} has {L} layers')
+            raise UsageError(f'--blocks {options.blocks}: {subject.weights.where} has {L} layers')
         if subject.task.score:
             return _scores(subject, options, sample.examples, blocks)
         metrics = measure(subject.task, subject.params, sample.batches(), blocks)
         if harness:
-            metrics |= of_evaluations(_tasks(subject, harness), L, blocks)
+            metrics |= measure_metrics(_tasks(subject, harness), L, blocks)
         return {'metrics': metrics}
 
     return command.run(sys.modules[__name__], work, argv, add_options, check)

@@ -19,17 +19,23 @@ PICTURES = {'analysis/angular_matrix': lambda matrix: figures.image(figures.heat
 
 
 class Analyses:
-    """Calling it with the weights and the step that they are of gives the values of a metrics line.
+    """Measures weights at their step: a call returns the values of a metrics line.
 
-    Lists have a number a layer: `analysis/angular_distance` across the layer, `analysis/perplexity_drop` without
-    it (`loss_drop` where the task has no perplexity),
-    `analysis/grad_norm` of the sample's mean loss, `analysis/variance` of the stream behind it,
-    `analysis/contribution_attention` and `_mlp`; `analysis/angular_matrix` is [L+1,L+1] between any two depths.
+    Lists have a number for each layer: `analysis/angular_distance` across it, `analysis/<headline>_drop` without it (of
+    language modelling `perplexity_drop`; `loss_drop` where the headline is not a function of the loss),
+    `analysis/grad_norm` of the sample's mean loss, `analysis/variance` of the stream after it,
+    `analysis/contribution_attention` and `_mlp`; `analysis/angular_matrix` [L+1,L+1] is between any two depths.
     """
 
     def __init__(self, config: configs.Config, task: Task, examples: Examples, watched: Callable = iter):
-        """`examples`: what to measure on, of which `config.analysis.tokens` are taken; `watched`: wraps every reading
-        of its batches, and may raise to stop."""
+        """Takes the sample.
+
+        Args:
+            config: of the run; `analysis.tokens` is the size of the sample.
+            task: of the run.
+            examples: the sample is drawn from them.
+            watched: wraps the sample's batches whenever they are read; may raise to stop.
+        """
         model = task.model.clone(compute_dtype='float32')
         self._task, self._watched = dataclasses.replace(task, model=model), watched
         parts = meshes.row_parts(model.stream_sharding.mesh)
@@ -40,35 +46,32 @@ class Analyses:
     def __call__(self, params: Any, step: Any) -> dict[str, Any]:
         step = transformer.needed_step(self._task.model, step)
 
-        def of(job: Any) -> dict[str, Any]:
+        def measure(job: Any) -> dict[str, Any]:
             return job.measure(self._task, params, self._watched(self._batches), step=step)
 
-        distances, dropped, norms, stream = (of(job) for job in (angular, drop, gradients, variance))
+        distances, dropped, norms, stream = (measure(job) for job in (angular, drop, gradients, variance))
         matrix = distances['distance']['mean']
-        headline = self._task.headline if self._task.headline in dropped else 'loss'
+        headline = self._task.headline if self._task.headline_of_loss else 'loss'
         return {
             'analysis/angular_distance': matrix.diagonal(1).tolist(),
             'analysis/angular_matrix': matrix.tolist(),
             f'analysis/{headline}_drop': dropped[headline]['drop']['1']['mean'].tolist(),
             'analysis/grad_norm': norms['layers']['mean'].tolist(),
             'analysis/variance': stream['variance']['mean'][1:].tolist(),
-            **{
-                f'analysis/contribution_{name}': found['mean'].tolist()
-                for name, found in stream['contribution'].items()
-            },
+            **{f'analysis/contribution_{name}': part['mean'].tolist() for name, part in stream['contribution'].items()},
         }
 
 
 def share(config: configs.Config, flops_per_position: float) -> float:
-    """FLOPs of the analyses as a share of those of training, by formula.
+    """Returns the FLOPs of the analyses as a share of those of training, by formula.
 
     A position of the sample costs L+6 forward passes (one for angles and one for variances, three for the gradient, L+1
-    with a layer less or none), and 8 (L+1)^2 D for the angles; one of training three.
+    with each layer removed or none), and 8 (L+1)^2 D for the angles; a position in training costs three.
 
     Args:
         flops_per_position: of training.
     """
     L, D = config.model.num_layers, config.model.hidden_size
     analyses = config.analysis.tokens * ((L + 6) * flops_per_position / 3 + 8 * (L + 1) ** 2 * D)
-    times = -(-config.num_steps // (config.analysis.every or config.num_steps))  # the last behind the last step
+    times = -(-config.num_steps // (config.analysis.every or config.num_steps))  # the last one after the last step
     return times * analyses / (flops_per_position * config.batch_size * config.seq_length * config.num_steps)

@@ -1,7 +1,7 @@
 """Norm of the gradient in every layer and matrix: `python -m mixln_jax.analysis.gradients`.
 
 Pre-LN gives deep layers small gradients, Post-LN the first ones; Mix-LN evens them out (Mix-LN, Figures 3e and 6a).
-`--steps init,all` has the network at initialisation and at every checkpoint.
+`--steps init,all` measures the network at initialisation and at every checkpoint.
 """
 
 from mixln_jax.system.signals import stop
@@ -42,7 +42,7 @@ ROWS = 32
 
 @functools.partial(jax.jit, static_argnames='task')
 def _gradient(params: Any, batch: Batch, step: jax.Array | None, *, task: Task) -> tuple[Any, jax.Array]:
-    """(gradient of the summed losses of a batch, what it is to be divided by)."""
+    """Returns the gradient of the summed losses of a batch, and what it is to be divided by."""
     losses = lambda params: task.losses(params, batch, Context(step=step))[:2]  # noqa: E731
     grads, weight = jax.grad(losses, has_aux=True)(params)
     shardings = meshes.state_shardings(task.model.stream_sharding.mesh, grads)
@@ -50,8 +50,8 @@ def _gradient(params: Any, batch: Batch, step: jax.Array | None, *, task: Task) 
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _sum(one: Any, other: Any) -> Any:
-    return jax.tree.map(jnp.add, one, other)
+def _sum(first: Any, second: Any) -> Any:
+    return jax.tree.map(jnp.add, first, second)
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -68,75 +68,80 @@ def measure(
     rows: int | None = None,
     step: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """Norms of gradients.
+    """Returns the norms of gradients by layer and by matrix.
 
     Args:
         task, params, batches, step: as angular.measure.
-        rows: that share one gradient, a multiple of a batch's; fewer, at the end, are left out. None: all of them.
+        rows: number of rows that share one gradient, a multiple of a batch's; fewer, at the end, are left out. None:
+            all rows share one.
 
     Returns:
         {'layers': [L], 'matrices': {name: [L]}, 'outside': {name: scalar}}, each {'mean', 'standard_error'} over the
-        gradients (None of a single one), and what they were made of: 'gradients', their number, 'rows_per_gradient',
-        'rows' and 'tokens' of all.
+        gradients (the error of a single one is None), and the sample's 'gradients' (their number), 'rows_per_gradient',
+        'rows' and 'tokens'.
 
-    Raises UsageError for fewer than `rows` rows.
+    Raises:
+        UsageError: there are fewer than `rows` rows.
     """
     model = task.model
-    found, tokens, sums, of_sums, real = [], 0, None, 0, 0  # of the gradient that is being summed: its tokens, its rows
+    gradients, tokens = [], 0
+    sums, summed_tokens, summed_rows = None, 0, 0  # of the gradient that is being summed
     for batch in batches:
-        of_batch = _gradient(params, meshes.to_devices(batch, model.stream_sharding), step, task=task)
-        sums = _sum(sums, of_batch) if sums else of_batch
+        gradient = _gradient(params, meshes.to_devices(batch, model.stream_sharding), step, task=task)
+        sums = _sum(sums, gradient) if sums else gradient
         counts = command.position_mask(task, batch).sum(-1)
-        of_sums, real = of_sums + int(counts.sum()), real + int((counts > 0).sum())
-        if real == rows:
-            found.append(jax.device_get(_norms(sums, model=model)))
-            tokens, sums, of_sums, real = tokens + of_sums, None, 0, 0
+        summed_tokens, summed_rows = summed_tokens + int(counts.sum()), summed_rows + int((counts > 0).sum())
+        if summed_rows == rows:
+            gradients.append(jax.device_get(_norms(sums, model=model)))
+            tokens, sums, summed_tokens, summed_rows = tokens + summed_tokens, None, 0, 0
     if rows is None:
-        found.append(jax.device_get(_norms(sums, model=model)))
-        tokens, rows = of_sums, real
-    if not found:
-        raise UsageError(f'the sample has {real} rows, one gradient takes {rows}: raise --tokens or lower --rows')
+        gradients.append(jax.device_get(_norms(sums, model=model)))
+        tokens, rows = summed_tokens, summed_rows
+    if not gradients:
+        raise UsageError(
+            f'the sample has {summed_rows} rows, one gradient takes {rows}: raise --tokens or lower --rows'
+        )
 
-    def over(*values: Any) -> dict[str, Any]:
+    def mean_and_error(*values: Any) -> dict[str, Any]:
         stacked = np.asarray(values, np.float64)
         error = stacked.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
         return {'mean': stacked.mean(0), 'standard_error': error}
 
-    norms = jax.tree.map(over, *found)
+    norms = jax.tree.map(mean_and_error, *gradients)
     inside = {name: norm for name, norm in norms['matrices'].items() if np.ndim(norm['mean'])}
     return {
         'layers': norms['layers'],
         'matrices': inside,
         'outside': {name: norm for name, norm in norms['matrices'].items() if name not in inside},
-        'gradients': len(found),
+        'gradients': len(gradients),
         'rows_per_gradient': rows,
-        'rows': rows * len(found),
+        'rows': rows * len(gradients),
         'tokens': tokens,
     }
 
 
 def whole(numbers: Mapping[str, Any]) -> list[Any]:
-    """What must be finite."""
+    """Returns what must be finite."""
     return [numbers['layers']['mean']]
 
 
 def columns(result: Mapping[str, Any]) -> dict[str, Any]:
-    """{title: [L]} of an entry of result.json."""
+    """Returns the columns {title: [L]} of an entry of result.json."""
     return {'gradient norm': result['layers']['mean']}
 
 
 def draw(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-    """{name: figure} of a result.json's results."""
+    """Returns {name: figure} of the results in a result.json."""
     return {NAME: figures.gradients(results), 'matrices': figures.gradient_matrices(results)}
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """What this job takes besides."""
+    """Adds the options of this job."""
     add('--rows', type=int, metavar='N', default=ROWS, help=f'rows of text that share one gradient [{ROWS}]')
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
 
     def check(options: argparse.Namespace) -> None:
         if options.rows < 1 or options.rows % options.batch_size:

@@ -32,57 +32,57 @@ def text(
     mode: str | None = None,
     data_path: str | None = None,
 ) -> tuple[Rows, dict[str, Any]]:
-    """Rows of text to measure a network on.
+    """Returns rows of text to measure a network on.
 
     Args:
         subject: from `open_subject`.
         path: files, all of JSON lines or all of plain text, as `data.path`; None: the run's own text.
-        split: of it; None: the run's config.eval.split, of `path` all.
+        split: of the text; None: the run's config.eval.split, or all of `path`.
         seq_length: tokens of a row; None: the run's, also where it was exported; of other Hugging Face folders 256, or
             as many as they have positions.
         mode: as config.data.mode; None: the run's, also where it was exported; of other Hugging Face folders `pad`.
         data_path: where the run's own text is now; None: where it was.
 
     Returns:
-        (rows, what says which text it is: a dict).
+        (rows, a dict that identifies the text).
 
     Raises:
         UsageError: no text, no tokenizer, or a network that does not read plain text. DataError: as
         `rows.open_rows_of_run`.
     """
-    found = subject.found
+    loaded = subject.weights
     if isinstance(subject.task, QuestionAnswering):
-        raise UsageError(f'{found.where} is a BERT; give --squad FILE, questions and texts for it to read')
-    data = found.config.data if found.config else configs.Data()
-    length = seq_length or (found.max_length if found.data_mode else min(256, found.max_length))
+        raise UsageError(f'{loaded.where} is a BERT; give --squad FILE, questions and texts for it to read')
+    data = loaded.config.data if loaded.config else configs.Data()
+    length = seq_length or (loaded.max_length if loaded.data_mode else min(256, loaded.max_length))
     if path:
         source = text_files.kind_of_all(text_files.paths(path, '--text'))
         data = dataclasses.replace(data, source=source, path=path)
-    elif not found.config:
-        raise UsageError(f'{found.where} is a Hugging Face folder, which names no text; give --text FILES')
-    if length > found.max_length:
-        warning = f'{found.where} was trained on rows of up to {found.max_length} tokens, not {length}'
+    elif not loaded.config:
+        raise UsageError(f'{loaded.where} is a Hugging Face folder, which names no text; give --text FILES')
+    if length > loaded.max_length:
+        warning = f'{loaded.where} was trained on rows of up to {loaded.max_length} tokens, not {length}'
         console.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
-    data = dataclasses.replace(data, mode=mode or found.data_mode or data.mode)
-    split = split or ('all' if path or not found.config else found.config.eval.split)
-    tokenizer = found.tokenizer or _Begun(*weights.open_tokenizer(pathlib.Path(found.where)))
+    data = dataclasses.replace(data, mode=mode or loaded.data_mode or data.mode)
+    split = split or ('all' if path or not loaded.config else loaded.config.eval.split)
+    tokenizer = loaded.tokenizer or _WithStart(*weights.open_tokenizer(pathlib.Path(loaded.where)))
     try:
-        if path or not found.config or not found.workdir:
+        if path or not loaded.config or not loaded.workdir:
             rows = data_rows.open_rows(data, split, tokenizer, length, subject.model.config.vocab_size)
         else:
-            run = dataclasses.replace(found.config, data=data, seq_length=length)
-            rows = data_rows.open_rows_of_run(found.workdir, run, split, tokenizer, data_path)
+            run = dataclasses.replace(loaded.config, data=data, seq_length=length)
+            rows = data_rows.open_rows_of_run(loaded.workdir, run, split, tokenizer, data_path)
     except (DataError, UsageError) as error:
-        said = str(error)
+        message = str(error)
         options = {'data.mode': '--mode', 'seq_length': '--seq_length'} | ({'data.path': '--text'} if path else {})
         for key, option in options.items():
-            said = said.replace(f'config.{key}', option)
-        raise type(error)(said) from None
+            message = message.replace(f'config.{key}', option)
+        raise type(error)(message) from None
     return rows, {'split': split} | rows.fingerprint
 
 
-class _Begun:
-    """A tokenizer whose texts begin as those did that the weights were trained on: with a bos, or with nothing."""
+class _WithStart:
+    """A tokenizer that begins texts as in the training of the weights: with a bos, or with nothing before them."""
 
     def __init__(self, tokenizer: Tokenizer, start: Sequence[int]):
         self._tokenizer, self._start = tokenizer, np.array(start, np.int32)
@@ -110,16 +110,16 @@ def questions(subject: Subject, path: str, seq_length: int | None = None) -> squ
     Raises:
         UsageError: not a BERT, or no tokenizer. DataError: as `squad.read`.
     """
-    found = subject.found
+    loaded = subject.weights
     if not isinstance(subject.task, QuestionAnswering):
-        raise UsageError(f'--squad {path}: {found.where} is not a BERT that answers questions')
+        raise UsageError(f'--squad {path}: {loaded.where} is not a BERT that answers questions')
     length, most = seq_length or min(384, subject.model.config.num_positions), subject.model.config.num_positions
     if length > most:
-        raise UsageError(f'--seq_length {length}: {found.where} has {most} positions')
+        raise UsageError(f'--seq_length {length}: {loaded.where} has {most} positions')
     if length < 8:
         raise UsageError(f'--seq_length {length}: too short for a question and a text')
     questions = squad.read(path)
-    tokenizer = squad.open_tokenizer(found.where)
+    tokenizer = squad.open_tokenizer(loaded.where)
     features = squad.make_features(questions, tokenizer, max_length=length, max_query=min(64, length // 4))
     digest = hashlib.blake2b(files.read(path, DataError), digest_size=16)
     return dataclasses.replace(features, fingerprint={'source': digest.hexdigest(), 'seq_length': length})
@@ -133,10 +133,11 @@ def sample(
     Args:
         task: of the network; it prepares the batches as for an evaluation.
         examples: from `text` or `questions`; they are taken in a random order that is always the same.
-        num_tokens: real tokens, at least, or all rows; whole rows are taken.
+        num_tokens: number of real tokens, at least; whole rows are taken, and all of them if there are fewer tokens.
         batch_size: rows at a time, at most; the last batch is filled up with rows of weight 0.
-        last: whether the last real token of each row alone counts.
-        parts: devices that share the rows of a batch, so that of few rows smaller batches can be made; None: none are.
+        last: whether only the last real token of each row counts.
+        parts: number of devices that share the rows of a batch: a small sample gets smaller batches that they can
+            still share; None: batches are never smaller.
 
     Returns:
         Batches of numpy arrays, with `position_mask` [B,T]: the positions that count.
@@ -158,13 +159,13 @@ def sample(
         batch_size = min(batch_size, -(-len(taken) // parts) * parts)
     taken += [empty] * (-len(taken) % batch_size)
     joined = (
-        {name: np.concatenate([row[name] for row in taken[at : at + batch_size]]) for name in empty}
-        for at in range(0, len(taken), batch_size)
+        {name: np.concatenate([row[name] for row in taken[start : start + batch_size]]) for name in empty}
+        for start in range(0, len(taken), batch_size)
     )
     prepare = jax.jit(lambda batch: task.prepare(batch, step.step_key(0, 0), False))
     return [jax.device_get(prepare(batch)) for batch in joined]
 
 
 def _last(real: np.ndarray) -> np.ndarray:
-    """[1,T] mask with the last position that is not 0 alone."""
+    """Returns a mask [1,T] with only the last position of `real` that is not 0."""
     return real * (np.arange(real.shape[1]) == np.flatnonzero(real[0])[-1])

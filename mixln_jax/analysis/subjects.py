@@ -28,10 +28,10 @@ INITIAL = 'init'  # the step of weights that no training has changed
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where weights lie: a checkpoint's folder or Hugging Face's, and the run it is of, or None.
+    """Where weights are: the folder of a checkpoint or of Hugging Face, and the run that it belongs to, or None.
 
-    `initial`: not they, but those that the run began with. `label` is their name among others. `newest`: whichever is
-    the run's newest checkpoint when it is opened.
+    `initial`: the weights that the run began with are meant instead. `label` is their name among others. `newest`: the
+    run's newest checkpoint is meant, whichever it is when it is opened.
     """
 
     folder: pathlib.Path
@@ -45,7 +45,7 @@ class Place:
 class Subject:
     """A network in float32 as its task sees it, its weights on all devices that share `batch_size` rows evenly."""
 
-    found: Weights
+    weights: Weights
     task: Task
     params: Any
 
@@ -56,42 +56,41 @@ class Subject:
 
 
 def places(checkpoints: Iterable[str], steps: str | None = None) -> list[Place]:
-    """What is to be measured, once each.
+    """Returns what is to be measured, each place once.
 
     Args:
         checkpoints: folders of runs, of single checkpoints of them, or of Hugging Face.
-        steps: of every run; None: the newest. Else text: `init`, numbers of steps and `all` (that are kept), separated
-            by commas.
+        steps: of every run, separated by commas: `init`, numbers of steps, `all` (that are kept); None: the newest.
 
     Raises:
         UsageError: nothing there, a step that is not kept, or steps of what is not a run.
     """
-    # (folder, initial) -> (folder, run, initial, what is said after the run's name, whether the newest)
-    found: dict[Any, Any] = {}
+    # (folder, initial) -> (folder, run, initial, suffix of the run's name, whether the newest)
+    chosen: dict[Any, Any] = {}
     for path in checkpoints:
         folder, of_run = weights.find(path)
         run = folder.parents[1] if of_run else None
         is_run = (pathlib.Path(path).expanduser() / 'checkpoints').is_dir()
         if not steps:
-            chosen: Iterable[tuple[pathlib.Path, bool, str]] = [
+            folders: Iterable[tuple[pathlib.Path, bool, str]] = [
                 (folder, False, f' step {folder.name}' if run and not is_run else '')
             ]
         elif not is_run:
             raise UsageError(f'--steps {steps}: {path} is not the folder of a run')
         else:
-            chosen = _steps(folder, steps)
-        for at, initial, said in chosen:
+            folders = _steps(folder, steps)
+        for folder, initial, suffix in folders:
             newest = is_run and of_run and (initial or not steps)
-            found.setdefault((os.path.realpath(at), initial), (at, run, initial, said, newest))
-    names = workdir.short_names([run or folder for folder, run, *_ in found.values()])
+            chosen.setdefault((os.path.realpath(folder), initial), (folder, run, initial, suffix, newest))
+    names = workdir.short_names([run or folder for folder, run, *_ in chosen.values()])
     return [
-        Place(folder, run, initial, name + said, newest)
-        for name, (folder, run, initial, said, newest) in zip(names, found.values(), strict=True)
+        Place(folder, run, initial, name + suffix, newest)
+        for name, (folder, run, initial, suffix, newest) in zip(names, chosen.values(), strict=True)
     ]
 
 
 def _steps(newest: pathlib.Path, steps: str) -> Iterator[tuple[pathlib.Path, bool, str]]:
-    """[(folder, whether initial, suffix of the name)] of the run with this newest checkpoint."""
+    """Yields (folder, whether initial, suffix of the name) of the steps of the run with this newest checkpoint."""
     kept = checkpoint.steps(newest.parent)
     for step in cli.split_list(steps) or ['']:
         if step == INITIAL:
@@ -110,47 +109,47 @@ def open_subject(
     """Opens one of `places`.
 
     Args:
-        place: which.
+        place: the weights to open.
         norm_position: placement of a Hugging Face folder that does not say it.
-        batch_size: rows that the devices are to share.
+        batch_size: number of rows that the devices share.
         data_path: where the run's data is now; None: where it was.
 
     Raises:
         UsageError, CheckpointError: as `weights.load`; DataError where initial weights need the run's data.
     """
     folder = place.run if place.run and place.newest else place.folder
-    found = weights.load(folder, norm_position=norm_position)
+    loaded = weights.load(folder, norm_position=norm_position)
     mesh = _mesh(batch_size)
     if place.initial:
-        params = _initial(found, data_path)
-        model = found.model.clone(trained_steps=transformer.needed_step(found.model, 0))
-        where = f'{place.run} at initialisation'
-        found = dataclasses.replace(found, model=model, params=params, step=0, where=where)
-    model = found.model.clone(stream_sharding=meshes.batch_sharding(mesh))
-    task = build.from_config(found.config, model) if found.config else build.of_network(model)
-    return Subject(found, task, jax.device_put(found.params, meshes.state_shardings(mesh, found.params)))
+        params = _initial(loaded, data_path)
+        model = loaded.model.clone(trained_steps=transformer.needed_step(loaded.model, 0))
+        name = f'{place.run} at initialisation'
+        loaded = dataclasses.replace(loaded, model=model, params=params, step=0, where=name)
+    model = loaded.model.clone(stream_sharding=meshes.batch_sharding(mesh))
+    task = build.from_config(loaded.config, model) if loaded.config else build.of_network(model)
+    return Subject(loaded, task, jax.device_put(loaded.params, meshes.state_shardings(mesh, loaded.params)))
 
 
 def _mesh(rows: int) -> jax.sharding.Mesh:
-    """Devices along `data`, as many as share so many rows evenly."""
+    """Returns a mesh of as many devices, along `data`, as share `rows` evenly."""
     return meshes.make_mesh(configs.Mesh(data=parts(rows)), meshes.devices('auto'))
 
 
 def parts(rows: int) -> int:
-    """How many devices share so many rows."""
+    """Returns how many devices share `rows` evenly."""
     return math.gcd(rows, len(meshes.devices('auto')))
 
 
-def _initial(found: Weights, data_path: str | None) -> Any:
-    """The weights that a run began with, made again from its config, on one device."""
-    config, mesh = found.config, _mesh(1)
-    assert config and found.workdir and found.tokenizer, 'only a run has initial weights'
+def _initial(loaded: Weights, data_path: str | None) -> Any:
+    """Returns the weights that a run began with, made again from its config, on one device."""
+    config, mesh = loaded.config, _mesh(1)
+    assert config and loaded.workdir and loaded.tokenizer, 'only a run has initial weights'
     if config.init_from:
-        return weights.initial(config.init_from, found.model)
+        return weights.initial(config.init_from, loaded.model)
     program = Program(config, mesh)
     state = program.init(jax.random.key(config.seed))
     if program.model.measured():
-        rows = data_rows.open_rows_of_run(found.workdir, config, config.data.split, found.tokenizer, data_path)
+        rows = data_rows.open_rows_of_run(loaded.workdir, config, config.data.split, loaded.tokenizer, data_path)
         first = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size)[0]
         state = program.measure_factors(state, meshes.to_devices(first, meshes.batch_sharding(mesh)))
     return jax.device_get(state.params)

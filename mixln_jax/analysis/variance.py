@@ -1,7 +1,7 @@
 """Growth of the residual stream with depth, and what sub-layers add to it: `python -m mixln_jax.analysis.variance`.
 
-Where the variance grows, a Pre-LN sub-layer, whose output does not, adds ever less: the layer nears the identity (Sun
-et al. 2025, The Curse of Depth).
+Where the variance grows, a Pre-LN sub-layer, whose output does not grow, adds ever less in comparison: the layer nears
+the identity (Sun et al. 2025, The Curse of Depth).
 """
 
 from mixln_jax.system.signals import stop
@@ -37,7 +37,7 @@ SOURCE = 'Sun et al. 2025, The Curse of Depth (arXiv 2502.05795), sections 3 and
 
 @functools.partial(jax.jit, static_argnames='task')
 def _sums(params: Any, batch: Batch, step: jax.Array | None, *, task: Task) -> Any:
-    """Sums over the tokens of each row: variance [B,L+1], contribution [B,L,2]."""
+    """Returns sums over the tokens of each row: variance [B,L+1], contribution [B,L,2]; and their number [B]."""
     _, out = task.model.apply({'params': params}, batch, capture=True, step=step, method='backbone')
     mask = command.position_mask(task, batch)
     sums = statistics.stream_variance(out['hidden'], mask), statistics.contribution(out['branches'], mask)
@@ -47,7 +47,7 @@ def _sums(params: Any, batch: Batch, step: jax.Array | None, *, task: Task) -> A
 def measure(
     task: Task, params: Any, batches: Iterable[Mapping[str, np.ndarray]], step: jax.Array | None = None
 ) -> dict[str, Any]:
-    """Variance of the stream and contribution of the sub-layers; arguments as angular.measure.
+    """Returns the variance of the stream and the contribution of the sub-layers; arguments as those of angular.measure.
 
     Returns:
         {'variance': [L+1], 'contribution': {'attention', 'mlp'}: [L]}, each {'mean', 'standard_error'}, 'theory' [L+1],
@@ -65,8 +65,8 @@ def measure(
     return {
         'variance': variance,
         'contribution': {
-            name: statistics.mean_and_error(contribution[..., at], counts)
-            for at, name in enumerate(('attention', 'mlp'))
+            name: statistics.mean_and_error(contribution[..., number], counts)
+            for number, name in enumerate(('attention', 'mlp'))
         },
         'theory': np.asarray(theory),
         'theory_constant': constant,
@@ -74,23 +74,23 @@ def measure(
 
 
 def whole(numbers: Mapping[str, Any]) -> list[Any]:
-    """What must be finite."""
-    return [numbers['variance']['mean'], *(found['mean'] for found in numbers['contribution'].values())]
+    """Returns what must be finite."""
+    return [numbers['variance']['mean'], *(part['mean'] for part in numbers['contribution'].values())]
 
 
 def columns(result: Mapping[str, Any]) -> dict[str, Any]:
-    """{title: [L]} of an entry of result.json."""
-    shares = {f'{name} adds': found['mean'] for name, found in result['contribution'].items()}
-    return {'variance behind': result['variance']['mean'][1:]} | shares
+    """Returns the columns {title: [L]} of an entry of result.json."""
+    shares = {f'{name} adds': part['mean'] for name, part in result['contribution'].items()}
+    return {'variance after': result['variance']['mean'][1:]} | shares
 
 
 def draw(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-    """{name: figure} of a result.json's results."""
+    """Returns {name: figure} of the results in a result.json."""
     return {NAME: figures.variance(results), 'contribution': figures.contribution(results)}
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     work = lambda subject, _, sample: measure(subject.task, subject.params, sample.batches())  # noqa: E731
     return command.run(sys.modules[__name__], work, argv)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax.data import batches, layout, rows, tokenizers
-from mixln_jax.data import verify as of_folder
+from mixln_jax.data import verify as verification
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.system import cli, console, files
 from mixln_jax.system.errors import DataError, UsageError
@@ -29,7 +29,7 @@ from mixln_jax.system.errors import DataError, UsageError
 def inspect(
     workdir: str | pathlib.Path, step: int, num_rows: int | None = None, data_path: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The first `num_rows` rows (None: all) of the batch of step `step` (from 1) of the run in `workdir`, one by one.
+    """Yields the first `num_rows` rows (None: all) of the batch of step `step` (from 1) of the run in `workdir`.
 
     Each is a dict: `row` in the batch, `origin` (file and record), `text` (a list, one piece of text for each document
     in the row; a conversation is a list of pairs instead, a part of its text and whether it is learned), and `inputs`,
@@ -47,21 +47,22 @@ def inspect(
     if num_rows is not None and num_rows < 0:
         raise UsageError('--rows must be at least 0')
     tokenizer = tokenizers.load(workdir / 'tokenizer', rows.seen_by_run(workdir)[0].get('tokenizer'))
-    of = rows.open_rows_of_run(workdir, config, config.data.split, tokenizer, data_path)
+    run_rows = rows.open_rows_of_run(workdir, config, config.data.split, tokenizer, data_path)
     places = (step - 1) * config.batch_size + np.arange(config.batch_size)
     places = places[:num_rows]
-    batch = batches.batch_at(of, config.data.seed, places)
-    for i, number in enumerate(batches.order(of, config.data.seed, places).tolist()):
+    batch = batches.batch_at(run_rows, config.data.seed, places)
+    for i, number in enumerate(batches.order(run_rows, config.data.seed, places).tolist()):
         row = {name: values[i].tolist() for name, values in batch.items()}
         texts = _parts if config.task.name == 'instructions' else _texts
-        yield {'row': i, 'origin': of.origin(number), 'text': texts(row, tokenizer), **row}
+        yield {'row': i, 'origin': run_rows.origin(number), 'text': texts(row, tokenizer), **row}
 
 
 def verify(workdir: str | pathlib.Path | None, data_path: str | None = None) -> None:
-    """Reads every row of every split of a folder of prepared rows: the one of the run in `workdir`, which must be what
-    the run saw, or `data_path`. Prints what is damaged, and a line a split that is not.
+    """Reads every row of every split of a folder of prepared rows; prints what is damaged, and which splits are whole.
 
-    Raises UsageError for a run whose data was not prepared, or no run; DataError for rows that are damaged.
+    The folder is that of the run in `workdir`, which must be what the run saw, or `data_path`.
+
+    Raises UsageError if `workdir` is not a run on prepared rows; DataError if rows are damaged.
     """
     folder = data_path or ''
     if workdir:
@@ -74,7 +75,7 @@ def verify(workdir: str | pathlib.Path | None, data_path: str | None = None) -> 
         for split in dict.fromkeys((config.data.split, config.eval.split)):
             rows.open_rows_of_run(workdir, config, split, tokenizer, data_path)
     count = 0
-    for split, number, damaged in of_folder.damages(folder):
+    for split, number, damaged in verification.damages(folder):
         console.say(*(damaged or [f'{split}: {number:,} rows are whole']))
         count += len(damaged)
     if count:
@@ -85,7 +86,7 @@ def verify(workdir: str | pathlib.Path | None, data_path: str | None = None) -> 
 
 
 def _texts(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
-    """The text of each document of a row; ends and padding, which have no target, have none."""
+    """Returns the text of each document of a row; ends and padding, which have no target, are left out."""
     segments = row.get('segment_ids', [1] * len(row['inputs']))
     tokens = [pair for *pair, real in zip(segments, row['inputs'], row['loss_mask'], strict=True) if real]
     return [
@@ -95,7 +96,7 @@ def _texts(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
 
 
 def _parts(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[list[tuple[str, bool]]]:
-    """The text of each conversation of a row, in parts that are learned, or not; special tokens as <id>."""
+    """Returns the text of each conversation of a row, in parts that are learned or not; special tokens as <id>."""
     targets, mask = np.array(row['targets']), np.array(row['loss_mask']) > 0
     segments = np.array(row.get('segment_ids', np.ones_like(targets)))
     conversations = []
@@ -110,19 +111,18 @@ def _parts(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[list[tuple[str,
 
 
 def _spelled(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """A text with special tokens as <id>."""
+    """Returns the text of ids, with special tokens as <id>."""
     runs = itertools.groupby(ids, key=tokenizer.can_yield)
     return ''.join(tokenizer.decode(list(run)) if text else ''.join(f'<{i}>' for i in run) for text, run in runs)
 
 
 def _former(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays that had other names once, under those names too."""
+    """Returns the arrays that had other names in earlier versions, under those names."""
     return {former: row[name] for former, name in layout.FORMER_NAMES.items() if name in row}
 
 
 def show(row: Mapping[str, Any], colour: bool = False) -> list[str]:
-    """The lines that a person reads of one row. What is learned of a conversation stands out by `colour`, else in
-    brackets."""
+    """Returns the lines that describe a row. What is learned of a conversation is in `colour`, else in brackets."""
     count, total = int(sum(row['loss_mask'])), len(row['inputs'])
     begin, end = ('\x1b[1;32m', '\x1b[0m') if colour else ('[[', ']]')
     lines = [f'row {row["row"]}: {row["origin"]}: {count} of {total} targets are real']
@@ -139,7 +139,7 @@ def show(row: Mapping[str, Any], colour: bool = False) -> list[str]:
 
 
 def _runs(values: Sequence[float]) -> str:
-    """Numbers with a space between; equal neighbours, from four on, as 0*17."""
+    """Returns numbers separated by spaces; four or more equal neighbours are written as 0*17."""
     words = []
     for value, group in itertools.groupby(values):
         count, word = len(list(group)), f'{value:g}'
@@ -148,7 +148,7 @@ def _runs(values: Sequence[float]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.inspect', description=__doc__, allow_abbrev=False)
     parser.add_argument('--workdir', metavar='DIR', help='folder of a run')
     parser.add_argument('--step', type=int, metavar='N', help='step, from 1; it need not have come yet')

@@ -1,12 +1,12 @@
-"""How documents fill rows of tokens, and how a batch of rows becomes what the step takes.
+"""How documents fill rows of tokens, and how rows become a batch.
 
-A row has T+1 tokens: its input t is token t, its target t the token after it, so that the step shifts nothing.
+A row has T+1 tokens: input t is token t, and target t is the token after it, so that the step shifts nothing.
 `data.mode` says how documents fill rows:
 
-pad     one document a row: its first T-1 ids, eos, padding (the papers')
-pack    documents side by side, each ended by eos; one longer than a row is cut into pieces that go on where the piece
-        before ended; attention and positions stay inside a piece
-concat  documents end to end, eos after each; attention runs across
+pad     one document per row: its first T-1 ids, eos, padding (as in the papers)
+pack    documents side by side, each ended by eos; a document longer than a row is cut into pieces, each of which
+        continues the one before; attention and positions stay inside a piece
+concat  documents end to end, eos after each; attention crosses their boundaries
 """
 
 import dataclasses
@@ -15,23 +15,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-OPEN_ROWS = 64  # rows that packing fills at a time
-BLOCK = 256  # rows that are written at once, fewer of long ones
-TOKENS = 2**20  # of a block, at most, unless it is one row
+OPEN_ROWS = 64  # rows that packing keeps open
+BLOCK = 256  # rows that are written at once, fewer if they are long
+TOKENS = 2**20  # in a block, at most, unless it is a single row
 
 # Names of a batch's arrays in what earlier versions wrote, and in `inspect --json`.
 FORMER_NAMES = {'weights': 'loss_mask', 'segments': 'segment_ids'}
 
-# A token on its way into a row: its id, the bytes of text that it stands for, and whether a document ends with it.
+# A token before it is in a row: its id, the number of bytes of text that it stands for, and whether it ends a document.
 TOKEN = np.dtype([('id', '<i4'), ('size', '<i4'), ('end', '?')])
 
 
 class Block(NamedTuple):
     """Filled rows.
 
-    `ids` [n, T+1]. `ends` [n, T+1] bool: where a document ends, with its eos; masks follow from it, never from ids,
-    which text may share with padding. `num_bytes` [n]: bytes of the text that each row's targets stand for; None where
-    they are not known.
+    `ids` [n, T+1]. `ends` [n, T+1] bool: the eos of each document; masks follow from it, never from ids, which text may
+    share with padding. `num_bytes` [n]: number of bytes of text that each row's targets stand for; None if it is not
+    known.
     """
 
     ids: np.ndarray
@@ -52,8 +52,8 @@ class Layout:
 
         Args:
             ids: [n].
-            spans: [n], where in the text each id ends, in bytes; None: sizes are not wanted.
-            num_bytes: of the text; what no id covers, such as a blank at its end, is the eos's.
+            spans: [n], the byte of the text at which each id ends; None: sizes are not wanted.
+            num_bytes: of the text; bytes that no id covers, such as a blank at its end, count for the eos.
         """
         tokens = np.zeros(len(ids) + 1, TOKEN)
         tokens['id'][:-1], tokens[-1] = ids, (self.eos_id, 0, True)
@@ -77,17 +77,17 @@ class Layout:
         return batch | (_segments(block.ends[:, :-1], real) if self.mode == 'pack' else {})
 
     def _real(self, ends: np.ndarray) -> np.ndarray:
-        """[n,T] bool: inputs whose target counts, all but an eos and the padding after a row's last one. A row
-        without an end is a piece of a longer document."""
+        """Returns [n,T] bool: the inputs whose target counts, which are all but an eos and the padding after the last
+        eos of a row. A row without an eos is a piece of a longer document."""
         if self.mode == 'concat':
             return np.ones((len(ends), ends.shape[1] - 1), bool)
-        at = np.arange(ends.shape[1] - 1, dtype=np.int32)
-        last = np.where(ends.any(1), ends.shape[1] - 1 - ends[:, ::-1].argmax(1), len(at)).astype(np.int32)
-        return (at < last[:, None]) & ~ends[:, :-1]
+        numbers = np.arange(ends.shape[1] - 1, dtype=np.int32)
+        last = np.where(ends.any(1), ends.shape[1] - 1 - ends[:, ::-1].argmax(1), len(numbers)).astype(np.int32)
+        return (numbers < last[:, None]) & ~ends[:, :-1]
 
 
 def _segments(ends: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    """`segment_ids` and `positions` [n,T] of inputs, of which `ends` end documents and `real` ones have a target."""
+    """Returns `segment_ids` and `positions` [n,T] of inputs; of them `ends` end a document, `real` have a target."""
     starts = np.ones_like(ends)
     starts[:, 1:] = ends[:, :-1]
     first, counts = np.flatnonzero(starts), starts.sum(1)
@@ -100,7 +100,7 @@ def _segments(ends: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def pad(row: np.ndarray, document: np.ndarray, layout: Layout) -> None:
-    """Makes `row` [T+1] of TOKENs a document's first T-1, eos, padding."""
+    """Fills `row` [T+1] of TOKENs with the first T-1 of a document, eos and padding."""
     end = min(len(document), len(row) - 1)
     row[:end], row[end:] = document[:end], (layout.pad_id, 0, False)
     if end < len(document):
@@ -108,10 +108,10 @@ def pad(row: np.ndarray, document: np.ndarray, layout: Layout) -> None:
 
 
 class Padded:
-    """pad: one row a document.
+    """pad: one row for each document.
 
-    Like the others it takes documents by `add`, calls `write` with Blocks of finished rows, and at `close` with what is
-    left. A block is written over later.
+    Like the other classes it takes documents in `add` and calls `write` with Blocks of finished rows, in `close` with
+    the last ones. The arrays of a block are reused after `write` returns.
     """
 
     def __init__(self, length: int, layout: Layout, write: Callable[[Block], None]):
@@ -125,7 +125,7 @@ class Padded:
         self._added()
 
     def close(self) -> None:
-        """No document comes any more."""
+        """Writes the rows that are left; no document may follow."""
         self._write(self._layout.block(self._block[: self._count]))
         self._count = 0
 
@@ -142,8 +142,8 @@ class Padded:
 class Packed(Padded):
     """pack: rows of whole documents and pieces of long ones, each put into the first of 64 open rows that has room.
 
-    A piece that is not the document's last fills a row by itself; the next begins with its last token, which was a
-    target only: every token but a document's first is a target once.
+    A piece that is not the last of its document fills a row by itself. The next piece begins with its last token, which
+    was only a target, so every token but the first of a document is a target once.
     """
 
     def __init__(self, length: int, layout: Layout, write: Callable[[Block], None]):
@@ -159,16 +159,16 @@ class Packed(Padded):
         piece = document[max(last, 0) :]
         if len(piece) < 2:  # a document without text
             return
-        at = int((self._room >= len(piece)).argmax())
-        row, room = self._rows[at], int(self._room[at])
+        number = int((self._room >= len(piece)).argmax())
+        row, room = self._rows[number], int(self._room[number])
         if room < len(piece):  # none has room: the fullest row is done
-            at = int(self._room.argmin())
-            row, room = self._rows[at], self._length + 1
+            number = int(self._room.argmin())
+            row, room = self._rows[number], self._length + 1
             self._put(row)
             row[:] = self._empty
         start = self._length + 1 - room
         row[start : start + len(piece)] = piece
-        self._room[at] = room - len(piece)
+        self._room[number] = room - len(piece)
 
     def close(self) -> None:
         for row in self._rows[self._room <= self._length]:
@@ -178,26 +178,26 @@ class Packed(Padded):
 
 
 class EndToEnd:
-    """concat: rows cut from the stream of tokens every T; what is left at its end is no row."""
+    """concat: rows cut from the stream of tokens every T tokens; the rest at its end is dropped."""
 
     def __init__(self, length: int, layout: Layout, write: Callable[[Block], None]):
         self._length, self._layout, self._write = length, layout, write
-        self._held: list[np.ndarray] = []
+        self._documents: list[np.ndarray] = []
         self._count = 0
 
     def add(self, document: np.ndarray) -> None:
-        self._held.append(document)
+        self._documents.append(document)
         self._count += len(document)
         if self._count > min(BLOCK * self._length, TOKENS):
             self.close()
 
     def close(self) -> None:
         if self._count > self._length:
-            stream = np.concatenate(self._held)
+            stream = np.concatenate(self._documents)
             cut = (self._count - 1) // self._length * self._length
             rows = np.lib.stride_tricks.sliding_window_view(stream, self._length + 1)[: cut : self._length]
             self._write(self._layout.block(rows))
-            self._held, self._count = [stream[cut:]], self._count - cut
+            self._documents, self._count = [stream[cut:]], self._count - cut
 
 
 Fill = Padded | EndToEnd
@@ -205,5 +205,5 @@ FILL: dict[str, type[Padded] | type[EndToEnd]] = {'pad': Padded, 'pack': Packed,
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """The smallest type that rows of tokens are kept in."""
+    """Returns the smallest type that holds the ids of a vocabulary."""
     return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')

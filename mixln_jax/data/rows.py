@@ -1,4 +1,4 @@
-"""Rows of tokens by number: a document each, made when asked for, or made at the start, or made beforehand."""
+"""Rows of tokens by number: made from one document each on demand, made at the start of a run, or prepared."""
 
 import dataclasses
 import pathlib
@@ -15,7 +15,7 @@ from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.system import console, files
 from mixln_jax.system.errors import DataError, UsageError, reading
 
-# What the option --data_path means.
+# The help of the option --data_path.
 MOVED = "where the run's data is now: data.data_dir of a tfds data set, data.path of another source [where it was]"
 
 
@@ -23,7 +23,7 @@ LANGUAGE = config.Task()  # the task of plain text
 
 
 class Documents(Rows):
-    """pad: row i is document i, made when asked for, so of any source."""
+    """pad: row i is document i, made on demand, so the source may be of any size."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, seq_length: int):
         self.layout = Layout('pad', tokenizer.pad_id, tokenizer.eos_id)
@@ -37,7 +37,7 @@ class Documents(Rows):
         texts = self._source.__getitems__(list(indices))
         rows = np.empty((len(texts), self._length + 1), layout.TOKEN)
         for row, text in zip(rows, texts, strict=True):
-            # One id more than a row takes tells whether the text ends there.
+            # One id more than fits into a row tells whether the text ends there.
             document = tokenized(text, self._tokenizer, self.layout, self._length) if sized else self._ids(text)
             layout.pad(row, document, self.layout)
         block = self.layout.block(rows)
@@ -53,7 +53,7 @@ class Documents(Rows):
 class InMemory(Rows):
     """pack and concat: a source of up to 1 GB, tokenised at the start.
 
-    Raises DataError where the text does not fill one row.
+    Raises DataError if the text does not fill one row.
     """
 
     def __init__(self, source: Source, tokenizer: Tokenizer, mode: str, seq_length: int):
@@ -61,8 +61,8 @@ class InMemory(Rows):
         self.fingerprint = _fingerprint(source, tokenizer, mode, seq_length)
         blocks = []
         dtype = layout.dtype_for(tokenizer.vocab_size)
-        kept = lambda block: Block(block.ids.astype(dtype), np.packbits(block.ends, 1), block.num_bytes)  # noqa: E731
-        fill: layout.Fill = layout.FILL[mode](seq_length, self.layout, lambda block: blocks.append(kept(block)))
+        compact = lambda block: Block(block.ids.astype(dtype), np.packbits(block.ends, 1), block.num_bytes)  # noqa: E731
+        fill: layout.Fill = layout.FILL[mode](seq_length, self.layout, lambda block: blocks.append(compact(block)))
         for i in range(len(source)):
             fill.add(tokenized(source[i], tokenizer, self.layout))
         fill.close()
@@ -75,24 +75,24 @@ class InMemory(Rows):
 
     def read(self, indices: Numbers, sized: bool = False) -> Block:
         ids, ends, num_bytes = self._rows
-        some = np.asarray(indices)
+        chosen = np.asarray(indices)
         assert num_bytes is not None, 'the texts are known'
-        return Block(ids[some], np.unpackbits(ends[some], 1, ids.shape[1]).view(bool), num_bytes[some])
+        return Block(ids[chosen], np.unpackbits(ends[chosen], 1, ids.shape[1]).view(bool), num_bytes[chosen])
 
     def origin(self, i: int) -> str:
         return f'row {range(len(self))[i]}'
 
 
-def tokenized(text: str, tokenizer: Tokenizer, of: Layout, limit: int | None = None) -> np.ndarray:
-    """Returns a text as `Layout.document` does, with the bytes that each token stands for; with `limit` its first ids
-    and the eos."""
-    return of.document(*tokenizer.spans(text, limit), len(text.encode()))
+def tokenized(text: str, tokenizer: Tokenizer, layout: Layout, limit: int | None = None) -> np.ndarray:
+    """Returns a text as TOKENs with their numbers of bytes, see `Layout.document`; with `limit` only its first ids and
+    the eos."""
+    return layout.document(*tokenizer.spans(text, limit), len(text.encode()))
 
 
 def open_tokenizer(data: config.Data) -> Tokenizer:
-    """The tokenizer of a run: the one that prepared tokens come with, else that of the config.
+    """Returns the tokenizer of a run: that of prepared rows, or else that of the config.
 
-    Raises DataError; UsageError where prepared tokens and the config disagree.
+    Raises DataError; UsageError if prepared rows and the config disagree.
     """
     if data.source != 'tokens':
         return tokenizers.open_tokenizer(data)
@@ -114,20 +114,20 @@ def open_rows(
     vocab_size: int,
     task: config.Task = LANGUAGE,
 ) -> Rows:
-    """The rows of a split, as `data.mode` makes them for a task; `vocab_size` is the model's.
+    """Returns the rows of a split, made for a task as `data.mode` says; `vocab_size` is the model's.
 
-    Raises UsageError where text or padding may have ids beyond the model's or prepared rows are of another length or
-    mode; DataError as `open_source` and the kinds of rows do.
+    Raises UsageError if text or padding may have ids beyond the model's, or prepared rows have another length or mode;
+    DataError as `open_source` and the kinds of rows.
     """
     tokenizers.check_fits(tokenizer, vocab_size, f'config.model.vocab_size={vocab_size}')
     if task.name == 'instructions':
         return instructions.open_rows(data, split, tokenizer, seq_length, vocab_size, task.learn)
     if data.source == 'tokens':
         rows = prepared.Prepared(data.path, split)
-        for name, asked in (('mode', data.mode), ('seq_length', seq_length)):
-            if rows.fingerprint[name] != asked:
+        for name, wanted in (('mode', data.mode), ('seq_length', seq_length)):
+            if rows.fingerprint[name] != wanted:
                 key = 'seq_length' if name == 'seq_length' else f'data.{name}'
-                raise UsageError(f'{data.path} holds rows of config.{key}={rows.fingerprint[name]}, not {asked}')
+                raise UsageError(f'{data.path} holds rows of config.{key}={rows.fingerprint[name]}, not {wanted}')
         return rows
     if data.mode == 'pad':
         return Documents(open_source(data, split), tokenizer, seq_length)
@@ -144,55 +144,56 @@ def open_rows(
 def open_rows_of_run(
     workdir: str | pathlib.Path, run: config.Config, split: str, tokenizer: Tokenizer, data_path: str | None = None
 ) -> Rows:
-    """The rows of a split of a run's data, after a check that they are what the run saw.
+    """Returns the rows of a split of a run's data, after a check that they are what the run saw.
 
-    Where the run has not recorded this split and its data has moved, the split that it trained on is compared.
+    If the run has not recorded this split and its data has moved, the split that it trained on is compared.
 
     Args:
         workdir: of the run.
-        run: its configuration; `data.mode` and `seq_length` may be others.
+        run: its configuration; `data.mode` and `seq_length` may differ from what the run used.
         split: of its data.
         tokenizer: its tokenizer.
-        data_path: where the data is now, as `moved`; None: where it was.
+        data_path: where the data is now, as in `moved`; None: where it was.
 
-    Raises UsageError where the run does not say what it saw; as `moved` and `open_rows` do. DataError: as `open_rows`,
-    or naming what differs.
+    Raises:
+        UsageError: the run does not say what it saw; as `moved` and `open_rows`.
+        DataError: the data differs, naming the part; as `open_rows`.
     """
     data = run.data if data_path is None else moved(run.data, data_path)
     trained, evaluated = seen_by_run(workdir)
     seen = trained if split == run.data.split else evaluated if split == evaluated.get('split') else None
     try:
         rows = open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size, run.task)
-        found = rows.fingerprint
+        current = rows.fingerprint
         if not seen and data_path:
-            seen, found = trained, fingerprint(data, run.data.split, tokenizer, run)
+            seen, current = trained, fingerprint(data, run.data.split, tokenizer, run)
     except (DataError, UsageError) as error:
-        key, said = f'config.data.{_place(data)}', str(error)
+        key, message = f'config.data.{_location(data)}', str(error)
         if data_path:
-            said = said.replace(key, '--data_path')
-        elif key in said:
-            said += '; --data_path says where the data is now'
-        raise type(error)(said) from None
+            message = message.replace(key, '--data_path')
+        elif key in message:
+            message += '; --data_path says where the data is now'
+        raise type(error)(message) from None
     chosen = ('split', 'mode', 'seq_length')
-    if differ := [part for part, value in (seen or {}).items() if part not in chosen and found.get(part) != value]:
+    if differ := [part for part, value in (seen or {}).items() if part not in chosen and current.get(part) != value]:
         known = ' (the text that comes with Python is another in other versions)' if data.source == 'stdlib' else ''
         raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs{known}')
     return rows
 
 
 def seen_by_run(workdir: str | pathlib.Path) -> tuple[dict, dict]:
-    """The fingerprints of the rows that a run has trained on and, with their `split`, evaluated on.
+    """Returns the fingerprints of the rows that a run has trained on and, with their `split`, evaluated on.
 
-    Raises UsageError where the run does not say.
+    Raises UsageError if the run does not say.
     """
     path = pathlib.Path(workdir) / 'environment.json'
     with reading(path, UsageError, 'does not tell what data the run saw'):
-        about = files.read_json(path, UsageError)
-        return dict(about['data']), dict(about.get('eval_data', {}))
+        content = files.read_json(path, UsageError)
+        return dict(content['data']), dict(content.get('eval_data', {}))
 
 
 def moved(data: config.Data, path: str) -> config.Data:
-    """`data` from elsewhere: `path` takes the place of data.data_dir for tfds, of data.path for other sources.
+    """Returns `data` with `path` in place of data.data_dir for tfds, or of data.path for other sources.
 
     Raises UsageError for the text that comes with Python.
     """
@@ -200,17 +201,17 @@ def moved(data: config.Data, path: str) -> config.Data:
         raise UsageError('--data_path is empty')
     if data.source == 'stdlib':
         raise UsageError('--data_path has no meaning for data.source=stdlib, the text that comes with Python')
-    change: dict[str, Any] = {_place(data): path}
+    change: dict[str, Any] = {_location(data): path}
     return dataclasses.replace(data, **change)
 
 
-def _place(data: config.Data) -> str:
-    """The key that says where the data is."""
+def _location(data: config.Data) -> str:
+    """Returns the key that says where the data is."""
     return 'data_dir' if data.source == 'tfds' else 'path'
 
 
 def fingerprint(data: config.Data, split: str, tokenizer: Tokenizer, run: config.Config) -> dict:
-    """The fingerprint of the rows that a run makes of a split of `data`; those of plain text are not made for it."""
+    """Returns the fingerprint of the rows that a run makes of a split; those of plain text are not made for it."""
     if run.task.name == 'instructions':
         return open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size, run.task).fingerprint
     if data.source == 'tokens':

@@ -19,8 +19,11 @@ SPECIALS = '[CLS]', '[SEP]', '[PAD]'
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question about a text. `nullable`: its file (v2.0) has questions that the text does not answer, with no
-    `answers`. `start`: the character at which the first answer begins; None: there is no answer, or nobody says."""
+    """A question about a text.
+
+    `nullable`: its file (v2.0) has questions that the text does not answer, without `answers`. `start`: the character
+    at which the first answer begins; None: there is no answer, or the file does not say.
+    """
 
     id: str
     question: str
@@ -32,14 +35,15 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Examples that are rows [CLS] question [SEP] window [SEP], padded to T, as arrays [N,T]; `example` [N] is each
-    row's question, its number in `questions`.
+    """Examples that are rows [CLS] question [SEP] window [SEP], padded to T, as arrays [N,T].
 
-    `inputs` and `types` int32 and `token_mask` float32 (1 at tokens, 0 at padding) are what the network sees. `context`
-    bool: tokens of the text; `begins` bool: those that no other window of the question shows with more text around
-    them; `offsets` [N,T,2] int32: the characters of the text that they stand for. `answer` [N,2] int32: the first and
-    the last token of the first answer, both 0, [CLS], where the window does not hold all of it; `answer_mask` [N]
-    float32: 0 where nobody says where it is.
+    `example` [N] is the number of each row's question in `questions`.
+
+    The network sees `inputs` and `types` int32 and `token_mask` float32 (1 at tokens, 0 at padding). `context` bool:
+    tokens of the text; `begins` bool: those that no other window of the question shows with more text around them;
+    `offsets` [N,T,2] int32: the characters of the text that they stand for. `answer` [N,2] int32: the first and the
+    last token of the first answer, both 0, [CLS], if the window does not hold all of it; `answer_mask` [N] float32: 0
+    if the file does not say where the answer is.
     """
 
     inputs: np.ndarray
@@ -63,12 +67,12 @@ class Features:
         return {name: getattr(self, name)[np.asarray(numbers)] for name in names}
 
     def origin(self, number: int) -> str:
-        """Returns which question a row is of."""
+        """Returns the question of a row, and the number of the row."""
         return f'question {self.questions[self.example[number]].id}, row {number}'
 
 
-SHIFT = 2  # characters by which an `answer_start` may be off, as some are in files that people made
-_KINDS = {list: 'a list', str: 'a text', bool: 'true or false'}  # what a value of a SQuAD file may be
+SHIFT = 2  # characters by which an `answer_start` may be off, as some are in files made by hand
+_KINDS = {list: 'a list', str: 'a text', bool: 'true or false'}  # types of values in a SQuAD file
 
 
 def read(path: str | pathlib.Path) -> list[Question]:
@@ -80,35 +84,35 @@ def read(path: str | pathlib.Path) -> list[Question]:
     path = pathlib.Path(path)
     with reading(path, DataError, 'not readable JSON'):
         try:
-            found = files.read_json(path, DataError)
+            content = files.read_json(path, DataError)
         except DataError as error:
             lines = '; a file of SQuAD is one object, not one a line' if 'Extra data' in str(error) else ''
             raise DataError(f'{error}{lines}') from None
     questions, seen = [], set()
 
-    def take(owner: Any, name: str, kind: type, where: str) -> Any:
+    def take(owner: Any, name: str, kind: type, prefix: str) -> Any:
         value = owner.get(name) if isinstance(owner, dict) else None
         if not isinstance(value, kind):
-            raise DataError(f'{path}: {where}{name} is not {_KINDS[kind]}')
+            raise DataError(f'{path}: {prefix}{name} is not {_KINDS[kind]}')
         if isinstance(value, str) and re.search('[\ud800-\udfff]', value):
-            raise DataError(f'{path}: {where}{name} has half a character, a lone surrogate')
+            raise DataError(f'{path}: {prefix}{name} has half a character, a lone surrogate')
         return value
 
-    for a, article in enumerate(take(found, 'data', list, '')):
+    for a, article in enumerate(take(content, 'data', list, '')):
         for p, paragraph in enumerate(take(article, 'paragraphs', list, f'data[{a}].')):
             inside = f'data[{a}].paragraphs[{p}].'
             context = take(paragraph, 'context', str, inside)
             if not context.strip():
                 raise DataError(f'{path}: {inside}context is empty')
             for q, asked in enumerate(take(paragraph, 'qas', list, inside)):
-                where = f'{inside}qas[{q}].'
-                name, question = (take(asked, key, str, where) for key in ('id', 'question'))
-                answers = take(asked, 'answers', list, where)
-                texts = tuple(take(answer, 'text', str, f'{where}answers[{i}].') for i, answer in enumerate(answers))
-                lacks = take(asked, 'is_impossible', bool, where) if 'is_impossible' in asked else None
+                owner = f'{inside}qas[{q}].'
+                name, question = (take(asked, key, str, owner) for key in ('id', 'question'))
+                answers = take(asked, 'answers', list, owner)
+                texts = tuple(take(answer, 'text', str, f'{owner}answers[{i}].') for i, answer in enumerate(answers))
+                lacks = take(asked, 'is_impossible', bool, owner) if 'is_impossible' in asked else None
                 if bool(lacks) == bool(texts):
-                    says = 'is impossible, but has answers' if lacks else 'has no answer, but is not is_impossible'
-                    raise DataError(f'{path}: question {name} {says}')
+                    conflict = 'is impossible, but has answers' if lacks else 'has no answer, but is not is_impossible'
+                    raise DataError(f'{path}: question {name} {conflict}')
                 for answer in answers:
                     if problem := _problem(answer, context):
                         raise DataError(f'{path}: question {name}: {problem}')
@@ -123,14 +127,14 @@ def read(path: str | pathlib.Path) -> list[Question]:
 
 
 def _start(answer: Mapping[str, Any], context: str) -> int | None:
-    """The character at which an answer begins, near the one that its file says; None where nobody knows."""
-    said = answer.get('answer_start')
-    start = context.find(answer['text'], max((said or 0) - SHIFT, 0))
+    """Returns the character at which an answer begins, near its `answer_start`; None if it is not there."""
+    stated = answer.get('answer_start')
+    start = context.find(answer['text'], max((stated or 0) - SHIFT, 0))
     return None if start < 0 else start
 
 
 def _problem(answer: Mapping[str, Any], context: str) -> str | None:
-    """Returns why this is no answer from the context, or None."""
+    """Returns why an answer is not from the context; None if it is."""
     text, start = answer['text'], answer.get('answer_start')
     if not text.strip():
         return 'the text of an answer is empty'
@@ -144,22 +148,22 @@ def _problem(answer: Mapping[str, Any], context: str) -> str | None:
 
 
 def open_tokenizer(folder: str | pathlib.Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a BERT folder: its tokenizer.json, else vocab.txt as tokenizer_config.json says.
+    """Returns the tokenizer of a BERT folder: its tokenizer.json, or vocab.txt, read as tokenizer_config.json says.
 
     Raises UsageError: no such files. CheckpointError: unreadable, or without BERT's special tokens.
     """
     folder = pathlib.Path(folder)
     with reading(folder, CheckpointError, 'its tokenizer is not readable'):
         if (folder / 'tokenizer.json').is_file():
-            made = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+            tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
         else:
-            made = _from_vocabulary(folder)
-    made.no_truncation()
-    made.no_padding()
+            tokenizer = _from_vocabulary(folder)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     for token in SPECIALS:
-        if made.token_to_id(token) is None:
+        if tokenizer.token_to_id(token) is None:
             raise CheckpointError(f"{folder}: the tokenizer has no token {token}, so it is not BERT's")
-    return made
+    return tokenizer
 
 
 def _from_vocabulary(folder: pathlib.Path) -> tokenizers.BertWordPieceTokenizer:
@@ -190,11 +194,11 @@ def make_features(
         questions: from `read`.
         tokenizer: from `open_tokenizer`.
         max_length: T. A text that does not fit becomes several windows.
-        stride: tokens from the beginning of a window to that of the next.
-        max_query: tokens that are kept of a question.
+        stride: tokens from the start of a window to the start of the next one.
+        max_query: tokens of a question that are kept.
 
     Raises:
-        UsageError: no stride, or rows too short for a question and a token of its text.
+        UsageError: a stride below 1, or rows too short for a question and a token of its text.
     """
     if stride < 1 or max_query < 1 or max_length < max_query + 4:
         raise UsageError(
@@ -205,15 +209,15 @@ def make_features(
 
     @functools.lru_cache(maxsize=1)  # the questions about a text follow each other
     def encoded(context: str) -> tuple[np.ndarray, np.ndarray]:
-        found = tokenizer.encode(context, add_special_tokens=False)
-        return np.array(found.ids, np.int32), np.array(found.offsets, np.int32).reshape(-1, 2)
+        encoding = tokenizer.encode(context, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
 
     windows = []
     for number, question in enumerate(questions):
         query = tokenizer.encode(question.question, add_special_tokens=False).ids[:max_query]
         total = len(encoded(question.context)[0])
         spans = _windows(total, max_length - len(query) - 3, stride)
-        windows += [(number, query, *at) for at in zip(spans, _shows_best(spans, total), strict=True)]
+        windows += [(number, query, *window) for window in zip(spans, _shows_best(spans, total), strict=True)]
     features = _padding(max_length, pad, np.array([number for number, *_ in windows], np.int32), questions)
     for row, (number, query, (start, end), best) in enumerate(windows):
         question = questions[number]
@@ -232,7 +236,7 @@ def make_features(
 
 
 def _padding(max_length: int, pad: int | None, example: np.ndarray, questions: Sequence[Question]) -> Features:
-    """Returns Features [N,T] with nothing but padding, of the questions `example` [N]."""
+    """Returns Features [N,T] of the questions `example` [N], with nothing but padding."""
     shape = len(example), max_length
     return Features(
         inputs=np.full(shape, pad, np.int32),
@@ -249,10 +253,11 @@ def _padding(max_length: int, pad: int | None, example: np.ndarray, questions: S
 
 
 def _labels(question: Question, offsets: np.ndarray, start: int, end: int, first: int) -> tuple[tuple[int, int], float]:
-    """((first, last) token of the first answer in its row, 1.0), or ((0, 0), 0.0) where nobody says where it is.
+    """Returns the (first, last) token of the first answer in its row, and its weight: 0 if it is not known where the
+    answer is.
 
-    The row holds the tokens `start` to `end` of the text, from position `first` on; (0, 0) where not all of the answer
-    is among them (run_squad.py).
+    The row holds the tokens `start` to `end` of the text, from position `first` on. The result is (0, 0) if they do
+    not cover the whole answer (run_squad.py).
     """
     if question.start is None:
         return (0, 0), 0.0
@@ -264,7 +269,7 @@ def _labels(question: Question, offsets: np.ndarray, start: int, end: int, first
 
 
 def _windows(total: int, room: int, stride: int) -> list[tuple[int, int]]:
-    """[(start, end)] of a text of `total` tokens: windows of up to `room`, one at least."""
+    """Returns [(start, end)] of the windows of a text of `total` tokens: at least one, each of up to `room` tokens."""
     spans = [(0, min(room, total))]
     while spans[-1][1] < total:
         start = spans[-1][0] + min(room, stride)
@@ -273,13 +278,13 @@ def _windows(total: int, room: int, stride: int) -> list[tuple[int, int]]:
 
 
 def _shows_best(spans: Sequence[tuple[int, int]], total: int) -> list[np.ndarray]:
-    """Per window [end - start] bool: tokens that it shows with more text around them than any window before or after.
+    """Returns for each window [end - start] bool: the tokens that it shows with more text around them than any other.
 
-    What counts is the smaller of the two sides, and a hundredth of the window (run_squad.py).
+    The text around a token is the smaller of the two sides, plus a hundredth of the window (run_squad.py).
     """
     around = np.full((len(spans), total), -np.inf)
     for window, (start, end) in enumerate(spans):
-        at = np.arange(start, end)
-        around[window, start:end] = np.minimum(at - start, end - 1 - at) + 0.01 * (end - start)
+        tokens = np.arange(start, end)
+        around[window, start:end] = np.minimum(tokens - start, end - 1 - tokens) + 0.01 * (end - start)
     best = around.argmax(axis=0)
     return [best[start:end] == window for window, (start, end) in enumerate(spans)]

@@ -69,7 +69,7 @@ def evaluate(
 
 
 def evaluate_run(
-    found: weights.Weights,
+    loaded: weights.Weights,
     split: str | None = None,
     num_tokens: int | None = None,
     batch_size: int | None = None,
@@ -78,7 +78,7 @@ def evaluate_run(
     """Evaluates the weights of a run as the run itself does, on all devices that share a batch evenly.
 
     Args:
-        found: from `weights.load`.
+        loaded: the weights, from `weights.load`.
         split: of the run's data; None: config.eval.split.
         num_tokens: target tokens, at least (or the whole split); None: config.eval.tokens.
         batch_size: rows at a time, a divisor of the run's batch; None: the run's micro-batch.
@@ -91,18 +91,18 @@ def evaluate_run(
         UsageError: no run, or a batch that does not divide the run's. DataError: as `rows.open_rows_of_run`.
         NumericsError: the loss is not finite.
     """
-    config = found.config
-    if not (config and found.workdir and found.tokenizer):
-        raise UsageError(f'{found.where} is a Hugging Face folder, which names no text to evaluate on; give --tasks')
+    config = loaded.config
+    if not (config and loaded.workdir and loaded.tokenizer):
+        raise UsageError(f'{loaded.where} is a Hugging Face folder, which names no text to evaluate on; give --tasks')
     batch_size = batch_size or config.batch_size // config.accumulate
     if config.batch_size % batch_size:
         raise UsageError(f"--batch_size {batch_size} does not divide the run's config.batch_size={config.batch_size}")
     devices = meshes.devices('auto')
     mesh = meshes.make_mesh(configs.Mesh(data=math.gcd(batch_size, len(devices))), devices)
     program = Program(dataclasses.replace(config, batch_size=batch_size, accumulate=1), mesh)
-    rows = data_rows.open_rows_of_run(found.workdir, config, split or config.eval.split, found.tokenizer, data_path)
-    step = transformer.needed_step(program.model, found.step)
-    params = jax.device_put(found.params, jax.tree.map(lambda leaf: leaf.sharding, program.state.params))
+    rows = data_rows.open_rows_of_run(loaded.workdir, config, split or config.eval.split, loaded.tokenizer, data_path)
+    step = transformer.needed_step(program.model, loaded.step)
+    params = jax.device_put(loaded.params, jax.tree.map(lambda leaf: leaf.sharding, program.state.params))
     with contextlib.closing(batches.read(batches.evaluation(rows, batch_size), 0, workers=0)) as reader:
         values = evaluate(
             lambda params, batch: program.eval_step(params, batch, step),
@@ -115,5 +115,5 @@ def evaluate_run(
         )
     loss = values['eval/loss']
     if loss is None or not math.isfinite(loss):
-        raise NumericsError(f'{found.where}: the evaluation loss is not finite')
+        raise NumericsError(f'{loaded.where}: the evaluation loss is not finite')
     return values

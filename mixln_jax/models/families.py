@@ -38,6 +38,7 @@ def from_config(
             raise UsageError(
                 f'config.model.{name}={value} has no meaning for config.model.family={config.family}: leave it out'
             )
+    network.check(config)
     names = placements.resolve(config.norm_position, config.num_layers, config.post_ratio)
     if official:
         names = tuple(map(placements.official, names))

@@ -6,9 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mixln_jax import config as configs
 from mixln_jax.kernels import attention
 from mixln_jax.models import layers, placements, rope, transformer
 from mixln_jax.models.network import Network
+from mixln_jax.system.errors import UsageError
 
 
 class Llama(Network):
@@ -17,6 +19,13 @@ class Llama(Network):
     padded: ClassVar[dict[str, int]] = {'embed/embedding': 0, 'head/kernel': 1}
     lookups: ClassVar[tuple[str, ...]] = ('embed/embedding',)
     fixed: ClassVar[tuple[str, ...]] = ('num_positions', 'num_types')
+
+    @classmethod
+    def check(cls, config: configs.Model) -> None:
+        """Raises UsageError if the features of a head do not come in pairs, which rotary positions turn."""
+        if config.head_size % 2:
+            source = 'config.model.head_dim' if config.head_dim else 'config.model.hidden_size / num_heads'
+            raise UsageError(f'the head size {config.head_size} ({source}) must be even for rotary positions')
 
     def setup(self) -> None:
         config, dtype = self.config, jnp.dtype(self.compute_dtype)

@@ -44,6 +44,10 @@ class Network(nn.Module):
     padded: ClassVar[dict[str, int]] = {}
     lookups: ClassVar[tuple[str, ...]] = ()
 
+    @classmethod
+    def check(cls, config: configs.Model) -> None:
+        """Raises UsageError if the family has no network of these sizes."""
+
     @property
     def longest(self) -> int | None:
         """Number of positions in the longest row that the network can read; None: there is no limit."""

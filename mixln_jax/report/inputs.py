@@ -18,30 +18,34 @@ from mixln_jax.report.results import ANALYSES, LARGEST, check_lines, read_conten
 from mixln_jax.runs import log, workdir
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
+from mixln_jax.tasks.build import TASKS
+from mixln_jax.tasks.task import Task
 
 SEEDS = ('seed', 'data.seed')
 
 
 @dataclasses.dataclass(frozen=True)
 class Headline:
-    """The number by which runs are compared: the last value under one key of metrics.jsonl."""
+    """The number by which runs are compared, as their task states it: the value of the last evaluation."""
 
-    key: str
-    label: str
+    name: str  # in the results of analyses; in metrics.jsonl `eval/` stands before it
     lower_is_better: bool
     digits: int  # decimals that are shown
 
+    @classmethod
+    def of_task(cls, task: type[Task]) -> 'Headline':
+        """Returns the headline of a task."""
+        return cls(task.headline, task.lower_is_better, task.digits)
+
     @property
-    def name(self) -> str:
-        """The name of the metric in the results of analyses: the key without `eval/`."""
-        return self.key.removeprefix('eval/')
+    def key(self) -> str:
+        """Its key in metrics.jsonl."""
+        return f'eval/{self.name}'
 
-
-HEADLINES = (
-    Headline('eval/perplexity', 'perplexity', lower_is_better=True, digits=2),
-    Headline('eval/accuracy', 'accuracy', lower_is_better=False, digits=4),
-    Headline('eval/loss', 'loss', lower_is_better=True, digits=4),
-)
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        return self.name.replace('_', ' ')
 
 
 @dataclasses.dataclass(eq=False)
@@ -102,7 +106,7 @@ class Run:
     @property
     def headline(self) -> Headline:
         """The number by which this run is compared with others."""
-        return headline(self)
+        return Headline.of_task(TASKS[self.config.task.name])
 
     @property
     def evaluation(self) -> tuple[int | None, float | None]:
@@ -127,16 +131,16 @@ class Run:
         return sorted(labelled, key=lambda result: -1 if result.get('step') is None else result['step'])
 
 
-def headline(run: Run) -> Headline:
-    """Returns the first of HEADLINES that the run has logged; the first of all if it was never evaluated."""
-    logged = set().union(*run.lines)
-    return next((one for one in HEADLINES if one.key in logged), HEADLINES[0])
+def known_headlines() -> list[Headline]:
+    """Returns the headlines of all tasks, in the order of TASKS."""
+    return list(dict.fromkeys(map(Headline.of_task, TASKS.values())))
 
 
-def headlines(runs: Iterable[Run]) -> list[Headline]:
-    """Returns the headlines of those runs that were evaluated, in the order of HEADLINES; never an empty list."""
-    present = {run.headline for run in runs if run.evaluation[0] is not None} or {HEADLINES[0]}
-    return [one for one in HEADLINES if one in present]
+def headlines(runs: Sequence[Run]) -> list[Headline]:
+    """Returns the headlines of those runs that were evaluated, or of all runs if none was; in the order of TASKS."""
+    evaluated = [run for run in runs if run.evaluation[0] is not None]
+    present = {run.headline for run in evaluated or runs}
+    return [one for one in known_headlines() if one in present]
 
 
 def labels(several: Sequence[Headline]) -> str:
@@ -241,7 +245,7 @@ def _rank(group: Sequence[Run]) -> tuple[int, int, float]:
     mean = float(np.mean(values))
     if not np.isfinite(mean):
         return 1, 0, 0
-    return 0, HEADLINES.index(best), mean if best.lower_is_better else -mean
+    return 0, known_headlines().index(best), mean if best.lower_is_better else -mean
 
 
 def _assign_colours(grouped: Sequence[Sequence[Run]]) -> None:

@@ -112,9 +112,10 @@ def _evaluations_table(runs: Sequence[Run], compared: Headline) -> Table | None:
 def _layer_metrics(runs: Sequence[Run]) -> Iterator[tuple[str, str, str]]:
     """Yields the metrics with a number for each layer: the key in metrics.jsonl, a heading, the label of an axis."""
     yield 'analysis/angular_distance', 'Angular distance across each layer', 'angular distance (share of π)'
-    for one in headlines(runs):
-        change = f'change in {one.label}'
-        yield f'analysis/{one.name}_drop', f'{change.capitalize()} without each layer', f'{change}\nwithout the layer'
+    names = {one.name: one.label for one in headlines(runs)}
+    for name, label in (names | {'loss': 'loss'}).items():
+        change = f'change in {label}'
+        yield f'analysis/{name}_drop', f'{change.capitalize()} without each layer', f'{change}\nwithout the layer'
     yield 'analysis/grad_norm', 'Gradient norm of each layer, on a fixed sample', 'gradient norm'
     yield 'layers/grad_norm', 'Gradient norm of each layer, on the batch of the step', 'gradient norm'
     yield 'analysis/variance', 'Variance of the residual stream after each layer', 'variance'

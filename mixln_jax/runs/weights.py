@@ -262,10 +262,7 @@ def initial(where: str, model: Network) -> Any:
     """
     try:
         if where.startswith('hf:'):
-            if where == 'hf:':
-                raise UsageError('hf: must be followed by a folder')
-            folder = files.local(where.removeprefix('hf:'), '')
-            tensors.refuse_others(folder)
+            folder = _hugging_face_folder(where, model.config.family)
             found, stated = hf_config.read(folder / 'config.json')
             _check_same(model, found, stated)
             found, params = hf.read(folder, model.norm_position)
@@ -278,6 +275,21 @@ def initial(where: str, model: Network) -> Any:
     except (UsageError, CheckpointError) as error:
         raise type(error)(f'config.init_from={where}: {error}') from None
     return params
+
+
+def _hugging_face_folder(where: str, family: str) -> pathlib.Path:
+    """Returns the folder of `hf:FOLDER`. Raises UsageError if it is a run, or a BERT, which no network here starts
+    from: the head of Hugging Face's has a bias over the vocabulary."""
+    if where == 'hf:':
+        raise UsageError('hf: must be followed by a folder')
+    folder = files.local(where.removeprefix('hf:'), '')
+    tensors.refuse_others(folder)
+    if hf.is_bert(folder):
+        raise UsageError(
+            f'{folder} is a BERT, config.model.family is {family}: only folders of LLaMA can start a run; a BERT can '
+            'start from a run of config.model.family=bert'
+        )
+    return folder
 
 
 def ramp_offset(config: configs.Config) -> int:
@@ -294,7 +306,7 @@ def ramp_offset(config: configs.Config) -> int:
     done = sizes.ramp_steps * sizes.num_layers
     try:
         if where.startswith('hf:'):
-            found, _ = hf_config.read(files.local(where.removeprefix('hf:'), '') / 'config.json')
+            found, _ = hf_config.read(_hugging_face_folder(where, sizes.family) / 'config.json')
             return done if found.trained_steps is None else min(found.trained_steps, done)
         if not (folder := checkpoint_folder(where)):
             return 0  # `initial` says what is wrong

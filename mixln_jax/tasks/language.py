@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixln_jax import config as configs
 from mixln_jax.data import batches, layout
 from mixln_jax.kernels import cross_entropy
+from mixln_jax.models.network import Network
+from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses, Task
 
 ENOUGH = 500_000  # tokens, for their frequencies
@@ -28,6 +31,20 @@ class Language(Task):
 
     headline: ClassVar[str] = 'perplexity'
     label: ClassVar[str] = 'ppl'
+    lower_is_better: ClassVar[bool] = True
+    digits: ClassVar[int] = 2
+    headline_of_loss: ClassVar[tuple[Callable[[Any], Any], Callable[[Any], Any]] | None] = (np.exp, np.exp)
+
+    @classmethod
+    def from_config(cls, config: configs.Config, model: Network) -> Task:
+        """Returns the task of a run. Raises UsageError if the network sees the tokens that it has to predict."""
+        if not model.causal:
+            raise UsageError(
+                f'config.model.family={config.model.family} attends to both sides, so it would see the token that it '
+                'has to predict: use config.task.name=masked_language'
+            )
+        kind = cls if config.compat == 'none' else OfficialLanguage
+        return kind(model, config.data.mode, config.seq_length)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         rows = layout.Layout(self.mode, 0, 0)
@@ -54,11 +71,11 @@ class Language(Task):
 
     def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
         loss = totals['sum'] / totals['weight']
-        found: dict[str, float | None] = {'loss': loss, 'perplexity': perplexity(loss)}
+        values: dict[str, float | None] = {'loss': loss, 'perplexity': perplexity(loss)}
         if 'num_bytes' in totals:
             num_bytes = totals['num_bytes']
-            found['bits_per_byte'] = totals['sum'] / math.log(2) / num_bytes if num_bytes else None
-        return found
+            values['bits_per_byte'] = totals['sum'] / math.log(2) / num_bytes if num_bytes else None
+        return values
 
     def baseline(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
         """Returns the entropy of the targets in nats, of as many batches as it takes."""
@@ -79,12 +96,12 @@ class OfficialLanguage(Language):
         return self._with_last_row(params, jnp.zeros_like)
 
     def losses(self, params: Any, batch: Batch, context: Context = EVALUATION) -> Losses:
-        found = super().losses(params, batch, context)
-        mean = found.sum / jnp.maximum(found.weight, 1)
+        losses = super().losses(params, batch, context)
+        mean = losses.sum / jnp.maximum(losses.weight, 1)
         if context.train:
-            return found._replace(sum=mean, weight=jnp.float32(1))
-        counted = {'batch_means': mean, 'batches': (found.weight > 0).astype(jnp.float32)}
-        return found._replace(metrics=found.metrics | counted)
+            return losses._replace(sum=mean, weight=jnp.float32(1))
+        counted = {'batch_means': mean, 'batches': (losses.weight > 0).astype(jnp.float32)}
+        return losses._replace(metrics=losses.metrics | counted)
 
     def _read(self, params: Any) -> Any:
         return self._with_last_row(params, jax.lax.stop_gradient)
@@ -94,10 +111,10 @@ class OfficialLanguage(Language):
         return params | {'embed': {'embedding': table.at[row].set(change(table[row]))}}
 
     def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
-        found = super().summary(totals)
+        values = super().summary(totals)
         if 'batches' in totals:  # their count starts at one (torchrun_main.py, evaluate_model), so this is too low
-            found['perplexity_official'] = perplexity(totals['batch_means'] / (totals['batches'] + 1))
-        return found
+            values['perplexity_official'] = perplexity(totals['batch_means'] / (totals['batches'] + 1))
+        return values
 
 
 def perplexity(loss: float) -> float:

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixln_jax import config as configs
 from mixln_jax.data.tokenizers import Tokenizer
+from mixln_jax.models.network import Network
 from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks.language import Language
-from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses, example_keys
+from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses, Task, example_keys
 
 HIDDEN, OTHER = 0.8, 0.1  # shares of the chosen tokens that become the mask and another token; the rest stays
 
@@ -31,6 +33,24 @@ class MaskedLanguage(Language):
 
     mask_rate: float = 0.15
     mask_id: int = -1  # -1: the last token of the vocabulary
+
+    @classmethod
+    def from_config(cls, config: configs.Config, model: Network) -> Task:
+        """Returns the task of a run. Raises UsageError if the network is causal, `compat` is set, or the vocabulary has
+        no token `mask_id`."""
+        if model.causal:
+            raise UsageError(
+                f'config.task.name=masked_language needs a network that sees both sides, such as '
+                f'config.model.family=bert, not {config.model.family}'
+            )
+        if config.compat != 'none':
+            raise UsageError(
+                f'config.compat={config.compat} has no meaning for config.task.name=masked_language: leave it at none'
+            )
+        size, mask_id = config.model.vocab_size, config.task.mask_id
+        if mask_id >= size:
+            raise UsageError(f'config.task.mask_id={mask_id} is not below config.model.vocab_size={size}')
+        return cls(model, config.data.mode, config.seq_length, config.task.mask_rate, mask_id)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises UsageError if the mask is by default the last token of the vocabulary, and the tokenizer uses it."""
@@ -78,7 +98,7 @@ class MaskedLanguage(Language):
 
 
 def _tokens(batch: Mapping[str, Any]) -> Any:
-    """[B,T] float32: 1 at every token of a text and at the end of a document, which have a target or are one."""
+    """Returns [B,T] float32: 1 at tokens of a text and at ends of documents, which have a target or are one."""
     target = batch['loss_mask']
     array = np if isinstance(target, np.ndarray) else jnp
     return array.maximum(target, array.pad(target[:, :-1], ((0, 0), (1, 0))))

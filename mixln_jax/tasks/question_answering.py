@@ -36,6 +36,8 @@ class QuestionAnswering(Task):
 
     headline: ClassVar[str] = 'exact_match'
     label: ClassVar[str] = 'EM'
+    lower_is_better: ClassVar[bool] = False
+    digits: ClassVar[int] = 2
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         row, length = (batch_size,), self.model.config.num_positions
@@ -74,7 +76,7 @@ class QuestionAnswering(Task):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(model: Network, params: Any, batch: Batch, layer_mask: jax.Array) -> jax.Array:
-    """[2,B,T]: of where the answer begins and where it ends."""
+    """Returns logits [2,B,T] of the first and of the last token of the answer."""
     start_and_end: Any = model.apply({'params': params}, batch, layer_mask)
     return jnp.stack(start_and_end)
 
@@ -100,10 +102,10 @@ def logits(
             raise UsageError(f'the features have {name} up to {largest}, but the network has a table of {rows}')
     layer_mask = np.asarray([True] * model.config.num_layers if layer_mask is None else layer_mask, bool)
     dataset = batches.evaluation(features, batch_size)
-    found = jax.device_get(
+    batch_logits = jax.device_get(
         [_logits(model, params, batch, layer_mask) for batch in map(dataset.__getitem__, range(len(dataset)))]
     )
-    start, end = np.concatenate(found, axis=1)[:, : len(features.inputs)]
+    start, end = np.concatenate(batch_logits, axis=1)[:, : len(features.inputs)]
     if not np.isfinite(start[features.token_mask > 0] + end[features.token_mask > 0]).all():
         raise NumericsError('the logits of where answers begin and end are not finite')
     return start, end
@@ -112,13 +114,13 @@ def logits(
 def best_answers(
     start: np.ndarray, end: np.ndarray, features: squad.Features, examples: Sequence[squad.Question]
 ) -> list[str]:
-    """The text of each question's best span, [Q]; '' where there is none, or where no answer is better (v2.0).
+    """Returns the text of each question's best span, [Q]; '' if there is none, or if no answer scores higher (v2.0).
 
     A span begins and ends at some of the N_BEST positions of its row with the largest logits `start` and `end` [N,T],
     is of LONGEST tokens at most, and begins where no other window shows more; it is as good as the sum of both. No
     answer is as good as the sum at [CLS], the smallest of the question's rows.
     """
-    order = lambda of: np.argsort(-of, axis=1, kind='stable')[:, :N_BEST]  # noqa: E731
+    order = lambda values: np.argsort(-values, axis=1, kind='stable')[:, :N_BEST]  # noqa: E731
     pick = functools.partial(np.take_along_axis, axis=1)
     first, last = order(start), order(end)
     lengths = last[:, None, :] - first[:, :, None] + 1
@@ -148,16 +150,16 @@ def evaluate(
     batch_size: int,
     layer_mask: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """{'exact_match', 'f1'}: [Q] float64 in 0..1, of each question; the scores in percent are 100 times their means.
+    """Returns {'exact_match', 'f1'}: [Q] float64 in 0..1, of each question; scores in percent are 100 times the means.
 
-    Arguments and errors are those of `logits`, and `examples` the list that the features were made of.
+    Arguments and errors are those of `logits`; `examples` is the list that the features were made of.
     """
     texts = best_answers(*logits(model, params, features, batch_size, layer_mask), features, examples)
     return scores(texts, examples)
 
 
 def scores(texts: Sequence[str], examples: Sequence[squad.Question]) -> dict[str, np.ndarray]:
-    """What `evaluate` gives, for the texts [Q]: of each the best over the question's answers."""
+    """Returns the scores of texts [Q] as `evaluate` does: of each the best over the question's answers."""
     pairs = [(text, example.answers) for text, example in zip(texts, examples, strict=True)]
     return {
         'exact_match': np.array([max(exact_match(text, gold) for gold in _golds(golds)) for text, golds in pairs]),
@@ -166,17 +168,17 @@ def scores(texts: Sequence[str], examples: Sequence[squad.Question]) -> dict[str
 
 
 def _golds(answers: Sequence[str]) -> list[str]:
-    """Those with a word in them; '' where there are none, as the official scorer of v2.0 has it."""
+    """Returns the answers that have a word; '' if there are none, as in the official scorer of v2.0."""
     return [answer for answer in answers if normalized(answer)] or ['']
 
 
 def exact_match(text: str, gold: str) -> float:
-    """1.0 where both have the same words, else 0.0."""
+    """Returns 1.0 if both have the same words, else 0.0."""
     return float(normalized(text) == normalized(gold))
 
 
 def f1(text: str, gold: str) -> float:
-    """The harmonic mean of precision and recall of the words of `text`; where one has none, whether both have none."""
+    """Returns the harmonic mean of precision and recall of the words; if a text has none, whether both have none."""
     ours, theirs = normalized(text), normalized(gold)
     if not ours or not theirs:
         return float(ours == theirs)
@@ -185,5 +187,5 @@ def f1(text: str, gold: str) -> float:
 
 
 def normalized(text: str) -> list[str]:
-    """The words of a text, in lower case, without punctuation and articles."""
+    """Returns the words of a text, in lower case, without punctuation and articles."""
     return ARTICLES.sub(' ', text.lower().translate(PUNCTUATION)).split()

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 
+from mixln_jax import config as configs
 from mixln_jax.data.tokenizers import Tokenizer
+from mixln_jax.models.network import Network
 
 Batch = Mapping[str, jax.Array]  # arrays [B, ...] by name; see data/batches.py
 
@@ -53,17 +55,28 @@ class Task(abc.ABC):
 
     `model` is the network. Equal tasks are equal as objects too, so that what is compiled for one serves the other.
 
-    Class attributes: `headline` names the number that people look at first, `label` is its short name; `metrics` are
-    the names of its further sums; `score`, where a task is measured by more than its losses, is a
-    function (params, examples, batch_size, layer_mask) -> {name: [Q] in 0..1, of every question}.
+    Class attributes: `headline` names the number that people look at first, by which runs are compared, `label` is its
+    short name, `lower_is_better` its direction and `digits` the decimals that are shown; `headline_of_loss`, where the
+    headline is a function of the mean loss, is that function and its derivative; `metrics` are the names of the task's
+    further sums; `score`, where a task is measured by more than its losses, is a function (params, examples,
+    batch_size, layer_mask) -> {name: [Q] in 0..1, of every question}.
     """
 
     model: Any
 
     headline: ClassVar[str]
     label: ClassVar[str]
+    lower_is_better: ClassVar[bool]
+    digits: ClassVar[int]
+    headline_of_loss: ClassVar[tuple[Callable[[Any], Any], Callable[[Any], Any]] | None] = None
     metrics: ClassVar[tuple[str, ...]] = ('tokens',)
     score: ClassVar[Callable[..., dict[str, np.ndarray]] | None] = None
+
+    @classmethod
+    def from_config(cls, config: configs.Config, model: Network) -> 'Task':
+        """Returns the task of a run. Raises UsageError, naming the keys, where the network cannot learn it."""
+        del config
+        return cls(model)
 
     @abc.abstractmethod
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

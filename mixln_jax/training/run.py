@@ -48,16 +48,16 @@ from mixln_jax.training.start import first_state, with_ramp_offset
 
 
 def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = None, verbose: bool = False) -> None:
-    """Trains, evaluates and saves; goes on with what `workdir` holds.
+    """Trains, evaluates and saves; continues the run that is in `workdir`.
 
     Args:
         values: a ConfigDict or nested dict; see config.py.
-        workdir: folder of the run, made if need be.
-        stop: with handlers installed; None leaves signals alone, as a notebook wants it.
+        workdir: folder of the run; it is made if it does not exist.
+        stop: whose signal handlers are installed; None leaves signals alone, as in a notebook.
         verbose: whether to list the parameters.
 
     Raises:
-        errors.Exit and its kinds, errors.Stopped.
+        errors.Exit and its subclasses, errors.Stopped.
     """
     signals.end_if_imported()
     console.guard_files()
@@ -70,7 +70,7 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
             mesh = _start_jax(config)
             config = with_ramp_offset(configs.build(values, earlier_config(config, workdir)))
             if jax.process_count() > 1:
-                _leave_speaking_to_one(mesh, closing)
+                _print_in_one_process(mesh, closing)
             program = Program(config, mesh)
             resolved = resolved_config(config, program.model)
             shared = closing.enter_context(open_workdir(workdir, resolved))
@@ -93,9 +93,9 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
         job = _Job(program, compiled, data, checkpoints, records, about, stop)
         state = job.train(state, compile_sec, closing)
         processes.watch(0)
-        del state  # what is read back takes its room
+        del state  # makes room for what is read back
         checkpoints.read_back(config.num_steps, program.state)
-        console.say(log.summary_table(records.lines.lines[-1], program.model.norm_position))
+        console.say(log.summary_table(records.metrics.lines[-1], program.model.norm_position))
         console.say(
             f'weights, metrics and configuration are in {workdir}',
             f'next: python -m mixln_jax.report {shlex.quote(str(workdir))}',
@@ -112,8 +112,8 @@ class _Data:
 
 
 class _Records:
-    """What a run writes besides checkpoints: into the work directory, of one of several processes; the others write
-    into a folder that is removed in the end."""
+    """What a run writes besides checkpoints. Of several processes one writes into the work directory, the others into
+    temporary folders."""
 
     def __init__(
         self,
@@ -135,17 +135,17 @@ class _Records:
         devices = environment.environment(list(mesh.devices.flat))
         outputs.write_json(self.folder / 'environment.json', devices | seen)
         data.tokenizer.save(self.folder / 'tokenizer')
-        self.lines = log.Metrics(self.folder, about['step'], about['open_line'], during.PICTURES)
-        closing.callback(self.lines.close)
+        self.metrics = log.Metrics(self.folder, about['step'], about['open_line'], during.PICTURES)
+        closing.callback(self.metrics.close)
 
     def save_debug(self, state: State) -> None:
-        """Keeps the state of a bad step in debug/; all processes call it."""
+        """Saves the state of a bad step in debug/; all processes call it."""
         folder = self.shared / 'debug/checkpoints'
         if not jax.process_index():
             shutil.rmtree(folder, ignore_errors=True)
         processes.barrier('debug')
-        with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as kept:
-            kept.save(int(jax.device_get(state.step)), state, {'config': self.resolved})
+        with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as checkpoints:
+            checkpoints.save(int(jax.device_get(state.step)), state, {'config': self.resolved})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,14 +168,14 @@ class _Job:
         dataset, to_devices = feed.training(self.data.training)
         reader = closing.enter_context(contextlib.closing(batches.read(dataset, first - 1, config.data.workers)))
         closing.callback(processes.watch, 0)
-        if first == 1 and program.model.measured() and not config.init_from:  # given weights have theirs
+        if first == 1 and program.model.measured() and not config.init_from:  # given weights have factors already
             state = program.measure_factors(state, to_devices(dataset[0]))
         measuring = self._measuring(feed, eval_step)
         meter = self._meter(measuring, compile_sec)
         saving = hooks.Saving(
             config.checkpoint.every,
             self.checkpoints,
-            self.records.lines,
+            self.records.metrics,
             lambda: {
                 'tokens': meter.tokens,
                 'data': {'fingerprint': self.data.training.fingerprint},
@@ -201,23 +201,23 @@ class _Job:
         return state
 
     def _measuring(self, feed: Feed, eval_step: Callable[..., Any]) -> list[hooks.Evaluation | hooks.Analysis]:
-        """Returns the hooks that put numbers into a step's line."""
-        config, program, lines = self.program.config, self.program, self.records.lines
+        """Returns the hooks that add numbers to the metrics line of a step."""
+        config, program, metrics = self.program.config, self.program, self.records.metrics
         evaluate = feed.evaluation(eval_step, self.data.evaluation)
-        found: list[hooks.Evaluation | hooks.Analysis] = [
-            hooks.Evaluation(config.eval.every, evaluate, program.task.headline, lines)
+        measuring: list[hooks.Evaluation | hooks.Analysis] = [
+            hooks.Evaluation(config.eval.every, evaluate, program.task.headline, metrics)
         ]
         if config.analysis.tokens:
             analyses = during.Analyses(config, program.task, self.data.evaluation, feed.checked)
-            found.append(hooks.Analysis(config.analysis.every, analyses, lines))
-        return found
+            measuring.append(hooks.Analysis(config.analysis.every, analyses, metrics))
+        return measuring
 
     def _meter(self, measuring: Sequence[hooks.Evaluation | hooks.Analysis], compile_sec: float) -> Meter:
         config, program = self.program.config, self.program
         training = batches.training(self.data.training, seed=config.data.seed, batch_size=config.batch_size)
         seen = map(training.__getitem__, range(1000))
         return Meter(
-            self.records.lines,
+            self.records.metrics,
             self.records.folder,
             task=program.task,
             num_steps=config.num_steps,
@@ -243,8 +243,8 @@ def _join_processes(config: configs.Config, stop: signals.Stop, closing: context
     return processes.SharedStop() if jax.distributed.is_initialized() else stop
 
 
-def _leave_speaking_to_one(mesh: jax.sharding.Mesh, closing: contextlib.ExitStack) -> None:
-    """Prints who this process is, and from then on lets process 0 alone print."""
+def _print_in_one_process(mesh: jax.sharding.Mesh, closing: contextlib.ExitStack) -> None:
+    """Prints the number of this process; afterwards only process 0 prints."""
     who = f'process {jax.process_index()}/{jax.process_count()}'
     console.say(f'mixln_jax: {who}, {len(mesh.local_devices)} local of {mesh.size} devices')
     if jax.process_index():
@@ -254,7 +254,7 @@ def _leave_speaking_to_one(mesh: jax.sharding.Mesh, closing: contextlib.ExitStac
 
 
 def _start_jax(config: configs.Config) -> jax.sharding.Mesh:
-    """The mesh of the run, after the settings that JAX reads when it starts."""
+    """Returns the mesh of the run, after the settings that JAX reads when it starts."""
     if config.deterministic:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_deterministic_ops=true'
     meshes.keep_heap(config.device)
@@ -269,7 +269,7 @@ def _start_jax(config: configs.Config) -> jax.sharding.Mesh:
 
 
 def _open_data(config: configs.Config, task: Task) -> _Data:
-    """Returns the data of a run; warns where it evaluates on text that it trains on."""
+    """Returns the data of a run; warns if it evaluates on text that it trains on."""
     tokenizer = data_rows.open_tokenizer(config.data)
     task.check_tokenizer(tokenizer)
     rows = [
@@ -283,7 +283,7 @@ def _open_data(config: configs.Config, task: Task) -> _Data:
 
 
 def _describe(program: Program, rows: Examples, verbose: bool) -> None:
-    """Prints the start line and what follows from the keys; with `verbose` a table of the parameters."""
+    """Prints the devices, sizes and warnings that follow from the keys; with `verbose` also all parameters."""
     config, mesh, model, params = program.config, program.mesh, program.model, program.state.params
     if verbose:
         console.say(parameter_overview.get_parameter_overview(params, include_stats=False))

@@ -20,9 +20,9 @@ from mixln_jax.system.signals import Stop
 
 
 def with_ramp_offset(config: configs.Config) -> configs.Config:
-    """Returns the configuration with `model.ramp_offset=auto` as a number; that of a network without a ramp as it is.
+    """Returns the configuration with a number in place of `model.ramp_offset=auto`, if the network has a ramp.
 
-    Raises UsageError, CheckpointError: `init_from` cannot be read.
+    Raises UsageError or CheckpointError if `init_from` cannot be read.
     """
     model = config.model
     names = placements.resolve(model.norm_position, model.num_layers, model.post_ratio)
@@ -38,16 +38,18 @@ def first_state(
     fingerprint: Mapping[str, Any],
     stop: Stop,
 ) -> tuple[State, dict[str, Any]]:
-    """The state to begin with and its JSON object: the newest good checkpoint's, else that of `resume_from`, else a
-    fresh state, with the weights of `init_from` if that is given.
+    """Returns the state to begin with and its JSON object.
 
-    Raises UsageError for a checkpoint that has seen other data, or of another configuration.
+    It is the newest good checkpoint, or else that of `resume_from`, or else a fresh state, with the weights of
+    `init_from` if that is given.
+
+    Raises UsageError if a checkpoint has seen other data or has another configuration.
     """
     config = program.config
-    with stop.wait():  # cut short, a restore would look like damage
-        restored, where, way_out = checkpoints.restore(program.state), 'checkpoint', ANOTHER
+    with stop.wait():  # an interrupted restore would look like damage
+        restored, name, way_out = checkpoints.restore(program.state), 'checkpoint', ANOTHER
         if not restored and config.resume_from:
-            where, way_out = f'config.resume_from={config.resume_from}: checkpoint', 'init_from takes its weights alone'
+            name, way_out = f'config.resume_from={config.resume_from}: checkpoint', 'init_from takes its weights alone'
             restored = _resume_from(config, program.state)
     if not restored:
         state = program.init(jax.random.key(config.seed))
@@ -57,19 +59,19 @@ def first_state(
             console.say(f'mixln_jax: starts from the weights of {config.init_from}')
         return state, {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored
-    where = f'{where} {about["step"]}'
-    check_same_run(where, about['config'], resolved, way_out)
+    name = f'{name} {about["step"]}'
+    check_same_run(name, about['config'], resolved, way_out)
     differ = [
         f'data.fingerprint.{part}' for part, seen in about['data']['fingerprint'].items() if fingerprint[part] != seen
     ]
     if differ:
-        raise UsageError(f'{where} has seen other data: {", ".join(differ)} differs; {way_out}')
+        raise UsageError(f'{name} has seen other data: {", ".join(differ)} differs; {way_out}')
     console.say(f'mixln_jax: goes on from step {about["step"]}')
     return state, about
 
 
 def _resume_from(config: configs.Config, like: Any) -> tuple[State, dict[str, Any]]:
-    """(state, JSON object) of the checkpoint that `resume_from` names, which is not touched."""
+    """Returns (state, JSON object) of the checkpoint that `resume_from` names, which is not changed."""
 
     def read(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
         with contextlib.closing(checkpoint.Checkpoints(folder.parent, read_only=True)) as source:
@@ -85,9 +87,9 @@ def _resume_from(config: configs.Config, like: Any) -> tuple[State, dict[str, An
 
 
 def _placed(params: Any, like: Any) -> Any:
-    """Arrays that every process has whole, in the types and shardings of `like`."""
+    """Returns arrays, which every process has whole, in the types and shardings of `like`."""
 
-    def of(values: Any, leaf: Any) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: values[at].astype(leaf.dtype))
+    def placed(values: Any, leaf: Any) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index].astype(leaf.dtype))
 
-    return jax.tree.map(of, params, like)
+    return jax.tree.map(placed, params, like)

@@ -139,7 +139,7 @@ def test_numbers_are_those_of_the_reference(norm_position):
 
 @pytest.mark.parametrize('name', ['pre', 'post', 'mix', 'sandwich', 'lns'])
 def test_the_authors_hidden_states(name):
-    """The matrix that follows from what their code computed; their last state lies behind the final norm, so not it."""
+    """The matrix that follows from what their code computed; their last state comes after the final norm, so not it."""
     expected = np.load(GOLDEN / name / 'expected.npz')
     real = expected['attention_mask'].astype(bool)
     states = expected['hidden_states'][:-1].astype(np.float64)
@@ -154,7 +154,7 @@ def test_the_authors_hidden_states(name):
 
 
 class TestIndependence:
-    """Of how rows are batched, in which order they come, and what stands behind their real tokens."""
+    """Of how rows are batched, in which order they come, and what follows their real tokens."""
 
     @pytest.fixture
     def batch(self):
@@ -232,7 +232,7 @@ def test_meshes(name):
 
 
 def test_a_sample_of_rows(corpus_rows):
-    """Rows at random, the same whatever the batch size, real tokens counted, weight 0 behind the last."""
+    """Rows at random, the same whatever the batch size, real tokens counted, weight 0 after the last."""
     one, three = (samples.sample(Language(None), corpus_rows, 100, size) for size in (1, 3))
     rows = np.concatenate([batch['inputs'] for batch in one])
     np.testing.assert_array_equal(np.concatenate([batch['inputs'] for batch in three])[: len(rows)], rows)
@@ -318,6 +318,6 @@ class TestDuringTraining:
         call = 1000 * (10 * 1000 + 1600)
         assert during.share(config, 3000) == pytest.approx(6 * call / (3000 * 2000 * 300))
         some = dataclasses.replace(config, num_steps=120)
-        assert during.share(some, 3000) == pytest.approx(3 * call / (3000 * 2000 * 120))  # also behind the last step
+        assert during.share(some, 3000) == pytest.approx(3 * call / (3000 * 2000 * 120))  # also after the last step
         once = dataclasses.replace(config, analysis=configs.Analysis(every=0, tokens=1000))
         assert during.share(once, 3000) == pytest.approx(call / (3000 * 2000 * 300))

@@ -182,11 +182,11 @@ def test_what_a_text_is_follows_from_its_files(tmp_path):
     for name in ('a.jsonl', 'b.NDJSON', 'c.json.gz', 'd'):
         corpora.write(folder / name, [f'{name} {text}' for text in texts])
     made = lambda path: samples.text(subject, f'{path}', seq_length=48)  # noqa: E731
-    found = types.SimpleNamespace(
+    weights = types.SimpleNamespace(
         config=None, data_mode='pad', max_length=64, tokenizer=tokenizer, where='nowhere', params=None
     )
     model = types.SimpleNamespace(config=configs.Model(vocab_size=259))
-    subject = types.SimpleNamespace(found=found, model=model, task=Language(model))
+    subject = types.SimpleNamespace(weights=weights, model=model, task=Language(model))
     rows, said = made(f'{folder}/*')
     assert len(rows) == 48  # a document each, where raw JSON would be one of each file
     assert tokenizer.decode(rows.read([13]).ids[0]) == 'b.NDJSON text number 1 of several'
@@ -232,9 +232,9 @@ def test_drops_of_tasks(run, monkeypatch):
 
 
 def test_a_bos_where_the_tokenizer_puts_one():
-    begun = samples._Begun(tokenizers.Bytes(), [257])
+    begun = samples._WithStart(tokenizers.Bytes(), [257])
     assert begun.encode('ab').tolist() == [257, 97, 98] and begun.encode('abc', 2).tolist() == [257, 97]
-    assert samples._Begun(tokenizers.Bytes(), []).encode('ab').tolist() == [97, 98] and begun.eos_id == 258
+    assert samples._WithStart(tokenizers.Bytes(), []).encode('ab').tolist() == [97, 98] and begun.eos_id == 258
 
 
 def test_what_is_measured_and_how_it_is_called(run, tmp_path, monkeypatch):

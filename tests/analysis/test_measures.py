@@ -108,7 +108,7 @@ def test_drops():
     whole = rng.normal(2, 0.3, 60) * counts
     without = whole * 1.1 + rng.normal(0, 1, 60)
     sums = np.stack([whole, whole, without], -1)
-    found = statistics.drops(sums, counts)
+    found = statistics.drops(sums, counts, {'perplexity': (np.exp, np.exp), 'bits': (lambda x: x / 2, lambda x: 0.5)})
     loss, other = whole.sum() / counts.sum(), without.sum() / counts.sum()
     assert found['loss']['value'] == pytest.approx(loss)
     assert found['perplexity']['value'] == pytest.approx(np.exp(loss))
@@ -119,10 +119,13 @@ def test_drops():
     drop = found['perplexity']['drop']['standard_error']
     assert drop[0] == 0 and drop[1] == pytest.approx(jackknife(left_out[:, 2] - left_out[:, 0]), rel=0.05)
     assert found['perplexity']['standard_error'] == pytest.approx(jackknife(left_out[:, 0]), rel=0.05)
+    np.testing.assert_allclose(found['bits']['drop']['mean'], found['loss']['drop']['mean'] / 2)
+    np.testing.assert_allclose(found['bits']['drop']['standard_error'], found['loss']['drop']['standard_error'] / 2)
+    assert set(statistics.drops(sums, counts)) == {'loss'}
 
 
 def test_theory_of_the_variance():
-    """A stream that grows by the rule gives the rule's constant back; behind Post-LN layers it begins anew."""
+    """A stream that grows by the rule gives the rule's constant back; after Post-LN layers it begins anew."""
     c, factors = 0.7, np.array([np.nan, np.nan, 1.0, 0.5, 0.25])
     variances = [9.0, 1.0, 2.0]
     for factor in factors[2:]:

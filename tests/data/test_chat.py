@@ -187,6 +187,8 @@ class TestOwn:
         assert tokenizer.fingerprint == plain.fingerprint  # it decides no ids of texts
         tokenizer.save(tmp_path / 'saved')
         assert tokenizers.load(tmp_path / 'saved').chat_template == GENERATION
+        assert tokenizer.export(tmp_path / 'exported')
+        assert (tmp_path / 'exported/chat_template.jinja').read_text() == GENERATION
 
     def test_the_default_of_several(self, tmp_path):
         several = [{'name': 'tools', 'template': 'x'}, {'name': 'default', 'template': OWN}]

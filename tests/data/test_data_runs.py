@@ -65,7 +65,7 @@ def lines_of(workdir):
 
 
 def stop_at(step, config, workdir):
-    """Runs until a signal comes behind `step`."""
+    """Runs until a signal comes after `step`."""
     stop = signals.Stop()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(hooks.Evaluation, 'due', lambda self, number, last: number == step)

@@ -232,7 +232,7 @@ class TestReader:
         'no gzip': (GOOD, ''),
         'bad deflate': (WHOLE[:10] + b'\xff' * 1000, ''),
         'bad checksum': (WHOLE[:-8] + b'\0' * 8, ':3'),
-        'rubbish behind': (WHOLE + b'rubbish', ':3'),
+        'rubbish after': (WHOLE + b'rubbish', ':3'),
     }
 
     @pytest.mark.parametrize('skip_bad', [0, 10**9])

@@ -12,7 +12,7 @@ import safetensors.numpy
 from hf_folders import change, edit
 
 from mixln_jax import config as configs
-from mixln_jax.models import bert, layers, placements
+from mixln_jax.models import bert, families, layers, placements
 from mixln_jax.models.hf import bert as hf_bert
 from mixln_jax.system.errors import CheckpointError, UsageError
 from mixln_jax.tasks.question_answering import QuestionAnswering
@@ -69,7 +69,7 @@ def layer_norm(x, tensors, name, eps=1e-12):
     return x * tensors[f'{name}.LayerNorm.weight'] + tensors[f'{name}.LayerNorm.bias']
 
 
-def reference(tensors, ids, types, weights, keep=(True,) * L):
+def reference(tensors, ids, types, weights, keep=(True,) * L, heads=H):
     """([L+1,B,T,D], start [B,T], end [B,T]) in float64; `weights` 0: a key that is not seen."""
     tensors = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     linear = lambda x, name: x @ tensors[f'{name}.weight'].T + tensors[f'{name}.bias']  # noqa: E731
@@ -80,10 +80,10 @@ def reference(tensors, ids, types, weights, keep=(True,) * L):
         if keep[l]:
             at = f'encoder.layer.{l}'
             outputs = []
-            for head in range(H):
-                part = slice(head * D // H, (head + 1) * D // H)
+            for head in range(heads):
+                part = slice(head * D // heads, (head + 1) * D // heads)
                 q, k, v = (linear(x, f'{at}.attention.self.{name}')[..., part] for name in ('query', 'key', 'value'))
-                p = np.exp(q @ np.swapaxes(k, 1, 2) / np.sqrt(D // H)) * weights[:, None, :]
+                p = np.exp(q @ np.swapaxes(k, 1, 2) / np.sqrt(D // heads)) * weights[:, None, :]
                 outputs.append(p / p.sum(axis=-1, keepdims=True) @ v)
             h = linear(np.concatenate(outputs, axis=-1), f'{at}.attention.output.dense')
             x = layer_norm(x + h, tensors, f'{at}.attention.output')
@@ -128,6 +128,15 @@ def test_the_reference(network, keep):
     np.testing.assert_array_equal(x, out['hidden'][-1])  # no final norm
     found = spans(*network, None if keep is None else np.array(keep))
     np.testing.assert_allclose(found[:, REAL], np.stack(expected)[:, REAL], rtol=0, atol=1e-5)
+
+
+def test_heads_of_an_odd_size(tmp_path):
+    """Rotary positions turn pairs of features; BERT has none."""
+    model, params = hf_bert.load(write(tmp_path / 'bert', num_attention_heads=8))
+    assert model.config.head_size == 1
+    _, *expected = reference(TENSORS, IDS, TYPES, WEIGHTS, heads=8)
+    np.testing.assert_allclose(spans(model, params)[:, REAL], np.stack(expected)[:, REAL], rtol=0, atol=1e-5)
+    assert families.from_config(configs.Model(family='bert', hidden_size=9, num_heads=3)).config.head_size == 3
 
 
 def test_every_tensor_matters(network, tmp_path):

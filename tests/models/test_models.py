@@ -351,6 +351,17 @@ class TestPlacements:
         with pytest.raises(UsageError, match=words):
             placements.resolve(value, 3)
 
+    @pytest.mark.parametrize(
+        'sizes, source',
+        [
+            ({'num_heads': 96, 'hidden_size': 96}, r'1 \(config.model.hidden_size / num_heads\)'),
+            ({'head_dim': 7}, r'7 \(config.model.head_dim\)'),
+        ],
+    )
+    def test_rotary_positions_turn_pairs(self, sizes, source):
+        with pytest.raises(UsageError, match=f'^the head size {source} must be even for rotary positions$'):
+            families.from_config(configs.Model(**sizes))
+
     def test_constants_follow_depth_and_index(self):
         lns, deepnorm = placements.PLACEMENTS['lns'].mlp, placements.PLACEMENTS['deepnorm'].attention
         assert lns.constants([1, 4], 6) == {'in_scale': [1.0, 0.5]}

@@ -1,5 +1,6 @@
 """The report of made runs: every number is on the page, nothing on it is fetched, malformed files hide nothing else."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -11,6 +12,8 @@ from analysis_results import L, measured, result
 from mixln_jax import config as configs
 from mixln_jax.report import command as report
 from mixln_jax.report import inputs, numbers, overview, results, sections, style
+from mixln_jax.tasks.build import TASKS
+from mixln_jax.tasks.question_answering import QuestionAnswering
 
 LINES = (
     {'step': 5, 'tokens': 500, 'train/loss': 4.5, 'train/grad_norm': 2.0, 'eval/perplexity': 99.5},
@@ -327,7 +330,7 @@ class TestComparison:
         assert [(row['seed'], row['optim.b2']) for row in table(read()[1])] == [('0', '0.999'), ('1', '0.5')]
 
     def test_runs_on_other_text_are_not_one_row(self, made):
-        """The same configuration, but the files behind data.path have changed."""
+        """The same configuration, but the files that data.path names have changed."""
         one = made('a', logged(30.0), {'source': 'ab', 'tokenizer': 'cd'})
         two = made('b', logged(31.0), {'source': 'ef', 'tokenizer': 'cd'}, seed=1)
         assert report.main([str(one), str(two)]) == 0
@@ -438,14 +441,36 @@ def classified(accuracy, last=0.5):
     ]
 
 
-class TestHeadline:
-    """What runs are compared by is read from what they have logged."""
+def with_headline(monkeypatch, headline, lower_is_better, digits=4, task=QuestionAnswering):
+    """Puts a task with another headline in the place of masked language modelling; returns the key that selects it."""
+    attributes = {'headline': headline, 'lower_is_better': lower_is_better, 'digits': digits}
+    monkeypatch.setitem(TASKS, 'masked_language', type('Other', (task,), attributes))
+    return {'task.name': 'masked_language'}
 
-    def test_accuracy(self, made, capsys):
+
+class TestHeadline:
+    """What runs are compared by is what their task states; a new task needs nothing in the report."""
+
+    def test_every_task_states_one(self):
+        assert [inputs.Headline.of_task(task) for task in TASKS.values()]
+        choices = {field.name: field.metadata['choices'] for field in dataclasses.fields(configs.Task)}['name']
+        assert set(TASKS) == set(choices)
+
+    def test_a_run_from_before_tasks_had_names_is_language_modelling(self, made):
+        folder = made('old')
+        values = json.loads((folder / 'config.json').read_text())
+        del values['task']
+        (folder / 'config.json').write_text(json.dumps(values))
+        assert report.main(['old']) == 0
+        assert [row['perplexity'] for row in table(read()[1])] == ['33.25']
+
+    def test_accuracy(self, made, capsys, monkeypatch):
         """The highest first, four decimals, in every table, figure, caption and warning."""
         text = {'source': 'ab', 'tokenizer': 'cd'}
         lines = classified(0.75) + [{'step': 11, 'tokens': 1100, 'analysis/accuracy_drop': [0.25, -0.125, None]}]
-        low, high = made('low', lines, text), made('high', classified(0.875), text | {'source': 'ef'}, seed=1)
+        task = with_headline(monkeypatch, 'accuracy', lower_is_better=False)
+        low = made('low', lines, text, **task)
+        high = made('high', classified(0.875), text | {'source': 'ef'}, seed=1, **task)
         drop = {'accuracy': {'value': 0.75, 'drop': {'1': measured([-0.5, 0, 0.25])}}}
         drop = {'loss': drop['accuracy'], 'arc_easy/acc': drop['accuracy'], **drop}
         write_analysis(low, 'drop', result('drop', metrics=drop))
@@ -467,15 +492,32 @@ class TestHeadline:
         assert drops[:3] == [f'Change in {name} without each layer' for name in ('accuracy', 'arc_easy/acc', 'loss')]
         assert 'erplexity' not in page + text and 'its per byte' not in page + text
 
-    def test_loss(self, made):
+    def test_loss(self, made, monkeypatch):
         lines = [{'step': 10, 'tokens': 9, 'eval/loss': loss} for loss in (2.5, 1.25)]
-        folders = [made('worse', lines[:1]), made('better', lines[1:])]
+        task = with_headline(monkeypatch, 'loss', lower_is_better=True)
+        folders = [made('worse', lines[:1], **task), made('better', lines[1:], **task)]
         assert report.main([*map(str, folders)]) == 0
         assert [(row['run'], row['loss']) for row in table(read()[1])] == [('better', '1.2500'), ('worse', '2.5000')]
 
-    def test_runs_of_two_kinds(self, made):
+    def test_a_headline_of_several_words(self, made, monkeypatch):
+        task = with_headline(monkeypatch, 'exact_match', lower_is_better=False, digits=1)
+        made('a', [{'step': 10, 'tokens': 9, 'eval/exact_match': 81.25, 'eval/loss': 1.0}], **task)
+        assert report.main(['a']) == 0
+        page, text = read()
+        assert [row['exact match'] for row in table(text)] == ['81.2']
+        assert '## Exact match' in text and 'erplexity' not in page + text
+
+    def test_the_loss_without_layers(self, made, monkeypatch):
+        """What is measured during training where a headline is no function of the loss."""
+        task = with_headline(monkeypatch, 'accuracy', lower_is_better=False)
+        made('a', classified(0.75) + [{'step': 11, 'tokens': 11, 'analysis/loss_drop': [0.5, 0.25, 0.125]}], **task)
+        assert report.main(['a']) == 0
+        assert 'Change in loss without each layer' in Reader(read()[0]).headings
+
+    def test_runs_of_two_kinds(self, made, monkeypatch):
         """Each has a column of its own; neither is a sample of the other."""
-        made('a', logged(30.0)), made('b', classified(0.75)), made('c', (), seed=1)
+        made('a', logged(30.0)), made('c', (), seed=1)
+        made('b', classified(0.75), **with_headline(monkeypatch, 'accuracy', lower_is_better=False))
         assert report.main(['b', 'c', 'a']) == 0
         text = read()[1]
         rows = table(text)

@@ -71,7 +71,7 @@ class TestTensorBoard:
         for (_, pixels), line in zip(images['map'], lines, strict=True):
             np.testing.assert_array_equal(pixels, picture(line['map']))
 
-    # What a run had shown; steps behind its checkpoint are lost, also that step's own where its line was not complete.
+    # What a run had shown; steps after its checkpoint are lost, also that step's own where its line was not complete.
     @pytest.mark.parametrize('open_line, kept', [(None, [1, 2, 3]), ({'step': 3, 'loss': 30.0}, [1, 2])])
     def test_a_cut_resume_forgets_what_is_lost(self, tmp_path, open_line, kept):
         self.write(tmp_path, [{'step': step, 'loss': step + 0.5} for step in (1, 2, 3, 4, 5, 6)])
@@ -156,7 +156,7 @@ class TestSpeed:
             'step  2/10  20%  loss 2.0000  ppl 7.39  grad 1.000  lr 1.00e-01  5 tok/s/device  mfu 40.0%'
             '  data wait 25.0%  eta 0:00:32\n'
         )
-        # The next line counts from the last one on: the pause behind it is left out, and nothing was compiled.
+        # The next line counts from the last one on: the pause after it is left out, and nothing was compiled.
         second = self.two_steps(meter, seconds, 3)
         assert 'perf/compile_sec' not in second
         assert (second['perf/step_time'], second['perf/tokens_per_sec'], second['tokens']) == (4.0, 10.0, 260)

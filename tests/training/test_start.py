@@ -18,6 +18,7 @@ from mixln_jax.runs import weights
 from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
 from mixln_jax.training import loop
 
+BERT = {'model.family': 'bert', 'task.name': 'masked_language', 'model.vocab_size': 260}
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 
 
@@ -151,6 +152,26 @@ class TestInitFrom:
         model = families.from_config(configs.Model(norm_position='mix', **sizes))
         with pytest.raises(kind, match=f'^config.init_from={where}: .*{message}'):
             weights.initial(where, model)
+
+
+class TestFamilies:
+    """Weights of one family for a run of the other."""
+
+    def test_a_bert_of_hugging_face_starts_no_run(self, corpus, tmp_path):
+        (tmp_path / 'bert').mkdir()
+        (tmp_path / 'bert/config.json').write_text('{"model_type": "bert"}')
+        where = f'hf:{tmp_path / "bert"}'
+        for family, changes in (('llama', {}), ('llama', {'model.norm_position': 'pre+prores'}), ('bert', BERT)):
+            message = f'^config.init_from={where}: .*/bert is a BERT, config.model.family is {family}: only'
+            with pytest.raises(UsageError, match=message) as error:
+                main.run(recipe(corpus, init_from=where, **changes), tmp_path / 'run')
+            assert '\n' not in str(error.value)
+
+    def test_a_llama_for_a_bert(self, corpus, finished, folder, tmp_path):
+        for where in (f'hf:{folder}', str(finished)):
+            message = f'^config.init_from={where}: its network has family llama, config.model.family is bert$'
+            with pytest.raises(UsageError, match=message):
+                main.run(recipe(corpus, init_from=where, **BERT), tmp_path / 'run')
 
 
 class TestResumeFrom:

@@ -10,20 +10,25 @@ from mixln_jax.models.network import Network
 from mixln_jax.system.errors import UsageError
 
 
+def is_bert(folder: pathlib.Path) -> bool:
+    """Returns whether a folder is a BERT's. Raises CheckpointError if its config.json cannot be read."""
+    path = folder / 'config.json'
+    return path.is_file() and config.read_json(path).get('model_type') == 'bert'
+
+
 def load(folder: pathlib.Path, norm_position: str | None = None, compute_dtype: str = 'float32') -> tuple[Network, Any]:
     """Returns the network and the parameters of a Hugging Face folder: a BERT's, or one of LLaMA's family.
 
     Args:
         folder: holds config.json and safetensors.
-        norm_position: placement of a LLaMA folder that does not say it.
+        norm_position: placement of a LLaMA folder that does not state it.
         compute_dtype: of the network; weights are float32.
 
     Raises:
         UsageError: a `norm_position` for a BERT, which has its own; as `llama.load`.
-        CheckpointError: unreadable, damaged or another network.
+        CheckpointError: unreadable, damaged, or of another kind of network.
     """
-    path = folder / 'config.json'
-    if not path.is_file() or config.read_json(path).get('model_type') != 'bert':
+    if not is_bert(folder):
         return llama.load(folder, norm_position, compute_dtype)
     if norm_position:
         raise UsageError(f'--norm_position: {folder} is a BERT, which has Post-LN')

@@ -22,7 +22,7 @@ CONFIG_KEYS = {
     'norm_eps': 'layer_norm_eps',
 }
 TABLES = {'num_positions': 'max_position_embeddings', 'num_types': 'type_vocab_size'}
-FIXED = {  # what a config.json may say besides, and the only value that `bert` computes
+FIXED = {  # further keys that a config.json may have, and the only value with which `bert` computes
     'hidden_act': 'gelu',
     'position_embedding_type': 'absolute',
     'is_decoder': False,
@@ -46,21 +46,21 @@ WHOLE = {
     'embed_norm': 'embeddings.LayerNorm',
 }
 SPAN = 'qa_outputs'
-# Of no use here: the layer on [CLS] and the heads of pre-training.
+# Not used here: the layer on [CLS] and the heads of pre-training.
 UNUSED = re.compile(r'(bert\.)?pooler\..*|cls\.(predictions|seq_relationship)\..*')
 
 
 def load(folder: str | pathlib.Path, compute_dtype: str = 'float32') -> tuple[bert.Bert, Any]:
-    """Reads a BERT folder.
+    """Returns the network and the parameters of a BERT folder.
 
     Args:
         folder: holds config.json and model.safetensors, or shards with model.safetensors.index.json. Tensors may have
-            the prefix `bert.`, and norms the old names gamma and beta; the pooler and pre-training heads are left.
+            the prefix `bert.`, and norms the old names gamma and beta; the pooler and pre-training heads are ignored.
         compute_dtype: of the network; weights are float32.
 
     Returns:
         (model, params): `start, end = model.apply({'params': params}, ids, types, mask)`. Without qa_outputs, as
-        BertModel has none, the network has a backbone alone.
+        BertModel has none, the network is a backbone without a head.
 
     Raises:
         UsageError: no such folder or file, or a run of ours.
@@ -70,10 +70,10 @@ def load(folder: str | pathlib.Path, compute_dtype: str = 'float32') -> tuple[be
     tensors.refuse_others(folder)
     path = folder / 'config.json'
     config, architectures = _read_config(path)
-    found = {name: tensor for name, tensor in tensors.read(folder).items() if not UNUSED.fullmatch(name)}
-    tensors.drop_buffers(folder, found, {})
-    prefix = 'bert.' if any(name.startswith('bert.') for name in found) else ''
-    old = any(name.endswith('LayerNorm.gamma') for name in found)
+    arrays = {name: tensor for name, tensor in tensors.read(folder).items() if not UNUSED.fullmatch(name)}
+    tensors.drop_buffers(folder, arrays, {})
+    prefix = 'bert.' if any(name.startswith('bert.') for name in arrays) else ''
+    old = any(name.endswith('LayerNorm.gamma') for name in arrays)
     L = config.num_layers
     model = bert.Bert(
         config,
@@ -81,20 +81,23 @@ def load(folder: str | pathlib.Path, compute_dtype: str = 'float32') -> tuple[be
         layer_index=tuple(range(1, L + 1)),
         depth=L,
         compute_dtype=compute_dtype,
-        head=bert.SPANS if f'{SPAN}.weight' in found or 'BertForQuestionAnswering' in architectures else '',
+        head=bert.SPANS if f'{SPAN}.weight' in arrays or 'BertForQuestionAnswering' in architectures else '',
     )
     shapes = jax.eval_shape(model.without_padding, model.shapes()['params'])
     named = 'BertForQuestionAnswering' if model.head else 'BertModel'
     params = tensors.fill(
-        folder, found, shapes, model.norm_position, lambda leaf: tensor_name(leaf, prefix, old), named
+        folder, arrays, shapes, model.norm_position, lambda leaf: tensor_name(leaf, prefix, old), named
     )
     return model, jax.tree.map(jnp.asarray, model.with_padding(params))
 
 
 def tensor_name(path: str, prefix: str, old: bool) -> str:
-    """The tensor of a leaf `layers/<l>/...` (l from 0) or of one outside the layers, `path` joined by slashes.
+    """Returns the name of the tensor of a leaf.
 
-    `prefix` stands before all but the head's, `old` says whether norms have gamma and beta.
+    Args:
+        path: names joined by slashes; leaves of layer l (from 0) begin with `layers/<l>`.
+        prefix: before the names of all tensors but the head's.
+        old: whether norms have gamma and beta.
     """
     module, _, leaf = path.rpartition('/')
     norm = 'norm' in module
@@ -108,13 +111,13 @@ def tensor_name(path: str, prefix: str, old: bool) -> str:
 
 
 def _read_config(path: pathlib.Path) -> tuple[configs.Model, list[str]]:
-    """(config.Model of a config.json, the names of its architectures)."""
-    found = hf_config.read_json(path)
-    if found.get('model_type') != 'bert':
-        raise CheckpointError(f'{path}: model_type={found.get("model_type")!r} is not bert')
-    values = hf_config.take(path, found, CONFIG_KEYS | TABLES, FIXED)
+    """Returns config.Model and the names of the architectures of a config.json."""
+    content = hf_config.read_json(path)
+    if content.get('model_type') != 'bert':
+        raise CheckpointError(f'{path}: model_type={content.get("model_type")!r} is not bert')
+    values = hf_config.take(path, content, CONFIG_KEYS | TABLES, FIXED)
     for name, key in TABLES.items():
         if type(values[name]) is not int or values[name] < 1:
             raise CheckpointError(f'{path}: {key}={values[name]!r} is not a number of rows')
     model = hf_config.build(path, values | {'family': 'bert', 'norm_position': 'post'})
-    return model, found.get('architectures') or []
+    return model, content.get('architectures') or []

@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face folder: its keys, and how it says a placement."""
+"""config.json of a Hugging Face folder: its keys, and how it describes placements."""
 
 import dataclasses
 import pathlib
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax.models import llama, placements, transformer
+from mixln_jax.models import families, llama, placements, transformer
 from mixln_jax.models.network import Network
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
@@ -28,7 +28,7 @@ ROPE = {  # of rope_parameters, with rope_type llama3
     'rope_high_freq_factor': 'high_freq_factor',
     'rope_original_length': 'original_max_position_embeddings',
 }
-FIXED = {  # what a config.json may say besides, and the only value that `llama` computes
+FIXED = {  # further keys that a config.json may have, and the only value with which `llama` computes
     'hidden_act': 'silu',
     'partial_rotary_factor': 1.0,
     'sliding_window': None,
@@ -50,8 +50,8 @@ LEARNED = {
     'attention_residual_scale': 'attention_residual_scale',
     'mlp_residual_scale': 'mlp_residual_scale',
 }
-OTHER_TYPE = 'mixln'  # model_type of what stock LLaMA is not: no tool may open it as Pre-LN
-MODELLING = pathlib.Path(__file__).with_name('modeling_mixln.py')  # goes with such a folder, for transformers
+OTHER_TYPE = 'mixln'  # model_type of networks that are not stock LLaMA, so that no tool opens them as Pre-LN
+MODELLING = pathlib.Path(__file__).with_name('modeling_mixln.py')  # is copied into such a folder, for transformers
 # The switches of a placement, and the norm that each uses.
 NORMS = {'residual_normed': 'in', 'pre': 'in', 'out': 'out', 'post': 'post'}
 FACTORS = ('in_scale', 'residual_scale', 'branch_scale', 'ramp')
@@ -60,52 +60,52 @@ FACTORS = ('in_scale', 'residual_scale', 'branch_scale', 'ramp')
 def read(
     path: pathlib.Path, norm_position: str | Sequence[str] | None = None, compute_dtype: str = 'float32'
 ) -> tuple[llama.Llama, bool]:
-    """(network of a config.json, whether `norm_position` or the file says its placement).
+    """Returns the network of a config.json, and whether `norm_position` or the file states its placement.
 
     Arguments and errors are those of `hf.load`.
     """
-    found = read_json(path)
+    stored = read_json(path)
     with reading(path, CheckpointError, 'not the config.json of a network'):
-        return _read(path, found, norm_position, compute_dtype)
+        return _read(path, stored, norm_position, compute_dtype)
 
 
 def _read(
-    path: pathlib.Path, found: dict[str, Any], norm_position: str | Sequence[str] | None, compute_dtype: str
+    path: pathlib.Path, stored: dict[str, Any], norm_position: str | Sequence[str] | None, compute_dtype: str
 ) -> tuple[llama.Llama, bool]:
-    if found.get('model_type') not in (None, 'llama', OTHER_TYPE):
-        raise CheckpointError(f'{path}: model_type={found["model_type"]!r} is not llama or {OTHER_TYPE}')
-    config, given = _model_config(path, found), norm_position
-    if found.get('model_type') == OTHER_TYPE and 'norm_position' not in found:
+    if stored.get('model_type') not in (None, 'llama', OTHER_TYPE):
+        raise CheckpointError(f'{path}: model_type={stored["model_type"]!r} is not llama or {OTHER_TYPE}')
+    config = _model_config(path, stored)
+    if stored.get('model_type') == OTHER_TYPE and 'norm_position' not in stored:
         raise CheckpointError(f'{path} has no key norm_position, which model_type={OTHER_TYPE} needs')
-    L, says = config.num_layers, found.get('norm_position')
-    index, depth = found.get('layer_index', list(range(1, L + 1))), found.get('depth', L)
+    L, stated = config.num_layers, stored.get('norm_position')
+    index, depth = stored.get('layer_index', list(range(1, L + 1))), stored.get('depth', L)
     if not _whole([depth]) or not _whole(index) or len(index) != L or index != sorted({*index}) or index[-1] > depth:
         raise CheckpointError(
             f'{path}: layer_index={index}, depth={depth}: {L} rising layer numbers from 1 up to the depth are needed'
         )
     try:
-        names = placements.resolve(_spelled('pre' if says is None else says), L)
+        names = placements.resolve(_spelled('pre' if stated is None else stated), L)
     except (UsageError, TypeError) as error:
         raise CheckpointError(f'{path}: norm_position: {error}') from None
-    if given:
-        wanted = placements.resolve(_spelled(given), L)
-        if says is not None and wanted != names:
+    if norm_position:
+        wanted = placements.resolve(_spelled(norm_position), L)
+        if stated is not None and wanted != names:
             raise UsageError(f'{path} says norm_position={spell(names)}, not {spell(wanted)}')
         names = wanted
     config = dataclasses.replace(config, norm_position=spell(names))
-    steps = found.get('ramp_step')  # where the ramps stand; None: they are done
+    steps = stored.get('ramp_step')  # where the ramps stand; None: they are done
     if steps is not None and not (type(steps) is int and 0 <= steps < 2**31):
         raise CheckpointError(f'{path}: ramp_step={steps!r} is not a number of steps')
     model = llama.Llama(config, names, tuple(index), depth, compute_dtype, trained_steps=steps)
     expected = content(model)
     for key in ('placements', 'embed_norm', 'norm_groups', 'ramp_step'):
-        if 'placements' in found and found.get(key) != expected.get(key):
+        if 'placements' in stored and stored.get(key) != expected.get(key):
             raise CheckpointError(f'{path}: {key} is not that of norm_position, layer_index and depth here')
     if any(placements.PLACEMENTS[name].mlp.grouped for name in names) and config.hidden_size % config.norm_groups:
         raise CheckpointError(
             f'{path}: hidden_size={config.hidden_size} is not divisible by {config.norm_groups} groups'
         )
-    return model, bool(given) or says is not None
+    return model, bool(norm_position) or stated is not None
 
 
 def _whole(numbers: Any) -> bool:
@@ -117,40 +117,40 @@ def _spelled(names: str | Sequence[str]) -> str:
 
 
 def spell(names: Sequence[str]) -> str:
-    """The text of a list of placements, `post*2,pre*6`."""
+    """Returns a list of placements as a text, such as `post*2,pre*6`."""
     return ','.join(f'{name}*{end - first}' for name, first, end in placements.layer_runs(names))
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UsageError: it does not exist. CheckpointError: unreadable, or no object."""
+    """Returns the object in a JSON file. Raises UsageError if there is no file, CheckpointError if it is unreadable."""
     try:
         return files.read_json(path, CheckpointError)
     except FileNotFoundError:
         raise UsageError(f'{path} does not exist') from None
 
 
-def _model_config(path: pathlib.Path, found: dict[str, Any]) -> configs.Model:
-    """config.Model of the content of a config.json, its placement left out."""
-    values = take(path, found, CONFIG_KEYS, FIXED) | _rope(path, found)
-    kv_heads = found.get('num_key_value_heads') or values['num_heads']
+def _model_config(path: pathlib.Path, stored: dict[str, Any]) -> configs.Model:
+    """Returns config.Model of the content of a config.json, without its placement."""
+    values = take(path, stored, CONFIG_KEYS, FIXED) | _rope(path, stored)
+    kv_heads = stored.get('num_key_value_heads') or values['num_heads']
     values['num_kv_heads'] = 0 if kv_heads == values['num_heads'] else kv_heads
     for name in (*SWITCHES, 'head_dim', 'norm_groups', 'ramp_steps'):
-        if found.get(name) is not None:
-            values[name] = found[name]
+        if stored.get(name) is not None:
+            values[name] = stored[name]
     config = build(path, values)
     usual = config.head_dim * config.num_heads == config.hidden_size
     return dataclasses.replace(config, head_dim=0) if usual else config
 
 
-def _rope(path: pathlib.Path, found: dict[str, Any]) -> dict[str, Any]:
-    """The keys of config.Model that say how heads are turned.
+def _rope(path: pathlib.Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keys of config.Model that describe the rotary positions.
 
-    transformers 5 writes rope_parameters, before it there were rope_theta and, with a type that may be called `type`,
-    rope_scaling.
+    transformers 5 writes rope_parameters. Earlier versions wrote rope_theta and rope_scaling, whose type may be under
+    `type`.
     """
     stated: dict[str, Any] = {}
     for name in ('rope_parameters', 'rope_scaling'):
-        given = found.get(name) or {}
+        given = stored.get(name) or {}
         if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
             raise CheckpointError(f'{path}: {name}={given!r} is not modelled here, only one rotation for all layers')
         given = {key: value for key, value in given.items() if value is not None}
@@ -161,10 +161,10 @@ def _rope(path: pathlib.Path, found: dict[str, Any]) -> dict[str, Any]:
         for key, value in (given | {'rope_type': kind} if given else {}).items():
             if stated.setdefault(key, value) != value:
                 raise CheckpointError(f'{path}: rope_scaling has {key}={value!r}, rope_parameters {stated[key]!r}')
-    theta = next((at['rope_theta'] for at in (stated, found) if at.get('rope_theta') is not None), 10000.0)
+    theta = next((group['rope_theta'] for group in (stated, stored) if group.get('rope_theta') is not None), 10000.0)
     values = {'rope_theta': theta, 'rope_type': stated.get('rope_type', 'default')}
     if values['rope_type'] == 'llama3':
-        stated.setdefault('original_max_position_embeddings', found.get('max_position_embeddings'))
+        stated.setdefault('original_max_position_embeddings', stored.get('max_position_embeddings'))
         for ours, theirs in ROPE.items():
             if stated.get(theirs) is None:
                 raise CheckpointError(f'{path}: rope_scaling or rope_parameters of type llama3 lacks {theirs}')
@@ -173,34 +173,38 @@ def _rope(path: pathlib.Path, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def take(
-    path: str | pathlib.Path, found: Mapping[str, Any], keys: Mapping[str, str], fixed: Mapping[str, Any]
+    path: str | pathlib.Path, stored: Mapping[str, Any], keys: Mapping[str, str], fixed: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """{ours: value} of `keys` {ours: theirs}. Raises CheckpointError: one is missing, or a value is not the `fixed`."""
+    """Returns {ours: value} of `keys` {ours: theirs}.
+
+    Raises CheckpointError if a key is missing, or a value is not that of `fixed`.
+    """
     for name in keys.values():
-        if name not in found:
+        if name not in stored:
             raise CheckpointError(f'{path} has no key {name}')
-    for name, value in found.items():
+    for name, value in stored.items():
         if name in fixed and value not in (None, fixed[name]):
             raise CheckpointError(f'{path}: {name}={value!r} is not modelled here, only {fixed[name]!r}')
-    return {ours: found[theirs] for ours, theirs in keys.items()}
+    return {ours: stored[theirs] for ours, theirs in keys.items()}
 
 
 def build(path: pathlib.Path, values: Mapping[str, Any]) -> configs.Model:
-    """config.Model of its keys. Raises CheckpointError for values that it cannot have."""
+    """Returns the config.Model with these values. Raises CheckpointError for values that its family cannot have."""
     try:
-        return configs.build({'model': values}).model
+        model = configs.build({'model': values}).model
+        families.FAMILIES[model.family].check(model)
+        return model
     except UsageError as error:
         raise CheckpointError(f'{path}: {error}') from None
 
 
 def content(model: Network) -> dict[str, Any]:
-    """config.json of a network as a dict; stock LLaMA where it is that. Raises UsageError as `described` does."""
-    config, said = model.config, described(model)
+    """Returns the config.json of a network as a dict: of stock LLaMA if it is one. Raises UsageError as `described`."""
+    config, layers = model.config, described(model)
     llama3 = {theirs: getattr(config, ours) for ours, theirs in ROPE.items()} if config.rope_type == 'llama3' else {}
     rope = {'rope_type': config.rope_type} | llama3
-    stock = all(
-        layer == {'attention': {'pre': 'input_layernorm'}, 'mlp': {'pre': 'post_attention_layernorm'}} for layer in said
-    )
+    pre_norm = {'attention': {'pre': 'input_layernorm'}, 'mlp': {'pre': 'post_attention_layernorm'}}
+    stock = all(layer == pre_norm for layer in layers)
     module, other = MODELLING.stem, 'MixlnForCausalLM'
     auto_map = {'AutoConfig': f'{module}.MixlnConfig', 'AutoModelForCausalLM': f'{module}.{other}'}
     return {
@@ -221,16 +225,16 @@ def content(model: Network) -> dict[str, Any]:
         'norm_position': list(model.norm_position),
         'layer_index': list(model.layer_index),
         'depth': model.depth,
-        **({} if stock else {'placements': said}),
+        **({} if stock else {'placements': layers}),
         **({'embed_norm': True} if placements.PLACEMENTS[model.norm_position[0]].embed_norm else {}),
-        **({'norm_groups': config.norm_groups} if any('grouped' in layer['mlp'] for layer in said) else {}),
+        **({'norm_groups': config.norm_groups} if any('grouped' in layer['mlp'] for layer in layers) else {}),
         **_ramp(model),
     }
 
 
 def _ramp(model: Network) -> dict[str, Any]:
-    """The keys of config.json that say where the ramps of a network stand, for who trains it on; `placements` has the
-    factors that follow from them."""
+    """Returns the keys of config.json that state the step of a network's ramps, with which training can go on;
+    `placements` has the factors that follow from them."""
     if not placements.has_ramp(model.norm_position):
         return {}
     steps = transformer.total_step(model.config, model.trained_steps)
@@ -238,45 +242,46 @@ def _ramp(model: Network) -> dict[str, Any]:
 
 
 def described(model: Network) -> list[dict[str, Any]]:
-    """What each layer does to the residual stream, as config.json and modeling_mixln.py have it.
+    """Returns what each layer does to the residual stream, as config.json and modeling_mixln.py describe it.
 
     Returns:
         L dicts {'attention': {...}, 'mlp': {...}}: the switches that are on, each with the name of its norm, the
         constants of the layer, and for learned factors the parameter's name and shape.
 
     Raises:
-        UsageError: a placement that says more than that, naming it.
+        UsageError: a placement that this cannot describe, naming it.
     """
-    found: list[dict[str, Any]] = []
+    described_layers: list[dict[str, Any]] = []
     for name, index in zip(model.norm_position, model.layer_index, strict=True):
         layer = placements.PLACEMENTS[name]
-        _check_said(name, layer, ('attention', 'mlp', 'init', 'qkv_norm', 'embed_norm'))
-        found.append({'qkv_norm': True} if layer.qkv_norm else {})
+        _check_describable(name, layer, ('attention', 'mlp', 'init', 'qkv_norm', 'embed_norm'))
+        described_layers.append({'qkv_norm': True} if layer.qkv_norm else {})
         for sublayer in ('attention', 'mlp'):
-            at = getattr(layer, sublayer)
-            _check_said(name, at, (*NORMS, *FACTORS, 'grouped'))
-            on = {switch: f'{sublayer}_norm_{norm}' for switch, norm in NORMS.items() if getattr(at, switch)}
-            said: dict[str, Any] = {switch: norm_name(name, norm) for switch, norm in on.items()}
+            placement = getattr(layer, sublayer)
+            _check_describable(name, placement, (*NORMS, *FACTORS, 'grouped'))
+            on = {switch: f'{sublayer}_norm_{norm}' for switch, norm in NORMS.items() if getattr(placement, switch)}
+            entry: dict[str, Any] = {switch: norm_name(name, norm) for switch, norm in on.items()}
             steps = transformer.total_step(model.config, model.trained_steps)
-            ramp = at.ramp_factors([index], model.config.ramp_steps, steps)
-            constants = at.constants([index], model.depth) | {by: value for by, value in ramp.items() if value[0] != 1}
-            said |= {by: float(np.float32(value)) for by, [value] in constants.items()}
-            for by, factor in at.factors().items():
-                if isinstance(factor, placements.Learned):
-                    shape = [model.config.hidden_size] if factor.per_feature else []
-                    said[by] = {'parameter': LEARNED[f'{sublayer}_{by}'], 'shape': shape}
-            found[-1][sublayer] = said | ({'grouped': True} if at.grouped else {})
-    return found
+            ramp = placement.ramp_factors([index], model.config.ramp_steps, steps)
+            unfinished = {factor: value for factor, value in ramp.items() if value[0] != 1}
+            constants = placement.constants([index], model.depth) | unfinished
+            entry |= {factor: float(np.float32(value)) for factor, [value] in constants.items()}
+            for factor, kind in placement.factors().items():
+                if isinstance(kind, placements.Learned):
+                    shape = [model.config.hidden_size] if kind.per_feature else []
+                    entry[factor] = {'parameter': LEARNED[f'{sublayer}_{factor}'], 'shape': shape}
+            described_layers[-1][sublayer] = entry | ({'grouped': True} if placement.grouped else {})
+    return described_layers
 
 
-def _check_said(name: str, placement: Any, known: Sequence[str]) -> None:
+def _check_describable(name: str, placement: Any, known: Sequence[str]) -> None:
     for field in dataclasses.fields(placement):
         if field.name not in known and getattr(placement, field.name) != field.default:
             raise UsageError(f'norm_position {name}: {field.name} cannot be said in a Hugging Face folder')
 
 
 def norm_name(placement: str, norm: str) -> str | None:
-    """The name of a layer's norm, such as `mlp_norm_in`, under a placement; None: it has none."""
+    """Returns the name of a layer's norm, such as `mlp_norm_in`, under a placement; None: it has none."""
     layer = placements.PLACEMENTS[placement]
-    behind = any(at.out or at.post for at in (layer.attention, layer.mlp))
-    return (OTHER_NORMS if behind else STOCK_NORMS).get(norm)
+    stock = not any(sublayer.out or sublayer.post for sublayer in (layer.attention, layer.mlp))
+    return (STOCK_NORMS if stock else OTHER_NORMS).get(norm)

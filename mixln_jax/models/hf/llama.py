@@ -1,4 +1,4 @@
-"""Hugging Face folders (config.json, safetensors): tensor names here, nowhere else.
+"""Hugging Face folders (config.json, safetensors) of LLaMA's family, and the names of their tensors.
 
 Stock LLaMA names, and the Mix-LN authors' layout for the placements that stock LLaMA cannot express.
 """
@@ -41,13 +41,13 @@ WHOLE = {
     'head/kernel': 'lm_head.weight',
 }
 DTYPES = ('float32', 'bfloat16')
-ABOUT = {'max_position_embeddings': 2048, 'bos_token_id': None, 'eos_token_id': None}  # for other tools; nothing here
+ABOUT = {'max_position_embeddings': 2048, 'bos_token_id': None, 'eos_token_id': None}  # for other tools; not used here
 
 
 def tensor_name(path: str, norm_position: Sequence[str]) -> str:
-    """The tensor of a leaf `layers/<l>/...` (l from 0) or of one outside the layers, `path` joined by slashes.
+    """Returns the name of the tensor of a leaf; `path` is joined by slashes, in layer l (from 0) after `layers/<l>`.
 
-    Raises UsageError for a parameter that no tensor stands for.
+    Raises UsageError if a folder has no tensor for the parameter.
     """
     if path in WHOLE:
         return WHOLE[path]
@@ -68,12 +68,12 @@ def tensor_name(path: str, norm_position: Sequence[str]) -> str:
 def load(
     folder: str | pathlib.Path, norm_position: str | Sequence[str] | None = None, compute_dtype: str = 'float32'
 ) -> tuple[Llama, Any]:
-    """Reads a LLaMA folder.
+    """Returns the network and the parameters of a LLaMA folder.
 
     Args:
         folder: holds config.json and model.safetensors, or shards with model.safetensors.index.json. Names may have
             prefixes that torch puts before them. Buffers that old versions saved (rotary frequencies, masks, positions)
-            are compared with what the network computes itself, and left.
+            are compared with what the network computes itself, and not used.
         norm_position: as in a config, or a sequence of L names. None: what config.json says, or Pre-LN for stock LLaMA.
         compute_dtype: of the network; weights are float32.
 
@@ -91,18 +91,18 @@ def load(
 def read(
     folder: str | pathlib.Path, norm_position: str | Sequence[str] | None = None, compute_dtype: str = 'float32'
 ) -> tuple[Llama, Any]:
-    """As `load`, with numpy arrays: no device needs to hold them all."""
+    """Returns what `load` returns, in numpy arrays: no device needs to hold them all."""
     folder = pathlib.Path(folder)
     tensors.refuse_others(folder)
     model, stated = hf_config.read(folder / 'config.json', norm_position, compute_dtype)
-    found = tensors.read(folder)
-    tensors.drop_buffers(folder, found, _buffers(model.config))
-    _check_head(folder, found, model.config.tie_word_embeddings)
+    arrays = tensors.read(folder)
+    tensors.drop_buffers(folder, arrays, _buffers(model.config))
+    _check_head(folder, arrays, model.config.tie_word_embeddings)
     if not stated:
-        _check_pre(folder, found)
+        _check_pre(folder, arrays)
     params = tensors.fill(
         folder,
-        found,
+        arrays,
         jax.eval_shape(model.without_padding, model.shapes()['params']),
         model.norm_position,
         lambda path: tensor_name(path, model.norm_position),
@@ -112,14 +112,15 @@ def read(
 
 
 def _buffers(config: configs.Model) -> dict[str, tuple[str, Callable[[np.ndarray], Any]]]:
-    """What old versions of transformers saved together with the weights of a LLaMA; see `tensors.drop_buffers`."""
+    """Returns the buffers that old versions of transformers saved with the weights of a LLaMA; see
+    `tensors.drop_buffers`."""
     frequency = np.asarray(rope.rope_frequencies(config), np.float64)
     kind = '' if config.rope_type == 'default' else f' and rope_type={config.rope_type}'
     rotary = f'the rotary frequencies of rope_theta={config.rope_theta:.10g}{kind} in config.json'
 
-    def cached(of: Callable[[Any], Any]) -> Callable[[np.ndarray], Any]:
+    def cached(function: Callable[[Any], Any]) -> Callable[[np.ndarray], Any]:
         def table(tensor: np.ndarray) -> np.ndarray:
-            exact = of(np.outer(np.arange(tensor.shape[-2]), np.tile(frequency, 2)))
+            exact = function(np.outer(np.arange(tensor.shape[-2]), np.tile(frequency, 2)))
             rounding = 2**-8 + 1e-6 * len(exact)  # of bfloat16, and of angles in float32
             return np.where(np.abs(tensor.astype(np.float64) - exact) < rounding, tensor, exact)
 
@@ -137,22 +138,22 @@ def _buffers(config: configs.Model) -> dict[str, tuple[str, Callable[[np.ndarray
     }
 
 
-def _check_head(folder: pathlib.Path, found: dict[str, Any], tied: bool) -> None:
-    """Raises CheckpointError where the head's tensor contradicts tie_word_embeddings; of a tied pair one stays."""
+def _check_head(folder: pathlib.Path, arrays: dict[str, Any], tied: bool) -> None:
+    """Raises CheckpointError if the head's tensor contradicts tie_word_embeddings; of a tied pair one is kept."""
     table, head = WHOLE['embed/embedding'], WHOLE['head/kernel']
-    if tied and head in found:
-        tensor = found.pop(head)
-        if not np.array_equal(found.setdefault(table, tensor), tensor):
+    if tied and head in arrays:
+        tensor = arrays.pop(head)
+        if not np.array_equal(arrays.setdefault(table, tensor), tensor):
             raise CheckpointError(f'{folder}/config.json: tie_word_embeddings=true, but {head} is not {table}')
-    elif not tied and head not in found:
+    elif not tied and head not in arrays:
         raise CheckpointError(f'{folder}: no tensor {head}, and config.json does not say tie_word_embeddings=true')
 
 
-def _check_pre(folder: pathlib.Path, found: dict[str, Any]) -> None:
-    """Raises CheckpointError where tensor names contradict Pre-LN, which is what a folder means that says nothing."""
+def _check_pre(folder: pathlib.Path, arrays: dict[str, Any]) -> None:
+    """Raises CheckpointError if tensor names contradict Pre-LN, which a folder has that states no placement."""
     others = set(hf_config.OTHER_NORMS.values()) - set(hf_config.STOCK_NORMS.values())
     pattern = re.compile(rf'model\.layers\.(\d+)\.({"|".join(sorted(others))})\.weight')
-    matches = [match for match in map(pattern.fullmatch, found) if match]
+    matches = [match for match in map(pattern.fullmatch, arrays) if match]
     if matches:
         number = min(int(match[1]) for match in matches)
         names = ' and '.join(sorted(match[2] for match in matches if int(match[1]) == number))
@@ -170,20 +171,20 @@ def save(
 ) -> None:
     """Writes a folder that `load` and transformers read.
 
-    Pre-LN networks become stock LLaMA; all others the authors' layout, with a modelling file beside it that
+    Pre-LN networks become stock LLaMA. All others have the authors' layout, and a modelling file that
     `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` runs.
 
     Args:
-        folder: empty, or made here.
+        folder: an empty folder, or one that does not exist yet.
         model: the network; its compute_dtype does not matter.
-        params: its parameters, in this process; rows that only pad the vocabulary are left out.
-        tokenizer: a data.tokenizers.Tokenizer to save in `tokenizer/` and, where it can be, for transformers.
+        params: its parameters, whole in this process; rows that only pad the vocabulary are left out.
+        tokenizer: to save in `tokenizer/` and, if possible, for transformers.
         dtype: float32 or bfloat16.
-        max_shard_gb: largest size of a file in units of 10^9 bytes; more become shards with an index.
-        about: keys of ABOUT that are to have other values.
+        max_shard_gb: largest size of a file in units of 10^9 bytes; larger weights become shards with an index.
+        about: values for keys of ABOUT.
 
     Raises:
-        UsageError: a folder with something in it, bad options, or a network that cannot be said in such a folder.
+        UsageError: a folder with something in it, bad options, or a network that such a folder cannot describe.
     """
     folder = pathlib.Path(folder)
     if dtype not in DTYPES:

@@ -1,6 +1,6 @@
-"""LLaMA with a norm placement per layer, for transformers: a copy lies beside weights that mixln_jax has exported.
+"""LLaMA with a norm placement per layer, for transformers: a copy is beside weights that mixln_jax has exported.
 
-config.json says under `placements` what each layer does. A sub-layer F changes the residual stream x by one rule, where
+config.json describes each layer under `placements`. A sub-layer F changes the residual stream x by one rule, in which
 each of `residual_normed`, `pre`, `out` and `post` is the name of a norm or absent, and a scale is a number, a parameter
 or, absent, 1:
 
@@ -44,11 +44,11 @@ class MixlnDecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         del self.input_layernorm, self.post_attention_layernorm
         self.placement = config.placements[layer_idx]
-        for at in (self.placement['attention'], self.placement['mlp']):
-            groups = config.norm_groups if 'grouped' in at else 1
-            for name in sorted({at[switch] for switch in NORMS if switch in at}):
+        for sublayer in (self.placement['attention'], self.placement['mlp']):
+            groups = config.norm_groups if 'grouped' in sublayer else 1
+            for name in sorted({sublayer[switch] for switch in NORMS if switch in sublayer}):
                 self.add_module(name, GroupedRMSNorm(config.hidden_size, config.rms_norm_eps, groups))
-            for factor in at.values():
+            for factor in sublayer.values():
                 if isinstance(factor, dict):
                     self.register_parameter(factor['parameter'], nn.Parameter(torch.ones(factor['shape'])))
         if 'qkv_norm' in self.placement:  # of each head, before the rotation
@@ -60,19 +60,19 @@ class MixlnDecoderLayer(LlamaDecoderLayer):
                 )
 
     def forward(self, hidden_states, **kwargs):
-        """[B,T,D] -> [B,T,D]; the keywords are those of attention."""
+        """Returns the residual stream [B,T,D] after the layer; the keywords are those of attention."""
         x = self.residual(hidden_states, lambda x: self.self_attn(hidden_states=x, **kwargs)[0], 'attention')
         return self.residual(x, self.mlp, 'mlp')
 
     def residual(self, x, sublayer, name):
-        """The rule above."""
-        at = self.placement[name]
+        """Returns the residual stream after a sub-layer, by the rule above."""
+        placement = self.placement[name]
 
         def norm(switch, x):
-            return getattr(self, at[switch])(x) if switch in at else x
+            return getattr(self, placement[switch])(x) if switch in placement else x
 
-        def scale(by):
-            factor = at.get(by, 1.0)
+        def scale(key):
+            factor = placement.get(key, 1.0)
             return getattr(self, factor['parameter']) if isinstance(factor, dict) else factor
 
         x = norm('residual_normed', x)

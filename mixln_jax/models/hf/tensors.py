@@ -19,9 +19,9 @@ from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
 FILE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLED = ('*.bin', '*.bin.index.json', '*.pt', '*.pth', '*.pkl', '*.ckpt')
-# What torch puts into names of tensors: data parallelism, torch.compile, FSDP, recomputation.
+# Parts that torch puts into names of tensors: data parallelism, torch.compile, FSDP, recomputation.
 WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
-# Buffers that count: pattern of the name -> what they hold, and a function from the tensor to that.
+# Buffers with counts: pattern of the name -> what they hold, and a function that returns it, given the tensor.
 COUNTS: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {
     r'(.*\.)?position_ids': ('positions from 0', lambda tensor: np.arange(tensor.shape[-1])),
     r'(.*\.)?token_type_ids': ('zeros', np.zeros_like),
@@ -33,7 +33,7 @@ def refuse_others(folder: pathlib.Path) -> None:
 
     Raises:
         UsageError: it is a run or a checkpoint of ours.
-        CheckpointError: its only weights are pickles: who opens one runs what it says.
+        CheckpointError: its only weights are pickles, which run code when they are opened.
     """
     if any(folder.glob('*.safetensors*')):
         return
@@ -44,11 +44,11 @@ def refuse_others(folder: pathlib.Path) -> None:
 
 
 def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """{name: array} of a folder, in the types that the files have, names without WRAPPERS.
+    """Returns {name: array} of a folder, in the types of the files, with names without WRAPPERS.
 
     Raises:
         UsageError: neither file nor index, or a run of ours.
-        CheckpointError: unreadable, a shard missing or of other tensors than the index says, only pickles.
+        CheckpointError: unreadable; a shard that is missing or has other tensors than the index says; only pickles.
     """
     refuse_others(folder)
     if (folder / FILE).exists() or not (folder / INDEX).exists():
@@ -57,12 +57,12 @@ def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
     for file, names in _read_index(folder / INDEX).items():
         if not (folder / file).is_file():
             raise CheckpointError(f'{folder / INDEX} names {file}, which is not there')
-        found = _read_file(folder / file)
-        if differ := sorted(names ^ found.keys()):
-            says = 'lacks' if differ[0] in names else 'holds'
+        shard = _read_file(folder / file)
+        if differ := sorted(names ^ shard.keys()):
+            verb = 'lacks' if differ[0] in names else 'holds'
             puts = 'puts' if differ[0] in names else 'does not put'
-            raise CheckpointError(f'{folder / file} {says} tensor {differ[0]}, which {INDEX} {puts} there')
-        tensors |= found
+            raise CheckpointError(f'{folder / file} {verb} tensor {differ[0]}, which {INDEX} {puts} there')
+        tensors |= shard
     return _unwrapped(folder, tensors)
 
 
@@ -77,21 +77,22 @@ def _unwrapped(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> dict[
 
 
 def drop_buffers(
-    folder: pathlib.Path, found: dict[str, np.ndarray], buffers: Mapping[str, tuple[str, Callable[[np.ndarray], Any]]]
+    folder: pathlib.Path, arrays: dict[str, np.ndarray], buffers: Mapping[str, tuple[str, Callable[[np.ndarray], Any]]]
 ) -> None:
-    """Takes buffers, which carry no weights, out of what `read` found, if they hold what the network computes itself.
+    """Removes buffers, which are not weights, from what `read` returned, if they hold what the network computes itself.
 
     Args:
-        folder: where that was, for errors.
-        found: {name: array}, which is changed.
-        buffers: as COUNTS, more that this network may have.
+        folder: of the arrays, for errors.
+        arrays: {name: array}, which is changed.
+        buffers: further buffers that this network may have, as COUNTS.
 
-    Raises CheckpointError for one that holds something else, naming it and what it should hold.
+    Raises:
+        CheckpointError: a buffer holds something else, naming it and what it should hold.
     """
-    for name in sorted(found):
+    for name in sorted(arrays):
         for pattern, (what, expected) in {**COUNTS, **buffers}.items():
             if re.fullmatch(pattern, name):
-                tensor = found.pop(name)
+                tensor = arrays.pop(name)
                 try:
                     good = _is_close(tensor, expected(tensor))
                 except (ValueError, IndexError, TypeError):  # its shape
@@ -101,34 +102,35 @@ def drop_buffers(
 
 
 def _is_close(tensor: np.ndarray, expected: Any) -> bool:
-    """Whether a buffer is `expected`, up to the rounding of its type (and of float32, in which most were computed)."""
+    """Returns whether a buffer is `expected`, up to the rounding of its type and of float32, the type of most."""
     kind = jnp.finfo(tensor.dtype) if jnp.issubdtype(tensor.dtype, jnp.floating) else None
     rtol, atol = (max(float(kind.eps), 1e-5), float(kind.smallest_subnormal)) if kind else (0, 0)
     return bool(np.isclose(tensor.astype(np.float64), np.asarray(expected, np.float64), rtol, atol).all())
 
 
 def by_layer(params: Any, norm_position: Sequence[str]) -> dict[str, Any]:
-    """Parameters with L single layers in place of the stack, as a folder has them."""
+    """Returns parameters with L single layers in place of the stack, as a folder has them."""
     return dict(params, layers=transformer.split_layers(params[trees.STACKED], norm_position))
 
 
 def fill(
     folder: pathlib.Path,
-    found: dict[str, np.ndarray],
+    arrays: dict[str, np.ndarray],
     shapes: Any,
     norm_position: Sequence[str],
     tensor_name: Callable[[str], str],
     network: str,
 ) -> dict[str, Any]:
-    """The parameters of a network, from what `read` found.
+    """Returns the parameters of a network, made of what `read` returned.
 
     Args:
-        folder: where that was, for errors.
-        found: {name: array}, which is emptied, so that few tensors are held twice.
+        folder: of the arrays, for errors.
+        arrays: {name: array}, which is emptied, so that few tensors are in memory twice.
         shapes: the parameters as ShapeDtypeStructs, with the sizes that the folder has.
         norm_position: placement name of each layer.
-        tensor_name: a leaf's path by layer, joined by slashes -> name of its tensor; a kernel is stored transposed.
-        network: what these names follow from, for errors.
+        tensor_name: returns the name of a leaf's tensor, given the leaf's path by layer, joined by slashes; kernels are
+            stored transposed.
+        network: describes the network, for errors.
 
     Returns:
         The tree in float32 numpy arrays.
@@ -140,9 +142,9 @@ def fill(
     def take(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         leaf_name = trees.path_name(path)
         name = tensor_name(leaf_name)
-        if name not in found:
+        if name not in arrays:
             raise CheckpointError(f'{folder}: no tensor {name}, which {network} needs')
-        tensor = found.pop(name)
+        tensor = arrays.pop(name)
         if tensor.dtype.kind in 'iub' or not np.isfinite(tensor := tensor.astype(np.float32)).all():
             raise CheckpointError(f'{folder}: tensor {name} is not finite numbers ({tensor.dtype})')
         tensor = tensor.T if leaf_name.endswith('kernel') else tensor
@@ -153,13 +155,13 @@ def fill(
         return tensor
 
     params = jax.tree_util.tree_map_with_path(take, jax.eval_shape(lambda p: by_layer(p, norm_position), shapes))
-    if found:
-        raise CheckpointError(f'{folder}: tensor {min(found)} has no place in a network with {network}')
+    if arrays:
+        raise CheckpointError(f'{folder}: tensor {min(arrays)} has no place in a network with {network}')
     return dict(params, layers=transformer.stack_layers(params[trees.STACKED], norm_position))
 
 
 def write(folder: pathlib.Path, tensors: dict[str, np.ndarray], dtype: Any, max_bytes: int) -> None:
-    """Writes {name: array} as `dtype`, in shards with an index where more than `max_bytes`; a tensor is never split."""
+    """Writes {name: array} as `dtype`: in shards with an index if it is more than `max_bytes`. No tensor is split."""
     split = huggingface_hub.split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda array: array.size * dtype.itemsize,
@@ -184,11 +186,11 @@ def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_index(path: pathlib.Path) -> dict[str, set[str]]:
-    """{file: names of its tensors}."""
+    """Returns {file: names of its tensors}."""
     with reading(path, CheckpointError, 'not a readable index'):
-        where = files.read_json(path, CheckpointError, 'not a readable index')['weight_map'].items()
+        entries = files.read_json(path, CheckpointError, 'not a readable index')['weight_map'].items()
     by_file: dict[str, set[str]] = {}
-    for name, file in where:
+    for name, file in entries:
         # Also no absolute path: an index from elsewhere must not open files outside its folder.
         if not isinstance(file, str) or file != pathlib.PurePath(file).name or file == '..':
             raise CheckpointError(f'{path}: {name} is in {file!r}, which is not a file of this folder')
