@@ -1,4 +1,4 @@
-"""Train steps to be timed, each in a process of its own: ours, and Hugging Face's in PyTorch."""
+"""Train steps, and generation, to be timed, each in a process of its own: ours, and Hugging Face's in PyTorch."""
 
 import dataclasses
 import os
@@ -174,6 +174,56 @@ def hugging_face(case, how):
         'tokens': tokens, 'flops': tokens * of_position, 'device': '', 'peak': None, 'matmul_peak': None,
         'torch': torch.__version__, 'transformers': transformers.__version__,
     }  # fmt: skip
+
+
+def generate_ours(case, folder, new):
+    """mixln_jax: (steps(count) that generates `new` tokens `count` times, peak memory in bytes(), about). It writes its
+    random weights into `folder` first, for `generate_hugging_face`."""
+    import jax
+
+    from mixln_jax.distributed import mesh as meshes
+    from mixln_jax.models import families
+    from mixln_jax.models.hf import llama
+    from mixln_jax.models.sampler import Sampler
+    from mixln_jax.models.sampling import Sampling
+
+    sizes = case.config({'model.norm_position': 'pre'}).model
+    devices = meshes.devices(case.device)[:1]
+    model = families.from_config(sizes, case.dtype)
+    params = jax.jit(model.init)(jax.random.key(0))['params']
+    llama.save(folder, model, jax.device_get(params))
+    window, ids = case.length + new, case.tokens(sizes.vocab_size)[:, :-1].tolist()
+    sampler = Sampler(model, window, meshes.make_mesh(case.config({}).mesh, devices))
+
+    def steps(count):
+        for _ in range(count):
+            made = sampler.generate(params, ids, max_new=new, sampling=Sampling(temperature=0))
+            assert all(len(row.ids) == new for row in made)
+
+    return steps, _resident, _about_generation(case, new, devices[0].device_kind)
+
+
+def generate_hugging_face(case, folder, new):
+    """LlamaForCausalLM.generate in PyTorch, as `generate_ours`, whose weights it reads."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = 'cuda' if torch.cuda.is_available() and case.device != 'cpu' else 'cpu'
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, case.dtype)).to(device).eval()
+    ids = torch.from_numpy(case.tokens(model.config.vocab_size)[:, :-1].astype(np.int64)).to(device)
+
+    def steps(count):
+        for _ in range(count):
+            made = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+            assert made.shape[1] == case.length + new
+
+    about = {'torch': torch.__version__, 'transformers': transformers.__version__}
+    return steps, _resident, _about_generation(case, new, '') | about
+
+
+def _about_generation(case, new, device):
+    return {'tokens': case.batch_size * new, 'device': device, 'peak': None, 'matmul_peak': None}
 
 
 def _resident():

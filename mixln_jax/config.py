@@ -90,16 +90,27 @@ def keys_by_name() -> dict[str, list[str]]:
     return paths
 
 
-def build(values: ml_collections.ConfigDict | Mapping[str, Any], earlier: Config | None = None) -> Config:
+def build(
+    values: ml_collections.ConfigDict | Mapping[str, Any], earlier: Config | None = None, resolved: bool = False
+) -> Config:
     """Returns the checked, frozen Config of a ConfigDict or nested dict.
 
     Numbers that are `auto` are taken from `earlier`, the run that continues, or else are the published ones.
+    With `num_epochs` the number of steps is 0, for the data decides it; unless `values` are `resolved`, as a run saves
+    them, and hold both.
 
     Raises UsageError, naming the key, if a key is unknown, of the wrong type or out of range, or if keys contradict
     each other.
     """
     values = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values
     config = _build(Config, values, 'config', earlier)
+    if config.num_epochs and not resolved:
+        if config.num_steps not in (0, Config.num_steps):
+            raise UsageError(
+                f'config.num_steps={config.num_steps} and config.num_epochs={config.num_epochs:g} are both given; '
+                'config.num_steps=0 leaves the number of steps to config.num_epochs'
+            )
+        config = dataclasses.replace(config, num_steps=0)
     _check_together(config)
     return config if config.compat == 'none' else _official(config)
 
@@ -134,7 +145,7 @@ def from_resolved(values: Mapping[str, Any]) -> Config:
     """Returns the Config of a dict that a run has saved, which names the placement of every layer."""
     model = dict(values['model'], norm_position=','.join(values['model']['norm_position']))
     model = {name: model[name] for name in model if name not in ('layer_index', 'depth')}
-    return build({**values, 'model': model})
+    return build({**values, 'model': model}, resolved=True)
 
 
 def _build(cls: type, values: Any, prefix: str, earlier: Any) -> Any:
@@ -219,18 +230,76 @@ def _check_together(config: Config) -> None:
         raise UsageError(
             'config.optim.mu_dtype has no meaning under config.optim.name=adafactor, which has no momentum'
         )
+    _check_length(config)
+    task_accuracies(config.expected.tasks)
     if 0 < config.processes.stall < 1:
         raise UsageError(f'config.processes.stall={config.processes.stall:g} must be 0 or at least 1 second')
     if config.batch_size * config.seq_length >= 2**31:
         raise UsageError('config.batch_size times config.seq_length must be below 2^31 positions')
-    if config.num_steps + model.ramp_start >= 2**31:
-        raise UsageError('config.num_steps plus config.model.ramp_offset must be below 2^31')
     sizes = dataclasses.asdict(config.mesh)
     for name, size in sizes.items():
         if size == 0:
             raise UsageError(f'config.mesh.{name} must be -1 (all that are left) or a number of devices, not 0')
     if len(rest := [f'config.mesh.{name}' for name, size in sizes.items() if size == -1]) > 1:
         raise UsageError(f'{" and ".join(rest)} are both -1; only one of them can take all devices that are left')
+
+
+def _check_length(config: Config) -> None:
+    """Raises UsageError if the number of steps contradicts other keys. With `num_epochs` it is 0 until the data is
+    opened."""
+    optim, num_steps = config.optim, config.num_steps
+    if not num_steps and not config.num_epochs:
+        raise UsageError('config.num_steps must be at least 1 without config.num_epochs, not 0')
+    if num_steps + config.model.ramp_start >= 2**31:
+        raise UsageError('config.num_steps plus config.model.ramp_offset must be below 2^31')
+    if optim.decay_steps and optim.schedule != 'wsd':
+        raise UsageError(
+            f'config.optim.decay_steps needs config.optim.schedule=wsd; {optim.schedule} decays up to the last step'
+            if optim.schedule != 'constant'
+            else 'config.optim.decay_steps needs config.optim.schedule=wsd; constant does not decay'
+        )
+    if num_steps and optim.warmup_steps >= num_steps:
+        raise UsageError(f'config.optim.warmup_steps={optim.warmup_steps} must be below config.num_steps={num_steps}')
+    if num_steps and optim.decay_steps > num_steps - (warmup := optim.warmup(num_steps)):
+        raise UsageError(
+            f'config.optim.decay_steps={optim.decay_steps} is more than the {num_steps - warmup} steps after the '
+            f'warm-up of {warmup} (config.optim.warmup_steps, warmup_ratio)'
+        )
+    checkpoint = config.checkpoint
+    if checkpoint.best and not config.eval.every:
+        raise UsageError('config.checkpoint.best needs evaluations during the run: config.eval.every above 0')
+    if checkpoint.keep_every and (not checkpoint.every or checkpoint.keep_every % checkpoint.every):
+        raise UsageError(
+            f'config.checkpoint.keep_every={checkpoint.keep_every} must be a multiple of '
+            f'config.checkpoint.every={checkpoint.every}, as only what is saved can be kept'
+        )
+
+
+def with_num_steps(config: Config, num_steps: int) -> Config:
+    """Returns the configuration of a run of `num_epochs`, whose number of steps is known now.
+
+    Raises UsageError if it contradicts other keys.
+    """
+    if num_steps >= 2**31:
+        raise UsageError(f'config.num_epochs={config.num_epochs:g} are {num_steps:,} steps, more than 2^31')
+    config = dataclasses.replace(config, num_steps=num_steps)
+    _check_length(config)
+    return config
+
+
+def task_accuracies(text: str) -> dict[str, float]:
+    """Returns {task: accuracy in per cent} of `config.expected.tasks`. Raises UsageError if it is malformed."""
+    found: dict[str, float] = {}
+    for part in filter(None, text.split(',')):
+        task, _, number = part.partition('=')
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not task or task in found or not 0 <= value <= 100:
+            raise UsageError(f'config.expected.tasks: {part!r} is not TASK=PER CENT, each task once')
+        found[task] = value
+    return found
 
 
 def public(config: Config) -> dict[str, Any]:

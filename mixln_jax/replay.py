@@ -29,7 +29,7 @@ from mixln_jax import trees
 from mixln_jax.data import batches, layout
 from mixln_jax.models import families, transformer
 from mixln_jax.program import step
-from mixln_jax.runs import checkpoint
+from mixln_jax.runs import checkpoint, checkpoint_folders
 from mixln_jax.system import cli, console, files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 from mixln_jax.tasks import build
@@ -40,7 +40,7 @@ def replay(folder: str, compute_dtype: str | None) -> None:
     """Prints what happens in the batches of a debug/ folder. Raises UsageError if there is nothing to replay."""
     debug = files.local(folder, '--workdir') / 'debug'
     stored = sorted(debug.glob('batch_[0-9]*.npz'), key=_number)
-    steps = checkpoint.steps(debug / 'checkpoints')
+    steps = checkpoint_folders.steps(debug / 'checkpoints')
     if not stored or not steps:
         raise UsageError(f'{debug} holds no batches and weights of a bad step')
     _check_complete(debug, stored)

@@ -218,7 +218,7 @@ def test_hyphens_in_the_names_of_options(capsys):
         ('data.workers', '100000', 'config.data.workers must be at most 1024'),
         ('optim.learning_rate', '1e39', 'config.optim.learning_rate must be at most'),
         ('num_steps', '0', 'config.num_steps must be at least 1'),
-        ('num_steps', '-5', 'config.num_steps must be at least 1'),
+        ('num_steps', '-5', 'config.num_steps must be at least 0'),
         ('mesh.data', '0', 'config.mesh.data must be'),
         ('optim.b2', 'abc', "config.optim.b2 must be a number or auto, not 'abc'"),
         ('optim.b2', '', "config.optim.b2 must be a number or auto, not ''"),

@@ -20,7 +20,7 @@ from mixln_jax.data import rows, squad
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import tensors
 from mixln_jax.report import inputs, overview, results, sections
-from mixln_jax.runs import checkpoint, log, weights, workdir
+from mixln_jax.runs import checkpoint_folders, log, weights, workdir
 from mixln_jax.system import cli, errors
 
 CONFIG = configs.default().to_dict()
@@ -189,10 +189,10 @@ READERS = {
     ),
     'report: debug': ('run/debug/report.json', {'step': 2}, 5, read_report),
     'time of a checkpoint': (
-        checkpoint.METADATA,
-        dict.fromkeys(checkpoint.TIMES, 1),
+        checkpoint_folders.METADATA,
+        dict.fromkeys(checkpoint_folders.TIMES, 1),
         5,
-        lambda p: checkpoint._commit_time(p.parent),
+        lambda p: checkpoint_folders.commit_time(p.parent),
     ),
 }
 

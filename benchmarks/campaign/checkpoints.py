@@ -10,7 +10,7 @@ import shutil
 
 from benchmarks.campaign.judging import expect, judged, refused
 from benchmarks.campaign.run import LAST, bits, contents
-from mixln_jax.runs import checkpoint, weights
+from mixln_jax.runs import checkpoint, checkpoint_folders, weights
 
 
 def load(base, run, codes):
@@ -23,7 +23,7 @@ def load(base, run, codes):
 
 
 def restore(base, run, codes):
-    before = {body for name, body in contents(run / 'checkpoints').items() if checkpoint.METADATA not in name}
+    before = {body for name, body in contents(run / 'checkpoints').items() if checkpoint_folders.METADATA not in name}
     try:
         with contextlib.closing(checkpoint.Checkpoints(run / 'checkpoints', keep=9)) as kept:
             state, about = kept.restore(base.like)

@@ -8,13 +8,13 @@ import time
 import killed_runs
 
 from benchmarks.campaign.judging import Broken, expect, judged
-from mixln_jax.runs import checkpoint
+from mixln_jax.runs import checkpoint_folders
 from mixln_jax.system import errors
 
 
 def half_written(folder):
     """{name: how many files} of the checkpoints that are being written."""
-    found = [path for path in folder.glob('[0-9]*') if not (path / checkpoint.COMMITTED).exists()]
+    found = [path for path in folder.glob('[0-9]*') if not (path / checkpoint_folders.COMMITTED).exists()]
     return {path.name: sum(len(files) for _, _, files in os.walk(path)) for path in found}
 
 

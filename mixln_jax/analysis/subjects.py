@@ -16,7 +16,7 @@ from mixln_jax.distributed import mesh as meshes
 from mixln_jax.models import transformer
 from mixln_jax.models.network import Network
 from mixln_jax.program.program import Program
-from mixln_jax.runs import checkpoint, weights, workdir
+from mixln_jax.runs import checkpoint_folders, weights, workdir
 from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli
 from mixln_jax.system.errors import UsageError
@@ -91,7 +91,7 @@ def places(checkpoints: Iterable[str], steps: str | None = None) -> list[Place]:
 
 def _steps(newest: pathlib.Path, steps: str) -> Iterator[tuple[pathlib.Path, bool, str]]:
     """Yields (folder, whether initial, suffix of the name) of the steps of the run with this newest checkpoint."""
-    kept = checkpoint.steps(newest.parent)
+    kept = checkpoint_folders.steps(newest.parent)
     for step in cli.split_list(steps) or ['']:
         if step == INITIAL:
             yield newest, True, ' at init'

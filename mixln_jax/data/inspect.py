@@ -122,7 +122,8 @@ def _former(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def show(row: Mapping[str, Any], colour: bool = False) -> list[str]:
-    """Returns the lines that describe a row. What is learned of a conversation is in `colour`, else in brackets."""
+    """Returns the lines that describe a row. What is learned of a conversation stands out by `colour`, else in
+    brackets."""
     count, total = int(sum(row['loss_mask'])), len(row['inputs'])
     begin, end = ('\x1b[1;32m', '\x1b[0m') if colour else ('[[', ']]')
     lines = [f'row {row["row"]}: {row["origin"]}: {count} of {total} targets are real']

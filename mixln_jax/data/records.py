@@ -65,6 +65,27 @@ def read(paths: Sequence[str]) -> Iterator[Conversation]:
             raise DataError(f'{path}: no records in this file')
 
 
+def question(record: Any) -> list[dict[str, Any]]:
+    """Returns the turns of a record up to where the assistant is to answer; an answer at its end is left out.
+
+    Raises DataError, naming what is wrong, for a record without `prompt`, `messages` or `instruction`.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f'a record is an object, not {_type(record)}')
+    if 'messages' in record:
+        messages = _from_messages(record)
+        if messages[-1]['role'] == 'assistant':
+            messages = messages[:-1]
+        if not messages:
+            raise DataError('messages has nothing before the answer')
+        return messages
+    if 'instruction' in record:
+        return _from_instruction({'output': ''} | record)[:1]
+    if 'prompt' in record:
+        return _from_prompt({'completion': ''} | record)[:1]
+    raise DataError('a prompt is an object with `prompt`, `messages` or `instruction`, such as {"prompt": "def "}')
+
+
 def _records(path: str) -> Iterator[tuple[int, Any]]:
     """Yields (line from 1, value) of a file of JSON lines, or of the members of a JSON array."""
     lines = text_files.Reader('jsonl', path, largest=LARGEST).lines()
@@ -87,7 +108,8 @@ def _loads(text: str, origin: str) -> Any:
 
 def _members(path: str, line: int, text: str) -> Iterator[tuple[int, Any]]:
     """Yields (line, value) of the members of an array, whose text begins on `line`."""
-    decoder, gap = json.JSONDecoder(), re.compile(r'[ \t\r\n]*')
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # tells where a value ends; `_loads` reads it
+    gap = re.compile(r'[ \t\r\n]*')
     skip = lambda place: gap.match(text, place).end()  # type: ignore[union-attr]  # noqa: E731
     place, counted = skip(text.index('[') + 1), 0
 

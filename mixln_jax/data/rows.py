@@ -211,7 +211,7 @@ def _location(data: config.Data) -> str:
 
 
 def fingerprint(data: config.Data, split: str, tokenizer: Tokenizer, run: config.Config) -> dict:
-    """Returns the fingerprint of the rows that a run makes of a split; those of plain text are not made for it."""
+    """Returns the fingerprint of the rows that a run makes of a split of `data`; rows of plain text are not made."""
     if run.task.name == 'instructions':
         return open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size, run.task).fingerprint
     if data.source == 'tokens':

@@ -47,6 +47,7 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r'/(q|k|v|gate|up|transform)/kernel$', (P('fsdp', 'tensor'), P(('fsdp', 'tensor'), None))),
     (r'/(o|down)/kernel$', (P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor')))),
     (r'((norm\w*/|_)scale|/bias|/span/kernel)$', (P(),)),
+    (r'^/cache/.*/(keys|values)$', (P(ROWS, None, 'tensor', None),)),  # of generation, [B, length, kv_heads, d]
 )
 
 

@@ -264,6 +264,14 @@ def any_process(flag: object) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(bool(flag)))))
 
 
+def of_first(number: int) -> int:
+    """Returns the `number` of process 0. Every process has to call it."""
+    if jax.process_count() == 1:
+        return number
+    with jax.transfer_guard('allow'):  # the number goes over the devices
+        return int(multihost_utils.broadcast_one_to_all(np.array(number, np.int32)))
+
+
 def barrier(name: str) -> None:
     """Returns when all processes have reached the barrier called `name`."""
     multihost_utils.sync_global_devices(name)

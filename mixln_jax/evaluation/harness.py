@@ -6,9 +6,8 @@ This is the only module that imports `lm_eval` (`pip install lm_eval`).
 import functools
 import importlib.metadata
 import os
-import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,14 +24,15 @@ from lm_eval.utils import get_rolling_token_windows, make_table
 from tqdm import tqdm
 
 from mixln_jax import config as configs
-from mixln_jax.data import tokenizers
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.evaluation.generation import Writer
 from mixln_jax.kernels import cross_entropy
-from mixln_jax.runs.weights import Weights, open_tokenizer
+from mixln_jax.models.sampler import Sampler
+from mixln_jax.models.sampling import Sampling
+from mixln_jax.runs.weights import Weights, text_encoder
 from mixln_jax.system import console, errors
 from mixln_jax.system.errors import DataError, NumericsError, UsageError, first_line
 
-GREEDY = 'do_sample', 'temperature'  # generation options that mean greedy choice when they are 0
 SHORTEST = 32  # positions; padding to fewer positions would save no time
 
 
@@ -77,16 +77,10 @@ class Harness(TemplateLM):
         self._where = weights.where
         if not weights.model.causal:
             raise UsageError(f'{self._where} sees both sides of a token, so it does not predict the next one')
-        if weights.config and weights.tokenizer:
-            self._tokenizer: tokenizers.Tokenizer = weights.tokenizer
-            self.prefix_token_id = self._tokenizer.eos_id
-            self._start = [self._tokenizer.eos_id] if weights.config.data.mode == 'concat' else []
-        else:
-            self._tokenizer, self._start = open_tokenizer(pathlib.Path(self._where))
-            self.prefix_token_id = self._tokenizer.bos_id
+        self._encoder = text_encoder(weights)
+        self._tokenizer, self._start = self._encoder.tokenizer, self._encoder.start
+        self.prefix_token_id = self._encoder.empty
         self.eot_token_id, self.max_length = self._tokenizer.eos_id, max_length or weights.max_length
-        vocab_size = weights.model.config.vocab_size
-        tokenizers.check_fits(self._tokenizer, vocab_size, f'the {vocab_size} of the network {self._where}')
         mesh = mesh or meshes.make_mesh(configs.Mesh(), meshes.devices('auto'))
         parts = meshes.row_parts(mesh)
         self.batch_size = -(-batch_size // parts) * parts
@@ -96,6 +90,7 @@ class Harness(TemplateLM):
         self._sharding = meshes.batch_sharding(mesh)
         self.layer_mask = None  # [L] bool: layers with False become the identity; None: all layers run
         self._params = jax.device_put(weights.params, meshes.state_shardings(mesh, weights.params))
+        self._sampler = Sampler(weights.model, self.max_length, mesh)
         model = weights.model.clone(stream_sharding=self._sharding)
         stretch = max(1, cross_entropy.CHUNK * parts // self.batch_size)
         self._predict = jax.jit(functools.partial(_predictions, model=model, stretch=stretch))
@@ -141,40 +136,39 @@ class Harness(TemplateLM):
         return [next(sums)[0] if ids else 0.0 for ids in texts]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns greedy continuations up to a stop string, an eos or `max_gen_toks`; computed without a cache.
+        """Returns continuations up to a stop string, an end token or `max_gen_toks`.
+
+        They are greedy unless a task says `do_sample`. As in the harness's own `hf` model, a context loses its
+        beginning where `max_gen_toks` would not fit into the window after it. `hf` refuses as many of them as the
+        window has tokens; here half of the window is left to the context then.
 
         Raises:
             UsageError: a task, which is named, asks for another way to choose tokens.
         """
-        limits, contexts = [], []
-        generated: list[list[int]] = [[] for _ in requests]
-        for request in requests:
+        groups: dict[Sampling, list[int]] = {}
+        contexts, stops, limits = [], [], []
+        texts: dict[int, str] = {}
+        for number, request in enumerate(requests):
             context, options = request.args
             options = normalize_gen_kwargs(options, self.max_gen_toks)
-            limits.append((handle_stop_sequences(options.pop('until'), eos=None), options.pop('max_gen_toks')))
-            others = {name: value for name, value in options.items() if value or name not in GREEDY}
-            if others:
-                raise UsageError(
-                    f'task {request.task_name} asks for generation with {others}; only greedy generation is supported'
-                )
-            contexts.append(self.tok_encode(context) or [self.prefix_token_id])
-
-        def ended(number: int) -> bool:
-            (until, limit), ids = limits[number], generated[number]
-            if len(ids) >= limit or ids[-1:] == [self.eot_token_id]:
-                return True
-            text = self._tokenizer.decode(ids) if ids else ''
-            return any(stop in text for stop in until if stop)
-
-        open_requests: Sequence[int] = range(len(requests))
+            stops.append(handle_stop_sequences(options.pop('until'), eos=None))
+            limits.append(options.pop('max_gen_toks'))
+            groups.setdefault(_sampling(request.task_name, options), []).append(number)
+            room = limits[-1] if limits[-1] < self.max_length else self.max_length // 2
+            contexts.append(self._encoder.encode(context)[room - self.max_length :])
+        writer = Writer(self._sampler, self._params, self._encoder, tail=0)
         with tqdm(total=len(requests), desc='generate_until', disable=disable_tqdm) as bar:
-            while open_requests := [number for number in open_requests if not ended(number)]:
-                bar.update(len(requests) - len(open_requests) - bar.n)
-                rows = [(contexts[number] + generated[number])[-self.max_length :] + [0] for number in open_requests]
-                for number, (_, best) in zip(open_requests, self._predictions_of(rows, '', True), strict=True):
-                    generated[number].append(int(best[-1]))
-        texts = [self._tokenizer.decode(ids) if ids else '' for ids in generated]
-        return [postprocess_generated_text(text, until, None) for text, (until, _) in zip(texts, limits, strict=True)]
+            for sampling, numbers in groups.items():
+                made = writer.complete(
+                    [contexts[number] for number in numbers],
+                    [stops[number] for number in numbers],
+                    [limits[number] for number in numbers],
+                    self.batch_size,
+                    bar.update,
+                    sampling=sampling,
+                )
+                texts |= {number: one.text for number, one in zip(numbers, made, strict=True)}
+        return [postprocess_generated_text(texts[number], until, None) for number, until in enumerate(stops)]
 
     def _windows(self, context: list[int], continuation: list[int]) -> Iterator[tuple[list[int], int]]:
         """Yields rows of up to `max_length` + 1 ids, and how many ids at the end of each are scored."""
@@ -218,6 +212,21 @@ def _predictions(
     return log_probs.T, best.T
 
 
+def _sampling(task: str, options: dict[str, Any]) -> Sampling:
+    """Returns how a task wants tokens to be chosen, from its generation options.
+
+    Raises UsageError, naming the task, for options that are unknown or out of range.
+    """
+    sampled = options.pop('do_sample')
+    chosen = {name: options.pop(name) for name in ('temperature', 'top_k', 'top_p') if name in options}
+    if options := {name: value for name, value in options.items() if value}:
+        raise UsageError(f'task {task} asks for generation with {options}, which is not supported')
+    try:
+        return Sampling(**chosen) if sampled else Sampling(temperature=0)
+    except (TypeError, UsageError) as error:
+        raise UsageError(f'task {task} asks for generation with {chosen}: {first_line(error)}') from None
+
+
 def open_tasks(names: Sequence[str], task_path: str | None = None) -> TaskManager:
     """Returns the harness's TaskManager, after it has loaded all tasks in `names`.
 
@@ -238,6 +247,13 @@ def open_tasks(names: Sequence[str], task_path: str | None = None) -> TaskManage
         except Exception as error:  # files, hosts and YAML can be wrong in any way
             raise DataError(f'task {name} cannot be loaded: {first_line(error)}') from error
     return manager
+
+
+def average_accuracy(results: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> float | None:
+    """Returns the mean of the accuracies of tasks or groups, each with the same weight; None if one has none."""
+    values = [results.get(name, {}).get('acc,none') for name in names]
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(names) else None
 
 
 def run(
@@ -278,4 +294,7 @@ def run(
     tables = [make_table(evaluation, part) for part in ('results', 'groups') if evaluation.get(part)]
     kept = ('results', 'groups', 'versions', 'n-shot', 'n-samples')
     about = {'lm_eval': importlib.metadata.version('lm_eval'), 'limit': limit}
+    if len(names) > 1 and (average := average_accuracy(evaluation['results'], names)) is not None:
+        tables.append(f'average acc of {len(names)} tasks: {100 * average:.2f} %')
+        about['average'] = average
     return '\n'.join(tables), about | {part: evaluation[part] for part in kept if part in evaluation}

@@ -1,5 +1,6 @@
 """Causal attention."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -84,6 +85,41 @@ def cudnn_attention(
     return jax.nn.dot_product_attention(
         q_BTHd, k_BTKd, v_BTKd, mask=mask, is_causal=True, scale=1.0, implementation='cudnn'
     )
+
+
+def cached_attention(
+    q_B1Hd: jax.Array,
+    k_B1Kd: jax.Array,
+    v_B1Kd: jax.Array,
+    cached: Sequence[tuple[jax.Array, jax.Array]],
+    mask: jax.Array,
+) -> jax.Array:
+    """Returns softmax(q k^T) v of one position, which sees its own key and those of several caches that `mask` shows.
+
+    The caches are read where they lie: the caller writes the position's own key and value afterwards.
+
+    Args:
+        q_B1Hd: queries [B, 1, H, d], already divided by sqrt(d); head h uses key and value head h // (H / K).
+        k_B1Kd, v_B1Kd: key and value of the position [B, 1, K, d].
+        cached: keys and values [B, S, K, d] of earlier positions, of any number of them.
+        mask: bool [B, 1, 1, sum of all S]: which of them are seen.
+
+    Returns:
+        [B, 1, H, d].
+    """
+    B, _, K, d = k_B1Kd.shape
+    q_BKGd = q_B1Hd.reshape(B, K, -1, d)
+    scores, first = [_dot('bkgd,bskd->bkgs', q_BKGd, k_B1Kd)], 0
+    for keys, _ in cached:
+        seen = mask[..., first : first + keys.shape[1]]
+        scores.append(jnp.where(seen, _dot('bkgd,bskd->bkgs', q_BKGd, keys), -jnp.inf))
+        first += keys.shape[1]
+    largest = functools.reduce(jnp.maximum, (part.max(axis=-1, keepdims=True) for part in scores))
+    exp_scores = [jnp.exp(part - largest) for part in scores]
+    total = sum(part.sum(axis=-1, keepdims=True) for part in exp_scores)
+    values = [v_B1Kd, *(values for _, values in cached)]
+    y: Any = sum(_dot('bkgs,bskd->bkgd', part.astype(v.dtype), v) for part, v in zip(exp_scores, values, strict=True))
+    return (y / total).astype(v_B1Kd.dtype).reshape(q_B1Hd.shape)
 
 
 def _forward(q_BTHd: jax.Array, k_BTKd: jax.Array, v_BTKd: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, Any]:

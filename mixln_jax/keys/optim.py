@@ -36,7 +36,11 @@ class Optim:
     min_ratio: float = key(0.1, 'last learning rate as a share of the peak', at_least=0.0, at_most=1.0)
     schedule: str = key('cosine', 'decay after the warm-up', choices=('cosine', 'linear', 'constant', 'wsd'))
     warmup_ratio: float = key(0.1, 'share of the steps that warm up', at_least=0.0, below=1.0)
+    warmup_steps: int = key(
+        0, 'steps that warm up, however long the run; 0: warmup_ratio of the steps', at_least=0, below=2**31
+    )
     decay_ratio: float = key(0.2, 'share of the steps over which wsd decays', above=0.0, at_most=1.0)
+    decay_steps: int = key(0, 'steps over which wsd decays; 0: decay_ratio of the steps', at_least=0, below=2**31)
     weight_decay: float = key(0.0, 'decoupled weight decay of matrices (all but adam)', at_least=0.0)
     b1: float = key(
         'auto', f'decay of the first moment; momentum of sgd and muon; {_published("b1")}', at_least=0.0, below=1.0
@@ -63,3 +67,7 @@ class Optim:
         for name, number in (PUBLISHED['adam'] | PUBLISHED.get(self.name, {})).items():
             if getattr(self, name) == 'auto':
                 object.__setattr__(self, name, number)
+
+    def warmup(self, num_steps: int) -> int:
+        """Returns the number of steps that warm up in a run of `num_steps`."""
+        return self.warmup_steps or round(self.warmup_ratio * num_steps)

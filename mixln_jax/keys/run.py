@@ -15,6 +15,12 @@ class Eval:
     every: int = key(1000, 'steps between evaluations; 0: only after the last step', at_least=0)
     tokens: int = key(10_000_000, 'least number of target tokens in an evaluation (or the whole split)', at_least=1)
     split: str = key('validation', 'split to evaluate on: train, validation, or what a tfds data set has')
+    samples: int = key(
+        0,
+        'examples of the split of which each evaluation writes a continuation into samples/<step>.jsonl',
+        at_least=0,
+        at_most=4096,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +29,16 @@ class Checkpoint:
 
     every: int = key(1000, 'steps between checkpoints; 0: only after the last step', at_least=0)
     keep: int = key(3, 'newest checkpoints to keep', at_least=1)
+    keep_every: int = key(
+        0, 'checkpoints of every such step are kept for good, as milestones; a multiple of every; 0: none', at_least=0
+    )
+    minutes: float = key(
+        0.0,
+        'minutes after which a checkpoint is saved, looked at every log_every steps; 0: by steps alone',
+        at_least=0.0,
+        at_most=1e6,
+    )
+    best: str = key('', 'metric of the evaluation whose best checkpoint is saved and kept: eval/loss; empty: none')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +93,7 @@ class Expected:
 
     perplexity: float = key(0.0, 'perplexity that a paper reports; 0: none', at_least=0.0)
     tokens: float = key(0.0, 'tokens that the paper reports', at_least=0.0)
+    tasks: str = key('', 'accuracies of tasks that the paper reports, in per cent: boolq=56.12,piqa=66.34')
     source: str = key('', 'the paper, and the table in it')
 
 
@@ -87,7 +104,10 @@ class Config:
     seed: int = key(0, "seed of the initial weights and of the task's random choices", at_least=0, below=2**32)
     batch_size: int = key(512, 'sequences in a batch, over all devices and accumulation', at_least=1, at_most=2**24)
     seq_length: int = key(256, 'tokens in a sequence T', at_least=2, at_most=LONGEST)
-    num_steps: int = key(20_000, 'updates in the run', at_least=1, below=2**31)
+    num_steps: int = key(20_000, 'updates in the run; 0: as many as num_epochs says', at_least=0, below=2**31)
+    num_epochs: float = key(
+        0.0, 'passes over the training rows, in place of num_steps; 0: num_steps says it', at_least=0.0, at_most=1e6
+    )
     accumulate: int = key(1, 'micro-batches per batch', at_least=1, may_change=True)
     log_every: int = key(10, 'steps between progress lines', at_least=1, may_change=True)
     compute_dtype: str = key('bfloat16', 'type of activations', choices=('bfloat16', 'float32'))

@@ -11,7 +11,12 @@ from mixln_jax.models.layers import RMSNorm, linear
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key/value heads."""
+    """Causal self-attention with rotary positions and grouped key/value heads.
+
+    Keys and values [B,T,K,d] are sown as the intermediates `keys` and `values`. Where the collections `cache` and
+    `recent` hold those of earlier positions, [B,S,K,d] and [B,R,K,d], T is 1, and the mask [B,1,1,S+R] says which of
+    them are seen.
+    """
 
     config: configs.Model
     dtype: jnp.dtype
@@ -29,7 +34,18 @@ class Attention(nn.Module):
 
         scaled = [a / head_dim**0.5 for a in angles]  # turning the queries by these divides them too
         q, k = rope.rotate(heads('q', H), scaled), rope.rotate(heads('k', K), angles)
+        v = heads('v', K)
+        for name, new in (('keys', k), ('values', v)):
+            self.sow('intermediates', name, new, init_fn=lambda: None, reduce_fn=lambda _, last: last)
         by_cudnn = self.kernel == 'cudnn' and q.dtype == jnp.bfloat16  # analyses in training are in float32
         attend = attention.cudnn_attention if by_cudnn else attention.causal_attention
-        y_BTHd = attend(q, k, heads('v', K), mask)
+        if self.has_variable('cache', 'keys'):
+            assert mask is not None, 'decoding needs cache_mask'
+            cached: list[tuple[jax.Array, jax.Array]] = [
+                (self.get_variable(collection, 'keys'), self.get_variable(collection, 'values'))
+                for collection in ('cache', 'recent')
+            ]
+            y_BTHd = attention.cached_attention(q, k, v, cached, mask)
+        else:
+            y_BTHd = attend(q, k, v, mask)
         return linear(D, self.dtype, 'o', bias)(y_BTHd.reshape(*x_BTD.shape[:2], H * head_dim))

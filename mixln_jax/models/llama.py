@@ -57,7 +57,8 @@ class Llama(Network):
         Args:
             batch: `inputs` [B,T] int32, token ids. Packed rows have `positions` [B,T], of each token in its document
                 (default 0..T-1), and `segment_ids` [B,T], the number of each token's document in its row: attention
-                stays inside a document; padding counts as one. Other arrays are ignored.
+                stays inside a document; padding counts as one. In decoding (see Attention), with T = 1, `cache_mask`
+                [B,S+R] bool says which positions of the caches are seen. Other arrays are ignored.
             layer_mask: [L] bool, traced: a layer that is False is the identity. None: all layers run.
             capture: whether to return the residual stream as well.
             step: number of updates done, int32 where it is traced, at which ramps stand. None: `trained_steps`.
@@ -79,6 +80,7 @@ class Llama(Network):
                 first = self.embed_norm(first)
             angles = rope.rope_cos_sin(positions, rope.rope_frequencies(self.config))
             mask = attention.document_mask(batch['segment_ids']) if 'segment_ids' in batch else None
+            mask = batch['cache_mask'][:, None, None, :] if 'cache_mask' in batch else mask
             last, out = self.run_layers(first, angles, mask, layer_mask, capture, step)
             return self.norm(last), out
 

@@ -317,7 +317,7 @@ def warnings(
     if init == 'scaled' and any(name.split('+')[0] == 'lns' for name in norm_position):
         yield 'model.init=scaled undoes the gain of layer-norm scaling (lns): use model.init=normal'
     if any(PLACEMENTS[name].attention.post for name in norm_position) and warmup_ratio < 0.1:
-        yield f'Post-LN layers need a warm-up of about 10 % of the steps, optim.warmup_ratio is {warmup_ratio:g}'
+        yield f'Post-LN layers need a warm-up of about 10 % of the steps, this one has {warmup_ratio:.2%}'
     ramped = [number for number, name in enumerate(norm_position, 1) if has_ramp([name])]
     if ramped and (end := ramp_steps * ramped[-1]) > num_steps:
         yield f'the ramp of layer {ramped[-1]} takes {end:,} steps, the run {num_steps:,}: lower model.ramp_steps'

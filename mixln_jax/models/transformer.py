@@ -118,7 +118,8 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """L layers, run by run of equal neighbours; the parameters of run i are stacked, `segment_<i>/...` [n, ...]."""
+    """L layers, run by run of equal neighbours; the parameters of run i are stacked, `segment_<i>/...` [n, ...], and so
+    are the collections `cache`, `recent` and `intermediates` (see Attention)."""
 
     config: configs.Model
     dtype: jnp.dtype
@@ -172,7 +173,7 @@ class Stack(nn.Module):
             layer = nn.remat(Layer, policy=REMAT_POLICIES[remat], prevent_cse=unrolled)
         loop = nn.scan(
             lambda layer, x, *others: layer(x, *others),
-            variable_axes={'params': 0},
+            variable_axes={'params': 0, 'cache': 0, 'recent': 0, 'intermediates': 0},
             split_rngs={'params': True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=length,

@@ -89,7 +89,9 @@ def _print_formula(program: Program, device: str, count: int, flops: float, mfu:
     """Prints what formulas say: sizes, time and memory; `flops` are of a step on all devices."""
     config, capacity = program.config, DEVICES[device].memory or 0
     seconds = flops / (mfu * DEVICES[device].flops * count)
-    hours = seconds * config.num_steps / 3600
+    hours = f'{seconds * config.num_steps / 3600:.3g} h for {config.num_steps:,} steps'
+    if config.num_epochs:
+        hours = f'the data decides how many steps {config.num_epochs:g} epochs are'
     parts = memory(program)
     shape = ', '.join(f'{axis} {size}' for axis, size in program.mesh.shape.items())
     checkpoint = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
@@ -98,7 +100,7 @@ def _print_formula(program: Program, device: str, count: int, flops: float, mfu:
         f'parameters          {program.model.num_params(program.state.params):,}',
         f'positions per step  {config.batch_size * config.seq_length:,} ({config.accumulate} micro-batches)',
         f'FLOPs per step      {flops:.3g}',
-        f'time per step       {seconds:.3g} s at {mfu:.0%} MFU; {hours:.3g} h for {config.num_steps:,} steps',
+        f'time per step       {seconds:.3g} s at {mfu:.0%} MFU; {hours}',
         f'checkpoint          {_gib(checkpoint)}',
         'memory per device, by formula:',
         *(f'  {name:<17} {_gib(size)}' for name, size in parts.items()),

@@ -18,18 +18,21 @@ def schedule(config: configs.Optim, num_steps: int, official: bool = False) -> C
     min_ratio * peak with the last update. The first update already learns; `official`, its rate is 0 and each later
     one is the rate of the update before, as in the Mix-LN authors' code, whose linear decay ends at 0.
 
-    wsd (Hu et al. 2024, MiniCPM, arXiv 2404.06395) stays at the peak and decays linearly over the last decay_ratio.
+    wsd (Hu et al. 2024, MiniCPM, arXiv 2404.06395) stays at the peak and decays linearly over the last decay_steps
+    or decay_ratio.
     """
-    warmup = round(config.warmup_ratio * num_steps)
+    warmup = config.warmup(num_steps)
     peak, decay_steps = config.learning_rate, max(1, num_steps - warmup)
     floor = 0.0 if official and config.schedule == 'linear' else peak * config.min_ratio
-    falling = min(decay_steps, max(1, round(config.decay_ratio * num_steps)))
+    falling = min(decay_steps, max(1, config.decay_steps or round(config.decay_ratio * num_steps)))
+    line = optax.linear_schedule(peak, floor, falling)
     decay = {
         'cosine': optax.cosine_decay_schedule(peak, decay_steps, alpha=config.min_ratio),
         'linear': optax.linear_schedule(peak, floor, decay_steps),
         'constant': optax.constant_schedule(peak),
+        # The line begins at the peak, but may round it: the plateau lasts for one update more.
         'wsd': optax.join_schedules(
-            [optax.constant_schedule(peak), optax.linear_schedule(peak, floor, falling)], [decay_steps - falling]
+            [optax.constant_schedule(peak), lambda step: line(step + 1)], [decay_steps - falling + 1]
         ),
     }[config.schedule]
     whole = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), decay], [warmup])

@@ -37,6 +37,11 @@ class Program:
         longest = self.model.longest
         if longest and config.seq_length > longest:
             raise UsageError(f'config.seq_length={config.seq_length} is more than config.model.num_positions={longest}')
+        if config.eval.samples and not self.model.causal:
+            family = config.model.family
+            raise UsageError(
+                f'config.eval.samples={config.eval.samples} has no meaning for config.model.family={family}'
+            )
         self.task = build.from_config(config, self.model)
         optimizer = optim.optimizer(config.optim)
         init = functools.partial(

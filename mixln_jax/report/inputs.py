@@ -22,6 +22,7 @@ from mixln_jax.tasks.build import TASKS
 from mixln_jax.tasks.task import Task
 
 SEEDS = ('seed', 'data.seed')
+TASK_RESULTS = 'tasks.json'  # where `evaluate --tasks --out` puts what a report shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Run:
     analyses: dict[str, dict[str, Any]]  # {job: content of its result.json}
     name: str
     colour: int
+    tasks: dict[str, Any] = dataclasses.field(default_factory=dict)  # tasks.json, from `evaluate --tasks --out`
     debug: dict[str, Any] = dataclasses.field(default_factory=dict)  # debug/report.json, of a step that was not finite
 
     @property
@@ -191,7 +193,11 @@ def _read_run(path: pathlib.Path, folder: str, colour: int) -> Run:
 def _read_analyses(run: Run, path: pathlib.Path) -> list[Exception]:
     """Adds environment, debug report and analyses to a run; returns the problems in these files."""
     problems: list[Exception] = []
-    for attribute, name in (('environment', 'environment.json'), ('debug', 'debug/report.json')):
+    for attribute, name in (
+        ('environment', 'environment.json'),
+        ('debug', 'debug/report.json'),
+        ('tasks', TASK_RESULTS),
+    ):
         try:
             setattr(run, attribute, read_content(path / name) or {})
         except CheckpointError as problem:

@@ -11,6 +11,7 @@ from mixln_jax.report.inputs import Headline, Run, headlines
 from mixln_jax.report.measured import measured
 from mixln_jax.report.numbers import fixed, number, value_range
 from mixln_jax.report.page import Picture, Section, Table, without_empty_columns
+from mixln_jax.report.tasks import task_section
 from mixln_jax.report.texts import listed
 
 MOST_POINTS = 60  # in a line, and columns of a heat map, over the training: more cannot be seen
@@ -23,7 +24,14 @@ def compose(runs: Sequence[Run], comparison: Section) -> list[Section]:
         runs: from `inputs.read`.
         comparison: the section that compares them; it comes first.
     """
-    sections = [comparison, Section('Runs', tables=(_runs(runs),)), _training(runs), *measured(runs), _evolution(runs)]
+    sections = [
+        comparison,
+        Section('Runs', tables=(_runs(runs),)),
+        task_section(runs),
+        _training(runs),
+        *measured(runs),
+        _evolution(runs),
+    ]
     return [section for section in sections if section]
 
 

@@ -2,30 +2,23 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import pathlib
 import re
-import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from mixln_jax import trees
 from mixln_jax.distributed import processes
-from mixln_jax.runs import environment
+from mixln_jax.runs import checksums, environment
+from mixln_jax.runs.checkpoint_folders import clear, free_name, is_complete, steps
 from mixln_jax.system import console, files, outputs
-from mixln_jax.system.errors import CheckpointError, NumericsError, UsageError, first_line
+from mixln_jax.system.errors import CheckpointError, NumericsError, first_line
 
-COMMITTED = 'commit_success.txt'  # orbax writes it last
-OURS = re.compile(r'(_CHECKPOINT_METADATA|about|state|commit_success\.txt)(\.orbax-checkpoint-tmp.*)?')
-METADATA, TIMES = '_CHECKPOINT_METADATA', ('commit_timestamp_nsecs', 'init_timestamp_nsecs')
 # Messages of tensorstore, which raises ValueError for everything, that mean the file system, not a damaged file.
 UNAVAILABLE = re.compile(
     'Input/output error|Permission denied|PERMISSION_DENIED|Stale file handle|Connection timed out|Too many open files'
@@ -42,6 +35,24 @@ class _Unavailable(str):
     """A problem with the file system, which does not mean that the stored content is damaged."""
 
 
+@dataclasses.dataclass
+class _Kept:
+    """Which checkpoints stay when one is saved: the `newest`, those of every `every` steps, and the `best`."""
+
+    newest: int
+    every: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns for each of `checkpoints`, ascending, whether it stays; orbax calls it."""
+        del context
+        first = len(checkpoints) - self.newest
+        return [number >= first or self._stays(one.step) for number, one in enumerate(checkpoints)]
+
+    def _stays(self, step: int) -> bool:
+        return step == self.best or bool(self.every and step % self.every == 0)
+
+
 class Checkpoints:
     """The checkpoints of a work directory.
 
@@ -49,17 +60,34 @@ class Checkpoints:
     checksum of every leaf.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: int = 3, read_only: bool = False) -> None:
-        """Opens `folder` and, unless `read_only`, removes incomplete checkpoints. The newest `keep` are kept."""
+    def __init__(self, folder: str | os.PathLike, keep: int = 3, read_only: bool = False, keep_every: int = 0) -> None:
+        """Opens `folder` and, unless `read_only`, removes incomplete checkpoints.
+
+        The newest `keep` are kept, also those of every `keep_every` steps (0: none), and that of step `best`.
+        """
         self._folder = files.for_arrays(folder, '')
         if not read_only:
-            _clear(self._folder)
+            clear(self._folder)
         # A checkpoint has its final name from the start and gets COMMITTED at its end: gcsfuse cannot rename folders.
         atomicity = ocp.options.AtomicityOptions(ocp.options.AtomicityMode.COMMIT_FILE, allow_legacy_atomic_rename=True)
+        self._kept = _Kept(keep, keep_every)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=not read_only, read_only=read_only, atomicity_options=atomicity
+            preservation_policy=self._kept, create=not read_only, read_only=read_only, atomicity_options=atomicity
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    @property
+    def best(self) -> int | None:
+        """The step that stays because it is the best; None: there is none. The same in all processes."""
+        return self._kept.best
+
+    @best.setter
+    def best(self, step: int | None) -> None:
+        self._kept.best = step
+
+    def saved(self) -> list[int]:
+        """Returns the steps that are saved or being saved, ascending."""
+        return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
         """Returns the newest step, or None."""
@@ -70,14 +98,14 @@ class Checkpoints:
 
         Raises NumericsError, naming the leaf, if a value is not finite: such a state is never saved.
         """
-        leaves = describe(state)
+        leaves = checksums.describe(state)
         for name, leaf in leaves.items():
             if not leaf.pop('finite'):
                 raise NumericsError(
                     f'step {step}: {name} is not finite; nothing was saved, the previous checkpoint remains'
                 )
         about = {**extra, 'step': step, 'versions': environment.versions(), 'leaves': leaves}
-        about |= {'digest': _digest(about)}
+        about |= {'digest': checksums.digest(about)}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(_present(state)), about=ocp.args.JsonSave(about))
         with jax.transfer_guard('allow'):  # orbax fetches the arrays by implicit transfers
             self._manager.save(step, args=arguments)
@@ -111,7 +139,7 @@ class Checkpoints:
         for step in reversed(saved):
             state, about, problem = self._read(step, target)
             if not processes.any_process(problem):
-                problem = _difference(about['leaves'], describe(state))
+                problem = checksums.difference(about['leaves'], checksums.describe(state))
                 if not problem:
                     good = state, about
                     break
@@ -139,7 +167,9 @@ class Checkpoints:
         Raises CheckpointError if it is unreadable, damaged or of another structure.
         """
         state, about, problem = self._read(step, target)
-        if processes.any_process(problem) or (problem := _difference(about['leaves'], describe(state))):
+        if processes.any_process(problem) or (
+            problem := checksums.difference(about['leaves'], checksums.describe(state))
+        ):
             raise CheckpointError(f'{self._folder / str(step)}: {problem or OTHERS}')
         return state, about
 
@@ -183,101 +213,32 @@ class Checkpoints:
         rebuild = getattr(target, 'replace', None)  # of a State; None of a tree of another kind
         return rebuild(**state) if rebuild else state
 
+    def go_back(self, step: int) -> None:
+        """Makes `step` the newest checkpoint: renames those after it `<step>.superseded`. Every process calls it."""
+        for later in reversed([other for other in steps(self._folder) if other > step]):
+            new = self._rename(later, 'superseded')
+            console.say(f'mixln_jax: goes back to step {step}; checkpoint {later} is now {new.name}', file=sys.stderr)
+
     def _set_aside(self, step: int, problem: str | None, suffix: str) -> None:
         """Renames a checkpoint, in process 0. Every process that has seen a problem reports it."""
+        new = self._rename(step, suffix)
+        if not jax.process_index():
+            problem = problem or OTHERS
+        if problem:
+            state = 'is damaged' if suffix == 'corrupt' else 'cannot be read'
+            folder = self._folder / str(step)
+            console.say(f'mixln_jax: checkpoint {folder} {state} ({problem}); now {new.name}', file=sys.stderr)
+
+    def _rename(self, step: int, suffix: str) -> pathlib.Path:
+        """Renames a checkpoint `<step>.<suffix>`, in process 0; returns the new path."""
         folder = self._folder / str(step)
-        new = _free_name(folder, suffix)
+        new = free_name(folder, suffix)
         processes.barrier(f'read {step}')  # all have looked at the folder
         if not jax.process_index():
             outputs.rename(folder, new)
-            problem = problem or OTHERS
         processes.barrier(f'set aside {step}')
         self._manager.reload()
-        if problem:
-            state = 'is damaged' if suffix == 'corrupt' else 'cannot be read'
-            console.say(f'mixln_jax: checkpoint {folder} {state} ({problem}); now {new.name}', file=sys.stderr)
-
-
-def steps(folder: pathlib.Path) -> list[int]:
-    """Returns the steps of the complete checkpoints in `checkpoints/`, ascending.
-
-    A link to a checkpoint of another number does not count.
-    """
-    folders = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
-    return sorted(
-        int(path.name)
-        for path in folders
-        if os.path.basename(os.path.realpath(path)) == path.name and _is_complete(path)
-    )
-
-
-def _is_foreign(path: pathlib.Path) -> bool:
-    """Returns whether something named like a checkpoint is a link or a file, or contains what no checkpoint does."""
-    if not path.name.isascii() or path.is_symlink() or not path.is_dir():
-        return True
-    return not all(OURS.fullmatch(name) for name in os.listdir(path))
-
-
-def is_other(folder: pathlib.Path) -> bool:
-    """Returns whether a folder that may be named like a checkpoint is a run or a Hugging Face folder."""
-    return (folder / 'checkpoints').exists() or (folder / 'config.json').exists()
-
-
-def _is_complete(folder: pathlib.Path) -> bool:
-    """Returns whether a checkpoint was written to its end. orbax before 0.12.3 renamed its folder last instead of
-    writing COMMITTED."""
-    return (folder / COMMITTED).exists() or (_has_content(folder) and not any(folder.glob(f'*/{COMMITTED}')))
-
-
-def _has_content(folder: pathlib.Path) -> bool:
-    """Returns whether everything but COMMITTED is written: orbax writes the time into its metadata just before."""
-    return _commit_time(folder) is not None
-
-
-def _commit_time(folder: pathlib.Path) -> int | None:
-    """Returns when a checkpoint was completed, by orbax's metadata; None if it was not, 0 if the time is unreadable."""
-    try:
-        metadata = files.read_json(folder / METADATA, CheckpointError)
-    except FileNotFoundError:
-        return None
-    except CheckpointError:
-        return None if not folder.is_dir() else 0
-    times = [metadata.get(name, 0) for name in TIMES]
-    if times[0] is None:
-        return None
-    return times[0] if all(type(time) is int and 0 < time < 2**62 for time in times) else 0
-
-
-def _clear(folder: pathlib.Path) -> None:
-    """Removes incomplete checkpoints that a kill has left. Process 0 does it, the others wait.
-
-    A checkpoint that lacks only COMMITTED is renamed instead, for that file may have been lost later. Raises
-    UsageError if anything else is named like a checkpoint, for it would be removed as an old one.
-    """
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.isdecimal() and _is_foreign(path):
-            raise UsageError(f'{path} is not a checkpoint of this run: move it, old ones are removed here')
-    if not jax.process_index() and folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if '.orbax-checkpoint-tmp' in path.name:  # from versions of orbax that renamed complete checkpoints
-                shutil.rmtree(path)
-            elif path.name.isdecimal() and path.is_dir() and not _is_complete(path):
-                result = 'removed'
-                if _has_content(path):
-                    outputs.rename(path, new := _free_name(path, 'unfinished'))
-                    result = f'now {new.name}'
-                else:
-                    shutil.rmtree(path)
-                console.say(f'mixln_jax: checkpoint {path} was not written to its end; {result}', file=sys.stderr)
-            elif path.name.isdecimal() and not _commit_time(path):
-                # orbax needs the time alone. Without it orbax asks for the folder's owner, who may have no name here.
-                outputs.write_json(path / METADATA, dict.fromkeys(TIMES, path.stat().st_mtime_ns))
-    processes.barrier('incomplete checkpoints are removed')
-
-
-def _free_name(folder: pathlib.Path, suffix: str) -> pathlib.Path:
-    names = (f'{folder.name}.{suffix}', *(f'{folder.name}.{number}.{suffix}' for number in range(1, 1000)))
-    return next(path for name in names if not (path := folder.with_name(name)).exists())
+        return new
 
 
 def read_params(folder: str | os.PathLike, average: bool = True) -> tuple[Any, About]:
@@ -308,21 +269,21 @@ def read_params(folder: str | os.PathLike, average: bool = True) -> tuple[Any, A
         raise
     except Exception as error:  # no such step; or a flipped byte, which can make orbax or zstd raise anything
         raise CheckpointError(f'{folder}: {_problem(error)}') from error
-    if problem := _difference(stored, describe(loaded)):
+    if problem := checksums.difference(stored, checksums.describe(loaded)):
         raise CheckpointError(f'{folder}: {problem}')
     return loaded[tree], about
 
 
 def _about(folder: pathlib.Path) -> About:
     """Returns the JSON object of a checkpoint. Raises Damaged if it is not what was saved, or of another step."""
-    if folder.is_dir() and not _is_complete(folder):
+    if folder.is_dir() and not is_complete(folder):
         raise CheckpointError(f'{folder}: it was not written to its end')
     for path in folder.rglob('*'):  # the libraries would wait for a pipe, and read a device for ever
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise Damaged(f'{path} is neither a file nor a folder')
     with _reader() as reader:
         about = reader.restore(folder, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
-    if about.pop('digest') != _digest(about):
+    if about.pop('digest') != checksums.digest(about):
         raise Damaged('its JSON has changed')
     if about['step'] != int(folder.name):
         raise Damaged(f'it is step {about["step"]}')
@@ -362,52 +323,3 @@ def _present(state: Any) -> Any:
         return state
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def describe(state: Any) -> dict[str, dict[str, Any]]:
-    """Returns {leaf name: {'dtype', 'shape', 'checksum', 'finite'}}. The checksums do not depend on the mesh."""
-    names = [name for name, _ in trees.named_leaves(state)]
-    leaves = jax.tree.leaves(state)
-    sums, finite = jax.device_get(_check(leaves))
-    return {
-        name: {'dtype': str(leaf.dtype), 'shape': list(leaf.shape), 'checksum': int(number), 'finite': bool(good)}
-        for name, leaf, number, good in zip(names, leaves, sums, finite, strict=True)
-    }
-
-
-@jax.jit
-def _check(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Returns the checksum of every leaf, and whether all its values are finite."""
-    finite = [
-        jnp.isfinite(leaf).all() if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.bool_(True) for leaf in leaves
-    ]
-    return jnp.stack([checksum(leaf) for leaf in leaves]), jnp.stack(finite)
-
-
-def checksum(array: jax.Array) -> jax.Array:
-    """Returns the sum of every element's bits times an odd hash of its index, mod 2^32. A change of any single element
-    changes it.
-
-    An integer sum does not depend on the order of its terms, and so not on how the array is sharded.
-    """
-    unsigned = jnp.dtype(f'uint{8 * array.dtype.itemsize}')
-    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-    strides = np.cumprod((1, *array.shape[:0:-1]), dtype=np.uint64)[::-1].astype(np.uint32)
-    index = functools.reduce(
-        jnp.add,
-        [jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * strides[axis] for axis in range(array.ndim)],
-        jnp.zeros(array.shape, jnp.uint32),
-    )
-    mixed = (index ^ (index >> 16)) * np.uint32(0x7FEB352D)
-    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x846CA68B)
-    return jnp.sum(bits * (mixed ^ (mixed >> 16) | 1), dtype=jnp.uint32)
-
-
-def _digest(about: About) -> str:
-    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _difference(stored: Mapping[str, Any], loaded: Mapping[str, Any]) -> str | None:
-    """Returns what is wrong with restored leaves, or None."""
-    wrong = [name for name, leaf in stored.items() if leaf['checksum'] != loaded[name]['checksum']]
-    return f'checksum of {wrong[0]} does not match' if wrong else None

@@ -17,6 +17,7 @@ import tensorboardX
 
 from mixln_jax.system import files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
+from mixln_jax.tasks.task import Task
 
 LOST = 'put the file back as it was, or continue in another --workdir with config.resume_from'
 LARGEST = 2**33  # bytes of a metrics.jsonl, which may have a line for every step
@@ -183,15 +184,13 @@ def _digest(texts: Iterable[str], digest: Any = None) -> Any:
     return digest
 
 
-def progress_line(line: Line, num_steps: int, label: str, headline: str) -> str:
-    """Returns the progress line for a metrics line that has `train/*` and `perf/*`.
-
-    `headline` is the task's most important metric, `label` its short name.
-    """
+def progress_line(line: Line, num_steps: int, task: Task) -> str:
+    """Returns the progress line for a metrics line that has `train/*` and `perf/*`."""
+    headline = f'{task.label} {_number(line[f"train/{task.headline}"], f".{task.digits}f")}'
     shown = [
         f'step {line["step"]:>{len(str(num_steps))}}/{num_steps} {100 * line["step"] / num_steps:3.0f}%',
         f'loss {_number(line["train/loss"], ".4f")}',
-        f'{label} {_number(line[f"train/{headline}"], ".2f")}',
+        headline,
         f'grad {_number(line["train/grad_norm"], ".3f")}',
         f'lr {line["train/learning_rate"]:.2e}',
         f'{_number(line["perf/tokens_per_sec_per_device"], ",.0f")} tok/s/device',

@@ -17,7 +17,7 @@ from mixln_jax.models import families, hf, placements, transformer
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import tensors
 from mixln_jax.models.network import Network
-from mixln_jax.runs import checkpoint
+from mixln_jax.runs import best, checkpoint, checkpoint_folders
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
@@ -166,7 +166,8 @@ def find(given: str | os.PathLike) -> tuple[pathlib.Path, bool]:
 
 
 def checkpoint_folder(given: str | os.PathLike) -> pathlib.Path | None:
-    """Returns `<run>/checkpoints/<step>`: the newest of a run, or the checkpoint itself; None for another folder.
+    """Returns `<run>/checkpoints/<step>`: the newest of a run, the best one for `<run>/best`, or the checkpoint itself;
+    None for another folder.
 
     Links are followed, so that the run's own folder is found. A run, or a Hugging Face folder, may have the name of a
     checkpoint: what is in a folder decides.
@@ -174,14 +175,16 @@ def checkpoint_folder(given: str | os.PathLike) -> pathlib.Path | None:
     Raises UsageError: not a folder, a run without a checkpoint, or a checkpoint that was moved out of its run.
     """
     path = files.local(given, '')
+    if path.name == best.NAME and not path.exists() and (path.parent / 'checkpoints').is_dir():
+        return best.best_folder(path.parent)
     if not path.is_dir():
         raise UsageError(f'{path} is not a folder')
     if (folder := path / 'checkpoints').is_dir():
-        if found := checkpoint.steps(folder):
+        if found := checkpoint_folders.steps(folder):
             return folder / str(found[-1])
         if not (path / 'config.json').exists() or not any(path.glob('*.safetensors*')):
             raise UsageError(f'{folder} holds no checkpoint')
-    if checkpoint.is_other(path):
+    if checkpoint_folders.is_other(path):
         return None
     for at in sorted(_hops(path), key=lambda at: at.is_symlink()):  # as it was given, rather than in full
         if at.name.isdecimal() and at.parent.name == 'checkpoints' and '..' not in at.parts:
@@ -203,20 +206,26 @@ def read_newest(path: str | os.PathLike, read: Callable[[pathlib.Path], tuple[An
         try:
             return folder, *read(folder)
         except (CheckpointError, OSError):
-            newer = any(step > int(folder.name) for step in checkpoint.steps(folder.parent))
+            newer = any(step > int(folder.name) for step in checkpoint_folders.steps(folder.parent))
             if not newer or jax.process_count() > 1:  # several processes have to agree on what they read
                 raise
             for _ in range(20):  # it may be half gone
                 if not folder.exists():
                     break
                 time.sleep(0.05)
-            again = checkpoint_folder(path) if pathlib.Path(path).expanduser().is_dir() else None
+            again = checkpoint_folder(path) if _names_several(path) else None
             if not again:
                 raise Removed(f'{folder} was removed while it was read: newer checkpoints took its place') from None
             if again == folder:
                 raise
             folder = again
     raise UsageError(f'{path} is not a run of ours')
+
+
+def _names_several(path: str | os.PathLike) -> bool:
+    """Returns whether a path names a run or its best checkpoint, rather than a checkpoint that has been removed."""
+    path = pathlib.Path(path).expanduser()
+    return path.is_dir() or path.name == best.NAME
 
 
 def _hops(path: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -246,6 +255,65 @@ def open_tokenizer(folder: pathlib.Path) -> tuple[tokenizers.Tokenizer, list[int
                 puts_bos = library.Tokenizer.from_file(str(path)).encode('a').ids[0] == tokenizer.bos_id
             return tokenizer, [tokenizer.bos_id] if puts_bos else []
     raise UsageError(f'{folder} holds no tokenizer (tokenizer.json or tokenizer.model)')
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """How texts become rows of tokens for some weights.
+
+    Attributes:
+        tokenizer: of the weights.
+        start: ids that begin a text, none or one.
+        empty: the id that stands in place of an empty row.
+        end_ids: ids that end a text.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    start: list[int]
+    empty: int
+    end_ids: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, at least one."""
+        return [*self.start, *self.tokenizer.encode(text).tolist()] or [self.empty]
+
+
+def encoder_of_run(config: configs.Config, tokenizer: tokenizers.Tokenizer) -> TextEncoder:
+    """Returns the TextEncoder of a run: a text begins as a document does in the rows, after an eos in mode concat,
+    otherwise with its own first token."""
+    eos = tokenizer.eos_id
+    return TextEncoder(tokenizer, [eos] if config.data.mode == 'concat' else [], eos, (eos,))
+
+
+def text_encoder(found: Weights) -> TextEncoder:
+    """Returns the TextEncoder of weights. In a Hugging Face folder a text begins with one bos if its tokenizer adds it,
+    and ends with an eos of the tokenizer or of generation_config.json.
+
+    Raises:
+        UsageError: a folder without tokenizer, or with one that has more ids than the network.
+        DataError: the tokenizer cannot be read.
+    """
+    if found.config and found.tokenizer:
+        encoder = encoder_of_run(found.config, found.tokenizer)
+    else:
+        tokenizer, start = open_tokenizer(pathlib.Path(found.where))
+        ends = (tokenizer.eos_id, *_generation_ends(pathlib.Path(found.where)))
+        encoder = TextEncoder(tokenizer, start, tokenizer.bos_id, tuple(dict.fromkeys(ends)))
+    vocab_size = found.model.config.vocab_size
+    tokenizers.check_fits(encoder.tokenizer, vocab_size, f'the {vocab_size} of the network {found.where}')
+    return encoder
+
+
+def _generation_ends(folder: pathlib.Path) -> list[int]:
+    """Returns the end tokens that a folder's generation_config.json names, which may be more than the tokenizer's."""
+    path = folder / 'generation_config.json'
+    if not path.exists():
+        return []
+    ends = files.read_json(path, CheckpointError).get('eos_token_id')
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int and 0 <= end < 2**31 for end in ends):
+        raise CheckpointError(f'{path}: eos_token_id={ends!r} is no id of a token')
+    return ends
 
 
 def initial(where: str, model: Network) -> Any:

@@ -11,7 +11,8 @@ import jax
 
 from mixln_jax import config as configs
 from mixln_jax.distributed import processes
-from mixln_jax.runs import checkpoint, log, weights
+from mixln_jax.runs import checkpoint, checkpoint_folders, log, weights
+from mixln_jax.runs.continuation import ANOTHER, check_continues
 from mixln_jax.system import errors, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError
 
@@ -27,7 +28,6 @@ def short_names(folders: Iterable[str | os.PathLike]) -> list[str]:
     return ['/'.join(shortest(own)) for own in parts]
 
 
-ANOTHER = 'give another --workdir'
 WRITTEN = 'metrics.jsonl', 'tokenizer/*', 'environment.json', 'debug/*', 'profile/*'  # by a run, after config.json
 
 
@@ -100,7 +100,8 @@ def open_workdir(workdir: str | os.PathLike, resolved: Mapping[str, Any]) -> Ite
                     mark.unlink(missing_ok=True)
         except (OSError, ValueError) as error:
             raise UsageError(f'the work directory {workdir} cannot be used: {error}') from None
-        check_same_run(workdir, before, resolved, ANOTHER)
+        saved = checkpoint_folders.steps(workdir / 'checkpoints')
+        check_continues(workdir, before, resolved, ANOTHER, saved)
         try:
             yield workdir
         except BaseException as error:
@@ -155,23 +156,6 @@ def _remove_traces(workdir: pathlib.Path, new_folders: Sequence[pathlib.Path], o
     for folder in new_folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-def check_same_run(source: str | os.PathLike, before: Mapping[str, Any], now: Mapping[str, Any], way_out: str) -> None:
-    """Raises UsageError, naming the keys and the way out, if two resolved configurations are not of the same run.
-
-    `source` is what holds the run of configuration `before`.
-    """
-    old, new = configs.flatten(configs.Config()) | configs.flatten(before), configs.flatten(now)
-    # The authors' loss, a mean of the micro-batches' means, depends on the number of micro-batches.
-    may_change = configs.may_change() - ({'accumulate'} if new['compat'] != 'none' else set())
-    differ = [
-        f'{name} (was {old.get(name)}, is {new.get(name)})'
-        for name in sorted(old | new)
-        if old.get(name) != new.get(name) and name not in may_change
-    ]
-    if differ:
-        raise UsageError(f'{source} holds a run of another configuration: {", ".join(differ)}; {way_out}')
 
 
 def is_finished(workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints, num_steps: int) -> bool:

@@ -81,14 +81,14 @@ def _set_stream(
     setattr(sys, f'__{name}__', stream)
 
 
-def say(*lines: object, file: TextIO | None = None) -> None:
+def say(*lines: object, file: TextIO | None = None, end: str = '\n') -> None:
     """Prints lines for a person to `file` (standard output). Never raises because of the stream's state."""
     file, text = file or sys.stdout, '\n'.join(map(str, lines))
     try:
         try:
-            print(text, file=file, flush=True)
+            print(text, file=file, flush=True, end=end)
         except UnicodeEncodeError:
-            print(text.encode(file.encoding, PLAIN).decode(file.encoding), file=file, flush=True)
+            print(text.encode(file.encoding, PLAIN).decode(file.encoding), file=file, flush=True, end=end)
     except (OSError, ValueError):  # the reader has gone, the disk is full, or the stream is closed
         with contextlib.suppress(OSError, ValueError):
             _drop(file)

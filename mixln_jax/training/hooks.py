@@ -4,15 +4,19 @@ import dataclasses
 import math
 import os
 import pathlib
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 import jax
 
+from mixln_jax.distributed import processes
 from mixln_jax.program.step import State
 from mixln_jax.runs import checkpoint, log
-from mixln_jax.system import console
+from mixln_jax.runs.best import best_step
+from mixln_jax.system import console, outputs
 from mixln_jax.system.errors import NumericsError
+from mixln_jax.tasks.task import Task
 
 
 class Hook(Protocol):
@@ -43,7 +47,7 @@ class Evaluation(_Every):
     """Evaluates the weights, adds the results to the step's metrics line and prints one line."""
 
     evaluate: Callable[[Any, Any], dict[str, float | None]]  # (weights, step) -> values of a metrics line
-    headline: str  # the task's most important metric
+    task: Task
     metrics: log.Metrics
 
     def __call__(self, step: int, state: State) -> None:
@@ -53,10 +57,9 @@ class Evaluation(_Every):
         if loss is None or not math.isfinite(loss):
             raise NumericsError(f'step {step}: the evaluation loss is not finite')
         self.metrics.add(step, values)
-        console.say(
-            f'eval at step {step}: loss {loss:.4f}  {self.headline} '
-            f'{values[f"eval/{self.headline}"]:.2f}  ({values["eval/tokens"]:,} tokens)'
-        )
+        headline, number = self.task.headline, values[f'eval/{self.task.headline}']
+        shown = f'loss {loss:.4f}  {headline} {number:.{self.task.digits}f}'
+        console.say(f'eval at step {step}: {shown}  ({values["eval/tokens"]:,} tokens)')
 
 
 @dataclasses.dataclass
@@ -72,12 +75,39 @@ class Analysis(_Every):
 
 
 @dataclasses.dataclass
+class Samples(_Every):
+    """Writes continuations of texts to a file for each step."""
+
+    write: Callable[[Any, jax.Array], bytes]  # (weights, step) -> JSON lines
+    folder: pathlib.Path
+
+    def __call__(self, step: int, state: State) -> None:
+        """Writes `<folder>/<step>.jsonl` with the weights of `state`."""
+        outputs.write(self.folder / f'{step}.jsonl', self.write(state.averaged, state.step))
+
+
+@dataclasses.dataclass
 class Saving(_Every):
-    """Saves a checkpoint once the metrics up to its step are on disk."""
+    """Saves a checkpoint once the metrics up to its step are on disk, also `minutes` after the last one (0: never).
+
+    The clock is that of process 0. It is read every `look_every` steps, for all processes wait for it.
+    """
 
     checkpoints: checkpoint.Checkpoints
     metrics: log.Metrics
     about: Callable[[], dict[str, Any]]  # -> further values of a checkpoint's JSON object
+    minutes: float = 0.0
+    look_every: int = 1
+    _saved_at: float = dataclasses.field(default_factory=time.monotonic, init=False)
+
+    def due(self, step: int, last: int) -> bool:
+        """Returns whether to save `step`; the run ends with step `last`. Every process has to call it."""
+        return super().due(step, last) or self._time_is_up(step)
+
+    def _time_is_up(self, step: int) -> bool:
+        if not self.minutes or step % self.look_every:
+            return False
+        return bool(processes.of_first(time.monotonic() - self._saved_at >= 60 * self.minutes))
 
     def __call__(self, step: int, state: State, complete: bool = True, wait: bool = False) -> None:
         """Saves `state` unless `step` is saved already.
@@ -89,8 +119,33 @@ class Saving(_Every):
         if self.checkpoints.latest() != step:
             record = {'open_line': self.metrics.open_line, 'metrics': self.metrics.seal()}
             self.checkpoints.save(step, state, self.about() | record)
+            self._saved_at = time.monotonic()
         if wait:
             self.checkpoints.wait()
+
+
+@dataclasses.dataclass
+class Best(_Every):
+    """Saves a step whose evaluation is better than those of all checkpoints, and keeps the best of them.
+
+    It is due where the evaluation is, and runs after it. Process 0, which has all lines, decides.
+    """
+
+    metric: str
+    saving: Saving
+
+    def __call__(self, step: int, state: State) -> None:
+        """Saves `state` if it is the best."""
+        self.saving.metrics.flush()
+        if self.choose(step) == step:
+            self.saving(step, state)
+
+    def choose(self, *steps: int) -> int | None:
+        """Returns the best of `steps` and those that are saved, which stays from now on."""
+        checkpoints = self.saving.checkpoints
+        found = best_step(self.saving.metrics.lines, self.metric, {*checkpoints.saved(), *steps})
+        checkpoints.best = processes.of_first(found or 0) or None
+        return checkpoints.best
 
 
 def profiled(

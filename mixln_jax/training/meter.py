@@ -111,7 +111,7 @@ class Meter:
             self._metrics.add(step, line)
             if step % self._log_every == 0 or step == self._num_steps:
                 shown = {'step': step, **log.finite(line)}
-                console.say(log.progress_line(shown, self._num_steps, self._task.label, self._task.headline))
+                console.say(log.progress_line(shown, self._num_steps, self._task))
 
     def _summary(self, values: Values) -> dict[str, float | None]:
         """Returns the task's metrics of a step."""

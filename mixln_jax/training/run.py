@@ -29,7 +29,7 @@ from mixln_jax.distributed import processes
 from mixln_jax.models import placements
 from mixln_jax.program.program import Program
 from mixln_jax.program.step import State
-from mixln_jax.runs import checkpoint, environment, log
+from mixln_jax.runs import best, checkpoint, continuation, environment, log
 from mixln_jax.runs.workdir import (
     check_folder,
     check_metrics,
@@ -40,11 +40,11 @@ from mixln_jax.runs.workdir import (
 )
 from mixln_jax.system import console, files, outputs, signals
 from mixln_jax.tasks.task import Task
-from mixln_jax.training import hooks, loop
+from mixln_jax.training import hooks, loop, samples
 from mixln_jax.training.collapse import Collapse
 from mixln_jax.training.feed import Feed
 from mixln_jax.training.meter import Meter
-from mixln_jax.training.start import first_state, with_ramp_offset
+from mixln_jax.training.start import first_state, with_num_steps, with_ramp_offset
 
 
 def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = None, verbose: bool = False) -> None:
@@ -68,20 +68,29 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
         with stop.may_interrupt():
             stop = _join_processes(config, stop, closing)
             mesh = _start_jax(config)
-            config = with_ramp_offset(configs.build(values, earlier_config(config, workdir)))
+            earlier = earlier_config(config, workdir)
+            config = with_ramp_offset(configs.build(values, earlier))
             if jax.process_count() > 1:
                 _print_in_one_process(mesh, closing)
             program = Program(config, mesh)
+            open_data = functools.cache(functools.partial(_open_data, config, program.task))
+            if config.num_epochs:
+                config = with_num_steps(config, earlier, lambda: len(open_data().training))
+                program = Program(config, mesh)
+            best.check_metric(config.checkpoint.best, program.task)
             resolved = resolved_config(config, program.model)
             shared = closing.enter_context(open_workdir(workdir, resolved))
             processes.check_shared(shared)
             with stop.wait():
-                checkpoints = checkpoint.Checkpoints(shared / 'checkpoints', config.checkpoint.keep)
+                kept = config.checkpoint.keep, False, config.checkpoint.keep_every
+                checkpoints = checkpoint.Checkpoints(shared / 'checkpoints', *kept)
                 closing.callback(checkpoints.close)
+                if step := continuation.restart(shared, resolved):
+                    checkpoints.go_back(step)
             if is_finished(shared, checkpoints, config.num_steps):
                 console.say(f'mixln_jax: {shared} is already finished ({config.num_steps} steps)')
                 return
-            data = _open_data(config, program.task)
+            data = open_data()
             _describe(program, data.training, verbose)
             state, about = first_state(program, resolved, checkpoints, data.training.fingerprint, stop)
             if checkpoints.latest() is not None:
@@ -181,7 +190,13 @@ class _Job:
                 'data': {'fingerprint': self.data.training.fingerprint},
                 'config': self.records.resolved,
             },
+            config.checkpoint.minutes,
+            config.log_every,
         )
+        keeping = []
+        if metric := config.checkpoint.best:
+            keeping = [hooks.Best(config.eval.every, metric, saving)]
+            keeping[0].choose()  # a run that continues has one
         stream = (to_devices(batch) for batch in feed.watched(reader))
         stream = hooks.profiled(stream, first, config.profile.start, config.profile.steps, self.records.folder)
         with jax.transfer_guard('disallow'), contextlib.closing(stream):
@@ -189,7 +204,7 @@ class _Job:
                 state,
                 train_step,
                 stream,
-                [*measuring, saving],
+                [*measuring, *keeping, saving],
                 first=first,
                 last=config.num_steps,
                 meter=meter,
@@ -200,19 +215,20 @@ class _Job:
             self.checkpoints.wait()
         return state
 
-    def _measuring(self, feed: Feed, eval_step: Callable[..., Any]) -> list[hooks.Evaluation | hooks.Analysis]:
-        """Returns the hooks that add numbers to the metrics line of a step."""
+    def _measuring(self, feed: Feed, eval_step: Callable[..., Any]) -> list[hooks.Hook]:
+        """Returns the hooks that add numbers to the metrics line of a step, or write texts at it."""
         config, program, metrics = self.program.config, self.program, self.records.metrics
         evaluate = feed.evaluation(eval_step, self.data.evaluation)
-        measuring: list[hooks.Evaluation | hooks.Analysis] = [
-            hooks.Evaluation(config.eval.every, evaluate, program.task.headline, metrics)
-        ]
+        measuring: list[hooks.Hook] = [hooks.Evaluation(config.eval.every, evaluate, program.task, metrics)]
+        if config.eval.samples:
+            write = samples.sampling(program, self.data.evaluation, self.data.tokenizer)
+            measuring.append(hooks.Samples(config.eval.every, write, self.records.folder / 'samples'))
         if config.analysis.tokens:
             analyses = during.Analyses(config, program.task, self.data.evaluation, feed.checked)
             measuring.append(hooks.Analysis(config.analysis.every, analyses, metrics))
         return measuring
 
-    def _meter(self, measuring: Sequence[hooks.Evaluation | hooks.Analysis], compile_sec: float) -> Meter:
+    def _meter(self, measuring: Sequence[hooks.Hook], compile_sec: float) -> Meter:
         config, program = self.program.config, self.program
         training = batches.training(self.data.training, seed=config.data.seed, batch_size=config.batch_size)
         seen = map(training.__getitem__, range(1000))
@@ -229,7 +245,7 @@ class _Job:
             first_line={'perf/compile_sec': compile_sec},
             collapse=Collapse(
                 config.collapse,
-                round(config.optim.warmup_ratio * config.num_steps),
+                config.optim.warmup(config.num_steps),
                 functools.partial(program.task.baseline, seen),
             ),
             save_debug=self.records.save_debug,
@@ -301,6 +317,8 @@ def _describe(program: Program, rows: Examples, verbose: bool) -> None:
     if analyses := config.analysis.tokens:
         share = during.share(config, program.flops_per_position())
         console.say(f'analyses on {analyses:,} tokens: {share:.2%} of the FLOPs of training')
-    sizes, warmup_ratio, steps = config.model, config.optim.warmup_ratio, config.num_steps + config.model.ramp_start
+    sizes, steps = config.model, config.num_steps + config.model.ramp_start
+    optim = config.optim
+    warmup_ratio = optim.warmup_steps / config.num_steps if optim.warmup_steps else optim.warmup_ratio
     for warning in placements.warnings(model.norm_position, sizes.init, warmup_ratio, steps, sizes.ramp_steps):
         console.say(f'mixln_jax: warning: {warning}', file=sys.stderr)

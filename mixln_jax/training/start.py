@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ from mixln_jax import config as configs
 from mixln_jax.models import placements
 from mixln_jax.program.program import Program
 from mixln_jax.program.step import State
-from mixln_jax.runs import checkpoint, weights
-from mixln_jax.runs.workdir import ANOTHER, check_same_run
+from mixln_jax.runs import checkpoint, continuation, weights
+from mixln_jax.runs.continuation import ANOTHER, SCHEDULE, check_continues, check_same_run
 from mixln_jax.system import console
 from mixln_jax.system.errors import CheckpointError, UsageError
 from mixln_jax.system.signals import Stop
@@ -29,6 +30,23 @@ def with_ramp_offset(config: configs.Config) -> configs.Config:
     if model.ramp_offset != 'auto' or not placements.has_ramp(names):
         return config
     return dataclasses.replace(config, model=dataclasses.replace(model, ramp_offset=weights.ramp_offset(config)))
+
+
+def with_num_steps(
+    config: configs.Config, earlier: configs.Config | None, count_rows: Callable[[], int]
+) -> configs.Config:
+    """Returns the configuration with the number of steps that `num_epochs` makes: the last batch may begin one more.
+
+    Args:
+        config: has `num_epochs`.
+        earlier: of the run that continues, whose number stays if its epochs are as many; None: none does.
+        count_rows: returns the number of training rows.
+
+    Raises UsageError: the number contradicts other keys.
+    """
+    if earlier and (earlier.num_epochs, earlier.batch_size) == (config.num_epochs, config.batch_size):
+        return configs.with_num_steps(config, earlier.num_steps)
+    return configs.with_num_steps(config, max(1, math.ceil(config.num_epochs * count_rows() / config.batch_size)))
 
 
 def first_state(
@@ -47,10 +65,10 @@ def first_state(
     """
     config = program.config
     with stop.wait():  # an interrupted restore would look like damage
-        restored, name, way_out = checkpoints.restore(program.state), 'checkpoint', ANOTHER
+        restored, name, way_out, own = checkpoints.restore(program.state), 'checkpoint', ANOTHER, True
         if not restored and config.resume_from:
             name, way_out = f'config.resume_from={config.resume_from}: checkpoint', 'init_from takes its weights alone'
-            restored = _resume_from(config, program.state)
+            restored, own = _resume_from(config, program.state), False
     if not restored:
         state = program.init(jax.random.key(config.seed))
         if config.init_from:
@@ -60,13 +78,20 @@ def first_state(
         return state, {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored
     name = f'{name} {about["step"]}'
-    check_same_run(name, about['config'], resolved, way_out)
+    if own:
+        check_continues(name, about['config'], resolved, way_out, [about['step']])
+    else:
+        check_same_run(name, about['config'], resolved, way_out, SCHEDULE)
     differ = [
         f'data.fingerprint.{part}' for part, seen in about['data']['fingerprint'].items() if fingerprint[part] != seen
     ]
     if differ:
         raise UsageError(f'{name} has seen other data: {", ".join(differ)} differs; {way_out}')
     console.say(f'mixln_jax: goes on from step {about["step"]}')
+    if not own and (rates := continuation.rates_around(about['step'], about['config'], resolved)):
+        console.say(
+            f'mixln_jax: the learning rate was {rates[0]:.4g} in update {about["step"]}, {rates[1]:.4g} comes next'
+        )
     return state, about
 
 
@@ -81,6 +106,8 @@ def _resume_from(config: configs.Config, like: Any) -> tuple[State, dict[str, An
         _, state, about = weights.read_newest(config.resume_from, read)
         if about['step'] == config.num_steps and about['open_line'] is None:
             raise UsageError(f'it is trained to its end, step {config.num_steps}')
+        if about['step'] > config.num_steps:
+            raise UsageError(f'it is at step {about["step"]}, after the last one (config.num_steps={config.num_steps})')
     except (UsageError, CheckpointError) as error:
         raise type(error)(f'config.resume_from={config.resume_from}: {error}') from None
     return state, about

@@ -112,6 +112,7 @@ BAD = {
     'a bad value': (f'[{json.dumps(PAIR)},\n\n{{"prompt" 3}}]', ':3: not JSON: '),
     'more after the array': (f'[{json.dumps(PAIR)}]\n\n[]', ':3: not JSON: text after the end of the array'),
     'deep': ('[' * 100_000, ':1: not JSON: '),
+    'a number of 5,000 digits': (f'[{{"prompt": {"9" * 5000}, "completion": ""}}]', ':1: not JSON: '),
     'not a number': ('[{"prompt": NaN, "completion": ""}]', ':1: not JSON: '),
 }
 

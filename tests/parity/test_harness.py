@@ -219,10 +219,11 @@ def test_rolling_is_the_sum_by_hand(found, logits):
 
 class TestGeneration:
     def loop(self, logits, lm, context, count):
-        ids = lm.tok_encode(context) or [lm.prefix_token_id]
+        """Greedy decoding without a cache; a context leaves room for `count` tokens in the window."""
+        ids = (lm.tok_encode(context) or [lm.prefix_token_id])[count - WINDOW :]
         made = []
         for _ in range(count):
-            made.append(int(logits((ids + made)[-WINDOW:])[-1].argmax()))
+            made.append(int(logits(ids + made)[-1].argmax()))
             if made[-1] == lm.eot_token_id:
                 return made[:-1]
         return made
@@ -230,7 +231,7 @@ class TestGeneration:
     @pytest.mark.parametrize('mesh', ['1', '8'])
     def test_is_the_plain_loop(self, found, logits, mesh):
         lm, long = harness.Harness(found, 4, WINDOW, on(mesh)), ' '.join(vocabularies.prose(5, seed=7))
-        contexts = ['the quick', 'ba', '', long, long[:75]]  # the last grows out of the window
+        contexts = ['the quick', 'ba', '', long, long[:75]]  # the last is cut, to leave room
         assert len(lm.tok_encode(contexts[-1])) < WINDOW
         options = {'until': [], 'max_gen_toks': 24, 'do_sample': False, 'temperature': 0.0}
         texts = [lm._tokenizer.decode(self.loop(logits, lm, context, 24)) for context in contexts]
@@ -256,7 +257,24 @@ class TestGeneration:
         [text] = lm.generate_until([asked('the quick', {'until': [], 'max_gen_toks': 12})], True)
         assert text == lm._tokenizer.decode(made[:last])
 
-    @pytest.mark.parametrize('options', [{'do_sample': True, 'temperature': 0.7}, {'temperature': 0.5}, {'top_k': 5}])
+    def test_samples(self, found):
+        """Requests of one task may differ in how they choose; one that says no do_sample is greedy."""
+        lm, until = harness.Harness(found, 4, WINDOW, on('1')), {'until': [], 'max_gen_toks': 12}
+        options = {}, {'do_sample': True, 'temperature': 1.5}, {'temperature': 1.5}, {'top_k': 5}
+        greedy, sampled, also, third = lm.generate_until([asked('ba', until | given) for given in options], True)
+        assert greedy == third and len({greedy, sampled, also}) == 3  # draws depend on the row
+        likeliest = {'do_sample': True, 'top_k': 1, 'temperature': 1.0}
+        assert lm.generate_until([asked('ba', until | likeliest)], True) == [greedy]
+
+    def test_more_tokens_than_the_window_has(self, found):
+        """The harness's own model refuses them."""
+        lm = harness.Harness(found, 4, WINDOW, on('1'))
+        [text] = lm.generate_until([asked('the quick' * 20, {'until': [], 'max_gen_toks': 256})], True)
+        assert text
+
+    @pytest.mark.parametrize(
+        'options', [{'num_beams': 3}, {'do_sample': True, 'top_p': 1.5}, {'do_sample': True, 'temperature': -1.0}]
+    )
     def test_others_are_refused(self, found, options):
         lm = harness.Harness(found, 1, WINDOW, on('1'))
         with pytest.raises(UsageError, match=f'task some_task asks for generation with .*{[*options][-1]}'):

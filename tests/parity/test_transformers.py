@@ -21,6 +21,8 @@ from lm_eval.models.huggingface import HFLM
 from mixln_jax.data import tokenizers
 from mixln_jax.models import placements
 from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.models.sampler import Sampler
+from mixln_jax.models.sampling import Sampling
 from mixln_jax.tasks.language import Language
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
@@ -127,6 +129,26 @@ def test_generation_with_a_cache_and_without(tmp_path, norm_position):
     cached, whole = (model.generate(torch.asarray(IDS), use_cache=cache, **options) for cache in (True, False))
     assert torch.equal(cached.sequences, whole.sequences)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('norm_position', ['pre', 'mix', 'hybridnorm_star'])
+def test_greedy_tokens_are_those_of_generate(tmp_path, norm_position):
+    """Their padding is on the left, ours on the right: prompts of unequal length go on in the same way."""
+    model, params = network(norm_position)
+    hf_llama.save(tmp_path / 'out', model, params)
+    found, prompts = pretrained(tmp_path / 'out'), [[1, 2, 3, 4, 5], [7], [10, 9, 8]]
+    end = 6
+    ours = Sampler(model, 64).generate(params, prompts, max_new=20, sampling=Sampling(temperature=0), end_ids=[end])
+    stops = dict(max_new_tokens=20, do_sample=False, eos_token_id=end, pad_token_id=0)
+    for prompt, row in zip(prompts, ours, strict=True):  # one by one: other placements have no padding there
+        [ids] = found.generate(torch.asarray([prompt]), **stops).tolist()
+        assert row.ids == ids[len(prompt) :]
+    if norm_position == 'pre':
+        padded = torch.asarray([[0] * (5 - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.asarray([[0] * (5 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        for row, ids in zip(ours, found.generate(padded, attention_mask=mask, **stops).tolist(), strict=True):
+            assert row.ids == ids[5 : 5 + len(row.ids)]
+    assert len({tuple(row.ids) for row in ours}) > 1
 
 
 def test_bfloat16(tmp_path):

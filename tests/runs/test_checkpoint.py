@@ -18,7 +18,7 @@ import pytest
 from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.distributed import mesh as meshes
-from mixln_jax.runs import checkpoint, weights
+from mixln_jax.runs import checkpoint, checkpoint_folders, checksums, weights
 from mixln_jax.system.errors import CheckpointError, NumericsError, UsageError
 
 
@@ -66,7 +66,7 @@ def test_what_a_kill_left_goes(saved):
         (saved / name).parent.mkdir(parents=True)
         (saved / name).write_text('{"commit_timestamp_nsecs": null}')
     (saved / '10').mkdir()
-    assert checkpoint.Checkpoints(saved).latest() == 5 and checkpoint.steps(saved) == [3, 5]
+    assert checkpoint.Checkpoints(saved).latest() == 5 and checkpoint_folders.steps(saved) == [3, 5]
     assert not [name for name in ('7', '8', '9', '10') if (saved / name).exists()]
 
 
@@ -232,9 +232,9 @@ def test_a_file_system_that_gives_nothing_renames_nothing(saved, monkeypatch):
 @pytest.mark.parametrize('left', [None, b'', b'{}', b'{"commit_timestamp_nsecs": nul', b'[' * 100_000])
 def test_its_time_may_be_lost_and_its_owner_have_no_name(saved, monkeypatch, left):
     """As in a container with a user id of its own: whoever asks for the name has a KeyError."""
-    (saved / '5' / checkpoint.METADATA).unlink()
+    (saved / '5' / checkpoint_folders.METADATA).unlink()
     if left is not None:
-        (saved / '5' / checkpoint.METADATA).write_bytes(left)
+        (saved / '5' / checkpoint_folders.METADATA).write_bytes(left)
 
     def unknown(number):
         raise KeyError(f'getpwuid(): uid not found: {number}')
@@ -323,7 +323,7 @@ def no_folder_renames(monkeypatch):
 
 class TestWhatIsWhole:
     def test_where_no_folder_can_be_renamed(self, no_folder_renames, saved, capsys):
-        assert checkpoint.steps(saved) == [3, 5]
+        assert checkpoint_folders.steps(saved) == [3, 5]
         flip(file := array_files(saved / '5')[0], file.stat().st_size // 2)
         damaged = {path.relative_to(saved / '5'): path.read_bytes() for path in files_of(saved / '5')}
         checkpoints = checkpoint.Checkpoints(saved)
@@ -365,7 +365,7 @@ class TestWhatIsWhole:
         for name in ('5.corrupt', 'notes'):  # of people, and of ours: they stay
             (saved / name).mkdir()
         self.left_by_a_kill(saved / '5', how)
-        assert checkpoint.steps(saved) == [3]
+        assert checkpoint_folders.steps(saved) == [3]
         assert weights.checkpoint_folder(saved.parent) == saved / '3'
         with pytest.raises(CheckpointError, match='5: '):
             checkpoint.read_params(saved / '5')
@@ -392,31 +392,31 @@ class TestWhatIsWhole:
         written, write = [], ocp.path.atomicity.CommitFileTemporaryPath.finalize
 
         async def look(self):
-            written.append((self.get().name, checkpoint.steps(saved)))
+            written.append((self.get().name, checkpoint_folders.steps(saved)))
             await write(self)
 
         monkeypatch.setattr(ocp.path.atomicity.CommitFileTemporaryPath, 'finalize', look)
         checkpoints = checkpoint.Checkpoints(saved)
         checkpoints.save(7, state_of(7), {})
         checkpoints.close()
-        assert written and written[-1] == ('7', [3, 5]) and checkpoint.steps(saved) == [3, 5, 7]
+        assert written and written[-1] == ('7', [3, 5]) and checkpoint_folders.steps(saved) == [3, 5, 7]
 
     def test_those_of_orbax_before_0_12_3(self, saved):
         """Which have no COMMITTED anywhere: read, and counted among those to keep."""
         for path in files_of(saved):
-            if path.name == checkpoint.COMMITTED:
+            if path.name == checkpoint_folders.COMMITTED:
                 path.unlink()
-        assert checkpoint.steps(saved) == [3, 5]
+        assert checkpoint_folders.steps(saved) == [3, 5]
         checkpoints = checkpoint.Checkpoints(saved, keep=2)
         state, about = checkpoints.restore(like(state_of()))
         assert about['step'] == 5
         assert_equal(state, state_of(5))
         checkpoints.save(7, state_of(7), {})
         checkpoints.close()
-        assert checkpoint.steps(saved) == [5, 7]
+        assert checkpoint_folders.steps(saved) == [5, 7]
         # One whose metadata is damaged too is not taken for half written, and removed.
         flip(saved / '5/_CHECKPOINT_METADATA', 0)
-        assert checkpoint.Checkpoints(saved).latest() == 7 and checkpoint.steps(saved) == [5, 7]
+        assert checkpoint.Checkpoints(saved).latest() == 7 and checkpoint_folders.steps(saved) == [5, 7]
 
 
 class TestChecksum:
@@ -424,7 +424,7 @@ class TestChecksum:
     def test_every_flipped_bit_shows(self, dtype):
         rng = np.random.default_rng(0)
         array = np.asarray(jnp.asarray(rng.normal(size=(7, 11, 3)) * 9, dtype))
-        sum_of = jax.jit(checkpoint.checksum)
+        sum_of = jax.jit(checksums.checksum)
         before = sum_of(array)
         for _ in range(100):
             raw = bytearray(array.tobytes())
@@ -433,15 +433,15 @@ class TestChecksum:
 
     def test_exchanged_elements_show(self):
         array = np.arange(20.0, dtype=np.float32).reshape(4, 5)
-        assert checkpoint.checksum(array) != checkpoint.checksum(array[::-1].copy())
-        assert checkpoint.checksum(array) != checkpoint.checksum(array.reshape(5, 4)[:, ::-1].copy())
+        assert checksums.checksum(array) != checksums.checksum(array[::-1].copy())
+        assert checksums.checksum(array) != checksums.checksum(array.reshape(5, 4)[:, ::-1].copy())
 
     def test_the_same_on_every_mesh(self):
         array = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
         sums = set()
         for count in (1, 2, 8):
             on = meshes.make_mesh(configs.Mesh(count), meshes.devices('cpu'))
-            sums.add(int(jax.jit(checkpoint.checksum)(jax.device_put(array, meshes.batch_sharding(on)))))
+            sums.add(int(jax.jit(checksums.checksum)(jax.device_put(array, meshes.batch_sharding(on)))))
         assert len(sums) == 1
 
     def test_restores_onto_another_mesh(self, saved):

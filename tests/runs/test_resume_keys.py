@@ -8,7 +8,7 @@ import pytest
 
 from mixln_jax import config as configs
 from mixln_jax import main, recipes
-from mixln_jax.runs import workdir
+from mixln_jax.runs import continuation
 from mixln_jax.system.errors import UsageError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -17,12 +17,12 @@ MAY_CHANGE = {
     *('device', 'accumulate', 'log_every', 'model.remat', 'model.scan_unroll', 'model.attention'),
     *('data.workers', 'data.path', 'data.data_dir', 'data.tokenizer_path', 'init_from', 'resume_from'),
     *('eval.every', 'eval.tokens', 'eval.split'),
-    *('checkpoint.every', 'checkpoint.keep'),
+    *('checkpoint.every', 'checkpoint.keep', 'checkpoint.keep_every', 'checkpoint.minutes', 'checkpoint.best'),
     *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
     *('processes.timeout', 'processes.secret', 'processes.stall'),
     *('analysis.every', 'analysis.tokens'),
     *('profile.start', 'profile.steps'),
-    *('expected.perplexity', 'expected.tokens', 'expected.source'),
+    *('expected.perplexity', 'expected.tokens', 'expected.tasks', 'expected.source'),
 }
 RESOLVED = configs.flatten(configs.Config()) | {
     'model.norm_position': ['post', 'pre', 'pre'],
@@ -58,29 +58,29 @@ def test_every_key(key):
     changed = RESOLVED | {key: another(RESOLVED[key])}
     for before, now in ((RESOLVED, changed), (changed, RESOLVED)):
         if key in MAY_CHANGE:
-            workdir.check_same_run('there', nested(before), nested(now), 'way out')
+            continuation.check_same_run('there', nested(before), nested(now), 'way out')
             continue
         with pytest.raises(UsageError, match='^there holds a run of another configuration') as refused:
-            workdir.check_same_run('there', nested(before), nested(now), 'way out')
+            continuation.check_same_run('there', nested(before), nested(now), 'way out')
         assert named(str(refused.value)) == [key] and str(refused.value).endswith('; way out')
     if key in configs.flatten(configs.Config()) and key not in MAY_CHANGE and key != 'model.norm_position':
         older = nested({name: value for name, value in RESOLVED.items() if name != key})
-        workdir.check_same_run('there', older, nested(RESOLVED), 'way out')
+        continuation.check_same_run('there', older, nested(RESOLVED), 'way out')
         with pytest.raises(UsageError, match=re.escape(f': {key} (was {RESOLVED[key]}, is {changed[key]})')):
-            workdir.check_same_run('there', older, nested(changed), 'way out')
+            continuation.check_same_run('there', older, nested(changed), 'way out')
 
 
 def test_a_key_that_is_not_known_here():
     """Of a work directory that a later version has begun."""
     with pytest.raises(UsageError, match=r'optim.new \(was 1, is None\)'):
-        workdir.check_same_run('there', nested(RESOLVED | {'optim.new': 1}), nested(RESOLVED), 'way out')
+        continuation.check_same_run('there', nested(RESOLVED | {'optim.new': 1}), nested(RESOLVED), 'way out')
 
 
 def test_accumulate_under_the_authors_means():
     """Which depend on how many micro-batches there are."""
     official = RESOLVED | {'compat': 'official'}
     with pytest.raises(UsageError, match=r'accumulate \(was 1, is 2\)'):
-        workdir.check_same_run('there', nested(official), nested(official | {'accumulate': 2}), 'way out')
+        continuation.check_same_run('there', nested(official), nested(official | {'accumulate': 2}), 'way out')
 
 
 def test_the_docs_list_the_same():

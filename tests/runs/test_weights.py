@@ -19,7 +19,7 @@ from mixln_jax.analysis import angular, subjects
 from mixln_jax.data import inspect
 from mixln_jax.models import bert
 from mixln_jax.models.hf import llama as hf_llama
-from mixln_jax.runs import checkpoint, weights
+from mixln_jax.runs import checkpoint, checkpoint_folders, weights
 from mixln_jax.system.errors import CheckpointError, DataError, UsageError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
@@ -185,8 +185,8 @@ class TestWhereACheckpointIs:
             weights.checkpoint_folder(path)
 
     def test_steps_are_those_of_the_run(self, here):
-        assert checkpoint.steps(here / 'run/checkpoints') == [9, 20, 40]
-        assert checkpoint.steps(here / 'checkpoints') == []
+        assert checkpoint_folders.steps(here / 'run/checkpoints') == [9, 20, 40]
+        assert checkpoint_folders.steps(here / 'checkpoints') == []
 
     @pytest.mark.parametrize('inside, name', [('run', '77'), ('run', '40'), ('.', '4711'), ('.', '500')])
     def test_who_trains_among_them_loses_none(self, here, inside, name):

@@ -68,6 +68,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 COMMANDS = {
     'evaluate': ['--checkpoint', 'a'],
     'export': ['--checkpoint', 'a', '--out', 'b'],
+    'generate': ['--checkpoint', 'a', '--prompt', 'b'],
     'replay': ['--workdir', 'a'],
     'report': ['a'],
     'plan': ['--config', 'configs/llama_7b.py', '--topology', 'v5p:4x4x4'],

@@ -203,10 +203,11 @@ class TestResumeFrom:
         [
             ({}, UsageError, 'it is trained to its end, step 4'),
             (
-                {'num_steps': 9},
+                {'num_steps': 9, 'optim.clip_norm': 1.0},
                 UsageError,
-                r'checkpoint 4 holds a run of another configuration: num_steps \(was 4, is 9\); init_from takes',
+                r'checkpoint 4 holds a run of another configuration: optim.clip_norm \(was 0.0, is 1.0\); init_from',
             ),
+            ({'num_steps': 3}, UsageError, r'it is at step 4, after the last one \(config.num_steps=3\)'),
             ({'model.hidden_size': 32}, CheckpointError, r'checkpoints/4: params/.* is .*, this run needs'),
         ],
     )

@@ -1,0 +1,52 @@
+"""The section of a report that puts accuracies of tasks beside those of a paper."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mixln_jax import config as configs
+from mixln_jax.report.inputs import Run
+from mixln_jax.report.numbers import number
+from mixln_jax.report.page import Section, Table, without_empty_columns
+
+ACCURACY = 'acc,none'  # as the lm-evaluation-harness calls it
+HEAD = ('run', 'task', 'accuracy', 'paper', 'difference', 'examples shown', 'step', 'source')
+
+
+def task_section(runs: Sequence[Run]) -> Section | None:
+    """Returns the section of the tasks on which runs were evaluated; None if none was."""
+    rows = [row for run in runs for row in _rows(run)]
+    if not rows:
+        return None
+    caption = 'Accuracy in per cent, from tasks.json in the folder of a run, and the value of the paper'
+    return Section('Tasks', tables=(Table(caption, *without_empty_columns(HEAD, rows)),))
+
+
+def _rows(run: Run) -> Iterator[tuple[str, ...]]:
+    """Yields the rows of a run: its tasks, in the paper's order first, and the average of those that the paper has."""
+    paper, results = configs.task_accuracies(run.config.expected.tasks), run.tasks.get('results')
+    if not isinstance(results, Mapping):
+        return
+    values = {task: 100 * number(one.get(ACCURACY)) for task, one in results.items() if isinstance(one, Mapping)}
+    values = {task: value for task, value in values.items() if np.isfinite(value)}
+    for task in sorted(values, key=lambda task: [*paper, *values].index(task)):
+        error = 100 * number(results[task].get('acc_stderr,none'))
+        yield _row(run, task, values[task], paper.get(task), error)
+    if len(paper) > 1 and paper.keys() <= values.keys():
+        means = (float(np.mean([one[task] for task in paper])) for one in (values, paper))
+        yield _row(run, f'average of {len(paper)}', *means)
+
+
+def _row(run: Run, task: str, value: float, paper: float | None, error: float = np.nan) -> tuple[str, ...]:
+    shots: Any = run.tasks.get('n-shot')
+    return (
+        run.name,
+        task,
+        f'{value:.2f}' + (f' ± {error:.2f}' if np.isfinite(error) else ''),
+        '-' if paper is None else f'{paper:.2f}',
+        '-' if paper is None else f'{value - paper:+.2f}',
+        f'{shots[task]}' if isinstance(shots, Mapping) and task in shots else '-',
+        f'{run.tasks.get("step") or "-"}',
+        run.config.expected.source or '-',
+    )

@@ -1,0 +1,137 @@
+"""Conversations as token ids, and which of them the assistant says, against transformers' apply_chat_template."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+os.environ['HF_HUB_OFFLINE'] = '1'  # before transformers is imported: nothing here asks the network
+
+import transformers
+import vocabularies
+
+from mixln_jax.data import chat
+
+SPECIALS = {'bos_token': '<|begin|>', 'eos_token': '<|im_end|>', 'pad_token': '<|pad|>'}
+MARKERS = ['<|im_start|>', '<|eot_id|>', '<|start_header_id|>', '<|end_header_id|>']
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# As Llama 3's: loops over messages with set, trim, and a date.
+LLAMA = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- set date_string = "26 Jul 2024" %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}{{- message['content'] | trim + '<|eot_id|>' }}{%- endgeneration %}
+    {%- else %}
+        {{- message['content'] | trim + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+# As Mistral's: roles alternate, one error, one eos after each answer.
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+TOOLS = """\
+{% set ns = namespace(n=0) %}
+{% for m in messages %}
+    {% if loop.index > 9 %}
+        {% break %}
+    {% endif %}
+    {% set ns.n = ns.n + 1 %}
+{{ ns.n }}:{{ m.content | tojson }}
+    {% if m.role == 'assistant' %}
+{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}
+{% endfor %}
+"""  # what the sandbox has besides: tojson, namespace, loop controls; and indented blocks
+TEMPLATES = {'chatml': CHATML, 'llama': LLAMA, 'mistral': MISTRAL, 'tools': TOOLS}
+
+TURNS = [
+    {'role': 'user', 'content': ' What is größer? 🙂\n'},
+    {'role': 'assistant', 'content': ' A house,\n\nor "two" <b>.'},
+    {'role': 'user', 'content': 'And\tthen?'},
+    {'role': 'assistant', 'content': 'the quick brown fox'},
+]
+SYSTEM = [{'role': 'system', 'content': 'Be brief. '}]
+
+
+def opened(folder, template, jinja_file=False):
+    """(our tokenizer, transformers') of one folder."""
+    body = json.loads(vocabularies.byte_level())
+    settings = {**SPECIALS, 'tokenizer_class': 'PreTrainedTokenizerFast'}
+    settings |= {} if jinja_file else {'chat_template': template}
+    first = max([*body['model']['vocab'].values(), *(token['id'] for token in body['added_tokens'])]) + 1
+    for number, name in enumerate([*SPECIALS.values(), *MARKERS]):
+        body['added_tokens'].append({
+            'id': first + number, 'content': name, 'special': True,
+            'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
+        })  # fmt: skip
+    if jinja_file:
+        (folder / 'chat_template.jinja').write_text(template)
+    ours = vocabularies.with_settings(folder, json.dumps(body).encode(), settings)
+    return ours, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def theirs(tokenizer, messages, **options):
+    found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    return found['input_ids'], found.get('assistant_masks')
+
+
+@pytest.mark.parametrize('jinja_file', [False, True])
+@pytest.mark.parametrize('generation', [True, False], ids=['block', 'prefixes'])
+@pytest.mark.parametrize('name', TEMPLATES)
+def test_ids_and_masks(tmp_path, name, generation, jinja_file):
+    """Ours are theirs up to the end of the last turn; without blocks, prefixes tell the same."""
+    marked = TEMPLATES[name]
+    ours, expected = opened(tmp_path, marked, jinja_file)
+    if not generation:
+        plain = marked
+        for tag in ('{%- generation %}', '{%- endgeneration %}', '{% generation %}', '{% endgeneration %}'):
+            plain = plain.replace(tag, '')
+        other = tmp_path / 'plain'
+        other.mkdir()
+        ours, _ = opened(other, plain, jinja_file)
+    template = chat.open_template('chat', ours)
+    for messages in (TURNS[:2], TURNS, *([SYSTEM + TURNS] if name != 'mistral' else [])):
+        ids, mask = theirs(expected, messages, return_assistant_tokens_mask=True)
+        got, learned = template.tokens(messages)
+        assert got.tolist() == ids[: len(got)]
+        if name == 'tools' and not generation:
+            continue  # what a template says twice, only a block tells apart
+        assert np.flatnonzero(learned).tolist() == np.flatnonzero(mask).tolist()
+        assert learned[-1] and not any(mask[len(got) :])
+        everything, flags = template.tokens(messages, 'all')
+        assert everything.tolist() == ids and flags.all()
+
+
+@pytest.mark.parametrize('name', TEMPLATES)
+def test_prompts(tmp_path, name):
+    ours, expected = opened(tmp_path, TEMPLATES[name])
+    template = chat.open_template('chat', ours)
+    for messages in (TURNS[:1], TURNS[:3]):
+        ids, _ = theirs(expected, messages, add_generation_prompt=True)
+        assert template.prompt(messages).tolist() == ids
