@@ -22,7 +22,7 @@ import safetensors.numpy
 import vocabularies
 
 from mixln_jax import config, recipes, replay
-from mixln_jax.data import datasets, prepared, text_files, tokenizers, verify
+from mixln_jax.data import chat, datasets, prepared, records, text_files, tokenizers, verify
 from mixln_jax.data.prepare import job as jobs
 from mixln_jax.data.prepare import units
 from mixln_jax.models.hf import config as hf_config
@@ -33,6 +33,10 @@ DEEP = (b'[' * 100_000, b'{"a":' * 100_000, b'[' * 900 + b']' * 900, b'{"text":'
 TEXTS = (b'', b' ', b'\n', b'\0' * 100, b'\xff\xfe{\0}\0', b'\xef\xbb\xbf{}', b'\xed\xa0\x80', b'null', b'true', b'0')
 TEXTS += (b'[]', b'{}', b'""', b'{', b'{"a"', b'NaN', b'-', b'1e999', b'"\\ud800"', b'{"a": 1, "a": 2}', b'[{}]')
 TEXTS += (b'9' * 5000, b'{"a": %s}' % (b'9' * 5000), b'{"a": 1e%s}' % (b'9' * 400), b'"%s"' % (b'x' * 10**6), b'<html>')
+RECORD = b'{"messages": [{"role": "user", "content": "a"}]}'
+TEMPLATE = (
+    b'{% for m in messages %}{{ m.role ~ m.content }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}'
+)
 Inputs = Iterator[tuple[str, bytes]]
 
 
@@ -240,9 +244,18 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
 
         return call
 
+    def read_records(path):
+        return list(records.read([str(path / 'a.json')]))
+
+    def chat_of(path):
+        template = chat.open_template('chat', vocabularies.open_file(path / 'tokenizer.json'))
+        template.tokens([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
+
     return {
         'a run': Reader('config.json', run, lambda path: config.read(path / 'config.json'), {}, json_values(60)),
         'jsonl': Reader('a.jsonl', lines, read('jsonl', 'a.jsonl'), {}, _lines),
+        'records': Reader('a.json', RECORD, read_records, {}, json_values(60)),
+        'chat template': Reader('chat_template.jinja', TEMPLATE, chat_of, {'tokenizer.json': tokenizer}),
         'text': Reader('a.txt', b'one\n\ntwo\n', read('text', 'a.txt')),
         'kind': Reader('a', lines, lambda path: text_files.kind(str(path / 'a'))),
         'gzip': Reader('a.gz', gzip.compress(lines * 999), read('jsonl', 'a.gz'), {}, _packed),

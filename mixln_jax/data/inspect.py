@@ -96,7 +96,7 @@ def _texts(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
 
 
 def _parts(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[list[tuple[str, bool]]]:
-    """The text of each conversation of a row, in parts that are learned, or not; special tokens as <id>."""
+    """Returns the text of each conversation of a row, in parts that are learned or not; special tokens as <id>."""
     targets, mask = np.array(row['targets']), np.array(row['loss_mask']) > 0
     segments = np.array(row.get('segment_ids', np.ones_like(targets)))
     conversations = []
@@ -111,7 +111,7 @@ def _parts(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[list[tuple[str,
 
 
 def _spelled(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """A text with special tokens as <id>."""
+    """Returns the text of ids, with special tokens as <id>."""
     runs = itertools.groupby(ids, key=tokenizer.can_yield)
     return ''.join(tokenizer.decode(list(run)) if text else ''.join(f'<{i}>' for i in run) for text, run in runs)
 

@@ -18,7 +18,8 @@ PROBES = (
 
 
 def write(tokenizer: Any, folder: str | pathlib.Path) -> bool:
-    """Writes tokenizer.json and tokenizer_config.json if they give the same ids for PROBES; returns whether they do.
+    """Writes tokenizer.json, tokenizer_config.json and the chat template, if the files give the same ids for PROBES;
+    returns whether they do.
 
     There is one difference: transformers reads a text that spells a special token as that token, a `tokenizer` of ours
     as letters.
@@ -38,6 +39,8 @@ def write(tokenizer: Any, folder: str | pathlib.Path) -> bool:
     settings |= {f'{role}_token': converted.id_to_token(number) for role, number in roles.items()}
     outputs.write(pathlib.Path(folder, 'tokenizer.json'), converted.to_str(pretty=True).encode() + b'\n')
     outputs.write_json(pathlib.Path(folder, 'tokenizer_config.json'), settings)
+    if tokenizer.chat_template:
+        outputs.write(pathlib.Path(folder, 'chat_template.jinja'), tokenizer.chat_template.encode())
     return True
 
 

@@ -159,6 +159,16 @@ class TestOwn:
         template = chat.open_template('chat', tokenizer)
         assert shown(template, turns('Hi', 'yo', 'a', 'b'), tokenizer) == 'u:Hi\na:[yo\n]u:a\na:[b\n.]'
 
+    def test_a_blank_that_ends_an_answer_and_begins_the_next_token(self, tmp_path):
+        """That token says what comes after the answer, and is not learned."""
+        one, two = vocabularies.words()[:2]
+        template = f"{{% for m in messages %}}{{{{ '{two} ' ~ m.content }}}}{{% endfor %}}"
+        template += f"{{% if add_generation_prompt %}}{{{{ '{two} ' }}}}{{% endif %}}"
+        tokenizer = own(tmp_path, template, 'unigram', bos_token='</s>')
+        ids, learned = chat.open_template('chat', tokenizer).tokens(turns(*[f'{one} '] * 4))
+        learned[learned.argmax() + learned[learned.argmax() :].argmin() :] = False  # the first answer alone
+        assert tokenizer.decode(ids[learned]).split() == [one]
+
     def test_the_eos_that_is_padding_too(self, tmp_path):
         tokenizer = own(tmp_path, OWN, eos_token='<|im_end|>', pad_token='<|im_end|>')
         assert tokenizer.pad_id == tokenizer.eos_id
@@ -187,6 +197,8 @@ class TestOwn:
         assert tokenizer.fingerprint == plain.fingerprint  # it decides no ids of texts
         tokenizer.save(tmp_path / 'saved')
         assert tokenizers.load(tmp_path / 'saved').chat_template == GENERATION
+        assert tokenizer.export(tmp_path / 'exported')
+        assert (tmp_path / 'exported/chat_template.jinja').read_text() == GENERATION
 
     def test_the_default_of_several(self, tmp_path):
         several = [{'name': 'tools', 'template': 'x'}, {'name': 'default', 'template': OWN}]
