@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 MAY_CHANGE = {
     *('device', 'accumulate', 'log_every', 'model.remat', 'model.scan_unroll', 'model.attention'),
     *('data.workers', 'data.path', 'data.data_dir', 'data.tokenizer_path', 'init_from', 'resume_from'),
-    *('eval.every', 'eval.tokens', 'eval.split'),
+    *('eval.every', 'eval.tokens', 'eval.split', 'eval.samples'),
     *('checkpoint.every', 'checkpoint.keep', 'checkpoint.keep_every', 'checkpoint.minutes', 'checkpoint.best'),
     *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
     *('processes.timeout', 'processes.secret', 'processes.stall'),
