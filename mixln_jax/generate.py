@@ -28,6 +28,7 @@ from mixln_jax.evaluation.generation import FIELDS, Continuation, Writer, json_l
 from mixln_jax.evaluation.prompts import Prompt
 from mixln_jax.models.sampler import Sampler
 from mixln_jax.models.sampling import Sampling
+from mixln_jax.runs import encoder as encoders
 from mixln_jax.runs import weights
 from mixln_jax.system import cli, console, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError
@@ -97,7 +98,7 @@ def _open(options: argparse.Namespace, given: list[Prompt]) -> _Job:
     found = weights.load(options.checkpoint, options.compute_dtype, options.norm_position)
     if not found.model.causal:
         raise CheckpointError(f'{found.where} sees both sides of a token, so it does not predict the next one')
-    encoder = weights.text_encoder(found)
+    encoder = encoders.of_weights(found)
     template = prompts.open_template(options.template, found, encoder)
     encoder = prompts.with_turn_end(encoder, template)
     contexts = prompts.contexts(given, encoder, template)

@@ -121,7 +121,8 @@ def _line(error: BaseException, file: pathlib.Path) -> str:
     return lines[-1] if lines else str(file)
 
 
-Cell = tuple[str, dict[str, Any], float]  # size, {dotted key: value}, perplexity
+# size, {dotted key: value}, and the perplexity, or the accuracies as in config.expected.tasks
+Cell = tuple[str, dict[str, Any], float | str]
 
 
 def cell(
@@ -141,10 +142,11 @@ def cell(
     """
     if name not in cells:
         raise UsageError(f'{name!r} is not a cell of {source}; FILE:CELL with one of {", ".join(cells)}')
-    size, changes, perplexity = cells[name]
+    size, changes, result = cells[name]
     config = load(str(pathlib.Path(file).absolute().parents[1] / f'llama_{size}.py'))
     config.update_from_flattened_dict(changes)
-    config.expected.update(perplexity=perplexity, tokens=tokens[size], source=f'{source}, {name}')
+    expected = {'tasks': result} if isinstance(result, str) else {'perplexity': result, 'tokens': tokens[size]}
+    config.expected.update(expected, source=f'{source}, {name}')
     return config
 
 

@@ -18,7 +18,7 @@ from mixln_jax.evaluation import generation
 from mixln_jax.models import families
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.models.sampler import Completion
-from mixln_jax.runs import weights
+from mixln_jax.runs import encoder, weights
 from mixln_jax.system.errors import UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -272,7 +272,7 @@ class Spelling:
 
 def spelled(texts, stops, steps=1):
     """Returns the text of every look, and the last looks' continuations."""
-    writer = generation.Writer(Spelling(texts, steps), None, weights.TextEncoder(tokenizers.Bytes(), [], 258, (258,)))
+    writer = generation.Writer(Spelling(texts, steps), None, encoder.TextEncoder(tokenizers.Bytes(), [], 258, (258,)))
     looks = []
     for batch in writer.stream([[97]] * len(texts), stops):
         looks.append([one.text for one in batch])

@@ -42,7 +42,7 @@ def cells_of(table):
 
 
 def test_every_table_is_here():
-    assert {path.stem for path in PAPER.glob('*.py')} == set(CELLS)
+    assert {path.stem for path in PAPER.glob('*.py')} == {*CELLS, 'mixln_table2'}
 
 
 @pytest.mark.parametrize('table', CELLS)
@@ -69,6 +69,26 @@ def builds(sizes):
 def by_hand(model):
     D, F = model.hidden_size, model.intermediate_size
     return 2 * model.vocab_size * D + model.num_layers * (4 * D * D + 3 * D * F + 2 * D) + D
+
+
+AVERAGES = {
+    '250m_post': 32.54, '250m_deepnorm': 35.63, '250m_pre': 36.93, '250m_mix': 41.34, '1b_pre': 43.01, '1b_mix': 44.66,
+}  # fmt: skip
+
+
+def test_fine_tuning():
+    """The accuracies of Table 2 have the averages that the paper prints."""
+    assert cells_of('mixln_table2') == [*AVERAGES]
+    for name, average in AVERAGES.items():
+        config = load('mixln_table2', name)
+        builds(config.model)
+        size, scheme = name.split('_')
+        assert config.model.norm_position == scheme and SIZES[size][1] == by_hand(config.model)
+        assert (config.task.name, config.tune.method, config.num_epochs) == ('instructions', 'lisa', 1)
+        tasks = configs.task_accuracies(config.expected.tasks)
+        assert [*tasks] == ['mmlu', 'boolq', 'arc_easy', 'piqa', 'hellaswag', 'openbookqa', 'winogrande']
+        assert sum(tasks.values()) / 7 == pytest.approx(average, abs=0.005), name
+        assert not config.expected.perplexity and config.expected.source == f'Mix-LN Table 2, {name}'
 
 
 def test_what_the_cells_change():

@@ -120,13 +120,8 @@ def run(
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        '--checkpoint',
-        required=True,
-        nargs='+',
-        metavar='DIR',
-        help='runs, <run>/checkpoints/<step>, or Hugging Face',
-    )
+    places = 'runs, <run>/checkpoints/<step>, or Hugging Face'
+    add('--checkpoint', required=True, nargs='+', metavar='DIR', help=places)
     add('--steps', metavar='STEP,...', help='of every run: init, numbers, all that are kept [the newest]')
     add('--out', metavar='DIR', help="folder for the results of all [each run's own analysis/<job>]")
     add('--norm_position', metavar='P', help='placement of a Hugging Face folder that does not say it')

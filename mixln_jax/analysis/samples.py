@@ -17,7 +17,7 @@ from mixln_jax.data import rows as data_rows
 from mixln_jax.data.examples import Batch, Examples, Rows
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.program import step
-from mixln_jax.runs import weights
+from mixln_jax.runs import encoder
 from mixln_jax.system import console, files
 from mixln_jax.system.errors import DataError, UsageError
 from mixln_jax.tasks.question_answering import QuestionAnswering
@@ -65,7 +65,7 @@ def text(
         console.say(f'mixln_jax: warning: {warning}', file=sys.stderr)
     data = dataclasses.replace(data, mode=mode or loaded.data_mode or data.mode)
     split = split or ('all' if path or not loaded.config else loaded.config.eval.split)
-    tokenizer = loaded.tokenizer or _WithStart(*weights.open_tokenizer(pathlib.Path(loaded.where)))
+    tokenizer = loaded.tokenizer or _WithStart(*encoder.open_tokenizer(pathlib.Path(loaded.where)))
     try:
         if path or not loaded.config or not loaded.workdir:
             rows = data_rows.open_rows(data, split, tokenizer, length, subject.model.config.vocab_size)

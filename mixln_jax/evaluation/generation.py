@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 
 from mixln_jax.models.sampler import Completion, Sampler
-from mixln_jax.runs.weights import TextEncoder
+from mixln_jax.runs.encoder import TextEncoder
 
 FIELDS = 'prompt', 'completion', 'finish', 'ids', 'log_probs'
 TAIL = 16  # tokens of the context that are decoded with what follows it

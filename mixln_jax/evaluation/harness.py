@@ -29,7 +29,8 @@ from mixln_jax.evaluation.generation import Writer
 from mixln_jax.kernels import cross_entropy
 from mixln_jax.models.sampler import Sampler
 from mixln_jax.models.sampling import Sampling
-from mixln_jax.runs.weights import Weights, text_encoder
+from mixln_jax.runs import encoder as encoders
+from mixln_jax.runs.weights import Weights
 from mixln_jax.system import console, errors
 from mixln_jax.system.errors import DataError, NumericsError, UsageError, first_line
 
@@ -77,7 +78,7 @@ class Harness(TemplateLM):
         self._where = weights.where
         if not weights.model.causal:
             raise UsageError(f'{self._where} sees both sides of a token, so it does not predict the next one')
-        self._encoder = text_encoder(weights)
+        self._encoder = encoders.of_weights(weights)
         self._tokenizer, self._start = self._encoder.tokenizer, self._encoder.start
         self.prefix_token_id = self._encoder.empty
         self.eot_token_id, self.max_length = self._tokenizer.eos_id, max_length or weights.max_length

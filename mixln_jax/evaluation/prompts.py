@@ -7,7 +7,8 @@ from typing import Any
 import orjson
 
 from mixln_jax.data import chat, records
-from mixln_jax.runs.weights import TextEncoder, Weights
+from mixln_jax.runs.encoder import TextEncoder
+from mixln_jax.runs.weights import Weights
 from mixln_jax.system import files
 from mixln_jax.system.errors import DataError, UsageError
 

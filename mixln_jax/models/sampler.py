@@ -144,24 +144,10 @@ class Sampler:
         Raises:
             UsageError: a prompt without tokens, or `max_new` below 1. NumericsError: a log-probability is not finite.
         """
-        if not all(map(len, prompts)):
-            raise UsageError('a prompt has no token')
         limits = [max_new] * len(prompts) if isinstance(max_new, int) else list(max_new)
-        if min(limits) < 1:
-            raise UsageError(f'max_new={min(limits)} must be at least 1')
-        kept = [fit(prompt, limit, self.window) for prompt, limit in zip(prompts, limits, strict=True)]
-        limits = [min(limit, self.window - len(ids)) for limit, ids in zip(limits, kept, strict=True)]
+        kept, limits = self._fit(prompts, limits)
         completions = [Completion([], [], cut=len(a) - len(b)) for a, b in zip(prompts, kept, strict=True)]
-        parts = meshes.row_parts(self.mesh)
-        missing = -(-max(size, len(prompts)) // parts) * parts - len(prompts)
-        ids = np.zeros((len(prompts) + missing, _bucket(max(map(len, kept)), self.window, 1)), np.int32)
-        for padded, prompt in zip(ids, kept, strict=False):
-            padded[: len(prompt)] = prompt
-        batch = {
-            'ids': ids,
-            'lengths': np.array([*map(len, kept), *[1] * missing], np.int32),
-            'left': np.array([*limits, *[0] * missing], np.int32),
-        }
+        batch, missing = self._padded(kept, limits, size)
         numbers = np.array([*(range(len(prompts)) if rows is None else rows), *[0] * missing], np.int32)
         ends = np.array(sorted({*end_ids}) or [-1], np.int32)
         call = _Call(
@@ -181,6 +167,30 @@ class Sampler:
                 return
             ended = meshes.to_devices(ended, self._rows)
             state, *drawn = self._decode(params, state, ended, call, step, sampling=sampling, steps=steps)
+
+    def _fit(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> tuple[list[Sequence[int]], list[int]]:
+        """Returns the prompts as far as the window has room for them, and how many tokens may follow each."""
+        if not all(map(len, prompts)):
+            raise UsageError('a prompt has no token')
+        if min(limits) < 1:
+            raise UsageError(f'max_new={min(limits)} must be at least 1')
+        kept = [fit(prompt, limit, self.window) for prompt, limit in zip(prompts, limits, strict=True)]
+        return kept, [min(limit, self.window - len(ids)) for limit, ids in zip(limits, kept, strict=True)]
+
+    def _padded(
+        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], size: int
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """Returns a batch of at least `size` rows that the mesh divides, and how many of its rows only fill it up."""
+        parts = meshes.row_parts(self.mesh)
+        missing = -(-max(size, len(prompts)) // parts) * parts - len(prompts)
+        ids = np.zeros((len(prompts) + missing, _bucket(max(map(len, prompts)), self.window, 1)), np.int32)
+        for padded, prompt in zip(ids, prompts, strict=False):
+            padded[: len(prompt)] = prompt
+        return {
+            'ids': ids,
+            'lengths': np.array([*map(len, prompts), *[1] * missing], np.int32),
+            'left': np.array([*limits, *[0] * missing], np.int32),
+        }, missing
 
 
 def fit(prompt: Sequence[int], max_new: int, window: int) -> Sequence[int]:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,11 +82,7 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
             shared = closing.enter_context(open_workdir(workdir, resolved))
             processes.check_shared(shared)
             with stop.wait():
-                kept = config.checkpoint.keep, False, config.checkpoint.keep_every
-                checkpoints = checkpoint.Checkpoints(shared / 'checkpoints', *kept)
-                closing.callback(checkpoints.close)
-                if step := continuation.restart(shared, resolved):
-                    checkpoints.go_back(step)
+                checkpoints = _open_checkpoints(config, shared, resolved, closing)
             if is_finished(shared, checkpoints, config.num_steps):
                 console.say(f'mixln_jax: {shared} is already finished ({config.num_steps} steps)')
                 return
@@ -301,6 +297,18 @@ def _open_data(config: configs.Config, task: Task) -> _Data:
         keys = f'config.eval.split={config.eval.split} and config.data.split={config.data.split}'
         console.say(f'mixln_jax: warning: evaluates on text that it trains on ({keys})', file=sys.stderr)
     return _Data(tokenizer, *rows)
+
+
+def _open_checkpoints(
+    config: configs.Config, shared: pathlib.Path, resolved: Mapping[str, Any], closing: contextlib.ExitStack
+) -> checkpoint.Checkpoints:
+    """Returns the checkpoints of a run; where it becomes longer, those of its decay are set aside."""
+    kept = config.checkpoint
+    checkpoints = checkpoint.Checkpoints(shared / 'checkpoints', kept.keep, keep_every=kept.keep_every)
+    closing.callback(checkpoints.close)
+    if step := continuation.restart(shared, resolved):
+        checkpoints.go_back(step)
+    return checkpoints
 
 
 def _describe(program: Program, rows: Examples, verbose: bool) -> None:

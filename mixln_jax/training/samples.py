@@ -12,7 +12,7 @@ from mixln_jax.evaluation import generation
 from mixln_jax.models import transformer
 from mixln_jax.models.sampler import Sampler
 from mixln_jax.program.program import Program
-from mixln_jax.runs import weights
+from mixln_jax.runs import encoder as encoders
 
 LONGEST = 32  # tokens of text that are continued
 NEW = 64  # tokens of a continuation
@@ -24,7 +24,7 @@ def sampling(program: Program, examples: Examples, tokenizer: Tokenizer) -> Call
     examples, or of all if there are fewer. Random numbers are the same at every step."""
     config, model = program.config, program.model
     assert isinstance(program.mesh, jax.sharding.Mesh), 'plans do not sample'
-    encoder = weights.encoder_of_run(config, tokenizer)
+    encoder = encoders.of_run(config, tokenizer)
     sampler = Sampler(model, config.seq_length, program.mesh)
     count = min(config.eval.samples, len(examples))
     rows = batches.evaluation(examples, count)[0]
