@@ -5,10 +5,10 @@ python -m mixln_jax.main --config configs/paper/mixln_table2.py:250m_mix --confi
 python -m mixln_jax.evaluate --checkpoint runs/mixln_table2_250m_mix --num_fewshot 5 \
     --tasks mmlu,boolq,arc_easy,piqa,hellaswag,openbookqa,winogrande
 
-The authors published no code for it. What stands here is OwLore's script for LISA, the only fine-tuning code of the first
-author: 2 layers drawn every 3 steps, linear decay from 3e-4 without warm-up, 16 rows of 512 tokens, one pass. Which
-data they used, and that it is the file above, is a guess; here records of a row do not see each other, there they do.
-The rows of 1B Post-LN and DeepNorm are left out: Table 1 shows networks that have collapsed.
+The authors published no code for it. What stands here is OwLore's script for LISA, the only fine-tuning code of the
+first author: 2 layers drawn every 3 steps, linear decay from 3e-4 without warm-up, 16 rows of 512 tokens, one pass.
+Which data they used, and that it is the file above, is a guess; here records of a row do not see each other, there they
+do. The rows of 1B Post-LN and DeepNorm are left out: Table 1 shows networks that have collapsed.
 """
 
 from mixln_jax import recipes
