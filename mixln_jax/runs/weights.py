@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax import trees
@@ -18,13 +19,14 @@ from mixln_jax.models.hf import peft, tensors
 from mixln_jax.models.network import Network
 from mixln_jax.program import lora, tuning
 from mixln_jax.runs import best, checkpoint, checkpoint_folders, checksums, frozen
-from mixln_jax.system import files
+from mixln_jax.system import console, files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
 EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
 
 
 ADAPTER = 'adapter:'  # begins an init_from
+NEW_TOKENS = 1024  # at most, that a vocabulary may have besides those of the weights; more belong to another tokenizer
 
 
 class Removed(UsageError):
@@ -257,33 +259,55 @@ def initial(where: str, model: Network) -> Any:
             authors' do not, is read under this network's.
 
     Raises:
-        UsageError: nothing there, or weights of another network, naming the key that differs.
+        UsageError: nothing there, or weights of another network, naming the key that differs. The vocabulary may have
+            up to NEW_TOKENS more tokens.
         CheckpointError: unreadable, damaged, or tensors that are not those of this network.
     """
     try:
         if where.startswith('hf:'):
-            params = _of_hugging_face(_hugging_face_folder(where, model.config.family), model)
+            params, size = _of_hugging_face(_hugging_face_folder(where, model.config.family), model)
         elif where.startswith(ADAPTER):
-            params = _of_adapter(files.local(where.removeprefix(ADAPTER), ''), model)
+            params, size = _of_adapter(files.local(where.removeprefix(ADAPTER), ''), model)
         elif checkpoint_folder(where):
             loaded = load(where)
             _check_same(model, loaded.model)
-            params = jax.device_get(loaded.params)
+            params, size = jax.device_get(loaded.params), loaded.model.config.vocab_size
         else:
             raise UsageError(f'not a run of ours; a Hugging Face folder is hf:{where}')
     except (UsageError, CheckpointError) as error:
         raise type(error)(f'config.init_from={where}: {error}') from None
-    return params
+    return _with_new_tokens(params, size, model)
 
 
-def _of_hugging_face(folder: pathlib.Path, model: Network) -> Any:
+def _with_new_tokens(params: Any, vocab_size: int, model: Network) -> Any:
+    """Returns the numpy parameters of a network of `vocab_size` tokens as those of `model`, which may have more: the
+    vector of each new token is the mean of the old ones (Hewitt 2021, "Initializing New Word Embeddings")."""
+    wanted = model.config.vocab_size
+    if wanted == vocab_size:
+        return params
+    console.say(f'mixln_jax: {wanted - vocab_size:,} new tokens begin with the mean of the {vocab_size:,} vectors')
+
+    def enlarged(path: tuple[Any, ...], leaf: np.ndarray) -> np.ndarray:
+        axis = model.padded.get(trees.path_name(path))
+        if axis is None:
+            return leaf
+        known = np.take(leaf, range(vocab_size), axis)
+        mean = known.mean(axis, keepdims=True, dtype=np.float32)
+        return np.concatenate([known, np.repeat(mean, wanted - vocab_size, axis)], axis)
+
+    return model.with_padding(jax.tree_util.tree_map_with_path(enlarged, params))
+
+
+def _of_hugging_face(folder: pathlib.Path, model: Network) -> tuple[Any, int]:
+    """Returns the parameters of a Hugging Face folder, and the size of its vocabulary."""
     found, stated = hf_config.read(folder / 'config.json')
     _check_same(model, found, stated)
-    return hf.read(folder, model.norm_position)[1]
+    return hf.read(folder, model.norm_position)[1], found.config.vocab_size
 
 
-def _of_adapter(folder: pathlib.Path, model: Network) -> Any:
-    """Returns the parameters of the base that a folder of peft names, with its adapters merged into them."""
+def _of_adapter(folder: pathlib.Path, model: Network) -> tuple[Any, int]:
+    """Returns the parameters of the base that a folder of peft names, with its adapters merged into them, and the size
+    of its vocabulary."""
     config = peft.read_config(folder)
     name = config.get(peft.BASE) or ''
     candidates = [path for path in (pathlib.Path(name), folder / name) if (path / 'config.json').is_file()]
@@ -292,13 +316,11 @@ def _of_adapter(folder: pathlib.Path, model: Network) -> Any:
             f'{folder / peft.CONFIG}: {peft.BASE}={name!r} is not a folder here: write there the folder of the weights '
             'that were adapted'
         )
-    params, about = (
-        _of_hugging_face(_hugging_face_folder(f'hf:{candidates[0]}', model.config.family), model),
-        _of_export(folder),
-    )
+    params, size = _of_hugging_face(_hugging_face_folder(f'hf:{candidates[0]}', model.config.family), model)
+    about = _of_export(folder)
     if about.get('base') and about['base'] != base_fingerprint(params, about.get('base_dtype')):
         raise CheckpointError(f'{folder} was trained on another base than {candidates[0]}, which {peft.CONFIG} names')
-    return peft.merged(folder, config, model, params)
+    return peft.merged(folder, config, model, params), size
 
 
 def base_fingerprint(base: Any, dtype: Any) -> str:
@@ -363,6 +385,8 @@ def _check_same(model: Network, found: Any, stated: bool = True) -> None:
 
     ours, theirs = facts(model), facts(found)
     for name, value in ours.items():
+        if name == 'vocab_size' and 0 < value - theirs[name] <= NEW_TOKENS:
+            continue
         if theirs.get(name, value) != value:
             raise UsageError(f'its network has {name} {theirs[name]}, config.model.{name} is {value}')
     for number, (one, other) in enumerate(zip(_constants(model), _constants(found), strict=True), 1):

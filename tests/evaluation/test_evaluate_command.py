@@ -112,6 +112,7 @@ def test_text_of_another_python_is_refused(run, tmp_path, capsys):
 
 def test_without_the_harness(run, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, 'mixln_jax.evaluation.harness', raising=False)
+    monkeypatch.delattr('mixln_jax.evaluation.harness', raising=False)  # the package keeps it too
     monkeypatch.setitem(sys.modules, 'lm_eval', None)  # as where it is not installed
     code, _, said = command(capsys, '--checkpoint', run, '--tasks', 'arc_easy')
     assert (code, said) == (2, 'mixln_jax: --tasks needs the lm-evaluation-harness: pip install lm_eval\n')

@@ -22,7 +22,7 @@ from mixln_jax.data import train_tokenizer
 from mixln_jax.data.prepare import job as jobs
 from mixln_jax.report import command as report
 from mixln_jax.report import figures, markdown, page
-from mixln_jax.runs import checkpoint, weights, workdir
+from mixln_jax.runs import checkpoint, checkpoint_folders, weights, workdir
 from mixln_jax.system import errors, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError
 
@@ -350,7 +350,8 @@ class TestReadersOfRunsInTraining:
     def folder(self, tmp_path, monkeypatch):
         """A run whose newest checkpoint is 1, and where a newer one takes its place while 1 is read."""
         monkeypatch.setattr(time, 'sleep', lambda seconds: None)
-        monkeypatch.setattr(checkpoint, '_is_complete', lambda folder: folder.is_dir())
+        for module in (checkpoint, checkpoint_folders):
+            monkeypatch.setattr(module, 'is_complete', lambda folder: folder.is_dir())
         make_run(tmp_path).joinpath('checkpoints/5').rename(tmp_path / 'checkpoints/1')
         return tmp_path
 

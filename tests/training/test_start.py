@@ -119,7 +119,8 @@ class TestInitFrom:
             ({'tie_word_embeddings': True}, 'its network has tie_word_embeddings False, .* is True'),
             ({'rope_type': 'llama3'}, 'its network has rope_type default, config.model.rope_type is llama3'),
             ({'rope_theta': 5e5}, 'its network has rope_theta 10000.0, config.model.rope_theta is 500000.0'),
-            ({'vocab_size': 260}, 'its network has vocab_size 259, config.model.vocab_size is 260'),
+            ({'vocab_size': 258}, 'its network has vocab_size 259, config.model.vocab_size is 258'),
+            ({'vocab_size': 259 + 1025}, 'its network has vocab_size 259, config.model.vocab_size is 1284'),
         ],
     )
     def test_another_network_is_named(self, finished, folder, changes, message):
@@ -127,6 +128,23 @@ class TestInitFrom:
         for where in (f'hf:{folder}', str(finished)):
             with pytest.raises(UsageError, match=f'^config.init_from={where}: {message}'):
                 weights.initial(where, model)
+
+    def test_new_tokens(self, finished, folder, capsys):
+        """Each begins with the mean of the vectors of the old ones; what pads the tables stays 0."""
+        model = families.from_config(configs.Model(norm_position='mix', **(SIZES | {'vocab_size': 261})))
+        for where in (folder, finished):
+            old = weights.load(where).params
+            found = weights.initial(f'hf:{where}' if where == folder else str(where), model)
+            assert '2 new tokens begin with the mean of the 259 vectors' in capsys.readouterr().out
+            assert equal(found['layers'], old['layers'])
+            for table, known in (
+                (found['embed']['embedding'], old['embed']['embedding']),
+                (found['head']['kernel'].T, old['head']['kernel'].T),
+            ):
+                known = np.float64(known)[:259]
+                np.testing.assert_array_equal(table[:259], known)
+                np.testing.assert_allclose(table[259:261], np.tile(known.mean(0), (2, 1)), rtol=0, atol=1e-7)
+                assert not table[261:].any() and np.abs(table[259]).max() > 1e-4
 
     def test_removed_layers_have_other_constants(self, tmp_path):
         model = families.from_config(configs.Model(norm_position='lns', **SIZES))
