@@ -13,7 +13,7 @@ import strangers as visitors
 from benchmarks.campaign.judging import command, expect, judged, refused
 from benchmarks.campaign.run import QUICKSTART
 from mixln_jax import config as configs
-from mixln_jax import evaluate, export, main, recipes, replay
+from mixln_jax import evaluate, export, generate, main, recipes, replay
 from mixln_jax.analysis import angular, drop, gradients, variance
 from mixln_jax.data import inspect, train_tokenizer
 from mixln_jax.data.prepare import command as prepare
@@ -63,6 +63,7 @@ NEEDED = {
     plan.main: ['--config', QUICKSTART, '--topology', 'v5e:1x1'],
     report.main: ['nowhere'],
     replay.main: ['--workdir', 'nowhere'],
+    generate.main: ['--checkpoint', 'nowhere', '--prompt', 'a'],
     angular.main: ['--checkpoint', 'nowhere'],
     drop.main: ['--checkpoint', 'nowhere'],
     gradients.main: ['--checkpoint', 'nowhere'],
