@@ -65,10 +65,7 @@ def export(
             writes it; options that do not fit, or a network that cannot be written.
         CheckpointError: weights that cannot be read, or that differ when they are read back.
     """
-    target = outputs.resolve(out)
-    source = pathlib.Path(os.path.realpath(weights.find(checkpoint)[0]))
-    if target in (source, *source.parents) or source in target.parents:
-        raise UsageError(f'--out {target} and the checkpoint {source} are one, or one is inside the other')
+    target = _target(checkpoint, out)
     with outputs.replacing(target, _check_replaceable) as partial:
         loaded = weights.load(checkpoint, norm_position=norm_position)
         source = pathlib.Path(loaded.where)
@@ -105,7 +102,7 @@ def export_adapter(checkpoint: str | os.PathLike, out: str) -> None:
         UsageError: as `export`; not a run that trains adapters alone, or not one of stock LLaMA.
         CheckpointError: weights that cannot be read, or that are others when read back.
     """
-    target = outputs.resolve(out)
+    target = _target(checkpoint, out)
     with outputs.replacing(target, _check_replaceable) as partial:
         found = weights.load(checkpoint, merge=False)
         if not found.config or found.config.tune.method != 'lora' or found.config.tune.train:
@@ -131,6 +128,15 @@ def export_adapter(checkpoint: str | os.PathLike, out: str) -> None:
             f'their base is that of config.init_from={init_from}: export it, and write its folder as {peft.BASE} into '
             f'{target / peft.CONFIG}'
         )
+
+
+def _target(checkpoint: str | os.PathLike, out: str) -> pathlib.Path:
+    """Returns the folder to write. Raises UsageError if it is the checkpoint, inside it or around it."""
+    target = outputs.resolve(out)
+    source = pathlib.Path(os.path.realpath(weights.find(checkpoint)[0]))
+    if target in (source, *source.parents) or source in target.parents:
+        raise UsageError(f'--out {target} and the checkpoint {source} are one, or one is inside the other')
+    return target
 
 
 def _check_replaceable(out: pathlib.Path) -> None:

@@ -197,6 +197,8 @@ BAD = [
     (['--prompt', 'a', '--out', '{folder}/other.json'], 2, 'other.json is there already and holds no generated text'),
     (['--prompt', 'a', '--out', '{folder}/other.json/x'], 2, '--out .*other.json/x cannot be written'),
     (['--prompt', 'a', '--out', '{run}/checkpoints/x.jsonl'], 2, 'would change .*checkpoints, which belongs to'),
+    (['--prompt', 'a', '--out', '{run}/samples/1.jsonl'], 2, 'would change .*samples, which belongs to'),
+    (['--prompt', 'a', '--out', '{run}/frozen/x.jsonl'], 2, 'would change .*frozen, which belongs to'),
     (['--prompt', 'a', '--norm_position', 'pre'], 2, 'is a run of ours, which knows its placement'),
     (['--prompts', '{folder}/none.jsonl'], 4, '--prompts: there is no file .*none.jsonl'),
     (['--prompts', '{folder}'], 4, 'cannot be read: it is a folder, not a file'),

@@ -19,7 +19,7 @@ from mixln_jax.system import console, files
 from mixln_jax.system.errors import UsageError
 
 LOCK = '.mixln_jax-lock'  # in a folder that a command writes into
-OWNED = {'checkpoints', 'tokenizer', 'debug', 'profile'}  # folders that only their owner writes into
+OWNED = {'checkpoints', 'frozen', 'tokenizer', 'debug', 'profile', 'samples'}  # only their owner writes into them
 OWNERS = 'metrics.jsonl', 'checkpoints', 'tokens.json', '.prepare', 'export.json'  # next to them: they have an owner
 
 

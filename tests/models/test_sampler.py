@@ -101,7 +101,7 @@ def test_greedy_is_the_plain_loop(devices):
 
 @pytest.mark.parametrize('name', ['greedy', 'sampled'])
 def test_a_row_alone_is_the_row_of_eight(name):
-    """Tokens are the same; log-probabilities to 1e-6, since a matrix product of one row sums in another order."""
+    """Tokens are the same; log-probabilities to 2e-6, since a matrix product of one row sums in another order."""
     chosen = {'greedy': GREEDY, 'sampled': Sampling(1.5, 8, 0.95)}[name]
     _, params, generator = make()
     prompts = [PROMPTS[number % 3] for number in range(8)]

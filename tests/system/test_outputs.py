@@ -116,7 +116,8 @@ class TestPlaces:
     def test_what_belongs_to_a_run(self, tmp_path):
         run = make_run(tmp_path / 'run')
         (tmp_path / 'link').symlink_to(run / 'tokenizer')
-        for place in (run / 'tokenizer', run / 'checkpoints/7', run / 'debug/x/y', tmp_path / 'link/a.json'):
+        own = ('tokenizer', 'checkpoints/7', 'debug/x/y', 'frozen/x', 'samples/60.jsonl', 'profile')
+        for place in (*(run / name for name in own), tmp_path / 'link/a.json'):
             with pytest.raises(UsageError, match=f'belongs to {run}'):
                 outputs.resolve(place)
         assert outputs.resolve(run / 'analysis/angular') and outputs.resolve(run / 'exported')
