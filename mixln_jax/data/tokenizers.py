@@ -155,10 +155,10 @@ def open_tokenizer(data: config.Data) -> Tokenizer:
             contents[name] = files.read(file.with_name(name), DataError)
         except FileNotFoundError:
             contents[name] = b'{}'
-    return kind(contents | _beside(file.parent, kind.EXTRA), str(file))
+    return kind(contents | _files_next_to(file.parent, kind.EXTRA), str(file))
 
 
-def _beside(folder: pathlib.Path, names: Sequence[str]) -> dict[str, bytes]:
+def _files_next_to(folder: pathlib.Path, names: Sequence[str]) -> dict[str, bytes]:
     """Returns the contents of those files that a folder has."""
     return {name: files.read(folder / name, DataError) for name in names if (folder / name).exists()}
 
@@ -198,7 +198,7 @@ def load(folder: str | pathlib.Path, fingerprint: str | None = None) -> Tokenize
         saved = files.read_json(folder / saved_tokenizer.FINGERPRINT, DataError)
         kind = KINDS.get(saved['kind'])
         contents = {name: files.read(folder / name, DataError) for name in kind.FILES} if kind else {}
-        contents |= _beside(folder, kind.EXTRA) if kind else {}
+        contents |= _files_next_to(folder, kind.EXTRA) if kind else {}
     tokenizer = kind(contents, str(folder)) if kind else Bytes()
     if saved != saved_tokenizer.summary(tokenizer):
         raise DataError(f'{folder}: the saved tokenizer is damaged: its content has another fingerprint')

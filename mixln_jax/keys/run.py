@@ -1,4 +1,4 @@
-"""Keys of a run: the groups of all others, and what a run does beside the updates."""
+"""Keys of a whole run: its length, evaluation, checkpoints and devices, and the groups of all other keys."""
 
 import dataclasses
 

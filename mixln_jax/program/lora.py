@@ -1,6 +1,6 @@
-"""Adapters of low rank (Hu et al. 2022, LoRA, arXiv 2106.09685): leaves of a network beside the matrices they adapt.
+"""Adapters of low rank (Hu et al. 2022, LoRA, arXiv 2106.09685): leaves of a network next to the matrices they adapt.
 
-`lora_a` A [n, in, r], `lora_b` B [n, r, out] and `lora_scale` s [n] stand beside `kernel` W [n, in, out], for each of
+`lora_a` A [n, in, r], `lora_b` B [n, r, out] and `lora_scale` s [n] stand next to `kernel` W [n, in, out], for each of
 the n layers of a run; `models.layers.Linear` computes x W + (x A) B s. s = alpha / r is a leaf, so that a network says
 itself what it computes.
 """

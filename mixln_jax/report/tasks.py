@@ -1,4 +1,4 @@
-"""The section of a report that puts accuracies of tasks beside those of a paper."""
+"""The section of a report that compares accuracies of tasks with those of a paper."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

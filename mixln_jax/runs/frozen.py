@@ -101,7 +101,7 @@ def _check(workdir: pathlib.Path, about: Mapping[str, Any]) -> pathlib.Path:
     except Exception as error:  # a flipped byte can make orbax or JSON raise anything
         raise CheckpointError(f'{folder}: damaged: {checkpoint.describe_problem(error)}') from error
     if found != about.get(FOLDER):
-        raise CheckpointError(f'{folder} holds other weights than those that checkpoint {step} was trained beside')
+        raise CheckpointError(f'{folder} holds other weights than those that checkpoint {step} was trained with')
     return folder
 
 

@@ -26,7 +26,7 @@ EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, a
 
 
 ADAPTER = 'adapter:'  # begins an init_from
-NEW_TOKENS = 1024  # at most, that a vocabulary may have besides those of the weights; more belong to another tokenizer
+NEW_TOKENS = 1024  # that a vocabulary may have more than the weights, at most; more belong to another tokenizer
 
 
 class Removed(UsageError):

@@ -1,4 +1,4 @@
-"""LLaMA with a norm placement per layer, for transformers: a copy is beside weights that mixln_jax has exported.
+"""LLaMA with a norm placement per layer, for transformers: folders that mixln_jax has exported hold a copy.
 
 config.json describes each layer under `placements`. A sub-layer F changes the residual stream x by one rule, in which
 each of `residual_normed`, `pre`, `out` and `post` is the name of a norm or absent, and a scale is a number, a parameter
