@@ -23,7 +23,7 @@ class Tune:
 
     method: str = key(
         'full',
-        'full: all weights; lora: adapters of low rank, added to frozen matrices, which init_from gives (Hu et al. 2022); '
+        'full: all weights; lora: adapters of low rank, added to the frozen matrices of init_from (Hu et al. 2022); '
         'lisa: the layers that are drawn every few steps, and all that is not a layer (Pan et al. 2024)',
         choices=('full', 'lora', 'lisa'),
     )
