@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import os
+import pathlib
 import resource
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -11,6 +13,8 @@ os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # compiling is most of the t
 
 import jax
 import pytest
+
+MOST_MAPS = 20_000
 
 pytest.register_assert_rewrite('killed_runs')  # its assertions show what differs
 if jax.__version_info__ < (0, 11, 1):  # half of what is left; later XLAs have no such flag, and abort
@@ -52,6 +56,18 @@ def programs():
 
     run.Program = shared
     return made
+
+
+@pytest.fixture(scope='module', autouse=True)
+def room_for_programs(programs):
+    """Forgets compiled programs before they fill what Linux maps for a process (65,530 pieces of memory by default):
+    beyond that XLA ends in a segmentation fault, and all tests together come to more."""
+    yield
+    maps = pathlib.Path('/proc/self/maps')
+    if maps.exists() and maps.read_bytes().count(b'\n') > MOST_MAPS:
+        programs.clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
