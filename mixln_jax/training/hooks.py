@@ -98,7 +98,7 @@ class Saving(_Every):
     about: Callable[[], dict[str, Any]]  # -> further values of a checkpoint's JSON object
     minutes: float = 0.0
     look_every: int = 1
-    _saved_at: float = dataclasses.field(default_factory=time.monotonic, init=False)
+    _saved_at: float = dataclasses.field(default_factory=lambda: time.monotonic(), init=False)
 
     def due(self, step: int, last: int) -> bool:
         """Returns whether to save `step`; the run ends with step `last`. Every process has to call it."""
