@@ -110,3 +110,24 @@ def with_settings(tmp_path, body, settings):
 def changed(body, **values):
     """A tokenizer.json with other values at its top."""
     return json.dumps(json.loads(body) | values).encode()
+
+
+# A chat template without {% generation %}, as most tokenizers have it; the end of a turn is a special token.
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def with_chat_template(folder, template=CHAT, name='byte_level', **settings):
+    """A tokenizer with a chat template and the tokens of chatml."""
+    spec = json.loads(content(name))
+    top = 1 + max(token['id'] for token in spec['added_tokens'])
+    size = max(top, len(spec['model']['vocab']))
+    for number, token in enumerate(('<|im_start|>', '<|im_end|>')):
+        of = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        spec['added_tokens'].append({'id': size + number, 'content': token} | of)
+    (folder / 'tokenizer.json').write_text(json.dumps(spec))
+    settings = {'eos_token': '</s>', 'bos_token': '<s>', 'chat_template': template} | settings
+    (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
+    return open_file(folder / 'tokenizer.json')

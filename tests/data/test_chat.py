@@ -1,19 +1,14 @@
 """Templates: what they render, and which tokens are learned, by expectation written by hand."""
 
-import json
-
 import pytest
 import vocabularies
+from vocabularies import CHAT as OWN
+from vocabularies import with_chat_template as own
 
 from mixln_jax.data import chat, tokenizers
 from mixln_jax.system.errors import DataError
 
-# Without {% generation %}, as most tokenizers have it; the end of a turn is a special token.
-OWN = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-# With it, and the end of a turn outside.
+# With {% generation %}, and the end of a turn outside.
 GENERATION = (
     "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}{% endgeneration %}"
     '<|im_end|>{% else %}U:{{ m.content }}\n{% endif %}{% endfor %}'
@@ -25,20 +20,6 @@ UNMARKED = "{% for m in messages %}{{ m.role[0] ~ ':' ~ m.content ~ '\\n' }}{% e
 
 def turns(*contents, roles=('user', 'assistant')):
     return [{'role': roles[number % 2], 'content': content} for number, content in enumerate(contents)]
-
-
-def own(folder, template=OWN, name='byte_level', **settings):
-    """A tokenizer with a chat template and the tokens of chatml."""
-    spec = json.loads(vocabularies.content(name))
-    top = 1 + max(token['id'] for token in spec['added_tokens'])
-    size = max(top, len(spec['model']['vocab']))
-    for number, token in enumerate(('<|im_start|>', '<|im_end|>')):
-        of = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        spec['added_tokens'].append({'id': size + number, 'content': token} | of)
-    (folder / 'tokenizer.json').write_text(json.dumps(spec))
-    settings = {'eos_token': '</s>', 'bos_token': '<s>', 'chat_template': template} | settings
-    (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
-    return vocabularies.open_file(folder / 'tokenizer.json')
 
 
 def shown(template, messages, tokenizer, learn='completions'):
