@@ -35,7 +35,7 @@ def random_like(tree, seed=0):
 
 @pytest.mark.parametrize('norm_position', placements.PLACEMENTS)
 def test_merged_and_unmerged_give_the_same_logits(norm_position):
-    model = make(norm_position, init_std=0.3)
+    model = make(norm_position, init_std=0.1)
     network = lora.with_adapters(model.init(jax.random.key(0))['params'], LORA, jax.random.key(1))
     ids = text(np.random.default_rng(1))['inputs']
     logits = jax.jit(lambda params: model.apply({'params': params}, ids)[0])
