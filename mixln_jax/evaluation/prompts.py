@@ -6,9 +6,10 @@ from typing import Any
 
 import orjson
 
+from mixln_jax import config as configs
 from mixln_jax.data import chat, records
+from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.runs.encoder import TextEncoder
-from mixln_jax.runs.weights import Weights
 from mixln_jax.system import files
 from mixln_jax.system.errors import DataError, UsageError
 
@@ -67,26 +68,25 @@ def read(path: str) -> list[Prompt]:
     return prompts
 
 
-def open_template(name: str, loaded: Weights, encoder: TextEncoder) -> chat.Template | None:
-    """Returns the template by which the weights were taught to answer; None: prompts are texts to continue.
+def open_template(name: str, config: configs.Config | None, tokenizer: Tokenizer) -> chat.Template | None:
+    """Returns the template by which weights were taught to answer; None: prompts are texts to continue.
 
     Args:
         name: one of TEMPLATES. `auto`: that of a run that learned instructions, the chat template of a Hugging Face
             folder that has one, else none.
-        loaded: the weights.
-        encoder: theirs.
+        config: of the run; None: a Hugging Face folder.
+        tokenizer: of the weights.
 
     Raises DataError: `chat`, and the tokenizer has no template.
     """
-    config = loaded.config
     if name == AUTO and config:
         name = config.data.template if config.task.name == 'instructions' else NONE
     elif name == AUTO:
-        name = 'chat' if encoder.tokenizer.chat_template else NONE
+        name = 'chat' if tokenizer.chat_template else NONE
     if name == NONE:
         return None
     today = chat.TODAY if config else None  # a run has learned with this date
-    return chat.open_template(name, encoder.tokenizer, today)
+    return chat.open_template(name, tokenizer, today)
 
 
 def with_turn_end(encoder: TextEncoder, template: chat.Template | None) -> TextEncoder:
