@@ -128,6 +128,8 @@ def test_an_answer_is_printed_without_its_question(answering, capsys):
         ({'messages': []}, [], 4, 'in.jsonl:1: messages is empty'),
         ({'messages': [{'role': 'assistant', 'content': 'a'}]}, [], 4, 'messages has nothing before the answer'),
         ({'messages': [{'role': 'user'}]}, [], 4, r'in.jsonl:1: messages\[0\].content is missing'),
+        ({'prompt': 'a', 'tools': '[]'}, [], 4, 'in.jsonl:1: tools is a string, not an array'),
+        ({'prompt': 'a', 'tools': [{}]}, [], 4, 'in.jsonl:1: the template chatml does not know tools'),
         ({'instruction': 3}, [], 4, 'in.jsonl:1: instruction is a number, not a string'),
         (
             {'messages': [{'role': 'user', 'content': 'a'}]},

@@ -11,6 +11,7 @@ CUT         after the first character of a special token's name in a message, wh
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
 import re
@@ -27,8 +28,12 @@ from mixln_jax.system.errors import DataError
 CUT, EOS, BEGIN, END = '\ufdd0\ufdd1\ufdd2\ufdd3'
 TODAY = datetime.datetime(2024, 7, 26)  # the day of all training: what a run learns does not depend on when it starts
 
+ANOTHER = 'name another with config.data.template'
+
 Message = Mapping[str, Any]  # `role`, `content`, and whatever else a template reads
+Tools = Sequence[Mapping[str, Any]]  # what the assistant may call
 Span = tuple[int, int]  # first character, and the one after the last
+_Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
 
 
 def _alpaca(request: str, line: str, paragraph: str) -> str:
@@ -138,22 +143,31 @@ class Template:
         with self._running():
             self._jinja = _environment(today).from_string(source)
 
-    def prompt(self, messages: Sequence[Message]) -> np.ndarray:
+    def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> np.ndarray:
         """Returns the ids [n] after which the assistant answers."""
-        text, _ = _unmarked(self._render([self._safe(message) for message in messages], True))
+        render = self._renderer(tools)
+        safe = [self._safe(message) for message in messages]
+        self._check_tools(render, safe, tools)
+        text, _ = _unmarked(render(safe, True))
         return self._encode(text, [])[0]
 
-    def tokens(self, messages: Sequence[Message], learn: str = 'completions') -> tuple[np.ndarray, np.ndarray]:
+    def tokens(
+        self, messages: Sequence[Message], learn: str = 'completions', tools: Tools | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids [n] int32 of a conversation, and which of them are learned, [n] bool.
 
         Args:
             messages: its turns.
             learn: `completions`: what the assistant says, with the token that ends its turn; what comes after its last
                 turn is left out. `all`: everything.
+            tools: what the assistant may call.
         """
         safe = [self._safe(message) for message in messages]
-        self._check_roles(safe)
-        text, spans = self._with_ends(*(self._generated(safe) if self._generation else self._by_prefixes(safe)))
+        render = self._renderer(tools)
+        self._check_roles(render, safe)
+        self._check_tools(render, safe, tools)
+        told = _unmarked(render(safe)) if self._generation else self._by_prefixes(render, safe)
+        text, spans = self._with_ends(*told)
         ids, learned = self._encode(text, spans)
         if learn == 'all':
             return ids, np.ones_like(learned)
@@ -172,11 +186,15 @@ class Template:
             raise DataError(f'a message has U+{ord(mark[0]):X}, which is no character')
         return self._special.sub(lambda found: found[0][0] + CUT + found[0][1:], value)
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def _renderer(self, tools: Tools | None) -> _Render:
+        """Returns what renders messages with tools."""
+        return functools.partial(self._render, self._safe(list(tools)) if tools else None)
+
+    def _render(self, tools: Tools | None, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         with self._running():
             return self._jinja.render(
                 messages=list(messages),
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
@@ -192,26 +210,33 @@ class Template:
             message = ' '.join(str(error).split()) or type(error).__name__
             raise DataError(f'{self._name}: template error: {line}{message}') from error
 
-    def _check_roles(self, messages: Sequence[Message]) -> None:
+    def _check_roles(self, render: _Render, messages: Sequence[Message]) -> None:
         """Finds roles whose messages the template leaves out: each role is tried once."""
         for number, message in enumerate(messages):
-            if message['role'] in self._roles:
+            if message['role'] in self._roles or message.get('tool_calls'):
                 continue
             changed = [*messages[:number], {**message, 'content': f'{message["content"]}x'}, *messages[number + 1 :]]
-            if 'instruction' not in message and self._render(changed) == self._render(messages):
+            if 'instruction' not in message and render(changed) == render(messages):
                 raise DataError(f'{self._name} does not know the role {message["role"]!r}: it leaves out what it says')
             self._roles.add(message['role'])
 
-    def _generated(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        return _unmarked(self._render(messages))
+    def _check_tools(self, render: _Render, messages: Sequence[Message], tools: Tools | None) -> None:
+        """Finds tools, and calls of them, that the template leaves out."""
+        if tools and render(messages) == self._render(None, messages):
+            raise DataError(f'{self._name} does not know tools: it leaves them out; {ANOTHER}')
+        for number, message in enumerate(messages):
+            if message.get('tool_calls'):
+                without = {'role': message['role'], 'content': message.get('content') or ''}
+                if render([*messages[:number], without, *messages[number + 1 :]]) == render(messages):
+                    raise DataError(f'{self._name} does not know tool_calls: it leaves them out; {ANOTHER}')
 
-    def _by_prefixes(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    def _by_prefixes(self, render: _Render, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """Returns the text, and what each turn of the assistant adds to the text before it."""
-        whole, spans = self._render(messages), []
+        whole, spans = render(messages), []
         for number, message in enumerate(messages):
             if message['role'] == 'assistant':
-                before = self._render(messages[:number], True)
-                after = whole if number == len(messages) - 1 else self._render(messages[: number + 1])
+                before = render(messages[:number], True)
+                after = whole if number == len(messages) - 1 else render(messages[: number + 1])
                 if not (after.startswith(before) and whole.startswith(after)):
                     raise DataError(
                         f'{self._name} does not tell what is learned: what it renders of the first messages is not how '

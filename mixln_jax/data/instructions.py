@@ -81,9 +81,10 @@ class Instructions(Rows):
         ids, learned = [], []
         digest = hashlib.blake2b(digest_size=16)
         for conversation in conversations:
-            digest.update(json.dumps(conversation.messages).encode() + b'\n')
+            said = [conversation.messages] + ([conversation.tools] if conversation.tools else [])
+            digest.update('\n'.join([*map(json.dumps, said), '']).encode())
             try:
-                tokens, flags = template.tokens(conversation.messages, learn)
+                tokens, flags = template.tokens(conversation.messages, learn, conversation.tools)
             except DataError as error:
                 raise DataError(f'{conversation.origin}: {error}') from None
             self.num_cut += len(tokens) > self._size

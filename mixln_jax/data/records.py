@@ -24,15 +24,17 @@ _JSON_TYPES = {dict: 'an object', list: 'an array', str: 'a string', bool: 'true
 @dataclasses.dataclass(frozen=True)
 class Conversation:
     """A record. `messages`: its turns, each a dict with `role` and `content`, and whatever else the record gave it; the
-    user's turn of an instruction has `instruction` and `input` too. `origin`: its file and line, for people."""
+    user's turn of an instruction has `instruction` and `input` too. `origin`: its file and line, for people. `tools`:
+    what the assistant may call, as a chat template takes it; None: the record does not say."""
 
     messages: list[dict[str, Any]]
     origin: str
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def unit(self) -> bytes:
         """What decides its split: equal conversations are in the same one."""
-        return json.dumps([[message['role'], message['content']] for message in self.messages]).encode()
+        return json.dumps([[message['role'], message.get('content')] for message in self.messages]).encode()
 
 
 def from_turns(prompt: str, completion: str, origin: str) -> Conversation:
@@ -57,7 +59,7 @@ def read(paths: Sequence[str]) -> Iterator[Conversation]:
                 first = first or (shape, origin)
                 if shape != first[0]:
                     raise DataError(f'a record of the shape "{shape}", but {first[1]} has "{first[0]}"; use one shape')
-                conversation = Conversation(_MESSAGES[shape](record), origin)
+                conversation = Conversation(_MESSAGES[shape](record), origin, tools(record))
             except DataError as error:
                 raise DataError(f'{origin}: {error}') from None
             yield conversation
@@ -84,6 +86,11 @@ def question(record: Any) -> list[dict[str, Any]]:
     if 'prompt' in record:
         return _from_prompt({'completion': ''} | record)[:1]
     raise DataError('a prompt is an object with `prompt`, `messages` or `instruction`, such as {"prompt": "def "}')
+
+
+def tools(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Returns what the assistant may call; None: the record does not say. Raises DataError for no list of objects."""
+    return _objects(found, 'tools') if (found := record.get('tools')) is not None else None
 
 
 def _records(path: str) -> Iterator[tuple[int, Any]]:
@@ -171,8 +178,11 @@ def _from_messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             raise DataError(f'messages[{number}] is {_type(message)}, not an object')
-        for field in ('role', 'content'):
-            _text(message, field, f'messages[{number}].')
+        _text(message, 'role', f'messages[{number}].')
+        if message.get('tool_calls'):
+            _objects(message['tool_calls'], f'messages[{number}].tool_calls')
+        if not message.get('tool_calls') or message.get('content') is not None:  # who calls a tool may say nothing
+            _text(message, 'content', f'messages[{number}].')
     return messages
 
 
@@ -181,6 +191,16 @@ _MESSAGES = {
     'prompt, completion': _from_prompt,
     'messages': _from_messages,
 }
+
+
+def _objects(value: Any, name: str) -> list[dict[str, Any]]:
+    """Returns a value that has to be an array of objects."""
+    if not isinstance(value, list):
+        raise DataError(f'{name} is {_type(value)}, not an array')
+    for number, member in enumerate(value):
+        if not isinstance(member, dict):
+            raise DataError(f'{name}[{number}] is {_type(member)}, not an object')
+    return value
 
 
 def _text(owner: Mapping[str, Any], field: str, prefix: str = '') -> str:

@@ -116,7 +116,7 @@ def contexts(prompts: Sequence[Prompt], encoder: TextEncoder, template: chat.Tem
             found.append(encoder.encode(prompt.text))
             continue
         try:
-            found.append(template.prompt(prompt.messages).tolist() or [encoder.empty])
+            found.append(template.prompt(prompt.messages, records.tools(prompt.fields)).tolist() or [encoder.empty])
         except DataError as error:
             raise DataError(f'{prompt.origin}: {error}') from None
     return found

@@ -1,5 +1,7 @@
 """Templates: what they render, and which tokens are learned, by expectation written by hand."""
 
+import re
+
 import pytest
 import vocabularies
 from vocabularies import CHAT as OWN
@@ -219,3 +221,39 @@ class TestOwn:
         for mark in (chat.CUT, chat.EOS, chat.BEGIN, chat.END):
             with pytest.raises(DataError, match='^a message has U[+]FDD'):
                 template.tokens(turns(f'a{mark}', 'b'))
+
+
+TOOL = {'type': 'function', 'function': {'name': 'add'}}
+CALLING = {'role': 'assistant', 'content': None, 'tool_calls': [TOOL]}
+SAYS_TOOLS = "{{ tools | tojson if tools }}{% for m in messages %}{{ m.content or '' }}{% endfor %}"
+STRIPS = (  # as Qwen3's: what the assistant thought is left out of all turns but the last
+    "{% for m in messages %}{{ m.role ~ ': ' }}{% if m.role == 'assistant' and not loop.last %}"
+    "{{ m.content.split('</think>') | last }}{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    'source, messages, tools, message',
+    [
+        (vocabularies.CHAT, turns('Hi', 'yo'), [TOOL], 'does not know tools: it leaves them out; name another'),
+        (SAYS_TOOLS, [*turns('Hi'), CALLING], [TOOL], 'does not know tool_calls: it leaves them out; name another'),
+        (
+            STRIPS,
+            turns('a', '<think>b</think>c', 'd', 'e'),
+            None,
+            'put {% generation %} and {% endgeneration %} around',
+        ),
+    ],
+)
+def test_what_a_template_leaves_out(tmp_path, source, messages, tools, message):
+    template = chat.open_template('chat', vocabularies.with_chat_template(tmp_path, source))
+    with pytest.raises(DataError, match=re.escape(message)) as refused:
+        template.tokens(messages, tools=tools)
+    assert str(refused.value).endswith('name another with config.data.template') and '\n' not in str(refused.value)
+
+
+def test_a_tool_does_not_spell_a_special_token(tmp_path):
+    tokenizer = vocabularies.with_chat_template(tmp_path, SAYS_TOOLS)
+    ids = chat.open_template('chat', tokenizer).prompt(turns('Hi'), [{'name': '</s>'}])
+    assert tokenizer.eos_id not in ids and '</s>' in tokenizer.decode(ids.tolist())

@@ -135,3 +135,33 @@ def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / 'a').write_bytes(lines(PAIR).encode() + b'{"prompt": "\xff"}\n')
     with pytest.raises(DataError, match=f'^{tmp_path}/a:2: not UTF-8'):
         read(str(tmp_path / 'a'))
+
+
+CALLING = {'role': 'assistant', 'tool_calls': [{'function': {'name': 'add'}}]}
+
+
+def test_tools(tmp_path):
+    """Of a record, and calls, whose message may say nothing."""
+    messages = [CHAT['messages'][0], CALLING, CALLING | {'content': None}, CALLING | {'content': 'a'}]
+    path = write(tmp_path / 'a.jsonl', [{'messages': messages, 'tools': [{'name': 'add'}]}, CHAT])
+    one, other = records.read([path])
+    assert (one.messages, one.tools, other.tools) == (messages, [{'name': 'add'}], None)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'tools': '[]'}, 'tools is a string, not an array'),
+        ({'tools': {}}, 'tools is an object, not an array'),
+        ({'tools': [{}, 3]}, 'tools[1] is a number, not an object'),
+        ({'messages': [CALLING | {'tool_calls': 'x'}]}, 'messages[0].tool_calls is a string, not an array'),
+        ({'messages': [CALLING | {'tool_calls': [[]]}]}, 'messages[0].tool_calls[0] is an array, not an object'),
+        ({'messages': [CALLING | {'content': 3}]}, 'messages[0].content is a number, not a string'),
+        ({'messages': [CALLING | {'tool_calls': []}]}, 'messages[0].content is missing'),
+    ],
+)
+def test_tools_of_another_type(tmp_path, change, message):
+    path = write(tmp_path / 'a.jsonl', [CHAT | change])
+    with pytest.raises(DataError) as refused:
+        read(path)
+    assert str(refused.value) == f'{path}:1: {message}'

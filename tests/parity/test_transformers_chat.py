@@ -138,3 +138,35 @@ def test_prompts(tmp_path, name, vocabulary, jinja_file):
     for messages in (TURNS[:1], TURNS[:3]):
         ids, _ = theirs(expected, messages, add_generation_prompt=True)
         assert template.prompt(messages).tolist() == ids
+
+
+CALLS = (
+    "{% if tools %}{{ '<|im_start|>tools\\n' ~ tools | tojson ~ '<|im_end|>\\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{% for call in m.tool_calls or [] %}{{ '[call] ' ~ call.function | tojson }}{% endfor %}"
+    "{{ (m.content or '') ~ '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content ~ '<|im_end|>' }}{% endif %}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TOOL = {'type': 'function', 'function': {'name': 'add', 'description': 'Adds <é>.', 'parameters': {'type': 'object'}}}
+CALL = {'type': 'function', 'function': {'name': 'add', 'arguments': {'a': 1, 'b': [2]}}}
+CALLED = [
+    {'role': 'user', 'content': '1 + 2?'},
+    {'role': 'assistant', 'content': None, 'tool_calls': [CALL]},
+    {'role': 'tool', 'name': 'add', 'content': '3'},
+    {'role': 'assistant', 'content': 'It is 3.'},
+]
+
+
+@pytest.mark.parametrize('generation', [True, False], ids=['block', 'prefixes'])
+def test_tools(tmp_path, generation):
+    ours, expected = opened(tmp_path, CALLS)
+    if not generation:
+        (other := tmp_path / 'plain').mkdir()
+        ours, _ = opened(other, CALLS.replace('{% generation %}', '').replace('{% endgeneration %}', ''))
+    template = chat.open_template('chat', ours)
+    ids, mask = theirs(expected, CALLED, tools=[TOOL], return_assistant_tokens_mask=True)
+    got, learned = template.tokens(CALLED, tools=[TOOL])
+    assert got.tolist() == ids[: len(got)]
+    assert np.flatnonzero(learned).tolist() == np.flatnonzero(mask).tolist()
+    ids, _ = theirs(expected, CALLED[:3], tools=[TOOL], add_generation_prompt=True)
+    assert template.prompt(CALLED[:3], [TOOL]).tolist() == ids
