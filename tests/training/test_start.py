@@ -63,7 +63,11 @@ def equal(one, other):
 
 
 class TestInitFrom:
-    @pytest.mark.parametrize('mesh', [{}, {'mesh.fsdp': 2, 'mesh.tensor': 2}], ids=['one', 'fsdp and tensor'])
+    @pytest.mark.parametrize(
+        'mesh',
+        [{}, pytest.param({'mesh.fsdp': 2, 'mesh.tensor': 2}, marks=pytest.mark.slow)],
+        ids=['one', 'fsdp and tensor'],
+    )
     def test_a_hugging_face_folder(self, corpus, folder, tmp_path, begun, mesh):
         main.run(recipe(corpus, init_from=f'hf:{folder}', **mesh), tmp_path)
         [(first, params)] = begun
