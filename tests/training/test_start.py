@@ -133,6 +133,14 @@ class TestInitFrom:
             with pytest.raises(UsageError, match=f'^config.init_from={where}: {message}'):
                 weights.initial(where, model)
 
+    def test_another_tokenizer_is_warned_of(self, finished, capsys):
+        model = families.from_config(configs.Model(norm_position='mix', **SIZES))
+        own = weights.load(finished).tokenizer.fingerprint
+        for tokenizer, warned in ((None, False), (own, False), ('another', True)):
+            weights.initial(str(finished), model, tokenizer)
+            said = capsys.readouterr().err
+            assert (f'another tokenizer: that in {finished}/tokenizer' in said) == warned and said.count('\n') == warned
+
     def test_new_tokens(self, finished, folder, capsys):
         """Each begins with the mean of the vectors of the old ones; what pads the tables stays 0."""
         model = families.from_config(configs.Model(norm_position='mix', **(SIZES | {'vocab_size': 261})))
