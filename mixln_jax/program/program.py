@@ -12,7 +12,7 @@ from mixln_jax import trees
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.kernels import attention
 from mixln_jax.models import families, transformer
-from mixln_jax.program import optim, step
+from mixln_jax.program import inner, optim, step
 from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks import build
 
@@ -60,7 +60,7 @@ class Program:
         self.state = jax.tree.map(_like, shapes, shardings)
         self.init = jax.jit(init, out_shardings=shardings)
         train_step = functools.partial(
-            step.train_step,
+            step.train_step if self.task.collect is None else inner.train_step,
             task=self.task,
             optimizer=optimizer,
             seed=config.seed,
