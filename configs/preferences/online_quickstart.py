@@ -14,7 +14,7 @@ from mixln_jax import config
 
 def get_config(stage='online'):
     c = config.default()
-    c.batch_size, c.seq_length, c.log_every = 128, 48, 20
+    c.batch_size, c.seq_length, c.log_every = 128, 32, 20
     c.compute_dtype = 'float32'  # a CPU gains nothing from bfloat16
     c.model.update(vocab_size=259, hidden_size=96, intermediate_size=256, num_layers=6, num_heads=3)
     c.data.update(source='shelves', tokenizer='bytes', template='plain')
@@ -25,9 +25,9 @@ def get_config(stage='online'):
         c.optim.update(learning_rate=1e-3, clip_norm=1.0)
         c.eval.every = c.checkpoint.every = 50
         return c
-    c.init_from, c.task.name, c.num_steps = 'runs/format', 'online', 300
-    c.task.online.update(reward='mixln_jax.evaluation.reward_functions:exact', completions=8, max_new_tokens=8)
-    c.optim.update(learning_rate=1e-3, schedule='constant', warmup_ratio=0.0, clip_norm=1.0)
-    c.eval.update(every=50, samples=16)
-    c.checkpoint.every = 100
+    c.init_from, c.task.name, c.num_steps = 'runs/format', 'online', 250
+    c.task.online.update(reward='mixln_jax.evaluation.reward_functions:exact', completions=4, max_new_tokens=8)
+    c.optim.update(learning_rate=3e-4, b2=0.95, clip_norm=1.0)
+    c.eval.update(every=25, samples=100)
+    c.checkpoint.every = 50
     return c

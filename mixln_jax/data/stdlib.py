@@ -78,16 +78,16 @@ SHELVES = {'north': 'abcde', 'east': 'fghijklmn', 'south': 'opqrs', 'west': 'tuv
 
 
 def shelves() -> list[tuple[str, str]]:
-    """Returns names of functions of the corpus, and on which of four SHELVES each belongs, sorted by name.
+    """Returns names of functions of the corpus, up to 20 letters long, and on which of four SHELVES each belongs, sorted
+    by name.
 
     There are as many names on each shelf: those with the lowest hashes.
 
     Raises DataError as `gather`.
     """
-    names = sorted(
-        {name.rpartition('.')[2].lower() for _, _, name in questions()}, key=lambda name: _digest(name.encode())
-    )
-    found = {shelf: [name for name in names if name[-1] in letters] for shelf, letters in SHELVES.items()}
+    names = {name.rpartition('.')[2].lower() for _, _, name in questions()}
+    mixed = sorted((name for name in names if len(name) <= 20), key=lambda name: _digest(name.encode()))
+    found = {shelf: [name for name in mixed if name[-1] in letters] for shelf, letters in SHELVES.items()}
     count = min(map(len, found.values()))
     return sorted((name, shelf) for shelf, chosen in found.items() for name in chosen[:count])
 

@@ -16,7 +16,7 @@ from mixln_jax.distributed import mesh as meshes
 from mixln_jax.evaluation.rollouts import completed, open_rollouts
 from mixln_jax.models import transformer
 from mixln_jax.program.program import Program
-from mixln_jax.runs import weights
+from mixln_jax.runs import frozen, weights
 from mixln_jax.system.errors import DataError, NumericsError, UsageError
 from mixln_jax.tasks.task import Task
 
@@ -105,9 +105,13 @@ def evaluate_run(
     step = transformer.needed_step(program.model, loaded.step)
     rollouts = open_rollouts(program, loaded.tokenizer)
     params = jax.device_put(loaded.params, jax.tree.map(lambda leaf: leaf.sharding, program.state.params))
+    references = tuple(
+        jax.device_put(frozen.read_reference(loaded.workdir), jax.tree.map(lambda leaf: leaf.sharding, like))
+        for like in program.references
+    )
     with contextlib.closing(batches.read(batches.evaluation(rows, batch_size), 0, workers=0)) as reader:
         values = evaluate(
-            lambda params, batch: program.eval_step(params, batch, step),
+            lambda params, batch: program.eval_step(params, batch, step, *references),
             params,
             completed(rollouts, params, reader, rows, loaded.step),
             task=program.task,

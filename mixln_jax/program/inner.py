@@ -48,23 +48,20 @@ def train_step(
 
     if task.updates == 1:
         after, metrics = update(state, None)
-        return _joined(after, state), metrics
-    after, metrics = jax.lax.scan(lambda own, _: update(_joined(own, state), _), state.own, length=task.updates)
+        return after.with_fixed(state.fixed), metrics
+    again = lambda own, _: update(own.with_fixed(state.fixed), None)  # noqa: E731
+    after, metrics = jax.lax.scan(again, state.own, length=task.updates)
     bad_step = after.bad_step
     undone = dataclasses.replace(state.own, bad_step=bad_step)
     after = jax.tree.map(lambda new, old: jnp.where(bad_step == 0, new, old), after, undone)
     means = jax.tree.map(lambda values: values.mean(0), {name: metrics[name] for name in metrics if name != 'bad_step'})
-    return _joined(after, state), means | {'bad_step': bad_step}
-
-
-def _joined(own: State, state: State) -> State:
-    """Returns a state with the weights of `state` that no update changes."""
-    return dataclasses.replace(own, frozen=state.frozen)
+    return after.with_fixed(state.fixed), means | {'bad_step': bad_step}
 
 
 def _recorded(state: State, batch: Batch, task: Any, seed: int, accumulate: int, dropout: float) -> Batch:
     """Returns the whole batch with what does not change in the updates, computed a micro-batch at a time."""
-    network, context = state.network, Context(train=True, step=state.step)
+    network = state.network
+    context = Context(train=True, step=state.step, reference=step.reference(task, network, state.reference))
 
     def record(part: Batch) -> Batch:
         chosen = context

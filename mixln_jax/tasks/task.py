@@ -25,7 +25,7 @@ class Context(NamedTuple):
     `layer_mask` [L] bool: layers that are False are the identity; None: all of them run. `train`: whether it is the
     training loss. `step`: number of updates done, at which ramps stand; None: the model's `trained_steps`.
     `collections`: more variables of the network by the name of their flax collection, such as the keys of its dropout.
-    `reference`: all weights of a reference network.
+    `reference`: all weights of the network that training began with, where the task needs them.
     """
 
     layer_mask: jax.Array | None = None
@@ -76,6 +76,11 @@ class Task(abc.ABC):
     metrics: ClassVar[tuple[str, ...]] = ('tokens',)
     collect: ClassVar[Callable[..., dict[str, np.ndarray]] | None] = None
     score: ClassVar[Callable[..., dict[str, np.ndarray]] | None] = None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the losses depend on the network that training began with."""
+        return False
 
     @classmethod
     def from_config(cls, config: configs.Config, model: Network) -> 'Task':

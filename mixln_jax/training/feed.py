@@ -63,19 +63,20 @@ class Feed:
             rollouts.training(state.network, batch, examples, state.step), self._sharding
         )
 
-    def evaluation(self, eval_step: Callable, examples: Examples) -> Callable[[Any, Any], dict[str, float | None]]:
+    def evaluation(self, eval_step: Callable, examples: Examples) -> Callable[[State], dict[str, float | None]]:
         """Returns the function that evaluates the weights after a step on `examples`."""
         config = self._config
 
-        def evaluate_weights(params: Any, step: Any) -> dict[str, float | None]:
-            updates_done, step = step, transformer.needed_step(self._program.model, step)
+        def evaluate_state(state: State) -> dict[str, float | None]:
+            params, step = state.averaged, transformer.needed_step(self._program.model, state.step)
+            references = () if state.reference is None else (state.reference,)
             dataset = batches.evaluation(examples, config.batch_size // config.accumulate)
             reader = batches.read(dataset, 0, workers=0)
             try:
                 return evaluate(
-                    lambda params, batch: eval_step(params, batch, step),
+                    lambda params, batch: eval_step(params, batch, step, *references),
                     params,
-                    completed(self._rollouts, params, self.watched(reader), examples, updates_done),
+                    completed(self._rollouts, params, self.watched(reader), examples, state.step),
                     task=self._program.task,
                     at_a_time=config.accumulate,
                     num_tokens=config.eval.tokens,
@@ -85,4 +86,4 @@ class Feed:
             finally:
                 reader.close()
 
-        return evaluate_weights
+        return evaluate_state

@@ -181,7 +181,7 @@ class _Job:
         closing.callback(processes.watch, 0)
         if first == 1 and program.model.measured() and not config.init_from:  # given weights have factors already
             state = program.measure_factors(state, to_devices(dataset[0]))
-        self.records.frozen = frozen.keep(self.records.shared, state.frozen)
+        self.records.frozen = frozen.keep(self.records.shared, state.fixed)
         measuring = self._measuring(feed, eval_step)
         meter = self._meter(measuring, compile_sec)
         saving = hooks.Saving(

@@ -94,7 +94,7 @@ def first_state(
     if differ:
         raise UsageError(f'{name} has seen other data: {", ".join(differ)} differs; {way_out}')
     with stop.wait():
-        state = dataclasses.replace(state, frozen=frozen.read(source, program.state.frozen, about))
+        state = state.with_fixed(frozen.read(source, program.state.fixed, about))
     console.say(f'mixln_jax: goes on from step {about["step"]}')
     if not own and (rates := continuation.rates_around(about['step'], about['config'], resolved)):
         console.say(

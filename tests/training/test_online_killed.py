@@ -10,7 +10,7 @@ import pytest
 
 ONLINE = {
     'task.name': 'online', 'task.online.reward': 'mixln_jax.evaluation.reward_functions:exact',
-    'task.online.max_new_tokens': 5, 'task.online.updates': 2, 'task.online.beta': 0.0, 'data.source': 'shelves',
+    'task.online.max_new_tokens': 5, 'task.online.updates': 2, 'data.source': 'shelves',
     'data.template': 'plain',    'data.mode': 'pad', 'eval.tokens': 100, 'eval.samples': 4,
 }  # fmt: skip
 # Kills this process in a phase of its seventh step, then runs the command as a user does.

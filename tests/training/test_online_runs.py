@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,20 +11,20 @@ import rewards
 from short_runs import SIZES, StopAtTwo, lines_of, recipe
 
 from mixln_jax import config as configs
-from mixln_jax import evaluate, main
+from mixln_jax import evaluate, main, trees
 from mixln_jax.data import inspect
 from mixln_jax.evaluation import generation
 from mixln_jax.models import families
 from mixln_jax.models.hf import llama as hf_llama
-from mixln_jax.runs import checkpoint
-from mixln_jax.system.errors import Stopped, UsageError
+from mixln_jax.runs import checkpoint, frozen
+from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
 
 METHODS = {
     'rloo': {},
     'grpo, two updates': {'task.online.algorithm': 'grpo', 'task.online.updates': 2, 'accumulate': 2},
     'remax, two updates, KL in the loss': {
         'task.online.algorithm': 'remax', 'task.online.completions': 1, 'task.online.updates': 2,
-        'optim.ema': 0.5,
+        'task.online.kl': 'loss', 'optim.ema': 0.5,
     },
     'lora': {'tune.method': 'lora', 'tune.rank': 2, 'tune.dropout': 0.2, 'task.online.updates': 2},
     'no reference': {'task.online.beta': 0.0, 'task.online.temperature': 0.7},
@@ -50,7 +51,7 @@ def values(prompts, base, **changes):
     given = {
         'init_from': f'hf:{base}', 'task.name': 'online', 'task.online.reward': 'rewards:letters',
         'task.online.completions': 4, 'task.online.max_new_tokens': 6, 'data.template': 'plain', 'data.held_out': 0.4,
-        'optim.warmup_ratio': 0.0, 'optim.learning_rate': 0.01, 'eval.samples': 3, 'task.online.beta': 0.0,
+        'optim.warmup_ratio': 0.0, 'optim.learning_rate': 0.01, 'eval.samples': 3,
     }  # fmt: skip
     return recipe(prompts, **given | changes)
 
@@ -104,6 +105,26 @@ def test_samples_are_the_evaluations(finished):
     for record in records:
         assert {*generation.FIELDS, 'reward', 'level'} == {*record}
         assert rewards.letters([record['completion']]) == [record['reward']]
+
+
+def test_the_reference_is_kept_once(prompts, base, finished, tmp_path):
+    """Under frozen/, for good; checkpoints hold its fingerprint, and go on with no other."""
+    start = dict(trees.named_leaves(hf_llama.read(base)[1]))
+    for name, leaf in trees.named_leaves(frozen.read_reference(finished('rloo'))):
+        np.testing.assert_array_equal(leaf, start[name], err_msg=name)
+    about = checkpoint.read_about(finished('rloo') / 'checkpoints/4')
+    assert about['frozen'].startswith('+') and not any('reference' in name for name in about['leaves'])
+    assert not (finished('no reference') / 'frozen').exists()
+    adapted = finished('lora') / 'frozen'
+    assert [path.name for path in adapted.iterdir() if path.is_dir()] == ['0']
+    with pytest.raises(Stopped):
+        main.run(values(prompts, base), tmp_path / 'run', stop=StopAtTwo())
+    (tmp_path / 'run/frozen').rename(tmp_path / 'frozen')
+    with pytest.raises(CheckpointError, match='frozen is missing'):
+        main.run(values(prompts, base), tmp_path / 'run')
+    shutil.copytree(finished('lora') / 'frozen', tmp_path / 'run/frozen')
+    with pytest.raises(CheckpointError, match='holds other weights'):
+        main.run(values(prompts, base), tmp_path / 'run')
 
 
 def test_inner_updates_are_clipped(finished):
