@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
+from mixln_jax import config as configs
 from mixln_jax.data import chat, records
 from mixln_jax.data.records import Prompt
+from mixln_jax.data.tokenizers import Tokenizer
+from mixln_jax.runs import weights
 from mixln_jax.runs.encoder import TextEncoder
-from mixln_jax.runs.weights import Weights
 from mixln_jax.system import files
 from mixln_jax.system.errors import DataError, UsageError
 
@@ -30,24 +32,28 @@ def read(path: str) -> list[Prompt]:
     return list(records.read_prompts([str(file)]))
 
 
-def open_template(name: str, loaded: Weights, encoder: TextEncoder) -> chat.Template | None:
-    """Returns the template by which the weights were taught to answer; None: prompts are texts to continue.
+def open_template(
+    name: str, config: configs.Config | None, tokenizer: Tokenizer, exported: str | None = None
+) -> chat.Template | None:
+    """Returns the template by which weights were taught to answer; None: prompts are texts to continue.
 
     Args:
         name: one of TEMPLATES. `auto`: that of a run, or of its export, that learned to answer; the chat template of a
             Hugging Face folder that has one; else none.
-        loaded: the weights.
-        encoder: theirs.
+        config: of the run; None: a Hugging Face folder.
+        tokenizer: of the weights.
+        exported: what an export says of the template of its run.
 
     Raises DataError: `chat`, and the tokenizer has no template.
     """
-    if name == AUTO:
-        own = 'chat' if encoder.tokenizer.chat_template and not loaded.config else NONE
-        name = loaded.template or own
+    if name == AUTO and config:
+        name = weights.taught(config) or NONE
+    elif name == AUTO:
+        name = exported or ('chat' if tokenizer.chat_template else NONE)
     if name == NONE:
         return None
-    today = chat.TODAY if loaded.config else None  # a run has learned with this date
-    return chat.open_template(name, encoder.tokenizer, today)
+    today = chat.TODAY if config else None  # a run has learned with this date
+    return chat.open_template(name, tokenizer, today)
 
 
 def with_turn_end(encoder: TextEncoder, template: chat.Template | None) -> TextEncoder:

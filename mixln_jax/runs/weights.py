@@ -83,11 +83,16 @@ class Weights:
         Raises CheckpointError where an export has another value.
         """
         if self.config:
-            return self.config.data.template if self.config.task.name in ANSWERS else None
+            return taught(self.config)
         template = _of_export(pathlib.Path(self.where)).get('template')
         if template not in (None, 'chat', *chat.NAMED):
             raise CheckpointError(f'{pathlib.Path(self.where, EXPORT)}: template={template!r} is not a template')
         return template
+
+
+def taught(config: configs.Config) -> str | None:
+    """Returns config.data.template if a run learns to answer by it, else None."""
+    return config.data.template if config.task.name in ANSWERS else None
 
 
 def load(
