@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -250,13 +251,14 @@ def _hops(path: pathlib.Path) -> Iterator[pathlib.Path]:
     yield pathlib.Path(os.path.realpath(path))
 
 
-def initial(where: str, model: Network) -> Any:
+def initial(where: str, model: Network, tokenizer: str | None = None) -> Any:
     """Returns what `config.init_from` names as parameters of `model`, numpy arrays: no device needs to hold them all.
 
     Args:
         where: `hf:FOLDER`, `adapter:FOLDER` of peft, or what `load` opens as ours.
         model: the network that is to start from them. A Hugging Face folder that does not say its placement, as the
             authors' do not, is read under this network's.
+        tokenizer: fingerprint of the new run's, for a warning if a run of ours had another one; None: it is not known.
 
     Raises:
         UsageError: nothing there, or weights of another network, naming the key that differs. The vocabulary may have
@@ -272,6 +274,9 @@ def initial(where: str, model: Network) -> Any:
             loaded = load(where)
             _check_same(model, loaded.model)
             params, size = jax.device_get(loaded.params), loaded.model.config.vocab_size
+            if loaded.tokenizer and tokenizer not in (None, loaded.tokenizer.fingerprint):
+                own = f'{where} has learned the ids of another tokenizer: that in {loaded.workdir}/tokenizer'
+                console.say(f'mixln_jax: warning: config.init_from={own}', file=sys.stderr)
         else:
             raise UsageError(f'not a run of ours; a Hugging Face folder is hf:{where}')
     except (UsageError, CheckpointError) as error:

@@ -101,7 +101,7 @@ def test_greedy_is_the_plain_loop(devices):
 
 @pytest.mark.parametrize('name', ['greedy', 'sampled'])
 def test_a_row_alone_is_the_row_of_eight(name):
-    """Tokens are the same; log-probabilities to 2e-6, since a matrix product of one row sums in another order."""
+    """Tokens are the same; log-probabilities to a relative 1e-6: a matrix product of one row sums in another order."""
     chosen = {'greedy': GREEDY, 'sampled': Sampling(1.5, 8, 0.95)}[name]
     _, params, generator = make()
     prompts = [PROMPTS[number % 3] for number in range(8)]
@@ -110,7 +110,7 @@ def test_a_row_alone_is_the_row_of_eight(name):
         [alone] = generator.generate(params, prompts[number : number + 1], rows=[number], max_new=10, sampling=chosen,
                                    seed=3)  # fmt: skip
         assert alone.ids == many[number].ids
-        np.testing.assert_allclose(alone.log_probs, many[number].log_probs, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(alone.log_probs, many[number].log_probs, rtol=1e-6, atol=0)
     if name == 'sampled':  # equal prompts with other numbers, and other seeds, go on differently
         assert many[0].ids != many[3].ids
         assert generator.generate(params, prompts, max_new=10, sampling=chosen, seed=4)[0].ids != many[0].ids

@@ -49,7 +49,7 @@ def assert_same(run, other, last):
     'changes, length',
     [
         (CONSTANT, 4),
-        ({'optim.schedule': 'constant', 'optim.warmup_ratio': 0.0}, 4),
+        pytest.param({'optim.schedule': 'constant', 'optim.warmup_ratio': 0.0}, 4, marks=pytest.mark.slow),
         (WSD, 6),
     ],
     ids=['constant', 'constant without warm-up', 'finished wsd'],
