@@ -13,7 +13,7 @@ import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax import trees
-from mixln_jax.data import tokenizers
+from mixln_jax.data import chat, tokenizers
 from mixln_jax.models import families, hf, placements, transformer
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import peft, tensors
@@ -23,6 +23,7 @@ from mixln_jax.runs import best, checkpoint, checkpoint_folders, checksums, froz
 from mixln_jax.system import console, files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
+ANSWERS = 'instructions', 'online'  # the tasks that teach to answer, by a template
 EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
 
 
@@ -74,6 +75,19 @@ class Weights:
         if self.config:
             return self.config.data.mode
         return _of_export(pathlib.Path(self.where)).get('data_mode')
+
+    @property
+    def template(self) -> str | None:
+        """config.data.template by which the weights were taught to answer; None: by none, or nothing says it.
+
+        Raises CheckpointError where an export has another value.
+        """
+        if self.config:
+            return self.config.data.template if self.config.task.name in ANSWERS else None
+        template = _of_export(pathlib.Path(self.where)).get('template')
+        if template not in (None, 'chat', *chat.NAMED):
+            raise CheckpointError(f'{pathlib.Path(self.where, EXPORT)}: template={template!r} is not a template')
+        return template
 
 
 def load(
