@@ -164,6 +164,8 @@ def _run(options: argparse.Namespace) -> None:
             console.say()
         place = f' in {out}' if options.out is not None else ''
         ends = ', '.join(f'{sum(one.tokens.finish == end for one in made):,} {end}' for end in ('stop', 'length'))
+        if empty := sum(not one.text for one in made):
+            ends += f', {empty:,} empty'
         summary = f'{len(made):,} completions{place} ({ends}), {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s'
         console.say(f'{summary} with compiling', file=sys.stderr)
 

@@ -98,7 +98,8 @@ class Instructions(Rows):
         if not ids:
             raise DataError(
                 f'none of {len(conversations):,} records has anything to learn in config.seq_length={seq_length} tokens'
-                + (f', the first of them {self.dropped[0]}' if self.dropped else '')
+                + (f', the first of them {self.dropped[0]}: ' if self.dropped else '; ')
+                + ('raise config.seq_length' if self.num_cut else 'none has an answer of the assistant')
             )
         self._ids, self._learned = np.concatenate(ids), np.concatenate(learned)
         lengths = [len(tokens) for tokens in ids]

@@ -220,11 +220,17 @@ class TestWhatIsWrong:
         with pytest.raises(DataError, match=f'^{tmp_path}/a:2: the template plain: .*the role tool$'):
             open_(write(tmp_path / 'a', records))
 
-    def test_nothing_to_learn(self, tmp_path):
-        path = write(tmp_path / 'a', [talk('S'), talk('Sa')])
-        with pytest.raises(
-            DataError, match=f'^none of 2 records has anything to learn in .*=8.*first of them {path}:1'
-        ):
+    @pytest.mark.parametrize(
+        'records, reason',
+        [
+            ([talk('S'), talk('Sa')], 'none has an answer of the assistant'),
+            ([{'prompt': 'x' * 20, 'completion': 'y'}] * 2, 'raise config.seq_length'),
+        ],
+        ids=['no answers', 'long prompts'],
+    )
+    def test_nothing_to_learn(self, tmp_path, records, reason):
+        path = write(tmp_path / 'a', records)
+        with pytest.raises(DataError, match=f'^none of . records has anything .*=8.*first of them {path}:1: {reason}$'):
             open_(path)
 
     def test_no_file(self, tmp_path):
