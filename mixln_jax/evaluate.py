@@ -40,8 +40,7 @@ def _text(loaded: Weights, options: argparse.Namespace) -> tuple[str, dict[str, 
     task = TASKS[loaded.config.task.name]
     decimals = {name: task.digits if name == task.headline else 4 for name in numbers}
     shown = '  '.join(
-        f'{name.replace("_", " ")} {"-" if value is None else format(value, f".{decimals[name]}f")}'
-        for name, value in numbers.items()
+        f'{name.replace("_", " ")} {value:.{decimals[name]}f}' for name, value in numbers.items() if value is not None
     )
     return f'{split}: {shown}  ({tokens:,} tokens)', {'split': split} | values
 

@@ -204,11 +204,12 @@ def progress_line(line: Line, num_steps: int, task: Task) -> str:
 def summary_table(line: Line, norm_position: Sequence[str]) -> str:
     """Returns the table that ends a run, from its last metrics line.
 
-    It shows the evaluation and, for every layer, the gradient norm and the angular distance across the layer, if that
-    was measured.
+    It shows what is known of the evaluation and, for every layer, the gradient norm and the angular distance across the
+    layer, if that was measured.
     """
     results = {name.removeprefix('eval/'): value for name, value in line.items() if name.startswith('eval/')}
-    shown = [f'{name.replace("_", " ")} {_number(results[name], ".4g")}' for name in results if name != 'tokens']
+    results = {name: value for name, value in results.items() if name != 'tokens' and value is not None}
+    shown = [f'{name.replace("_", " ")} {value:.4g}' for name, value in results.items()]
     grad_norms = line['layers/grad_norm']
     distances = line.get('analysis/angular_distance', [None] * len(norm_position))
     width = max(10, *map(len, norm_position))

@@ -206,7 +206,7 @@ class TestClosingTable:
     def test_by_hand(self):
         """Bars of 14 blocks at most, in eighths of one."""
         assert log.summary_table(self.LINE, ('post', 'pre', 'lns')).splitlines() == [
-            'eval loss 3.25   perplexity 25.79   bits per byte -',
+            'eval loss 3.25   perplexity 25.79',
             'layer  placement  gradient norm            angular distance across it',
             '    1  post         0.5000 ███▌             0.4000 ██████████████',
             '    2  pre          2.0000 ██████████████  - ',
