@@ -35,6 +35,31 @@ class Conversation:
         return json.dumps([[message['role'], message['content']] for message in self.messages]).encode()
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What is to be continued or answered.
+
+    Attributes:
+        fields: the whole record, whose other fields are kept.
+        origin: its file and line, for people.
+        messages: the turns before the answer.
+    """
+
+    fields: dict[str, Any]
+    origin: str
+    messages: list[dict[str, Any]]
+
+    @property
+    def text(self) -> str | None:
+        """The prompt, if it is a text; None: a record of another shape."""
+        return self.fields.get('prompt')
+
+    @property
+    def unit(self) -> bytes:
+        """What decides its split: equal prompts are in the same one."""
+        return Conversation(self.messages, self.origin).unit
+
+
 def from_turns(prompt: str, completion: str, origin: str) -> Conversation:
     """Returns a conversation of one question and its answer."""
     turns = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': completion}]
@@ -84,6 +109,23 @@ def question(record: Any) -> list[dict[str, Any]]:
     if 'prompt' in record:
         return _from_prompt({'completion': ''} | record)[:1]
     raise DataError('a prompt is an object with `prompt`, `messages` or `instruction`, such as {"prompt": "def "}')
+
+
+def read_prompts(paths: Sequence[str]) -> Iterator[Prompt]:
+    """Yields the prompts of some files; see `question`.
+
+    Raises DataError, naming file and line: not JSON; a record without a prompt; a file without records.
+    """
+    for path in paths:
+        empty = True
+        for line, record in _records(path):
+            empty, origin = False, f'{path}:{line}'
+            try:
+                yield Prompt(record, origin, question(record))
+            except DataError as error:
+                raise DataError(f'{origin}: {error}') from None
+        if empty:
+            raise DataError(f'{path}: no records in this file')
 
 
 def _records(path: str) -> Iterator[tuple[int, Any]]:

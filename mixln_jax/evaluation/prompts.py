@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import orjson
 
 from mixln_jax.data import chat, records
+from mixln_jax.data.records import Prompt
 from mixln_jax.runs.encoder import TextEncoder
 from mixln_jax.runs.weights import Weights
 from mixln_jax.system import files
@@ -14,26 +14,7 @@ from mixln_jax.system.errors import DataError, UsageError
 
 AUTO, NONE = 'auto', 'none'
 TEMPLATES = (AUTO, NONE, 'chat', *chat.NAMED)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """What is to be continued.
-
-    Attributes:
-        fields: the whole record, whose other fields are kept.
-        origin: its file and line, for people.
-        messages: the turns before the answer.
-    """
-
-    fields: dict[str, Any]
-    origin: str
-    messages: list[dict[str, Any]]
-
-    @property
-    def text(self) -> str | None:
-        """The prompt, if it is a text; None: a record of another shape."""
-        return self.fields.get('prompt')
+ANSWERS = 'instructions', 'online'  # the tasks that teach to answer, by a template
 
 
 def from_text(text: str) -> Prompt:
@@ -71,7 +52,7 @@ def open_template(name: str, loaded: Weights, encoder: TextEncoder) -> chat.Temp
     """Returns the template by which the weights were taught to answer; None: prompts are texts to continue.
 
     Args:
-        name: one of TEMPLATES. `auto`: that of a run that learned instructions, the chat template of a Hugging Face
+        name: one of TEMPLATES. `auto`: that of a run that learned to answer, the chat template of a Hugging Face
             folder that has one, else none.
         loaded: the weights.
         encoder: theirs.
@@ -80,7 +61,7 @@ def open_template(name: str, loaded: Weights, encoder: TextEncoder) -> chat.Temp
     """
     config = loaded.config
     if name == AUTO and config:
-        name = config.data.template if config.task.name == 'instructions' else NONE
+        name = config.data.template if config.task.name in ANSWERS else NONE
     elif name == AUTO:
         name = 'chat' if encoder.tokenizer.chat_template else NONE
     if name == NONE:

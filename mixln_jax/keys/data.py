@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from mixln_jax.keys.field import LARGEST_VOCABULARY, key
+from mixln_jax.keys.field import LARGEST_VOCABULARY, group, key
+from mixln_jax.keys.online import Online
 
 WORKERS = 1024
 
@@ -14,8 +15,8 @@ class Task:
     name: str = key(
         'language',
         'language: predict the next token; masked_language: predict hidden tokens, as BERT does; instructions: predict '
-        'the answers of conversations',
-        choices=('language', 'masked_language', 'instructions'),
+        'the answers of conversations; online: learn from the rewards of generated answers',
+        choices=('language', 'masked_language', 'instructions', 'online'),
     )
     learn: str = key(
         'completions',
@@ -29,13 +30,14 @@ class Task:
         at_least=-1,
         below=LARGEST_VOCABULARY,
     )
+    online: Online = group(Online)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where the text comes from and how it becomes rows of tokens."""
 
-    source: str = key('tfds', 'kind of source', choices=('tfds', 'tokens', 'jsonl', 'text', 'stdlib'))
+    source: str = key('tfds', 'kind of source', choices=('tfds', 'tokens', 'jsonl', 'text', 'stdlib', 'shelves'))
     path: str = key(
         '',
         'files of a jsonl or text source: paths or globs, separated by commas; folder of prepared tokens',

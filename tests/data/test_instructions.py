@@ -205,7 +205,7 @@ def test_rows_travel_to_workers_and_into_batches(tmp_path):
 class TestWhatIsWrong:
     GOOD = [pair('Hi', 'yo')]
     KEYS = {
-        'source': (dict(source='tfds'), 'config.data.source=jsonl or stdlib, not tfds'),
+        'source': (dict(source='tfds'), 'config.data.source=jsonl or stdlib or shelves, not tfds'),
         'mode': (dict(mode='concat'), 'config.data.mode=pad or pack, not concat'),
         'vocabulary': (dict(vocab_size=258), 'the tokenizer bytes has 259 ids, more than config.model.vocab_size=258'),
     }

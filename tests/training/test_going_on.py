@@ -259,8 +259,8 @@ def evaluated(monkeypatch, losses):
     """Makes evaluations of a run return these losses, by step."""
 
     def evaluation(self, eval_step, examples):
-        return lambda params, step: {
-            'eval/loss': losses[int(step)], 'eval/perplexity': 1.0, 'eval/tokens': 1
+        return lambda state: {
+            'eval/loss': losses[int(state.step)], 'eval/perplexity': 1.0, 'eval/tokens': 1
         }  # fmt: skip
 
     monkeypatch.setattr(feed.Feed, 'evaluation', evaluation)
