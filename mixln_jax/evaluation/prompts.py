@@ -14,7 +14,7 @@ from mixln_jax.system.errors import DataError, UsageError
 
 AUTO, NONE = 'auto', 'none'
 TEMPLATES = (AUTO, NONE, 'chat', *chat.NAMED)
-ANSWERS = 'instructions', 'online'  # the tasks that teach to answer, by a template
+ANSWERS = 'instructions', 'preference', 'online'  # the tasks that teach to answer, by a template
 
 
 def from_text(text: str) -> Prompt:
