@@ -50,7 +50,7 @@ def _add_comparison_options(add: Callable[..., Any]) -> None:
     """Adds the options that `_comparison` reads; `add` is a parser's add_argument."""
     add('--against', metavar='DIR', help='compare the answers with those of these weights')
     add('--prompts', metavar='FILE.jsonl', help='against: what both answer: `prompt`, `messages` or `instruction`')
-    add('--reward', metavar='R', help="against: module:function or a reward network [the run's task.online.reward]")
+    add('--reward', metavar='R', help="against: module:function [the run's task.online.reward]")
     add('--start', metavar='DIR', help='against: the weights that both began with, for the KL divergence from them')
     add('--max_new_tokens', type=int, metavar='N', help='against: tokens of an answer, at most [128]')
     add('--temperature', type=float, metavar='X', help='against: of the samples; 0: the likeliest tokens [1.0]')
@@ -84,7 +84,7 @@ def _comparison(options: argparse.Namespace) -> Callable[[Weights], tuple[str, d
     def compare(loaded: Weights) -> tuple[str, dict[str, Any]]:
         reward = options.reward or (loaded.config.task.online.reward if loaded.config else '')
         if not reward:
-            raise UsageError('--against needs --reward: module:function, or the folder of a reward network')
+            raise UsageError('--against needs --reward: module:function')
         opened = reward_functions.open_function(reward, '--reward')
         other, start = (path and weights.load(path) for path in (options.against, options.start))
         result = comparison.compare(

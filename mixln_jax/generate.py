@@ -99,7 +99,7 @@ def _open(options: argparse.Namespace, given: list[Prompt]) -> _Job:
     if not found.model.causal:
         raise CheckpointError(f'{found.where} sees both sides of a token, so it does not predict the next one')
     encoder = encoders.of_weights(found)
-    template = prompts.open_template(options.template, found, encoder)
+    template = prompts.open_template(options.template, found.config, encoder.tokenizer, found.template)
     encoder = prompts.with_turn_end(encoder, template)
     contexts = prompts.contexts(given, encoder, template)
     window, devices = found.max_length, meshes.devices('auto')

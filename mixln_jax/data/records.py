@@ -192,7 +192,7 @@ def _shape(record: Any) -> str:
 
 
 def _from_instruction(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    instruction, given = _text(record, 'instruction'), _text({'input': ''} | dict(record), 'input')
+    instruction, given = _text(record, 'instruction'), '' if record.get('input') is None else _text(record, 'input')
     content = f'{instruction}\n\n{given}' if given else instruction
     return [
         {'role': 'user', 'content': content, 'instruction': instruction, 'input': given},

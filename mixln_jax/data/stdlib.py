@@ -78,10 +78,9 @@ SHELVES = {'north': 'abcde', 'east': 'fghijklmn', 'south': 'opqrs', 'west': 'tuv
 
 
 def shelves() -> list[tuple[str, str]]:
-    """Returns names of functions of the corpus, up to 20 letters long, and on which of four SHELVES each belongs, sorted
-    by name.
+    """Returns names of functions of the corpus, and on which of four SHELVES each belongs, sorted by name.
 
-    There are as many names on each shelf: those with the lowest hashes.
+    The names have up to 20 letters. There are as many on each shelf: those with the lowest hashes.
 
     Raises DataError as `gather`.
     """

@@ -54,7 +54,7 @@ def answer(
     if not loaded.model.causal:
         raise CheckpointError(f'{loaded.where} sees both sides of a token, so it does not predict the next one')
     encoder = encoders.of_weights(loaded)
-    template = prompting.open_template(prompting.AUTO, loaded, encoder)
+    template = prompting.open_template(prompting.AUTO, loaded.config, encoder.tokenizer, loaded.template)
     contexts = prompting.contexts(prompts, encoder, template)
     sampler = Sampler(loaded.model, loaded.max_length, _mesh(batch_size))
     writer = Writer(sampler, sampler.to_devices(loaded.params), prompting.with_turn_end(encoder, template))

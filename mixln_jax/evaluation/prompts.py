@@ -3,18 +3,17 @@
 import dataclasses
 from collections.abc import Sequence
 
-import orjson
-
+from mixln_jax import config as configs
 from mixln_jax.data import chat, records
 from mixln_jax.data.records import Prompt
+from mixln_jax.data.tokenizers import Tokenizer
+from mixln_jax.runs import weights
 from mixln_jax.runs.encoder import TextEncoder
-from mixln_jax.runs.weights import Weights
 from mixln_jax.system import files
 from mixln_jax.system.errors import DataError, UsageError
 
 AUTO, NONE = 'auto', 'none'
 TEMPLATES = (AUTO, NONE, 'chat', *chat.NAMED)
-ANSWERS = 'instructions', 'preference', 'online'  # the tasks that teach to answer, by a template
 
 
 def from_text(text: str) -> Prompt:
@@ -23,51 +22,38 @@ def from_text(text: str) -> Prompt:
 
 
 def read(path: str) -> list[Prompt]:
-    """Returns the prompts of a file of JSON lines: objects with `prompt`, `messages` or `instruction` (and `input`).
+    """Returns the prompts of a file: of JSON lines or one JSON array, plain or compressed; see `records.question`.
 
     Raises DataError, naming file and line, for anything else.
     """
-    try:
-        content = files.read(files.local(path, '--prompts'), DataError)
-    except FileNotFoundError as error:
-        raise DataError(f'--prompts: there is no file {path}') from error
-    prompts = []
-    for number, line in enumerate(content.split(b'\n'), 1):
-        if not line.strip():
-            continue
-        try:
-            record = orjson.loads(line)
-        except ValueError as error:
-            raise DataError(f'{path}:{number}: not JSON: {str(error).partition(":")[0]}') from None
-        try:
-            prompts.append(Prompt(record, f'{path}:{number}', records.question(record)))
-        except DataError as error:
-            raise DataError(f'{path}:{number}: {error}') from None
-    if not prompts:
-        raise DataError(f'{path} holds no prompts')
-    return prompts
+    file = files.local(path, '--prompts')
+    if not file.exists():
+        raise DataError(f'--prompts: there is no file {path}')
+    return list(records.read_prompts([str(file)]))
 
 
-def open_template(name: str, loaded: Weights, encoder: TextEncoder) -> chat.Template | None:
-    """Returns the template by which the weights were taught to answer; None: prompts are texts to continue.
+def open_template(
+    name: str, config: configs.Config | None, tokenizer: Tokenizer, exported: str | None = None
+) -> chat.Template | None:
+    """Returns the template by which weights were taught to answer; None: prompts are texts to continue.
 
     Args:
-        name: one of TEMPLATES. `auto`: that of a run that learned to answer, the chat template of a Hugging Face
-            folder that has one, else none.
-        loaded: the weights.
-        encoder: theirs.
+        name: one of TEMPLATES. `auto`: that of a run, or of its export, that learned to answer; the chat template of a
+            Hugging Face folder that has one; else none.
+        config: of the run; None: a Hugging Face folder.
+        tokenizer: of the weights.
+        exported: what an export says of the template of its run.
 
     Raises DataError: `chat`, and the tokenizer has no template.
     """
-    config = loaded.config
     if name == AUTO and config:
-        name = config.data.template if config.task.name in ANSWERS else NONE
+        name = weights.taught(config) or NONE
     elif name == AUTO:
-        name = 'chat' if encoder.tokenizer.chat_template else NONE
+        name = exported or ('chat' if tokenizer.chat_template else NONE)
     if name == NONE:
         return None
     today = chat.TODAY if config else None  # a run has learned with this date
-    return chat.open_template(name, encoder.tokenizer, today)
+    return chat.open_template(name, tokenizer, today)
 
 
 def with_turn_end(encoder: TextEncoder, template: chat.Template | None) -> TextEncoder:

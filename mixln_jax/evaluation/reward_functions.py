@@ -1,4 +1,4 @@
-"""Rewards: what scores the completions of prompts, a function of the user or a reward network.
+"""Reward functions: what scores the completions of prompts, written by the user.
 
 A function is named as `module:function` and called with keyword arguments, lists of equal length: `prompts`, the text
 of the last message before each answer; `completions`, the texts that were generated; and each further field of the

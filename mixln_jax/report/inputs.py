@@ -36,7 +36,7 @@ class Headline:
     @classmethod
     def of_task(cls, task: type[Task]) -> 'Headline':
         """Returns the headline of a task."""
-        return cls(task.headline, task.lower_is_better, task.digits)
+        return cls(task.headline, task.headline in task.lower, task.digits)
 
     @property
     def key(self) -> str:

@@ -8,10 +8,10 @@ from mixln_jax import config as configs
 from mixln_jax.runs import log
 from mixln_jax.runs.checkpoint_folders import steps
 from mixln_jax.system.errors import UsageError, nearest
+from mixln_jax.tasks.build import TASKS
 from mixln_jax.tasks.task import Task
 
 NAME = 'best'  # `<run>/best` stands for the folder of the best checkpoint
-LOWER = ('loss', 'perplexity', 'bits_per_byte')  # metrics that begin so are better if lower; all others if higher
 
 
 def check_metric(metric: str, task: Task) -> None:
@@ -25,10 +25,13 @@ def check_metric(metric: str, task: Task) -> None:
         )
 
 
-def best_step(lines: Iterable[Mapping[str, Any]], metric: str, saved: Collection[int]) -> int | None:
-    """Returns the saved step at which `metric` was best, of equal ones the first; None if it was never logged there."""
+def best_step(
+    lines: Iterable[Mapping[str, Any]], metric: str, saved: Collection[int], task: Task | type[Task]
+) -> int | None:
+    """Returns the saved step at which `metric` of a task was best, of equal ones the first; None if it was never logged
+    there."""
     values = {line['step']: line[metric] for line in lines if line['step'] in saved and line.get(metric) is not None}
-    choose = min if metric.rpartition('/')[2].startswith(LOWER) else max
+    choose = min if metric.removeprefix('eval/') in task.lower else max
     return choose(values, key=values.__getitem__, default=None)
 
 
@@ -37,10 +40,11 @@ def best_folder(run: pathlib.Path) -> pathlib.Path:
 
     Raises UsageError if the run keeps none, or has not evaluated any that it keeps.
     """
-    metric = configs.read(run / 'config.json').checkpoint.best
+    config = configs.read(run / 'config.json')
+    metric, task = config.checkpoint.best, TASKS[config.task.name]
     if not metric:
         raise UsageError(f'{run / NAME}: the run keeps no best checkpoint (config.checkpoint.best is empty)')
-    step = best_step(log.read_metrics(run / 'metrics.jsonl'), metric, steps(run / 'checkpoints'))
+    step = best_step(log.read_metrics(run / 'metrics.jsonl'), metric, steps(run / 'checkpoints'), task)
     if step is None:
         raise UsageError(f'{run / NAME}: no checkpoint of the run has {metric} yet')
     return run / 'checkpoints' / str(step)

@@ -31,8 +31,8 @@ class Language(Task):
 
     headline: ClassVar[str] = 'perplexity'
     label: ClassVar[str] = 'ppl'
-    lower_is_better: ClassVar[bool] = True
     digits: ClassVar[int] = 2
+    lower: ClassVar[tuple[str, ...]] = 'loss', 'perplexity', 'bits_per_byte', 'perplexity_official'
     headline_of_loss: ClassVar[tuple[Callable[[Any], Any], Callable[[Any], Any]] | None] = (np.exp, np.exp)
 
     @classmethod

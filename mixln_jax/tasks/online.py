@@ -53,7 +53,7 @@ class Online(Language):
 
     headline: ClassVar[str] = 'reward'
     label: ClassVar[str] = 'reward'
-    lower_is_better: ClassVar[bool] = False
+    lower: ClassVar[tuple[str, ...]] = ('loss', 'kl')
     digits: ClassVar[int] = 3
     headline_of_loss: ClassVar[None] = None
     metrics: ClassVar[tuple[str, ...]] = (

@@ -28,7 +28,7 @@ class OfPairs(Language):
 
     headline: ClassVar[str] = 'accuracy'
     label: ClassVar[str] = 'accuracy'
-    lower_is_better: ClassVar[bool] = False
+    lower: ClassVar[tuple[str, ...]] = ('loss', 'kl')
     digits: ClassVar[int] = 4
     headline_of_loss: ClassVar[None] = None
 

@@ -36,7 +36,6 @@ class QuestionAnswering(Task):
 
     headline: ClassVar[str] = 'exact_match'
     label: ClassVar[str] = 'EM'
-    lower_is_better: ClassVar[bool] = False
     digits: ClassVar[int] = 2
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -132,6 +132,7 @@ class Best(_Every):
     """
 
     metric: str
+    task: Task
     saving: Saving
 
     def __call__(self, step: int, state: State) -> None:
@@ -143,7 +144,7 @@ class Best(_Every):
     def choose(self, *steps: int) -> int | None:
         """Returns the best of `steps` and those that are saved, which stays from now on."""
         checkpoints = self.saving.checkpoints
-        found = best_step(self.saving.metrics.lines, self.metric, {*checkpoints.saved(), *steps})
+        found = best_step(self.saving.metrics.lines, self.metric, {*checkpoints.saved(), *steps}, self.task)
         checkpoints.best = processes.of_first(found or 0) or None
         return checkpoints.best
 

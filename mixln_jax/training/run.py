@@ -199,7 +199,7 @@ class _Job:
         )
         keeping = []
         if metric := config.checkpoint.best:
-            keeping = [hooks.Best(config.eval.every, metric, saving)]
+            keeping = [hooks.Best(config.eval.every, metric, program.task, saving)]
             keeping[0].choose()  # a run that continues has one
         stream = (to_devices(batch) for batch in feed.watched(reader))
         stream = hooks.profiled(stream, first, config.profile.start, config.profile.steps, self.records.folder)

@@ -8,7 +8,7 @@ import jax
 from mixln_jax.data import batches
 from mixln_jax.data.examples import Examples
 from mixln_jax.data.tokenizers import Tokenizer
-from mixln_jax.evaluation import generation
+from mixln_jax.evaluation import generation, prompts
 from mixln_jax.evaluation.rollouts import Rollouts
 from mixln_jax.models import transformer
 from mixln_jax.models.sampler import Sampler
@@ -33,20 +33,22 @@ def scored(program: Program, examples: Any, rollouts: Rollouts) -> Callable[[Any
 
 def sampling(program: Program, examples: Examples, tokenizer: Tokenizer) -> Callable[[Any, Any], bytes]:
     """Returns the function (weights, step) -> JSON lines, with a continuation of each of the first `eval.samples`
-    examples, or of all if there are fewer. Random numbers are the same at every step."""
+    examples, or of all if there are fewer; answers end as those of `generate`. Random numbers are the same at every
+    step."""
     config, model = program.config, program.model
     assert isinstance(program.mesh, jax.sharding.Mesh), 'plans do not sample'
-    encoder = encoders.of_run(config, tokenizer)
+    template = prompts.open_template(prompts.AUTO, config, tokenizer)
+    encoder = prompts.with_turn_end(encoders.of_run(config, tokenizer), template)
     sampler = Sampler(model, config.seq_length, program.mesh)
     count = min(config.eval.samples, len(examples))
     rows = batches.evaluation(examples, count)[0]
     longest = min(LONGEST, config.seq_length // 2)
     contexts = [generation.context({name: rows[name][row] for name in rows}, longest) for row in range(count)]
-    prompts = [tokenizer.decode(ids) for ids in contexts]
+    texts = [tokenizer.decode(ids) for ids in contexts]
 
     def write(params: Any, step: Any) -> bytes:
         writer = generation.Writer(sampler, params, encoder, step=transformer.needed_step(model, step))
         made = writer.complete(contexts, [()] * count, [NEW] * count, ROWS)
-        return generation.json_lines(one.record(prompt) for prompt, one in zip(prompts, made, strict=True))
+        return generation.json_lines(one.record(text) for text, one in zip(texts, made, strict=True))
 
     return write

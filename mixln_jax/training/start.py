@@ -79,7 +79,8 @@ def first_state(
     if not restored:
         state = program.init(jax.random.key(config.seed))
         if config.init_from:
-            state = _with_weights(state, weights.initial(config.init_from, program.model), program.state)
+            values = weights.initial(config.init_from, program.model, fingerprint.get('tokenizer'))
+            state = _with_weights(state, values, program.state)
             console.say(f'mixln_jax: starts from the weights of {config.init_from}')
         return state, {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored

@@ -17,7 +17,7 @@ from jax._src import distributed
 from strangers import free_port
 
 from mixln_jax.distributed import processes
-from mixln_jax.runs import checkpoint
+from mixln_jax.runs import checkpoint, checkpoint_folders
 from mixln_jax.system.errors import ProcessLost, UsageError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -375,6 +375,30 @@ class TestProcesses:
         )
         codes, errors, _ = ends(start(tmp_path / 'of', 2, program=('-c', program)))
         assert codes == [2, 2] and all('is not one folder for all 2 processes' in error for error in errors)
+
+    def test_process_0_decides_what_is_saved_and_kept(self, tmp_path):
+        """By its clock, a minute later at each reading, and its losses; the other's clock stands, its losses fall."""
+        program = (
+            'import itertools, os, sys, types; from mixln_jax import main\n'
+            'from mixln_jax.distributed import processes; from mixln_jax.training import feed, hooks\n'
+            'number, minutes = int(os.environ["JAX_PROCESS_ID"]), itertools.count()\n'
+            'clock = lambda: 0.0 if number else 60.0 * next(minutes)\n'
+            'hooks.time = types.SimpleNamespace(monotonic=clock)\n'
+            'values = lambda step: {"eval/loss": 30.0 - step if number else 10.0 + step, "eval/tokens": 1}\n'
+            'evaluation = lambda *_: lambda _, step: values(int(step)) | {"eval/perplexity": 1.0}\n'
+            'feed.Feed.evaluation, save = evaluation, hooks.Saving.__call__\n'
+            'def saving(self, step, *rest, **more):\n'
+            f'  open({str(tmp_path / "saved")!r} + str(number), "a").write(f"{{step}} ")\n'
+            '  save(self, step, *rest, **more)\n'
+            'hooks.Saving.__call__ = saving\n'
+            'processes.end(main.main(sys.argv[1:]))'
+        )
+        changes = {'checkpoint.every': 0, 'checkpoint.minutes': 2.0, 'checkpoint.keep': 1, 'log_every': 2}
+        changes |= {'checkpoint.best': 'eval/loss', 'eval.every': 5, 'analysis.tokens': 0}
+        codes, errors, _ = ends(start(tmp_path / 'run', 2, num_steps=12, program=('-c', program), **changes))
+        assert codes == [0, 0], errors
+        assert [(tmp_path / f'saved{number}').read_text() for number in (0, 1)] == ['4 5 8 12 '] * 2
+        assert checkpoint_folders.steps(tmp_path / 'run/checkpoints') == [5, 12]
 
     @pytest.mark.parametrize('number', [0, 1])
     def test_an_error_of_one_alone_ends_all_with_its_code(self, tmp_path, number):

@@ -90,3 +90,18 @@ def test_without_generation_it_is_what_the_turn_adds(tmp_path):
         made.append(chat.open_template('chat', ours).tokens(messages))
     for one, other in zip(*made, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize('named', chat.NAMED)
+def test_named_templates_in_exports(tmp_path, named):
+    """What an export writes for transformers gives the ids, the mask and the prompts of the run."""
+    ours, theirs = opened(tmp_path, 'byte_level', chat.portable(named))
+    made = chat.open_template(named, ours)
+    for conversation in (CONVERSATIONS[0], CONVERSATIONS[1][1:]):
+        messages = [{'role': role, 'content': text} for role, text in conversation]
+        wanted = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, learned = made.tokens(messages)
+        assert ids.tolist() == wanted['input_ids'][: len(ids)]
+        assert np.flatnonzero(learned).tolist() == np.flatnonzero(wanted['assistant_masks']).tolist()
+        wanted = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)['input_ids']
+        assert made.prompt(messages[:-1]).tolist() == wanted

@@ -441,9 +441,9 @@ def classified(accuracy, last=0.5):
     ]
 
 
-def with_headline(monkeypatch, headline, lower_is_better, digits=4, task=QuestionAnswering):
+def with_headline(monkeypatch, headline, lower=('loss',), digits=4, task=QuestionAnswering):
     """Puts a task with another headline in the place of masked language modelling; returns the key that selects it."""
-    attributes = {'headline': headline, 'lower_is_better': lower_is_better, 'digits': digits}
+    attributes = {'headline': headline, 'lower': lower, 'digits': digits}
     monkeypatch.setitem(TASKS, 'masked_language', type('Other', (task,), attributes))
     return {'task.name': 'masked_language'}
 
@@ -468,7 +468,7 @@ class TestHeadline:
         """The highest first, four decimals, in every table, figure, caption and warning."""
         text = {'source': 'ab', 'tokenizer': 'cd'}
         lines = classified(0.75) + [{'step': 11, 'tokens': 1100, 'analysis/accuracy_drop': [0.25, -0.125, None]}]
-        task = with_headline(monkeypatch, 'accuracy', lower_is_better=False)
+        task = with_headline(monkeypatch, 'accuracy')
         low = made('low', lines, text, **task)
         high = made('high', classified(0.875), text | {'source': 'ef'}, seed=1, **task)
         drop = {'accuracy': {'value': 0.75, 'drop': {'1': measured([-0.5, 0, 0.25])}}}
@@ -494,13 +494,13 @@ class TestHeadline:
 
     def test_loss(self, made, monkeypatch):
         lines = [{'step': 10, 'tokens': 9, 'eval/loss': loss} for loss in (2.5, 1.25)]
-        task = with_headline(monkeypatch, 'loss', lower_is_better=True)
+        task = with_headline(monkeypatch, 'loss')
         folders = [made('worse', lines[:1], **task), made('better', lines[1:], **task)]
         assert report.main([*map(str, folders)]) == 0
         assert [(row['run'], row['loss']) for row in table(read()[1])] == [('better', '1.2500'), ('worse', '2.5000')]
 
     def test_a_headline_of_several_words(self, made, monkeypatch):
-        task = with_headline(monkeypatch, 'exact_match', lower_is_better=False, digits=1)
+        task = with_headline(monkeypatch, 'exact_match', digits=1)
         made('a', [{'step': 10, 'tokens': 9, 'eval/exact_match': 81.25, 'eval/loss': 1.0}], **task)
         assert report.main(['a']) == 0
         page, text = read()
@@ -509,7 +509,7 @@ class TestHeadline:
 
     def test_the_loss_without_layers(self, made, monkeypatch):
         """What is measured during training where a headline is no function of the loss."""
-        task = with_headline(monkeypatch, 'accuracy', lower_is_better=False)
+        task = with_headline(monkeypatch, 'accuracy')
         made('a', classified(0.75) + [{'step': 11, 'tokens': 11, 'analysis/loss_drop': [0.5, 0.25, 0.125]}], **task)
         assert report.main(['a']) == 0
         assert 'Change in loss without each layer' in Reader(read()[0]).headings
@@ -517,7 +517,7 @@ class TestHeadline:
     def test_runs_of_two_kinds(self, made, monkeypatch):
         """Each has a column of its own; neither is a sample of the other."""
         made('a', logged(30.0)), made('c', (), seed=1)
-        made('b', classified(0.75), **with_headline(monkeypatch, 'accuracy', lower_is_better=False))
+        made('b', classified(0.75), **with_headline(monkeypatch, 'accuracy'))
         assert report.main(['b', 'c', 'a']) == 0
         text = read()[1]
         rows = table(text)

@@ -12,11 +12,15 @@ import pytest
 from corpora import write
 from short_runs import WORDS, StopAtTwo, lines_of, recipe
 
+from mixln_jax import config as configs
 from mixln_jax import main
+from mixln_jax.models import families
 from mixln_jax.runs import weights
 from mixln_jax.runs.best import best_step
 from mixln_jax.runs.checkpoint_folders import steps
 from mixln_jax.system.errors import NumericsError, Stopped, UsageError
+from mixln_jax.tasks import build
+from mixln_jax.tasks.language import Language, OfficialLanguage
 from mixln_jax.training import feed, hooks
 
 WSD = {'optim.schedule': 'wsd', 'optim.warmup_steps': 1, 'optim.decay_steps': 2}
@@ -49,7 +53,7 @@ def assert_same(run, other, last):
     'changes, length',
     [
         (CONSTANT, 4),
-        ({'optim.schedule': 'constant', 'optim.warmup_ratio': 0.0}, 4),
+        pytest.param({'optim.schedule': 'constant', 'optim.warmup_ratio': 0.0}, 4, marks=pytest.mark.slow),
         (WSD, 6),
     ],
     ids=['constant', 'constant without warm-up', 'finished wsd'],
@@ -213,10 +217,27 @@ class TestKept:
         assert found.step == 4 and found.where.endswith('checkpoints/4')
         assert weights.load(tmp_path).step == 7
 
-    def test_higher_is_better_for_other_metrics(self):
-        lines = [{'step': 1, 'eval/f1': 0.5}, {'step': 2, 'eval/f1': None}, {'step': 3, 'eval/f1': 0.7}, {'step': 4}]
-        assert best_step(lines, 'eval/f1', [1, 2, 3, 4]) == 3 and best_step(lines, 'eval/f1', [1, 2]) == 1
-        assert best_step(lines, 'eval/f1', [2, 4]) is None
+    def test_the_task_says_what_is_better(self):
+        class Ranking(Language):
+            lower = 'loss', 'wrong'
+
+        def best(name, values, saved=(1, 2, 3, 4), task=Ranking):
+            lines = [{'step': step, f'eval/{name}': value} for step, value in enumerate(values, 1)] + [{'step': 4}]
+            return best_step(lines, f'eval/{name}', saved, task)
+
+        values = 0.5, None, 0.7
+        assert best('loss', values) == best('wrong', values) == 1
+        assert best('f1', values) == best('loss_margin', values) == 3
+        assert best('f1', values, [1, 2]) == 1 and best('f1', values, [2, 4]) is None
+        for name in OfficialLanguage.lower:
+            assert best(name, values, task=OfficialLanguage) == 1
+
+    @pytest.mark.parametrize('compat', ['none', 'official'])
+    def test_all_numbers_of_language_are_better_lower(self, compat):
+        config = configs.Config(compat=compat)
+        task = build.from_config(config, families.from_config(config.model))
+        names = task.summary({'sum': 1.0, 'weight': 1.0, 'num_bytes': 1, 'batch_means': 1.0, 'batches': 1})
+        assert names.keys() <= {*task.lower} and len(names) == 3 + (compat == 'official')
 
     def test_before_the_network_fell(self, corpus, tmp_path, monkeypatch):
         """An evaluation that is not finite ends the run with 6; the best checkpoint is not touched."""
