@@ -54,10 +54,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ml_collections.Confi
         parser.exit()
     if config is None:
         raise UsageError('--config FILE is missing; --help lists the keys')
-    file, _, argument = options.config.partition('.py:')
     if options.workdir is None:
-        options.workdir = f'runs/{pathlib.Path(file).stem}{argument and f"_{argument}"}'
+        options.workdir = default_workdir(options.config)
     return options, config
+
+
+def default_workdir(recipe: str) -> str:
+    """Returns the folder of the run of FILE[:ARG]: `runs/`, the path of the file below a folder `configs`, if it is in
+    one, and the argument, joined by `_`. So recipes of one name in several folders have runs of their own."""
+    file, _, argument = recipe.partition('.py:')
+    *folders, name = pathlib.Path(file.removesuffix('.py')).absolute().parts
+    above = folders[::-1].index('configs') if 'configs' in folders else 0
+    return 'runs/' + '_'.join([*folders[len(folders) - above :], name, *([argument] if argument else [])])
 
 
 def main(argv: Sequence[str]) -> int:

@@ -434,6 +434,27 @@ class TestCommandLine:
         assert (config.num_steps, config.seed, options.workdir) == (3, 4, 'runs/quickstart')
 
     @pytest.mark.parametrize(
+        'recipe, workdir',
+        [
+            ('configs/quickstart.py', 'runs/quickstart'),
+            ('configs/finetune/quickstart.py', 'runs/finetune_quickstart'),
+            ('configs/paper/mixln_table5.py:0.25', 'runs/paper_mixln_table5_0.25'),
+            ('/a/configs/b/configs/c/d/my.recipe.py', 'runs/c_d_my.recipe'),
+            ('a/b/mine.py:x_1', 'runs/mine_x_1'),
+        ],
+    )
+    def test_work_directories_by_the_path_of_a_recipe(self, monkeypatch, tmp_path, recipe, workdir):
+        monkeypatch.chdir(tmp_path)
+        assert main.default_workdir(recipe) == workdir
+
+    def test_recipes_do_not_share_a_work_directory(self):
+        """None trains where another does, nor where it begins from."""
+        files = [str(path) for path in RECIPES.glob('**/*.py')]
+        assert len({main.default_workdir(file) for file in files}) == len(files)
+        options, config = self.parse('--config', str(RECIPES / 'finetune/quickstart.py'))
+        assert config.init_from == main.default_workdir(str(RECIPES / 'quickstart.py')) != options.workdir
+
+    @pytest.mark.parametrize(
         'words, message',
         [
             ((), '--config FILE is missing'),

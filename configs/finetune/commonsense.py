@@ -2,7 +2,7 @@
 JSON object a line, of {instruction, input, output, answer}.
 
 python -m mixln_jax.main --config configs/finetune/commonsense.py --config.init_from=runs/mix130m \
-    --config.data.path=commonsense_170k.json --workdir runs/commonsense
+    --config.data.path=commonsense_170k.json
 
 Rate, schedule, rows and passes as in OwLore's script for LISA, which the Mix-LN authors most likely used for Table 2;
 but rows are packed so that records do not see each other, and every weight is trained.

@@ -1,7 +1,7 @@
 """The network of configs/quickstart.py learns to say what a function of Python's library does, from its name.
 
 python -m mixln_jax.main --config configs/quickstart.py
-python -m mixln_jax.main --config configs/finetune/quickstart.py --workdir runs/answers
+python -m mixln_jax.main --config configs/finetune/quickstart.py
 """
 
 from mixln_jax import config

@@ -287,11 +287,20 @@ def open_tasks(names: Sequence[str], task_path: str | None = None) -> TaskManage
     return manager
 
 
-def average_accuracy(results: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> float | None:
-    """Returns the mean of the accuracies of tasks or groups, each with the same weight; None if one has none."""
-    values = [results.get(name, {}).get('acc,none') for name in names]
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known and len(known) == len(names) else None
+def average_accuracy(results: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
+    """Returns the mean of the accuracies of tasks or groups, each with the same weight, as `average`, and its standard
+    error as `average_stderr`: the root of the sum of the tasks' squared ones, which are of different documents, over
+    their number. What is not known of each of them is left out."""
+    accuracies, errors = (
+        [value for name in names if isinstance(value := results.get(name, {}).get(metric), float)]
+        for metric in ('acc,none', 'acc_stderr,none')
+    )
+    found = {}
+    if len(accuracies) == len(names):
+        found['average'] = float(np.mean(accuracies))
+        if len(errors) == len(names):
+            found['average_stderr'] = float(np.linalg.norm(errors)) / len(names)
+    return found
 
 
 def run(
@@ -332,9 +341,10 @@ def run(
     tables = [make_table(evaluation, part) for part in ('results', 'groups') if evaluation.get(part)]
     kept = ('results', 'groups', 'versions', 'n-shot', 'n-samples')
     about: dict[str, Any] = {'lm_eval': importlib.metadata.version('lm_eval'), 'limit': limit}
-    if len(names) > 1 and (average := average_accuracy(evaluation['results'], names)) is not None:
-        tables.append(f'average acc of {len(names)} tasks: {100 * average:.2f} %')
-        about['average'] = average
+    if len(names) > 1 and (average := average_accuracy(evaluation['results'], names)):
+        numbers = ' ± '.join(f'{100 * value:.2f}' for value in average.values())
+        tables.append(f'average acc of {len(names)} tasks: {numbers} %')
+        about |= average
     about['documents'] = {task: of_documents(samples) for task, samples in evaluation['samples'].items()}
     return '\n'.join(tables), about | {part: evaluation[part] for part in kept if part in evaluation}
 

@@ -65,8 +65,10 @@ def _rows(run: Run) -> Iterator[tuple[str, ...]]:
         error = 100 * number(results[task].get('acc_stderr,none'))
         yield _row(run, task, values[task], paper.get(task), error)
     if len(paper) > 1 and paper.keys() <= values.keys():
-        means = (float(np.mean([one[task] for task in paper])) for one in (values, paper))
-        yield _row(run, f'average of {len(paper)}', *means)
+        mean, their_mean = (float(np.mean([one[task] for task in paper])) for one in (values, paper))
+        errors = [100 * number(results[task].get('acc_stderr,none')) for task in paper]
+        error = float(np.linalg.norm(errors)) / len(errors)
+        yield _row(run, f'average of {len(paper)}', mean, their_mean, error)
 
 
 def _row(run: Run, task: str, value: float, paper: float | None, error: float = np.nan) -> tuple[str, ...]:

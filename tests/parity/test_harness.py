@@ -381,8 +381,10 @@ def tasks(tmp_path_factory):
         'generation_kwargs': {'until': ['d'], 'max_gen_toks': 10, 'do_sample': False},
         'metric_list': [{'metric': 'exact_match'} | mean],
     }
+    names = arc | {'task': 'local_names', 'doc_to_choice': "{{['A', 'B', 'C', 'D', '1', '2', '3', '4']}}"}
+    names |= {'doc_to_target': "{{['A', 'B', 'C', 'D', '1', '2', '3', '4'].index(answerKey)}}"}
     missing = arc | {'task': 'local_missing', 'dataset_kwargs': {'data_files': {'test': f'{folder}/missing.jsonl'}}}
-    for task in (arc, rolling, written, missing):
+    for task in (arc, names, rolling, written, missing):
         (folder / f'{task["task"]}.yaml').write_text(yaml.safe_dump(common | task))
     return folder
 
@@ -499,6 +501,22 @@ class TestCommand:
             assert np.mean(documents[metric]) == pytest.approx(of_task[metric])
         assert not found['documents']['local_text']  # sums over texts of different lengths
         assert f'|{of_task["acc,none"]:.4f}|' in shown.replace(' ', '') and 'acc_norm' in shown
+
+    def test_the_average(self, folders, tasks, tmp_path, capsys):
+        """Of two tasks with accuracies, and its standard error for independent tasks; none with one that has none."""
+        words = ['--checkpoint', folders['plain'], '--task_path', tasks, '--num_fewshot', 0]
+        words = [*map(str, words), '--out', str(out := tmp_path / 'out.json'), '--tasks']
+        assert evaluate.main([*words, 'local_arc,local_names']) == 0
+        shown, found = capsys.readouterr().out, json.loads(out.read_text())
+        one, other = (found['results'][name] for name in ('local_arc', 'local_names'))
+        average = (one['acc,none'] + other['acc,none']) / 2
+        variance = (one['acc_stderr,none'] ** 2 + other['acc_stderr,none'] ** 2) / 4
+        assert one['acc,none'] != other['acc,none'] and min(one['acc_stderr,none'], other['acc_stderr,none']) > 0
+        assert found['average'] == pytest.approx(average, rel=1e-12)
+        assert found['average_stderr'] == pytest.approx(variance**0.5, rel=1e-12)
+        assert f'average acc of 2 tasks: {100 * average:.2f} ± {100 * variance**0.5:.2f} %\n' in shown
+        assert evaluate.main([*words, 'local_arc,local_text']) == 0
+        assert 'average' not in capsys.readouterr().out + out.read_text()
 
     @pytest.mark.parametrize(
         'checkpoint, task, code, message',

@@ -77,14 +77,16 @@ TURNS = [
     {'role': 'assistant', 'content': 'the quick brown fox'},
 ]
 SYSTEM = [{'role': 'system', 'content': 'Be brief. '}]
+EMPTY = [{'role': 'user', 'content': ''}, {'role': 'assistant', 'content': ''}]
+FILES = [('byte_level', False), ('byte_level', True), ('unigram', False)]  # vocabulary, template in a file of its own
 
 
-def opened(folder, template, jinja_file=False):
+def opened(folder, template, vocabulary='byte_level', jinja_file=False):
     """(our tokenizer, transformers') of one folder."""
-    body = json.loads(vocabularies.byte_level())
+    body = json.loads(vocabularies.content(vocabulary))
     settings = {**SPECIALS, 'tokenizer_class': 'PreTrainedTokenizerFast'}
     settings |= {} if jinja_file else {'chat_template': template}
-    first = max([*body['model']['vocab'].values(), *(token['id'] for token in body['added_tokens'])]) + 1
+    first = max(len(body['model']['vocab']), 1 + max(token['id'] for token in body['added_tokens']))
     for number, name in enumerate([*SPECIALS.values(), *MARKERS]):
         body['added_tokens'].append({
             'id': first + number, 'content': name, 'special': True,
@@ -101,22 +103,22 @@ def theirs(tokenizer, messages, **options):
     return found['input_ids'], found.get('assistant_masks')
 
 
-@pytest.mark.parametrize('jinja_file', [False, True])
+@pytest.mark.parametrize('vocabulary, jinja_file', FILES)
 @pytest.mark.parametrize('generation', [True, False], ids=['block', 'prefixes'])
 @pytest.mark.parametrize('name', TEMPLATES)
-def test_ids_and_masks(tmp_path, name, generation, jinja_file):
+def test_ids_and_masks(tmp_path, name, generation, vocabulary, jinja_file):
     """Ours are theirs up to the end of the last turn; without blocks, prefixes tell the same."""
     marked = TEMPLATES[name]
-    ours, expected = opened(tmp_path, marked, jinja_file)
+    ours, expected = opened(tmp_path, marked, vocabulary, jinja_file)
     if not generation:
         plain = marked
         for tag in ('{%- generation %}', '{%- endgeneration %}', '{% generation %}', '{% endgeneration %}'):
             plain = plain.replace(tag, '')
         other = tmp_path / 'plain'
         other.mkdir()
-        ours, _ = opened(other, plain, jinja_file)
+        ours, _ = opened(other, plain, vocabulary, jinja_file)
     template = chat.open_template('chat', ours)
-    for messages in (TURNS[:2], TURNS, *([SYSTEM + TURNS] if name != 'mistral' else [])):
+    for messages in (TURNS[:2], TURNS, EMPTY, *([SYSTEM + TURNS] if name != 'mistral' else [])):
         ids, mask = theirs(expected, messages, return_assistant_tokens_mask=True)
         got, learned = template.tokens(messages)
         assert got.tolist() == ids[: len(got)]
@@ -128,10 +130,24 @@ def test_ids_and_masks(tmp_path, name, generation, jinja_file):
         assert everything.tolist() == ids and flags.all()
 
 
+@pytest.mark.parametrize('vocabulary, jinja_file', FILES)
 @pytest.mark.parametrize('name', TEMPLATES)
-def test_prompts(tmp_path, name):
-    ours, expected = opened(tmp_path, TEMPLATES[name])
+def test_prompts(tmp_path, name, vocabulary, jinja_file):
+    ours, expected = opened(tmp_path, TEMPLATES[name], vocabulary, jinja_file)
     template = chat.open_template('chat', ours)
     for messages in (TURNS[:1], TURNS[:3]):
         ids, _ = theirs(expected, messages, add_generation_prompt=True)
         assert template.prompt(messages).tolist() == ids
+
+
+@pytest.mark.parametrize('name', chat.NAMED)
+def test_named_templates_in_exports(tmp_path, name):
+    """What an export writes for transformers gives the ids, the mask and the prompts of the run."""
+    ours, expected = opened(tmp_path, chat.portable(name))
+    template = chat.open_template(name, ours)
+    for messages in (TURNS[:2], TURNS, EMPTY):
+        ids, mask = theirs(expected, messages, return_assistant_tokens_mask=True)
+        got, learned = template.tokens(messages)
+        assert got.tolist() == ids[: len(got)]
+        assert np.flatnonzero(learned).tolist() == np.flatnonzero(mask).tolist()
+        assert template.prompt(messages[:-1]).tolist() == theirs(expected, messages[:-1], add_generation_prompt=True)[0]

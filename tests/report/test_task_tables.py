@@ -60,6 +60,14 @@ def test_malformed_documents_give_no_pairs(run, tmp_path, documents):
     assert 'minus that of' not in (tmp_path / 'report/report.md').read_text()
 
 
+def test_the_error_of_the_average(run, tmp_path):
+    """By hand: of independent tasks, 5 = √(3² + 4²) per cent over their number; unknown where one is."""
+    results = {'piqa': {'acc,none': 0.6, 'acc_stderr,none': 0.03}, 'boolq': {'acc,none': 0.5, 'acc_stderr,none': 0.04}}
+    (run / 'tasks.json').write_text(json.dumps({'results': results}))
+    assert report.main([str(run)]) == 0
+    assert '| average of 2 | 55.00 ± 2.50 | 61.23 |' in (tmp_path / 'report/report.md').read_text()
+
+
 @pytest.mark.parametrize('content', ['[1]', '{"results": 3}', '{"results": {"a": [1], "b": {"acc,none": "x"}}}', '{'])
 def test_malformed(run, capsys, content):
     """A file that is no JSON object is named with exit code 5; one without accuracies gives no table."""

@@ -1,4 +1,4 @@
-"""Fine-tuning on conversations: packed equals unpacked, examples do not see each other, and a run from end to end."""
+"""Fine-tuning on conversations: the loss, the recipes, and a run from end to end."""
 
 import json
 import pathlib
@@ -58,48 +58,6 @@ def made(path, mode, **changes):
     task = build.from_config(config, model)
     of = rows.open_rows(config.data, 'all', tokenizers.Bytes(), T, V, config.task)
     return task, model.init(jax.random.key(0))['params'], of
-
-
-def by_example(task, params, of):
-    """{origin: (loss, targets)} of every conversation, packed or not."""
-    losses = {}
-    loss_of = jax.jit(lambda batch: task.losses(params, batch).sum)
-    batch = of.batch(range(len(of)))
-    for number in range(len(of)):
-        one = {name: array[number : number + 1] for name, array in batch.items()}
-        segments = one.get('segment_ids', np.ones_like(one['inputs']))
-        for place, origin in enumerate(of.origin(number).split(', ')):
-            mask = one['loss_mask'] * (segments == place + 1)
-            losses[origin] = float(loss_of(one | {'loss_mask': mask})), int(mask.sum())
-    return losses
-
-
-def test_packed_equals_unpacked(path):
-    task, params, alone = made(path, 'pad')
-    packed_task, _, packed = made(path, 'pack')
-    assert len(packed) < len(alone) == 60
-    one, other = by_example(task, params, alone), by_example(packed_task, params, packed)
-    assert one.keys() == other.keys()
-    assert max(abs(one[origin][0] - other[origin][0]) / one[origin][1] for origin in one) < 1e-6
-    assert all(one[origin][1] == other[origin][1] for origin in one)
-    total = lambda task, of: task.losses(params, of.batch(range(len(of)))).sum  # noqa: E731
-    assert float(total(packed_task, packed)) == pytest.approx(sum(loss for loss, _ in one.values()), rel=1e-6)
-
-
-def test_an_example_does_not_change_another(path):
-    """Exactly: neither its losses nor, through the gradient of its inputs, anything else."""
-    task, params, of = made(path, 'pack')
-    number = next(i for i in range(len(of)) if of.origin(i).count(',') >= 2)
-    batch = of.batch([number])
-    segments = batch['segment_ids'][0]
-    logits = jax.jit(lambda batch: task.model.apply({'params': params}, batch)[0])
-    before = np.asarray(logits(batch))[0]
-    for changed in range(1, segments.max() + 1):
-        inputs = np.where(batch['segment_ids'] == changed, (batch['inputs'] + 7) % 256, batch['inputs'])
-        after = np.asarray(logits(batch | {'inputs': inputs}))[0]
-        others = (segments != changed) & (segments > 0)
-        np.testing.assert_array_equal(after[others], before[others])
-        assert np.abs(after[segments == changed] - before[segments == changed]).max() > 1e-3
 
 
 def test_the_loss_is_that_of_learned_tokens(path):

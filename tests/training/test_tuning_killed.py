@@ -8,6 +8,7 @@ import killed_runs
 import pytest
 
 METHODS = {
+    'full': {},
     'lora': {'tune.method': 'lora', 'tune.rank': 4, 'tune.dropout': 0.1},
     'lisa': {'tune.method': 'lisa', 'tune.layers': 1},
     'probe': {'tune.train': 'head/*'},
