@@ -16,6 +16,7 @@ from mixln_jax.keys.field import LARGEST_VOCABULARY, LONGEST  # noqa: F401
 from mixln_jax.keys.model import Model  # noqa: F401
 from mixln_jax.keys.online import Online  # noqa: F401
 from mixln_jax.keys.optim import PUBLISHED, Optim  # noqa: F401
+from mixln_jax.keys.preference import Preference  # noqa: F401
 from mixln_jax.keys.run import Analysis, Checkpoint, Config, Eval, Expected, Mesh, Processes, Profile  # noqa: F401
 from mixln_jax.keys.tune import MEANT_FOR, Tune
 from mixln_jax.system import errors, files
@@ -237,6 +238,8 @@ def _check_together(config: Config) -> None:
     _check_tune(config)
     if config.task.name == 'online':
         _check_online(config)
+    if config.task.name == 'preference':
+        _check_preference(config)
     if 0 < config.processes.stall < 1:
         raise UsageError(f'config.processes.stall={config.processes.stall:g} must be 0 or at least 1 second')
     if config.batch_size * config.seq_length >= 2**31:
@@ -323,6 +326,15 @@ def _check_tune(config: Config) -> None:
         raise UsageError(
             f'config.tune.layers={tune.layers} is more than config.model.num_layers={config.model.num_layers}'
         )
+
+
+def _check_preference(config: Config) -> None:
+    """Raises UsageError if keys contradict how a run learns from pairs."""
+    keys, prefix = config.task.preference, 'config.task.preference'
+    if not (config.init_from or config.resume_from):
+        raise UsageError('config.task.name=preference needs config.init_from: the network that is the reference')
+    if keys.loss == 'ipo' and keys.label_smoothing:
+        raise UsageError(f'{prefix}.label_smoothing has no meaning for {prefix}.loss=ipo')
 
 
 def _check_online(config: Config) -> None:

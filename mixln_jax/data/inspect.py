@@ -54,7 +54,7 @@ def inspect(
     batch = batches.batch_at(run_rows, config.data.seed, places)
     for i, number in enumerate(batches.order(run_rows, config.data.seed, places).tolist()):
         row = {name: values[i].tolist() for name, values in batch.items()}
-        texts = _parts if config.task.name == 'instructions' else _texts
+        texts = _parts if config.task.name in ('instructions', *rows.OF_PAIRS) else _texts
         yield {'row': i, 'origin': run_rows.origin(number), 'text': texts(row, tokenizer), **row}
 
 

@@ -75,7 +75,7 @@ def read(paths: Sequence[str]) -> Iterator[Conversation]:
     first: tuple[str, str] | None = None  # (shape, origin) of the first record
     for path in paths:
         empty = True
-        for line, record in _records(path):
+        for line, record in read_values(path):
             empty, origin = False, f'{path}:{line}'
             try:
                 shape = _shape(record)
@@ -96,9 +96,9 @@ def question(record: Any) -> list[dict[str, Any]]:
     Raises DataError, naming what is wrong, for a record without `prompt`, `messages` or `instruction`.
     """
     if not isinstance(record, dict):
-        raise DataError(f'a record is an object, not {_type(record)}')
+        raise DataError(f'a record is an object, not {type_name(record)}')
     if 'messages' in record:
-        messages = _from_messages(record)
+        messages = messages_of(record)
         if messages[-1]['role'] == 'assistant':
             messages = messages[:-1]
         if not messages:
@@ -118,7 +118,7 @@ def read_prompts(paths: Sequence[str]) -> Iterator[Prompt]:
     """
     for path in paths:
         empty = True
-        for line, record in _records(path):
+        for line, record in read_values(path):
             empty, origin = False, f'{path}:{line}'
             try:
                 yield Prompt(record, origin, question(record))
@@ -128,7 +128,7 @@ def read_prompts(paths: Sequence[str]) -> Iterator[Prompt]:
             raise DataError(f'{path}: no records in this file')
 
 
-def _records(path: str) -> Iterator[tuple[int, Any]]:
+def read_values(path: str) -> Iterator[tuple[int, Any]]:
     """Yields (line from 1, value) of a file of JSON lines, or of the members of a JSON array."""
     lines = text_files.Reader('jsonl', path, largest=LARGEST).lines()
     is_array = None
@@ -181,7 +181,7 @@ def _members(path: str, line: int, text: str) -> Iterator[tuple[int, Any]]:
 def _shape(record: Any) -> str:
     """Returns which of SHAPES a record has."""
     if not isinstance(record, dict):
-        raise DataError(f'a record is an object, not {_type(record)}')
+        raise DataError(f'a record is an object, not {type_name(record)}')
     shapes = [shape for shape, fields in SHAPES.items() if all(field in record for field in fields)]
     if len(shapes) == 1:
         return shapes[0]
@@ -204,24 +204,25 @@ def _from_prompt(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return from_turns(_text(record, 'prompt'), _text(record, 'completion'), '').messages
 
 
-def _from_messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    messages = record['messages']
+def messages_of(record: Mapping[str, Any], field: str = 'messages') -> list[dict[str, Any]]:
+    """Returns the conversation in a field of a record. Raises DataError, naming the field, for anything else."""
+    messages = record[field]
     if not isinstance(messages, list):
-        raise DataError(f'messages is {_type(messages)}, not an array')
+        raise DataError(f'{field} is {type_name(messages)}, not an array')
     if not messages:
-        raise DataError('messages is empty')
+        raise DataError(f'{field} is empty')
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise DataError(f'messages[{number}] is {_type(message)}, not an object')
-        for field in ('role', 'content'):
-            _text(message, field, f'messages[{number}].')
+            raise DataError(f'{field}[{number}] is {type_name(message)}, not an object')
+        for name in ('role', 'content'):
+            _text(message, name, f'{field}[{number}].')
     return messages
 
 
 _MESSAGES = {
     'instruction, input, output': _from_instruction,
     'prompt, completion': _from_prompt,
-    'messages': _from_messages,
+    'messages': messages_of,
 }
 
 
@@ -231,9 +232,10 @@ def _text(owner: Mapping[str, Any], field: str, prefix: str = '') -> str:
         raise DataError(f'{prefix}{field} is missing')
     value = owner[field]
     if not isinstance(value, str):
-        raise DataError(f'{prefix}{field} is {_type(value)}, not a string')
+        raise DataError(f'{prefix}{field} is {type_name(value)}, not a string')
     return value
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """Returns what a JSON value is, in words."""
     return _JSON_TYPES.get(type(value), 'a number')

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mixln_jax import config
-from mixln_jax.data import instructions, layout, prepared, prompt_rows, tokenizers
+from mixln_jax.data import instructions, layout, pairs, prepared, prompt_rows, tokenizers
 from mixln_jax.data.examples import Numbers, Rows
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.data.sources import Source, open_source
@@ -20,6 +20,7 @@ MOVED = "where the run's data is now: data.data_dir of a tfds data set, data.pat
 
 
 LANGUAGE = config.Task()  # the task of plain text
+OF_PAIRS = ('preference',)  # tasks that learn from pairs
 OF_PYTHON = 'stdlib', 'shelves'  # sources that come with Python
 
 
@@ -123,6 +124,8 @@ def open_rows(
     tokenizers.check_fits(tokenizer, vocab_size, f'config.model.vocab_size={vocab_size}')
     if task.name == 'instructions':
         return instructions.open_rows(data, split, tokenizer, seq_length, vocab_size, task.learn)
+    if task.name in OF_PAIRS:
+        return pairs.open_rows(data, split, tokenizer, seq_length, vocab_size, task.name)
     if task.name == 'online':
         return prompt_rows.open_rows(data, split, tokenizer, seq_length, vocab_size, task.online.max_new_tokens)
     if data.source == 'tokens':
@@ -215,7 +218,7 @@ def _location(data: config.Data) -> str:
 
 def fingerprint(data: config.Data, split: str, tokenizer: Tokenizer, run: config.Config) -> dict:
     """Returns the fingerprint of the rows that a run makes of a split of `data`; rows of plain text are not made."""
-    if run.task.name in ('instructions', 'online'):
+    if run.task.name in ('instructions', 'online', *OF_PAIRS):
         return open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size, run.task).fingerprint
     if data.source == 'tokens':
         return prepared.Prepared(data.path, split).fingerprint

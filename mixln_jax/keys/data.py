@@ -4,6 +4,7 @@ import dataclasses
 
 from mixln_jax.keys.field import LARGEST_VOCABULARY, group, key
 from mixln_jax.keys.online import Online
+from mixln_jax.keys.preference import Preference
 
 WORKERS = 1024
 
@@ -15,8 +16,9 @@ class Task:
     name: str = key(
         'language',
         'language: predict the next token; masked_language: predict hidden tokens, as BERT does; instructions: predict '
-        'the answers of conversations; online: learn from the rewards of generated answers',
-        choices=('language', 'masked_language', 'instructions', 'online'),
+        'the answers of conversations; preference: prefer the chosen one of two answers; online: learn from rewards of '
+        'generated answers',
+        choices=('language', 'masked_language', 'instructions', 'preference', 'online'),
     )
     learn: str = key(
         'completions',
@@ -30,6 +32,7 @@ class Task:
         at_least=-1,
         below=LARGEST_VOCABULARY,
     )
+    preference: Preference = group(Preference)
     online: Online = group(Online)
 
 

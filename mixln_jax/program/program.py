@@ -166,7 +166,7 @@ def attention_kernel(config: configs.Config, device: jax.Device | None) -> str:
         config.model.head_size,
         config.seq_length,
         wanted=config.model.attention,
-        deterministic_mask=config.deterministic and config.data.mode == 'pack',
+        deterministic_mask=config.deterministic and (config.data.mode == 'pack' or config.task.name == 'preference'),
     )
 
 

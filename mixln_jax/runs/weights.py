@@ -23,7 +23,7 @@ from mixln_jax.runs import best, checkpoint, checkpoint_folders, checksums, froz
 from mixln_jax.system import console, files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
-ANSWERS = 'instructions', 'online'  # the tasks that teach to answer, by a template
+ANSWERS = 'instructions', 'preference', 'online'  # the tasks that teach to answer, by a template
 EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
 
 
