@@ -14,7 +14,9 @@ import ml_collections
 from mixln_jax.keys.data import WORKERS, Data, Task  # noqa: F401
 from mixln_jax.keys.field import LARGEST_VOCABULARY, LONGEST  # noqa: F401
 from mixln_jax.keys.model import Model  # noqa: F401
+from mixln_jax.keys.online import Online  # noqa: F401
 from mixln_jax.keys.optim import PUBLISHED, Optim  # noqa: F401
+from mixln_jax.keys.preference import Preference  # noqa: F401
 from mixln_jax.keys.run import Analysis, Checkpoint, Config, Eval, Expected, Mesh, Processes, Profile  # noqa: F401
 from mixln_jax.keys.tune import MEANT_FOR, Tune
 from mixln_jax.system import errors, files
@@ -234,6 +236,10 @@ def _check_together(config: Config) -> None:
     _check_length(config)
     task_accuracies(config.expected.tasks)
     _check_tune(config)
+    if config.task.name == 'online':
+        _check_online(config)
+    if config.task.name == 'preference':
+        _check_preference(config)
     if 0 < config.processes.stall < 1:
         raise UsageError(f'config.processes.stall={config.processes.stall:g} must be 0 or at least 1 second')
     if config.batch_size * config.seq_length >= 2**31:
@@ -320,6 +326,40 @@ def _check_tune(config: Config) -> None:
         raise UsageError(
             f'config.tune.layers={tune.layers} is more than config.model.num_layers={config.model.num_layers}'
         )
+
+
+def _check_preference(config: Config) -> None:
+    """Raises UsageError if keys contradict how a run learns from pairs."""
+    keys, prefix = config.task.preference, 'config.task.preference'
+    if not (config.init_from or config.resume_from):
+        raise UsageError('config.task.name=preference needs config.init_from: the network that is the reference')
+    if keys.loss == 'ipo' and keys.label_smoothing:
+        raise UsageError(f'{prefix}.label_smoothing has no meaning for {prefix}.loss=ipo')
+
+
+def _check_online(config: Config) -> None:
+    """Raises UsageError if keys contradict how a run learns from generated text."""
+    online, prefix = config.task.online, 'config.task.online'
+    if not online.reward:
+        raise UsageError(f'config.task.name=online needs {prefix}.reward: module:function')
+    if not (config.init_from or config.resume_from):
+        raise UsageError('config.task.name=online needs config.init_from: a network that can answer')
+    if online.algorithm != 'remax' and online.completions == 1:
+        raise UsageError(
+            f'{prefix}.completions=1 is too few for {prefix}.algorithm={online.algorithm}, which compares the '
+            'completions of a prompt: at least 2'
+        )
+    if config.batch_size % online.completions:
+        raise UsageError(
+            f'config.batch_size={config.batch_size} is not divisible by {prefix}.completions={online.completions}'
+        )
+    if online.max_new_tokens >= config.seq_length:
+        raise UsageError(
+            f'{prefix}.max_new_tokens={online.max_new_tokens} leaves no room for a prompt in '
+            f'config.seq_length={config.seq_length}'
+        )
+    if not online.beta and online.kl != 'auto':
+        raise UsageError(f'{prefix}.kl={online.kl} has no meaning with {prefix}.beta=0')
 
 
 def public(config: Config) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Evaluation: loss, perplexity and bits per byte over a fixed stretch of text, weighed by tokens.
 
-`python -m mixln_jax.evaluate --checkpoint DIR` evaluates trained weights on the run's own text, or with --tasks in the
-lm-evaluation-harness (`pip install lm_eval`).
+`python -m mixln_jax.evaluate --checkpoint DIR` evaluates trained weights on the run's own text, with --tasks in the
+lm-evaluation-harness (`pip install lm_eval`), or with --against by its answers, compared with those of other weights.
 """
 
 from mixln_jax.system.signals import stop
@@ -14,17 +14,20 @@ import argparse
 import contextlib
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mixln_jax.data import rows as data_rows
-from mixln_jax.evaluation.harness_options import OF_TEXT, add_task_options, open_harness
+from mixln_jax.evaluation import comparison, prompts, reward_functions
+from mixln_jax.evaluation.harness_options import OF_TASKS, OF_TEXT, add_task_options, open_harness
 from mixln_jax.evaluation.loop import evaluate_run
 from mixln_jax.runs import weights
 from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli, console, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError
 from mixln_jax.tasks.build import TASKS
+
+OF_COMPARISON = ('prompts', 'reward', 'start', 'max_new_tokens', 'temperature', 'seed')  # options only with --against
 
 
 def _text(loaded: Weights, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -40,6 +43,64 @@ def _text(loaded: Weights, options: argparse.Namespace) -> tuple[str, dict[str, 
         f'{name.replace("_", " ")} {value:.{decimals[name]}f}' for name, value in numbers.items() if value is not None
     )
     return f'{split}: {shown}  ({tokens:,} tokens)', {'split': split} | values
+
+
+def _add_comparison_options(add: Callable[..., Any]) -> None:
+    """Adds the options that `_comparison` reads; `add` is a parser's add_argument."""
+    add('--against', metavar='DIR', help='compare the answers with those of these weights')
+    add('--prompts', metavar='FILE.jsonl', help='against: what both answer: `prompt`, `messages` or `instruction`')
+    add('--reward', metavar='R', help="against: module:function [the run's task.online.reward]")
+    add('--start', metavar='DIR', help='against: the weights that both began with, for the KL divergence from them')
+    add('--max_new_tokens', type=int, metavar='N', help='against: tokens of an answer, at most [128]')
+    add('--temperature', type=float, metavar='X', help='against: of the samples; 0: the likeliest tokens [1.0]')
+    add('--seed', type=int, metavar='N', help='against: of the samples [0]')
+
+
+def _comparison(options: argparse.Namespace) -> Callable[[Weights], tuple[str, dict[str, Any]]] | None:
+    """Returns the function from Weights to the lines and the JSON object of a comparison; None without --against.
+
+    Raises UsageError for an option that is missing, out of range or has no meaning; DataError as `prompts.read`.
+    """
+    if options.against is None:
+        for name in OF_COMPARISON:
+            if getattr(options, name) is not None:
+                raise UsageError(f'--{name} has no meaning without --against')
+        return None
+    for name in (*OF_TEXT, 'tasks', *OF_TASKS):
+        if getattr(options, name) is not None:
+            raise UsageError(f'--{name} has no meaning with --against')
+    if options.prompts is None:
+        raise UsageError('--against needs --prompts FILE.jsonl')
+    if options.max_new_tokens is not None and not 1 <= options.max_new_tokens < 2**24:
+        raise UsageError('--max_new_tokens must be at least 1')
+    if options.seed is not None and not 0 <= options.seed < 2**32:
+        raise UsageError('--seed must be from 0 to 2^32 - 1')
+    temperature = 1.0 if options.temperature is None else options.temperature
+    if not 0 <= temperature <= 1000:
+        raise UsageError('--temperature must be from 0 to 1000')
+    given = prompts.read(options.prompts)
+
+    def compare(loaded: Weights) -> tuple[str, dict[str, Any]]:
+        reward = options.reward or (loaded.config.task.online.reward if loaded.config else '')
+        if not reward:
+            raise UsageError('--against needs --reward: module:function')
+        opened = reward_functions.open_function(reward, '--reward')
+        other, start = (path and weights.load(path) for path in (options.against, options.start))
+        result = comparison.compare(
+            loaded,
+            other,
+            given,
+            opened,
+            start,
+            max_new=options.max_new_tokens or 128,
+            temperature=temperature,
+            seed=options.seed or 0,
+            batch_size=options.batch_size or 32,
+        )
+        about = {'against': other.where, 'reward_of': reward, 'prompts_of': options.prompts}
+        return f'against {other.where}\n{comparison.shown(result)}', about | result
+
+    return compare
 
 
 def _place(out: str) -> pathlib.Path:
@@ -58,18 +119,24 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog='python -m mixln_jax.evaluate',
-        description="Evaluates trained weights: on the run's own text, or in the lm-evaluation-harness.",
+        description="Evaluates weights: on the run's own text, in the lm-evaluation-harness, or against other weights.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add('--checkpoint', required=True, metavar='DIR', help='a run, <run>/checkpoints/<step> or a Hugging Face folder')
     add('--norm_position', metavar='P', help='placement of a Hugging Face folder that does not say it')
-    add('--batch_size', type=int, metavar='B', help="rows at a time [the run's micro-batch; with --tasks 32]")
+    add(
+        '--batch_size',
+        type=int,
+        metavar='B',
+        help="rows at a time [the run's micro-batch; with --tasks or --against 32]",
+    )
     add('--out', metavar='FILE.json', help='write the results here too')
     add('--split', metavar='SPLIT', help="of the run's data [config.eval.split]")
     add('--tokens', type=int, metavar='N', help='target tokens, at least [config.eval.tokens]')
     add('--data_path', metavar='PATH', help=data_rows.MOVED)
     add_task_options(add)
+    _add_comparison_options(add)
     add('--traceback', action='store_true', help='show where an error comes from')
 
     def job() -> None:
@@ -83,11 +150,14 @@ def main(argv: Sequence[str]) -> int:
         with contextlib.ExitStack() as closing:
             if options.out is not None:  # before anything is measured
                 closing.enter_context(outputs.writing(out := _place(options.out)))
-            harness = open_harness(options)
+            compare, harness = _comparison(options), open_harness(options)
             loaded = weights.load(options.checkpoint, norm_position=options.norm_position)
             if not (loaded.config or loaded.model.causal):
                 raise CheckpointError(f'{loaded.where} sees both sides of a token, so it does not predict the next one')
-            shown, values = harness(loaded)[1]() if harness else _text(loaded, options)
+            if compare:
+                shown, values = compare(loaded)
+            else:
+                shown, values = harness(loaded)[1]() if harness else _text(loaded, options)
             console.say(f'{loaded.where}', shown)
             if options.out is not None:
                 outputs.write_json(out, {'checkpoint': loaded.where, 'step': loaded.step} | values)

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import optax
 
+from mixln_jax.data import chat
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.models.hf import peft
@@ -32,7 +33,10 @@ from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli, console, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
-BESIDE = ('tokenizer*.json', 'tokenizer.model', 'spiece.model', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
+BESIDE = (
+    'tokenizer*.json', 'tokenizer.model', 'spiece.model', 'special_tokens_map.json', 'vocab.json', 'merges.txt',
+    'chat_template.jinja', 'generation_config.json',
+)  # fmt: skip
 OWN = (
     *BESIDE,
     'config.json',
@@ -82,11 +86,14 @@ def export(
             for path in (path for pattern in BESIDE for path in source.glob(pattern)):
                 files.regular(path, CheckpointError)
                 shutil.copy(path, partial)
+        if loaded.template in chat.NAMED and (partial / 'tokenizer.json').exists():
+            outputs.write(partial / 'chat_template.jinja', chat.portable(loaded.template).encode())
         compared = _check(partial, loaded, dtype)
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file())
         origin: dict[str, Any] = {'from': loaded.where, 'step': loaded.step, 'removed_layers': sorted({*remove_layers})}
         origin |= {'data_mode': loaded.data_mode, 'dtype': dtype, 'versions': environment.versions()}
         origin |= {'tokenizer': loaded.tokenizer.fingerprint if loaded.tokenizer else None}
+        origin |= {'template': loaded.template}
         outputs.write_json(partial / weights.EXPORT, origin | {'files': [*names, weights.EXPORT]})
     size = sum(path.stat().st_size for path in target.rglob('*'))
     console.say(f'{target}: {len(names) + 1} files, {size:,} bytes')

@@ -99,7 +99,7 @@ def _open(options: argparse.Namespace, given: list[Prompt]) -> _Job:
     if not found.model.causal:
         raise CheckpointError(f'{found.where} sees both sides of a token, so it does not predict the next one')
     encoder = encoders.of_weights(found)
-    template = prompts.open_template(options.template, found.config, encoder.tokenizer)
+    template = prompts.open_template(options.template, found.config, encoder.tokenizer, found.template)
     encoder = prompts.with_turn_end(encoder, template)
     contexts = prompts.contexts(given, encoder, template)
     window, devices = found.max_length, meshes.devices('auto')
@@ -164,6 +164,8 @@ def _run(options: argparse.Namespace) -> None:
             console.say()
         place = f' in {out}' if options.out is not None else ''
         ends = ', '.join(f'{sum(one.tokens.finish == end for one in made):,} {end}' for end in ('stop', 'length'))
+        if empty := sum(not one.text for one in made):
+            ends += f', {empty:,} empty'
         summary = f'{len(made):,} completions{place} ({ends}), {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s'
         console.say(f'{summary} with compiling', file=sys.stderr)
 

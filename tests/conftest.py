@@ -14,7 +14,7 @@ os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # compiling is most of the t
 import jax
 import pytest
 
-MOST_MAPS = 20_000
+MOST_MAPS = 40_000
 
 pytest.register_assert_rewrite('killed_runs')  # its assertions show what differs
 if jax.__version_info__ < (0, 11, 1):  # half of what is left; later XLAs have no such flag, and abort

@@ -1,5 +1,6 @@
 """The command that writes text: what it prints, what it writes, what it refuses; texts, stop strings, characters."""
 
+import gzip
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import pytest
 from hf_folders import network
 
 from mixln_jax import config as configs
-from mixln_jax import generate, main, recipes
+from mixln_jax import export, generate, main, recipes
 from mixln_jax.data import tokenizers
 from mixln_jax.evaluation import generation
 from mixln_jax.models import families
@@ -113,6 +114,27 @@ def test_questions_have_the_template_of_the_run(answering, tmp_path, capsys, rec
     assert line['prompt'] == ('Who?' if 'prompt' in record else tokenizers.Bytes().decode(ids))
 
 
+def test_an_export_answers_as_its_run(answering, tmp_path, capsys):
+    """Prompts may be an array, compressed as well."""
+    export.export(answering, str(tmp_path / 'out'))
+    (tmp_path / 'in.json.gz').write_bytes(
+        gzip.compress(b'[{"prompt": "Who?"},\n {"instruction": "Who?", "input": null}]')
+    )
+    words = ['--prompts', tmp_path / 'in.json.gz', '--max_new_tokens', 5]
+    for name, folder in (('run', answering), ('export', tmp_path / 'out')):
+        code, _, said = command(capsys, '--checkpoint', folder, *words, '--out', tmp_path / f'{name}.jsonl')
+        assert code == 0, said
+    one, other = lines(tmp_path / 'run.jsonl'), lines(tmp_path / 'export.jsonl')
+    assert [line['ids'] for line in one] == [line['ids'] for line in other] and len(one) == 2
+    assert one[0]['log_probs'] == pytest.approx(other[0]['log_probs'], abs=1e-5)
+    assert "'<|im_start|>assistant" in (tmp_path / 'out/chat_template.jinja').read_text()
+    assert (tmp_path / 'out/model.safetensors').stat().st_mode == (tmp_path / 'out/config.json').stat().st_mode
+    about = json.loads((tmp_path / 'out/export.json').read_text())
+    (tmp_path / 'out/export.json').write_text(json.dumps(about | {'template': 'x'}))
+    code, _, said = command(capsys, '--checkpoint', tmp_path / 'out', *words)
+    assert code == 5 and "export.json: template='x' is not a template" in said
+
+
 def test_an_answer_is_printed_without_its_question(answering, capsys):
     words = ['--checkpoint', answering, '--prompt', 'Who?', '--max_new_tokens', 5]
     code, shown, _ = command(capsys, *words)
@@ -206,16 +228,18 @@ BAD = [
     (['--prompts', '{folder}'], 4, 'cannot be read: it is a folder, not a file'),
     (['--prompts', 's3://x/y'], 2, 'a path on this machine is needed'),
     *((['--prompts', f'{{folder}}/{name}'], 4, message) for name, (_, message) in {
-        'empty.jsonl': ('\n\n', 'empty.jsonl holds no prompts'),
+        'empty.jsonl': ('\n\n', 'empty.jsonl: no records in this file'),
         'cut.jsonl': ('{"prompt": "a"}\n{"prompt": "b', 'cut.jsonl:2: not JSON'),
         'text.jsonl': ('{"prompt": "a"}\n\n{"text": "b"}', 'text.jsonl:3: a prompt is an object with `prompt`'),
-        'list.jsonl': ('["a"]', 'list.jsonl:1: a record is an object, not an array'),
+        'array.json': ('[{"prompt": "a"},\n{"prompt": "b"', 'array.json:2: not JSON: '),
+        'list.jsonl': ('["a"]', 'list.jsonl:1: a record is an object, not a string'),
         'number.jsonl': ('{"prompt": 3}', 'number.jsonl:1: prompt is a number, not a string'),
-        'bytes.jsonl': ('{"prompt": "\udcff"}', 'bytes.jsonl:1: not JSON'),
+        'bytes.jsonl': ('{"prompt": "\udcff"}', 'bytes.jsonl:1: not UTF-8'),
         'half.jsonl': ('{"prompt": "\\ud800"}', 'half.jsonl:1: not JSON'),
     }.items()),
 ]  # fmt: skip
 CONTENTS = {
+    'array.json': '[{"prompt": "a"},\n{"prompt": "b"',
     'empty.jsonl': '\n\n', 'cut.jsonl': '{"prompt": "a"}\n{"prompt": "b', 'list.jsonl': '["a"]',
     'text.jsonl': '{"prompt": "a"}\n\n{"text": "b"}', 'number.jsonl': '{"prompt": 3}', 'other.json': '{"a": 1}',
     'bytes.jsonl': '{"prompt": "\udcff"}', 'half.jsonl': '{"prompt": "\\ud800"}', 'good.jsonl': '{"prompt": "a"}',

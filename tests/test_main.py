@@ -249,7 +249,7 @@ class TestResume:
     @pytest.mark.parametrize(
         'changes',
         [
-            {'accumulate': 2, 'mesh.fsdp': 2, **NO_ANALYSES},
+            pytest.param({'accumulate': 2, 'mesh.fsdp': 2, **NO_ANALYSES}, marks=pytest.mark.slow),
             {'mesh.data': 8, 'data.workers': 1, 'log_every': 3, 'eval.every': 2, **NO_ANALYSES},
         ],
     )
@@ -262,6 +262,7 @@ class TestResume:
         assert mine['train/loss'] == pytest.approx(theirs['train/loss'], rel=1e-5)
         assert mine['eval/loss'] == pytest.approx(theirs['eval/loss'], rel=1e-5)
 
+    @pytest.mark.slow
     def test_evaluation_sees_the_same_text_under_accumulation(self, corpus, tmp_path):
         changes = {'num_steps': 1, 'mesh.data': 1, 'eval.tokens': 60, 'checkpoint.every': 0, **NO_ANALYSES}
         ends = []

@@ -27,6 +27,10 @@ from mixln_jax.system.errors import DataError
 
 CUT, EOS, BEGIN, END = '\ufdd0\ufdd1\ufdd2\ufdd3'
 TODAY = datetime.datetime(2024, 7, 26)  # the day of all training: what a run learns does not depend on when it starts
+UNCLEAR = (
+    '{} does not tell what is learned: what it renders of the first messages is not how it begins for all of them; put '
+    '{{% generation %}} and {{% endgeneration %}} around the answers, or name another with config.data.template'
+)
 
 ANOTHER = 'name another with config.data.template'
 
@@ -68,6 +72,11 @@ NAMED = {
     ),
     'plain': "{% for m in messages %}{% if m.role in ('system', 'user') %}{{ m.content }}" + _ANSWER + _UNKNOWN,
 }
+
+
+def portable(name: str) -> str:
+    """Returns the Jinja of one of NAMED as transformers reads it, which calls eos `eos_token`."""
+    return re.sub(r'\beos\b', 'eos_token', NAMED[name])
 
 
 class _Generation(jinja2.ext.Extension):
@@ -215,10 +224,24 @@ class Template:
         for number, message in enumerate(messages):
             if message['role'] in self._roles or message.get('tool_calls'):
                 continue
-            changed = [*messages[:number], {**message, 'content': f'{message["content"]}x'}, *messages[number + 1 :]]
-            if 'instruction' not in message and render(changed) == render(messages):
+            if 'instruction' not in message and not self._shows(render, messages, number):
+                if self._shows_last(render, messages[: number + 1]):
+                    raise DataError(UNCLEAR.format(self._name))
                 raise DataError(f'{self._name} does not know the role {message["role"]!r}: it leaves out what it says')
             self._roles.add(message['role'])
+
+    def _shows(self, render: _Render, messages: Sequence[Message], number: int) -> bool:
+        """Returns whether the content of a message changes the text."""
+        message = messages[number]
+        changed = [*messages[:number], {**message, 'content': f'{message["content"]}x'}, *messages[number + 1 :]]
+        return render(changed) != render(messages)
+
+    def _shows_last(self, render: _Render, messages: Sequence[Message]) -> bool:
+        """Returns whether the template takes these messages as a whole conversation and shows the last of them."""
+        try:
+            return self._shows(render, messages, len(messages) - 1)
+        except DataError:
+            return False
 
     def _check_tools(self, render: _Render, messages: Sequence[Message], tools: Tools | None) -> None:
         """Finds tools, and calls of them, that the template leaves out."""
@@ -238,11 +261,7 @@ class Template:
                 before = render(messages[:number], True)
                 after = whole if number == len(messages) - 1 else render(messages[: number + 1])
                 if not (after.startswith(before) and whole.startswith(after)):
-                    raise DataError(
-                        f'{self._name} does not tell what is learned: what it renders of the first messages is not how '
-                        'it begins for all of them; put {% generation %} and {% endgeneration %} around the answers, '
-                        'or name another with config.data.template'
-                    )
+                    raise DataError(UNCLEAR.format(self._name))
                 spans.append((len(before), len(after)))
         return whole, spans
 

@@ -42,18 +42,19 @@ def inspect(
     """
     workdir = files.local(workdir, '--workdir')
     config = configs.read(workdir / 'config.json')
-    if not 1 <= step * config.batch_size < 2**62:
+    size = config.examples_per_step
+    if not 1 <= step * size < 2**62:
         raise UsageError('--step counts from 1' if step < 1 else f'--step {step} is beyond any run')
     if num_rows is not None and num_rows < 0:
         raise UsageError('--rows must be at least 0')
     tokenizer = tokenizers.load(workdir / 'tokenizer', rows.seen_by_run(workdir)[0].get('tokenizer'))
     run_rows = rows.open_rows_of_run(workdir, config, config.data.split, tokenizer, data_path)
-    places = (step - 1) * config.batch_size + np.arange(config.batch_size)
+    places = (step - 1) * size + np.arange(size)
     places = places[:num_rows]
     batch = batches.batch_at(run_rows, config.data.seed, places)
     for i, number in enumerate(batches.order(run_rows, config.data.seed, places).tolist()):
         row = {name: values[i].tolist() for name, values in batch.items()}
-        texts = _parts if config.task.name == 'instructions' else _texts
+        texts = _parts if config.task.name in ('instructions', *rows.OF_PAIRS) else _texts
         yield {'row': i, 'origin': run_rows.origin(number), 'text': texts(row, tokenizer), **row}
 
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.system import console
 from mixln_jax.system.errors import DataError, UsageError
 
-MODES, SOURCES = ('pad', 'pack'), ('jsonl', 'stdlib')
+MODES, SOURCES = ('pad', 'pack'), ('jsonl', 'stdlib', 'shelves')
 
 
 def open_rows(
@@ -46,7 +46,9 @@ def open_rows(
                 f'config.task.name=instructions needs config.data.{key}={" or ".join(choices)}, not {value}'
             )
     template = chat.open_template(data.template, tokenizer)
-    rows = Instructions(_of_split(data, split), template, tokenizer, data.mode, seq_length, learn)
+    rows = Instructions(
+        of_split(data, split, _conversations, 'instructions'), template, tokenizer, data.mode, seq_length, learn
+    )
     if (largest := rows.largest_id) >= vocab_size:
         raise UsageError(
             f'{tokenizer.origin}: the template makes id {largest}, too large for config.model.vocab_size={vocab_size}'
@@ -97,7 +99,8 @@ class Instructions(Rows):
         if not ids:
             raise DataError(
                 f'none of {len(conversations):,} records has anything to learn in config.seq_length={seq_length} tokens'
-                + (f', the first of them {self.dropped[0]}' if self.dropped else '')
+                + (f', the first of them {self.dropped[0]}: ' if self.dropped else '; ')
+                + ('raise config.seq_length' if self.num_cut else 'none has an answer of the assistant')
             )
         self._ids, self._learned = np.concatenate(ids), np.concatenate(learned)
         lengths = [len(tokens) for tokens in ids]
@@ -194,31 +197,53 @@ def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
     return rows
 
 
-def _of_split(data: config.Data, split: str) -> list[Conversation]:
-    """Returns the conversations of a split, in the order of the files."""
+class Unit(Protocol):
+    """A record; equal `unit`s are in the same split."""
+
+    @property
+    def unit(self) -> bytes: ...
+
+
+Record = TypeVar('Record', bound=Unit)
+
+
+def of_split(data: config.Data, split: str, gather: Callable[[str, Any], list[Record]], task: str) -> list[Record]:
+    """Returns the records of a split, in the order of the files.
+
+    Args:
+        data: the keys of a run's config.
+        split: 'train', 'validation' or 'all'.
+        gather: (data.source, ((path, size, time), ...) of its files or None) -> all records.
+        task: the name of the task, for messages.
+
+    Raises UsageError for a split that is not there; DataError as `gather`, and for too few records.
+    """
     if split not in ('train', 'validation', 'all'):
-        raise UsageError(f'config.task.name=instructions has no split {split}, only train, validation and all')
+        raise UsageError(f'config.task.name={task} has no split {split}, only train, validation and all')
     state = None
     if data.source == 'jsonl':
         paths = text_files.paths(data.path)
         state = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths)
-    conversations = _gather(state)
+    found = gather(data.source, state)
     if split == 'all' or (split == 'train' and not data.held_out):
-        return conversations
+        return found
     if not data.held_out:
         raise UsageError('config.data.held_out=0 leaves no record for the split validation')
-    ranks = [sources.rank(conversation.unit) for conversation in conversations]
+    ranks = [sources.rank(record.unit) for record in found]
     first = sources.first_for_training(ranks, 1 / data.held_out, way='; config.data.held_out=0 needs none')
-    return [
-        conversation
-        for conversation, rank in zip(conversations, ranks, strict=True)
-        if (rank < first) == (split == 'validation')
-    ]
+    return [record for record, rank in zip(found, ranks, strict=True) if (rank < first) == (split == 'validation')]
 
 
 @functools.lru_cache(maxsize=1)  # both splits come from one reading
-def _gather(state: Any) -> list[Conversation]:
-    """Returns all conversations of files, (path, size, time) each; None: those about the library of Python."""
-    if state is None:
+def _conversations(source: str, state: Any) -> list[Conversation]:
+    """Returns all conversations of a source. Those of shelves teach the form of an answer alone: which of the four it
+    is is drawn by the hash of the name."""
+    if source == 'stdlib':
         return [records.from_turns(question, answer, name) for question, answer, name in stdlib.questions()]
+    if source == 'shelves':
+        shelves = list(stdlib.SHELVES)
+        return [
+            records.from_turns(f'{name}\n', shelves[sources.rank(name.encode()) % len(shelves)], name)
+            for name, _ in stdlib.shelves()
+        ]
     return list(records.read([path for path, _, _ in state]))

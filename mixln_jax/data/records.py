@@ -37,6 +37,31 @@ class Conversation:
         return json.dumps([[message['role'], message.get('content')] for message in self.messages]).encode()
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What is to be continued or answered.
+
+    Attributes:
+        fields: the whole record, whose other fields are kept.
+        origin: its file and line, for people.
+        messages: the turns before the answer.
+    """
+
+    fields: dict[str, Any]
+    origin: str
+    messages: list[dict[str, Any]]
+
+    @property
+    def text(self) -> str | None:
+        """The prompt, if it is a text; None: a record of another shape."""
+        return self.fields.get('prompt')
+
+    @property
+    def unit(self) -> bytes:
+        """What decides its split: equal prompts are in the same one."""
+        return Conversation(self.messages, self.origin).unit
+
+
 def from_turns(prompt: str, completion: str, origin: str) -> Conversation:
     """Returns a conversation of one question and its answer."""
     turns = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': completion}]
@@ -52,7 +77,7 @@ def read(paths: Sequence[str]) -> Iterator[Conversation]:
     first: tuple[str, str] | None = None  # (shape, origin) of the first record
     for path in paths:
         empty = True
-        for line, record in _records(path):
+        for line, record in read_values(path):
             empty, origin = False, f'{path}:{line}'
             try:
                 shape = _shape(record)
@@ -73,9 +98,9 @@ def question(record: Any) -> list[dict[str, Any]]:
     Raises DataError, naming what is wrong, for a record without `prompt`, `messages` or `instruction`.
     """
     if not isinstance(record, dict):
-        raise DataError(f'a record is an object, not {_type(record)}')
+        raise DataError(f'a record is an object, not {type_name(record)}')
     if 'messages' in record:
-        messages = _from_messages(record)
+        messages = messages_of(record)
         if messages[-1]['role'] == 'assistant':
             messages = messages[:-1]
         if not messages:
@@ -93,7 +118,24 @@ def tools(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return _objects(found, 'tools') if (found := record.get('tools')) is not None else None
 
 
-def _records(path: str) -> Iterator[tuple[int, Any]]:
+def read_prompts(paths: Sequence[str]) -> Iterator[Prompt]:
+    """Yields the prompts of some files; see `question`.
+
+    Raises DataError, naming file and line: not JSON; a record without a prompt; a file without records.
+    """
+    for path in paths:
+        empty = True
+        for line, record in read_values(path):
+            empty, origin = False, f'{path}:{line}'
+            try:
+                yield Prompt(record, origin, question(record))
+            except DataError as error:
+                raise DataError(f'{origin}: {error}') from None
+        if empty:
+            raise DataError(f'{path}: no records in this file')
+
+
+def read_values(path: str) -> Iterator[tuple[int, Any]]:
     """Yields (line from 1, value) of a file of JSON lines, or of the members of a JSON array."""
     lines = text_files.Reader('jsonl', path, largest=LARGEST).lines()
     is_array = None
@@ -146,7 +188,7 @@ def _members(path: str, line: int, text: str) -> Iterator[tuple[int, Any]]:
 def _shape(record: Any) -> str:
     """Returns which of SHAPES a record has."""
     if not isinstance(record, dict):
-        raise DataError(f'a record is an object, not {_type(record)}')
+        raise DataError(f'a record is an object, not {type_name(record)}')
     shapes = [shape for shape, fields in SHAPES.items() if all(field in record for field in fields)]
     if len(shapes) == 1:
         return shapes[0]
@@ -157,7 +199,7 @@ def _shape(record: Any) -> str:
 
 
 def _from_instruction(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    instruction, given = _text(record, 'instruction'), _text({'input': ''} | dict(record), 'input')
+    instruction, given = _text(record, 'instruction'), '' if record.get('input') is None else _text(record, 'input')
     content = f'{instruction}\n\n{given}' if given else instruction
     return [
         {'role': 'user', 'content': content, 'instruction': instruction, 'input': given},
@@ -169,37 +211,38 @@ def _from_prompt(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return from_turns(_text(record, 'prompt'), _text(record, 'completion'), '').messages
 
 
-def _from_messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    messages = record['messages']
+def messages_of(record: Mapping[str, Any], field: str = 'messages') -> list[dict[str, Any]]:
+    """Returns the conversation in a field of a record. Raises DataError, naming the field, for anything else."""
+    messages = record[field]
     if not isinstance(messages, list):
-        raise DataError(f'messages is {_type(messages)}, not an array')
+        raise DataError(f'{field} is {type_name(messages)}, not an array')
     if not messages:
-        raise DataError('messages is empty')
+        raise DataError(f'{field} is empty')
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise DataError(f'messages[{number}] is {_type(message)}, not an object')
-        _text(message, 'role', f'messages[{number}].')
-        if message.get('tool_calls'):
-            _objects(message['tool_calls'], f'messages[{number}].tool_calls')
-        if not message.get('tool_calls') or message.get('content') is not None:  # who calls a tool may say nothing
-            _text(message, 'content', f'messages[{number}].')
+            raise DataError(f'{field}[{number}] is {type_name(message)}, not an object')
+        _text(message, 'role', f'{field}[{number}].')
+        if calls := message.get('tool_calls'):
+            _objects(calls, f'{field}[{number}].tool_calls')
+        if not calls or message.get('content') is not None:  # who calls a tool may say nothing
+            _text(message, 'content', f'{field}[{number}].')
     return messages
 
 
 _MESSAGES = {
     'instruction, input, output': _from_instruction,
     'prompt, completion': _from_prompt,
-    'messages': _from_messages,
+    'messages': messages_of,
 }
 
 
 def _objects(value: Any, name: str) -> list[dict[str, Any]]:
     """Returns a value that has to be an array of objects."""
     if not isinstance(value, list):
-        raise DataError(f'{name} is {_type(value)}, not an array')
+        raise DataError(f'{name} is {type_name(value)}, not an array')
     for number, member in enumerate(value):
         if not isinstance(member, dict):
-            raise DataError(f'{name}[{number}] is {_type(member)}, not an object')
+            raise DataError(f'{name}[{number}] is {type_name(member)}, not an object')
     return value
 
 
@@ -209,9 +252,10 @@ def _text(owner: Mapping[str, Any], field: str, prefix: str = '') -> str:
         raise DataError(f'{prefix}{field} is missing')
     value = owner[field]
     if not isinstance(value, str):
-        raise DataError(f'{prefix}{field} is {_type(value)}, not a string')
+        raise DataError(f'{prefix}{field} is {type_name(value)}, not a string')
     return value
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """Returns what a JSON value is, in words."""
     return _JSON_TYPES.get(type(value), 'a number')

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mixln_jax import config
-from mixln_jax.data import instructions, layout, prepared, tokenizers
+from mixln_jax.data import instructions, layout, pairs, prepared, prompt_rows, tokenizers
 from mixln_jax.data.examples import Numbers, Rows
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.data.sources import Source, open_source
@@ -20,6 +20,8 @@ MOVED = "where the run's data is now: data.data_dir of a tfds data set, data.pat
 
 
 LANGUAGE = config.Task()  # the task of plain text
+OF_PAIRS = ('preference',)  # tasks that learn from pairs
+OF_PYTHON = 'stdlib', 'shelves'  # sources that come with Python
 
 
 class Documents(Rows):
@@ -122,6 +124,10 @@ def open_rows(
     tokenizers.check_fits(tokenizer, vocab_size, f'config.model.vocab_size={vocab_size}')
     if task.name == 'instructions':
         return instructions.open_rows(data, split, tokenizer, seq_length, vocab_size, task.learn)
+    if task.name in OF_PAIRS:
+        return pairs.open_rows(data, split, tokenizer, seq_length, vocab_size, task.name)
+    if task.name == 'online':
+        return prompt_rows.open_rows(data, split, tokenizer, seq_length, vocab_size, task.online.max_new_tokens)
     if data.source == 'tokens':
         rows = prepared.Prepared(data.path, split)
         for name, wanted in (('mode', data.mode), ('seq_length', seq_length)):
@@ -176,7 +182,7 @@ def open_rows_of_run(
         raise type(error)(message) from None
     chosen = ('split', 'mode', 'seq_length')
     if differ := [part for part, value in (seen or {}).items() if part not in chosen and current.get(part) != value]:
-        known = ' (the text that comes with Python is another in other versions)' if data.source == 'stdlib' else ''
+        known = ' (the text that comes with Python is another in other versions)' if data.source in OF_PYTHON else ''
         raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs{known}')
     return rows
 
@@ -199,8 +205,8 @@ def moved(data: config.Data, path: str) -> config.Data:
     """
     if not path:
         raise UsageError('--data_path is empty')
-    if data.source == 'stdlib':
-        raise UsageError('--data_path has no meaning for data.source=stdlib, the text that comes with Python')
+    if data.source in OF_PYTHON:
+        raise UsageError(f'--data_path has no meaning for data.source={data.source}, the text that comes with Python')
     change: dict[str, Any] = {_location(data): path}
     return dataclasses.replace(data, **change)
 
@@ -212,7 +218,7 @@ def _location(data: config.Data) -> str:
 
 def fingerprint(data: config.Data, split: str, tokenizer: Tokenizer, run: config.Config) -> dict:
     """Returns the fingerprint of the rows that a run makes of a split of `data`; rows of plain text are not made."""
-    if run.task.name == 'instructions':
+    if run.task.name in ('instructions', 'online', *OF_PAIRS):
         return open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size, run.task).fingerprint
     if data.source == 'tokens':
         return prepared.Prepared(data.path, split).fingerprint

@@ -74,6 +74,23 @@ def questions() -> list[tuple[str, str, str]]:
     return [(f'What does {name} do?\n', answers[name], name) for name in sorted(answers)]
 
 
+SHELVES = {'north': 'abcde', 'east': 'fghijklmn', 'south': 'opqrs', 'west': 'tuvwxyz'}  # by the last letter
+
+
+def shelves() -> list[tuple[str, str]]:
+    """Returns names of functions of the corpus, and on which of four SHELVES each belongs, sorted by name.
+
+    The names have up to 20 letters. There are as many on each shelf: those with the lowest hashes.
+
+    Raises DataError as `gather`.
+    """
+    names = {name.rpartition('.')[2].lower() for _, _, name in questions()}
+    mixed = sorted((name for name in names if len(name) <= 20), key=lambda name: _digest(name.encode()))
+    found = {shelf: [name for name in mixed if name[-1] in letters] for shelf, letters in SHELVES.items()}
+    count = min(map(len, found.values()))
+    return sorted((name, shelf) for shelf, chosen in found.items() for name in chosen[:count])
+
+
 def _files(root: pathlib.Path) -> Iterator[pathlib.Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _NOT_LIBRARY and not name.startswith('config-')]

@@ -83,11 +83,13 @@ class Writer:
         max_new: Sequence[int],
         batch_size: int,
         done: Callable[[int], object] = lambda count: None,
+        numbers: Sequence[int] | None = None,
         **options: Any,
     ) -> list[Continuation]:
         """Returns the continuation of each context, computed `batch_size` at a time, those of like lengths together.
 
-        `done` is called with the number of contexts of each batch; for the rest see `stream`.
+        `done` is called with the number of contexts of each batch. `numbers` are those on which the random numbers of
+        each context depend; None: 0, 1 and so on. For the rest see `stream`.
         """
         order = sorted(range(len(contexts)), key=lambda number: -len(contexts[number]))
         made: dict[int, Continuation] = {}
@@ -97,7 +99,7 @@ class Writer:
                 [contexts[row] for row in rows],
                 [stops[row] for row in rows],
                 max_new=[max_new[row] for row in rows],
-                rows=rows,
+                rows=rows if numbers is None else [numbers[row] for row in rows],
                 size=min(batch_size, len(contexts)),
                 **options,
             )

@@ -35,6 +35,7 @@ from mixln_jax.system import console, errors
 from mixln_jax.system.errors import DataError, NumericsError, UsageError, first_line
 
 SHORTEST = 32  # positions; padding to fewer positions would save no time
+ENDS = 8  # last ids that share a row of a batch
 
 
 class Harness(TemplateLM):
@@ -180,28 +181,62 @@ class Harness(TemplateLM):
             yield inputs + scored[-1:], len(scored)
 
     def _predictions_of(self, rows: Sequence[list[int]], name: str, disable_tqdm: bool) -> list[Any]:
-        """Returns the `_predictions` for every row of ids: a pair of arrays [len(row) - 1], in the order of `rows`."""
-        order, predictions = sorted(range(len(rows)), key=lambda number: -len(rows[number])), [None] * len(rows)
-        for start in tqdm(range(0, len(rows), self.batch_size), desc=name, disable=disable_tqdm):
-            numbers = order[start : start + self.batch_size]
-            length = next(length for length in self._lengths if length >= len(rows[numbers[0]]) - 1)
-            ids = np.zeros((self.batch_size, length + 1), np.int32)  # attention is causal: no token sees the padding
-            for padded, number in zip(ids, numbers, strict=False):
-                padded[: len(rows[number])] = rows[number]
-            batch = meshes.to_devices(ids, self._sharding)
+        """Returns for every row of ids the log-probabilities of all ids but the first, and the likeliest ids instead: a
+        pair of arrays [len(row) - 1], in the order of `rows`.
+
+        Rows that differ in their last id alone, such as a question with the answers A, B, C and D, are computed once.
+        """
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for number, row in enumerate(rows):
+            alike.setdefault(tuple(row[:-1]), []).append(number)
+        order = sorted(alike.values(), key=lambda numbers: -len(rows[numbers[0]]))
+        groups = [numbers[start : start + ENDS] for numbers in order for start in range(0, len(numbers), ENDS)]
+        predictions: list[Any] = [None] * len(rows)
+        for start in tqdm(range(0, len(groups), self.batch_size), desc=name, disable=disable_tqdm):
+            chosen = groups[start : start + self.batch_size]
+            batch = meshes.to_devices(self._batch([[rows[n] for n in numbers] for numbers in chosen]), self._sharding)
             arrays = jax.device_get(self._predict(self._params, batch, self.layer_mask))
-            for number, *pair in zip(numbers, *arrays, strict=False):
-                predictions[number] = [values[: len(rows[number]) - 1] for values in pair]
+            for numbers, log_probs, best, ends in zip(chosen, *arrays, strict=False):
+                size = len(rows[numbers[0]]) - 1
+                for number, end in zip(numbers, ends, strict=False):
+                    predictions[number] = np.append(log_probs[: size - 1], end), best[:size]
         return predictions
+
+    def _batch(self, groups: Sequence[Sequence[list[int]]]) -> dict[str, np.ndarray]:
+        """Returns the arrays of `_predictions` for groups of rows, the longest first.
+
+        The rows of a group differ in their last id alone.
+        """
+        length = next(length for length in self._lengths if length >= len(groups[0][0]) - 1)
+        batch = {
+            'ids': np.zeros((self.batch_size, length + 1), np.int32),  # attention is causal: none sees the padding
+            'last': np.zeros(self.batch_size, np.int32),
+            'ends': np.zeros((self.batch_size, ENDS), np.int32),
+        }
+        for number, rows in enumerate(groups):
+            batch['ids'][number, : len(rows[0])] = rows[0]
+            batch['last'][number] = len(rows[0]) - 2
+            batch['ends'][number, : len(rows)] = [row[-1] for row in rows]
+        return batch
 
 
 def _predictions(
-    params: Any, ids: jax.Array, layer_mask: jax.Array | None, *, model: Any, stretch: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the log-probability of each token of ids [B, T+1] except the first, and the likeliest token: [B, T] each.
+    params: Any, batch: Mapping[str, jax.Array], layer_mask: jax.Array | None, *, model: Any, stretch: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Predicts rows of ids, in float32; the logits of `stretch` positions are in memory at a time.
 
-    Computed in float32; the logits of `stretch` positions are in memory at a time.
+    Args:
+        params: the weights.
+        batch: `ids` [B, T+1]; `last` [B], a position of each row; `ends` [B, E], ids that may come after it.
+        layer_mask: [L] bool or None, as of `Harness`.
+        model: the network.
+        stretch: positions.
+
+    Returns:
+        The log-probability of each id except the first [B, T], the likeliest id [B, T], and the log-probabilities of
+        `ends` [B, E].
     """
+    ids = batch['ids']
     x, _ = model.apply({'params': params}, ids[:, :-1], layer_mask, method='backbone')
 
     def predict(position: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -210,7 +245,9 @@ def _predictions(
         return -optax.softmax_cross_entropy_with_integer_labels(logits, targets), logits.argmax(-1)
 
     log_probs, best = jax.lax.map(predict, (jnp.moveaxis(x, 1, 0), ids[:, 1:].T), batch_size=stretch)
-    return log_probs.T, best.T
+    at_last = jnp.take_along_axis(x, batch['last'][:, None, None], axis=1)[:, 0]
+    logits = jax.nn.log_softmax(model.apply({'params': params}, at_last, method='logits'))
+    return log_probs.T, best.T, jnp.take_along_axis(logits, batch['ends'], axis=1)
 
 
 def _sampling(task: str, options: dict[str, Any]) -> Sampling:
@@ -283,7 +320,8 @@ def run(
         num_fewshot: examples before each document; None: as many as the task asks for.
 
     Returns:
-        A table for people, and a JSON object with `results` {task: {'acc,none': ..., 'acc_stderr,none': ..., ...}}.
+        A table for people, and a JSON object with `results` {task: {'acc,none': ..., 'acc_stderr,none': ..., ...}} and
+        `documents` {task: {'acc,none': [of every document, in the task's order], ...}}.
 
     Raises:
         NumericsError: a log-likelihood is not finite.
@@ -298,14 +336,29 @@ def run(
         limit=limit,
         num_fewshot=num_fewshot,
         bootstrap_iters=1000,
-        log_samples=False,
         torch_random_seed=None,
     )
     tables = [make_table(evaluation, part) for part in ('results', 'groups') if evaluation.get(part)]
     kept = ('results', 'groups', 'versions', 'n-shot', 'n-samples')
-    about = {'lm_eval': importlib.metadata.version('lm_eval'), 'limit': limit}
+    about: dict[str, Any] = {'lm_eval': importlib.metadata.version('lm_eval'), 'limit': limit}
     if len(names) > 1 and (average := average_accuracy(evaluation['results'], names)):
         numbers = ' ± '.join(f'{100 * value:.2f}' for value in average.values())
         tables.append(f'average acc of {len(names)} tasks: {numbers} %')
         about |= average
+    about['documents'] = {task: of_documents(samples) for task, samples in evaluation['samples'].items()}
     return '\n'.join(tables), about | {part: evaluation[part] for part in kept if part in evaluation}
+
+
+def of_documents(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Returns the metrics of every document of a task, in the task's order: what a comparison in pairs needs.
+
+    Args:
+        samples: of the harness: one for each document and filter. Metrics that are no number of one document, such as
+            the counts that a perplexity is made of, are left out.
+    """
+    values: dict[str, list[float]] = {}
+    for sample in sorted(samples, key=lambda sample: sample['doc_id']):
+        for metric in sample['metrics']:
+            if isinstance(value := sample[metric], int | float | np.number):
+                values.setdefault(f'{metric},{sample["filter"]}', []).append(float(value))
+    return values

@@ -13,9 +13,10 @@ from mixln_jax import config as configs
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.evaluation.rollouts import completed, open_rollouts
 from mixln_jax.models import transformer
 from mixln_jax.program.program import Program
-from mixln_jax.runs import weights
+from mixln_jax.runs import frozen, weights
 from mixln_jax.system.errors import DataError, NumericsError, UsageError
 from mixln_jax.tasks.task import Task
 
@@ -102,12 +103,17 @@ def evaluate_run(
     program = Program(dataclasses.replace(config, batch_size=batch_size, accumulate=1), mesh)
     rows = data_rows.open_rows_of_run(loaded.workdir, config, split or config.eval.split, loaded.tokenizer, data_path)
     step = transformer.needed_step(program.model, loaded.step)
+    rollouts = open_rollouts(program, loaded.tokenizer)
     params = jax.device_put(loaded.params, jax.tree.map(lambda leaf: leaf.sharding, program.state.params))
+    references = tuple(
+        jax.device_put(frozen.read_reference(loaded.workdir), jax.tree.map(lambda leaf: leaf.sharding, like))
+        for like in program.references
+    )
     with contextlib.closing(batches.read(batches.evaluation(rows, batch_size), 0, workers=0)) as reader:
         values = evaluate(
-            lambda params, batch: program.eval_step(params, batch, step),
+            lambda params, batch: program.eval_step(params, batch, step, *references),
             params,
-            reader,
+            completed(rollouts, params, reader, rows, loaded.step),
             task=program.task,
             at_a_time=config.batch_size // batch_size,
             num_tokens=num_tokens or config.eval.tokens,

@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
-
-import orjson
 
 from mixln_jax import config as configs
 from mixln_jax.data import chat, records
+from mixln_jax.data.records import Prompt
 from mixln_jax.data.tokenizers import Tokenizer
+from mixln_jax.runs import weights
 from mixln_jax.runs.encoder import TextEncoder
 from mixln_jax.system import files
 from mixln_jax.system.errors import DataError, UsageError
@@ -17,72 +16,40 @@ AUTO, NONE = 'auto', 'none'
 TEMPLATES = (AUTO, NONE, 'chat', *chat.NAMED)
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """What is to be continued.
-
-    Attributes:
-        fields: the whole record, whose other fields are kept.
-        origin: its file and line, for people.
-        messages: the turns before the answer.
-    """
-
-    fields: dict[str, Any]
-    origin: str
-    messages: list[dict[str, Any]]
-
-    @property
-    def text(self) -> str | None:
-        """The prompt, if it is a text; None: a record of another shape."""
-        return self.fields.get('prompt')
-
-
 def from_text(text: str) -> Prompt:
     """Returns a prompt that is a text."""
     return Prompt({'prompt': text}, '--prompt', [{'role': 'user', 'content': text}])
 
 
 def read(path: str) -> list[Prompt]:
-    """Returns the prompts of a file of JSON lines: objects with `prompt`, `messages` or `instruction` (and `input`).
+    """Returns the prompts of a file: of JSON lines or one JSON array, plain or compressed; see `records.question`.
 
     Raises DataError, naming file and line, for anything else.
     """
-    try:
-        content = files.read(files.local(path, '--prompts'), DataError)
-    except FileNotFoundError as error:
-        raise DataError(f'--prompts: there is no file {path}') from error
-    prompts = []
-    for number, line in enumerate(content.split(b'\n'), 1):
-        if not line.strip():
-            continue
-        try:
-            record = orjson.loads(line)
-        except ValueError as error:
-            raise DataError(f'{path}:{number}: not JSON: {str(error).partition(":")[0]}') from None
-        try:
-            prompts.append(Prompt(record, f'{path}:{number}', records.question(record)))
-        except DataError as error:
-            raise DataError(f'{path}:{number}: {error}') from None
-    if not prompts:
-        raise DataError(f'{path} holds no prompts')
-    return prompts
+    file = files.local(path, '--prompts')
+    if not file.exists():
+        raise DataError(f'--prompts: there is no file {path}')
+    return list(records.read_prompts([str(file)]))
 
 
-def open_template(name: str, config: configs.Config | None, tokenizer: Tokenizer) -> chat.Template | None:
+def open_template(
+    name: str, config: configs.Config | None, tokenizer: Tokenizer, exported: str | None = None
+) -> chat.Template | None:
     """Returns the template by which weights were taught to answer; None: prompts are texts to continue.
 
     Args:
-        name: one of TEMPLATES. `auto`: that of a run that learned instructions, the chat template of a Hugging Face
-            folder that has one, else none.
+        name: one of TEMPLATES. `auto`: that of a run, or of its export, that learned to answer; the chat template of a
+            Hugging Face folder that has one; else none.
         config: of the run; None: a Hugging Face folder.
         tokenizer: of the weights.
+        exported: what an export says of the template of its run.
 
     Raises DataError: `chat`, and the tokenizer has no template.
     """
     if name == AUTO and config:
-        name = config.data.template if config.task.name == 'instructions' else NONE
+        name = weights.taught(config) or NONE
     elif name == AUTO:
-        name = 'chat' if tokenizer.chat_template else NONE
+        name = exported or ('chat' if tokenizer.chat_template else NONE)
     if name == NONE:
         return None
     today = chat.TODAY if config else None  # a run has learned with this date

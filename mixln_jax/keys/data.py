@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from mixln_jax.keys.field import LARGEST_VOCABULARY, key
+from mixln_jax.keys.field import LARGEST_VOCABULARY, group, key
+from mixln_jax.keys.online import Online
+from mixln_jax.keys.preference import Preference
 
 WORKERS = 1024
 
@@ -14,8 +16,9 @@ class Task:
     name: str = key(
         'language',
         'language: predict the next token; masked_language: predict hidden tokens, as BERT does; instructions: predict '
-        'the answers of conversations',
-        choices=('language', 'masked_language', 'instructions'),
+        'the answers of conversations; preference: prefer the chosen one of two answers; online: learn from rewards of '
+        'generated answers',
+        choices=('language', 'masked_language', 'instructions', 'preference', 'online'),
     )
     learn: str = key(
         'completions',
@@ -29,13 +32,15 @@ class Task:
         at_least=-1,
         below=LARGEST_VOCABULARY,
     )
+    preference: Preference = group(Preference)
+    online: Online = group(Online)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where the text comes from and how it becomes rows of tokens."""
 
-    source: str = key('tfds', 'kind of source', choices=('tfds', 'tokens', 'jsonl', 'text', 'stdlib'))
+    source: str = key('tfds', 'kind of source', choices=('tfds', 'tokens', 'jsonl', 'text', 'stdlib', 'shelves'))
     path: str = key(
         '',
         'files of a jsonl or text source: paths or globs, separated by commas; folder of prepared tokens',

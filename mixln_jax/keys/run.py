@@ -150,3 +150,8 @@ class Config:
     analysis: Analysis = group(Analysis, may_change=True)
     profile: Profile = group(Profile, may_change=True)
     expected: Expected = group(Expected, may_change=True)
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples that a step reads: rows of the batch, or the prompts that they answer."""
+        return self.batch_size // (self.task.online.completions if self.task.name == 'online' else 1)

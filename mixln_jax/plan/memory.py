@@ -63,7 +63,7 @@ def memory(program: Program) -> dict[str, int]:
     padded = program.model.rows
     chunk = min(rows * T, max(cross_entropy.CHUNK, rows))
     return {
-        'weights': _local_bytes((program.state.params, program.state.ema, program.state.frozen)),
+        'weights': _local_bytes((program.state.params, program.state.ema, *program.state.fixed)),
         'optimiser': _local_bytes(program.state.opt_state),
         'gradients': _local_bytes(program.state.params) * (2 if config.accumulate > 1 else 1),
         'activations': rows * T * (model.num_layers * (stream + layer) + working + scores + 4 * stream),

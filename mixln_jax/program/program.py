@@ -1,6 +1,5 @@
 """What runs on the devices: the functions of a run, jitted for a mesh, and the shapes they take."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from mixln_jax import trees
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.kernels import attention
 from mixln_jax.models import families, transformer
-from mixln_jax.program import optim, step
+from mixln_jax.program import inner, optim, step
 from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks import build
 
@@ -22,8 +21,9 @@ class Program:
 
     `state` is the train state as ShapeDtypeStructs with their shardings. `init`: key -> State, created with its final
     sharding. `measure_factors`: (State, batch) -> State, before the first step where `model.measured()`. `train_step`:
-    (State, batch) -> (State, metrics). Both donate the state, `train_step` all but its frozen weights. `eval_step`:
-    (network, batch, step) -> sums, where `step` is what `transformer.needed_step` returns; see step.py.
+    (State, batch) -> (State, metrics). Both donate the state, `train_step` all but what no update changes. `eval_step`:
+    (network, batch, step) -> sums, where `step` is what `transformer.needed_step` returns, with the state's reference
+    network as a fourth argument if it has one; see step.py.
 
     Raises UsageError, naming the keys, for sizes that the mesh does not divide.
     """
@@ -60,7 +60,7 @@ class Program:
         self.state = jax.tree.map(_like, shapes, shardings)
         self.init = jax.jit(init, out_shardings=shardings)
         train_step = functools.partial(
-            step.train_step,
+            step.train_step if self.task.collect is None else inner.train_step,
             task=self.task,
             optimizer=optimizer,
             seed=config.seed,
@@ -73,13 +73,23 @@ class Program:
         )
         jitted = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings.own, everywhere))
         self.train_step: Any = jitted(train_step)
-        if self.state.frozen is not None:
-            self.train_step = _WithoutFrozen(jitted(_without_frozen(train_step)))
+        if self.has_fixed:
+            self.train_step = _WithFixed(jitted(_without_fixed(train_step)))
         measure = functools.partial(
             step.measure_factors, task=self.task, seed=config.seed, accumulate=config.accumulate
         )
         self.measure_factors = jax.jit(measure, donate_argnums=0, out_shardings=shardings)
         self.eval_step = jax.jit(functools.partial(step.eval_step, task=self.task), out_shardings=everywhere)
+
+    @property
+    def has_fixed(self) -> bool:
+        """Whether the state has weights that no update changes."""
+        return any(part is not None for part in self.state.fixed)
+
+    @property
+    def references(self) -> tuple[Any, ...]:
+        """The reference network of the state as a tuple, which is empty if it has none."""
+        return () if self.state.reference is None else (self.state.reference,)
 
     def flops_per_position(self) -> int:
         """Returns the FLOPs of training on one position, by formula; frozen weights have no gradient, a third less."""
@@ -101,32 +111,34 @@ class Program:
         size, step = self.config.batch_size, transformer.needed_step(self.model, self.state.step)
         train_step = self.train_step.lower(self.state, self.batch(size)).compile()
         return (
-            train_step if self.state.frozen is None else _WithoutFrozen(train_step),
-            self.eval_step.lower(self.state.averaged, self.batch(size // self.config.accumulate), step).compile(),
+            _WithFixed(train_step) if self.has_fixed else train_step,
+            self.eval_step.lower(
+                self.state.averaged, self.batch(size // self.config.accumulate), step, *self.references
+            ).compile(),
         )
 
 
-class _WithoutFrozen:
-    """A train step that neither donates nor returns the frozen weights: the state that it returns keeps them.
+class _WithFixed:
+    """A train step that neither donates nor returns what no update changes: the state that it returns keeps it.
 
-    `function` is that of `_without_frozen`, jitted or compiled.
+    `function` is that of `_without_fixed`, jitted or compiled.
     """
 
     def __init__(self, function: Any):
         self._function = function
 
     def __call__(self, state: step.State, batch: Any) -> tuple[step.State, dict[str, jax.Array]]:
-        after, metrics = self._function(state.own, state.frozen, batch)
-        return dataclasses.replace(after, frozen=state.frozen), metrics
+        after, metrics = self._function(state.own, state.fixed, batch)
+        return after.with_fixed(state.fixed), metrics
 
     def lower(self, state: step.State, batch: Any) -> jax.stages.Lowered:
-        """Returns the lowered function of (the state without its frozen weights, these, batch)."""
-        return self._function.lower(state.own, state.frozen, batch)
+        """Returns the lowered function of (the state without what no update changes, that, batch)."""
+        return self._function.lower(state.own, state.fixed, batch)
 
 
-def _without_frozen(train_step: Callable[..., Any]) -> Callable[..., Any]:
-    def update(own: step.State, frozen: Any, batch: Any) -> tuple[step.State, dict[str, jax.Array]]:
-        after, metrics = train_step(dataclasses.replace(own, frozen=frozen), batch)
+def _without_fixed(train_step: Callable[..., Any]) -> Callable[..., Any]:
+    def update(own: step.State, fixed: tuple[Any, Any], batch: Any) -> tuple[step.State, dict[str, jax.Array]]:
+        after, metrics = train_step(own.with_fixed(fixed), batch)
         return after.own, metrics
 
     return update
@@ -154,7 +166,7 @@ def attention_kernel(config: configs.Config, device: jax.Device | None) -> str:
         config.model.head_size,
         config.seq_length,
         wanted=config.model.attention,
-        deterministic_mask=config.deterministic and config.data.mode == 'pack',
+        deterministic_mask=config.deterministic and (config.data.mode == 'pack' or config.task.name == 'preference'),
     )
 
 

@@ -28,6 +28,7 @@ class State:
     bad_step: jax.Array  # the first step that was not finite; 0: none. While it is set, a step changes nothing
     ema: Any = None  # running average of params, float32; None: there is none
     frozen: Any = None  # the other weights of the network, which are never updated; None: there are none
+    reference: Any = None  # all weights of the network that training began with, where a task needs them; see reference
 
     @property
     def network(self) -> Any:
@@ -41,16 +42,26 @@ class State:
 
     @property
     def own(self) -> 'State':
-        """The state without its frozen weights, as checkpoints hold it."""
-        return dataclasses.replace(self, frozen=None)
+        """The state without the weights that no update changes, as checkpoints hold it."""
+        return dataclasses.replace(self, frozen=None, reference=None)
+
+    @property
+    def fixed(self) -> tuple[Any, Any]:
+        """The weights that no update changes: the frozen ones and those of the reference network."""
+        return self.frozen, self.reference
+
+    def with_fixed(self, fixed: tuple[Any, Any]) -> 'State':
+        """Returns the state with other weights that no update changes."""
+        return dataclasses.replace(self, frozen=fixed[0], reference=fixed[1])
 
     def with_network(self, network: Any) -> 'State':
-        """Returns the state with other weights, from which a running average starts again."""
+        """Returns the state with other weights, from which a running average starts again, and the reference."""
         params, frozen = network, None
         if self.frozen is not None:
             params, frozen = trees.split(network, {name for name, _ in trees.named_leaves(self.params)}.__contains__)
         ema = None if self.ema is None else _float32(params)
-        return dataclasses.replace(self, params=params, frozen=frozen, ema=ema)
+        reference = None if self.reference is None else _copy(network)
+        return dataclasses.replace(self, params=params, frozen=frozen, ema=ema, reference=reference)
 
 
 def init_state(
@@ -73,7 +84,21 @@ def init_state(
     params, frozen = tuning.split(network, tune)
     params = in_type(params)
     average = _float32(params) if ema else None
-    return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0), average, frozen)
+    kept = task.needs_reference and not (tune.method == 'lora' and not tune.train)
+    reference = _copy(network) if kept else None
+    return State(jnp.int32(0), params, optimizer.init(params), jnp.int32(0), average, frozen, reference)
+
+
+def reference(task: Task, network: Any, kept: Any) -> Any:
+    """Returns all weights of the reference network: those that a state has kept, or where adapters alone are trained,
+    the network without them; None where the task needs none."""
+    if not task.needs_reference:
+        return None
+    return lora.base(network) if kept is None else kept
+
+
+def _copy(network: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), network)  # else both would be donated
 
 
 def _float32(params: Any) -> Any:
@@ -161,7 +186,8 @@ def _sums_and_gradients(
     task: Task, state: State, parts: Any, shardings: Any, seed: int, dropout: float
 ) -> tuple[dict[str, jax.Array], Any]:
     """Returns all sums by name, and the gradient of the sum of the losses, over micro-batches [accumulate, ...]."""
-    context = Context(train=True, step=state.step)
+    compared = reference(task, state.network, state.reference)
+    context = Context(train=True, step=state.step, reference=compared)
 
     def sums_of(params: Any, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         network, chosen = trees.join(params, state.frozen), context
@@ -209,7 +235,7 @@ def _updated(
     updated = State(state.step + 1, params, opt_state, bad_step, average)
     kept = dataclasses.replace(state.own, bad_step=bad_step)
     chosen = jax.tree.map(lambda new, old: jnp.where(bad_step == 0, new, old), updated, kept)
-    return dataclasses.replace(chosen, frozen=state.frozen)
+    return chosen.with_fixed(state.fixed)
 
 
 def _sums(task: Task, network: Any, batch: Batch, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -218,12 +244,16 @@ def _sums(task: Task, network: Any, batch: Batch, context: Context) -> tuple[jax
     return losses.sum, {'sum': losses.sum, 'weight': losses.weight} | losses.metrics
 
 
-def eval_step(network: Any, batch: Batch, step: jax.Array | None = None, *, task: Task) -> dict[str, jax.Array]:
-    """Returns the sums of a batch after `step` updates: `sum`, `weight` and the task's metrics.
+def eval_step(
+    network: Any, batch: Batch, step: jax.Array | None = None, kept: Any = None, *, task: Task
+) -> dict[str, jax.Array]:
+    """Returns the sums of a batch after `step` updates: `sum`, `weight` and the task's metrics. `kept`: the reference
+    network of the state, if it has one.
 
     Random choices of the task are the same in every run, so that networks are compared on the same examples.
     """
-    return _sums(task, network, task.prepare(batch, step_key(0, 0), False), Context(step=step))[1]
+    context = Context(step=step, reference=reference(task, network, kept))
+    return _sums(task, network, task.prepare(batch, step_key(0, 0), False), context)[1]
 
 
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax import trees
-from mixln_jax.data import tokenizers
+from mixln_jax.data import chat, tokenizers
 from mixln_jax.models import families, hf, placements, transformer
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import peft, tensors
@@ -22,6 +23,7 @@ from mixln_jax.runs import best, checkpoint, checkpoint_folders, checksums, froz
 from mixln_jax.system import console, files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
+ANSWERS = 'instructions', 'preference', 'online'  # the tasks that teach to answer, by a template
 EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
 
 
@@ -73,6 +75,24 @@ class Weights:
         if self.config:
             return self.config.data.mode
         return _of_export(pathlib.Path(self.where)).get('data_mode')
+
+    @property
+    def template(self) -> str | None:
+        """config.data.template by which the weights were taught to answer; None: by none, or nothing says it.
+
+        Raises CheckpointError where an export has another value.
+        """
+        if self.config:
+            return taught(self.config)
+        template = _of_export(pathlib.Path(self.where)).get('template')
+        if template not in (None, 'chat', *chat.NAMED):
+            raise CheckpointError(f'{pathlib.Path(self.where, EXPORT)}: template={template!r} is not a template')
+        return template
+
+
+def taught(config: configs.Config) -> str | None:
+    """Returns config.data.template if a run learns to answer by it, else None."""
+    return config.data.template if config.task.name in ANSWERS else None
 
 
 def load(
@@ -250,13 +270,14 @@ def _hops(path: pathlib.Path) -> Iterator[pathlib.Path]:
     yield pathlib.Path(os.path.realpath(path))
 
 
-def initial(where: str, model: Network) -> Any:
+def initial(where: str, model: Network, tokenizer: str | None = None) -> Any:
     """Returns what `config.init_from` names as parameters of `model`, numpy arrays: no device needs to hold them all.
 
     Args:
         where: `hf:FOLDER`, `adapter:FOLDER` of peft, or what `load` opens as ours.
         model: the network that is to start from them. A Hugging Face folder that does not say its placement, as the
             authors' do not, is read under this network's.
+        tokenizer: fingerprint of the new run's, for a warning if a run of ours had another one; None: it is not known.
 
     Raises:
         UsageError: nothing there, or weights of another network, naming the key that differs. The vocabulary may have
@@ -272,6 +293,9 @@ def initial(where: str, model: Network) -> Any:
             loaded = load(where)
             _check_same(model, loaded.model)
             params, size = jax.device_get(loaded.params), loaded.model.config.vocab_size
+            if loaded.tokenizer and tokenizer not in (None, loaded.tokenizer.fingerprint):
+                own = f'{where} has learned the ids of another tokenizer: that in {loaded.workdir}/tokenizer'
+                console.say(f'mixln_jax: warning: config.init_from={own}', file=sys.stderr)
         else:
             raise UsageError(f'not a run of ours; a Hugging Face folder is hf:{where}')
     except (UsageError, CheckpointError) as error:

@@ -5,6 +5,8 @@ from mixln_jax.models.network import Network
 from mixln_jax.tasks.instructions import Instructions
 from mixln_jax.tasks.language import Language
 from mixln_jax.tasks.masked_language import MaskedLanguage
+from mixln_jax.tasks.online import Online
+from mixln_jax.tasks.preference import Preference
 from mixln_jax.tasks.question_answering import QuestionAnswering
 from mixln_jax.tasks.task import Task
 
@@ -12,6 +14,8 @@ TASKS: dict[str, type[Task]] = {
     'language': Language,
     'masked_language': MaskedLanguage,
     'instructions': Instructions,
+    'preference': Preference,
+    'online': Online,
 }
 
 

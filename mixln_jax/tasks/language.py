@@ -77,7 +77,7 @@ class Language(Task):
             values['bits_per_byte'] = totals['sum'] / math.log(2) / num_bytes if num_bytes else None
         return values
 
-    def baseline(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
+    def baseline(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float | None:
         """Returns the entropy of the targets in nats, of as many batches as it takes."""
         counts = np.zeros(self.model.config.vocab_size)
         for batch in batches:

@@ -92,7 +92,7 @@ class MaskedLanguage(Language):
     def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
         return super().summary({name: total for name, total in totals.items() if name != 'num_bytes'})
 
-    def baseline(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float:
+    def baseline(self, batches: Iterable[Mapping[str, np.ndarray]]) -> float | None:
         """Returns the entropy of the tokens in nats, of as many batches as it takes."""
         return super().baseline({**batch, 'targets': batch['inputs']} for batch in batches)
 

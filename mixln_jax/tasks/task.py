@@ -25,12 +25,14 @@ class Context(NamedTuple):
     `layer_mask` [L] bool: layers that are False are the identity; None: all of them run. `train`: whether it is the
     training loss. `step`: number of updates done, at which ramps stand; None: the model's `trained_steps`.
     `collections`: more variables of the network by the name of their flax collection, such as the keys of its dropout.
+    `reference`: all weights of the network that training began with, where the task needs them.
     """
 
     layer_mask: jax.Array | None = None
     train: bool = False
     step: jax.Array | None = None
     collections: Mapping[str, Any] = types.MappingProxyType({})
+    reference: Any = None
 
 
 EVALUATION = Context()
@@ -59,9 +61,10 @@ class Task(abc.ABC):
     Class attributes: `headline` names the number that people look at first, by which runs are compared, `label` is its
     short name and `digits` the decimals that are shown; `lower` names the numbers of `summary` that are better if
     lower, the others are better if higher; `headline_of_loss`, where the headline is a function of the mean loss, is
-    that function and its derivative; `metrics` are the names of the task's further sums; `score`, where a task is
-    measured by more than its losses, is a function (params, examples, batch_size, layer_mask) -> {name: [Q] in 0..1, of
-    every question}.
+    that function and its derivative; `metrics` are the names of the task's further sums; `collect`, where the network
+    itself writes what it learns from, is a function (rollouts, size) -> batch on the host, see tasks/online.py;
+    `score`, where a task is measured by more than its losses, is a function (params, examples, batch_size, layer_mask)
+    -> {name: [Q] in 0..1, of every question}.
     """
 
     model: Any
@@ -72,7 +75,13 @@ class Task(abc.ABC):
     lower: ClassVar[tuple[str, ...]] = ('loss',)
     headline_of_loss: ClassVar[tuple[Callable[[Any], Any], Callable[[Any], Any]] | None] = None
     metrics: ClassVar[tuple[str, ...]] = ('tokens',)
+    collect: ClassVar[Callable[..., dict[str, np.ndarray]] | None] = None
     score: ClassVar[Callable[..., dict[str, np.ndarray]] | None] = None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the losses depend on the network that training began with."""
+        return False
 
     @classmethod
     def from_config(cls, config: configs.Config, model: Network) -> 'Task':

@@ -46,13 +46,13 @@ class _Every:
 class Evaluation(_Every):
     """Evaluates the weights, adds the results to the step's metrics line and prints one line."""
 
-    evaluate: Callable[[Any, Any], dict[str, float | None]]  # (weights, step) -> values of a metrics line
+    evaluate: Callable[[State], dict[str, float | None]]  # state -> values of a metrics line
     task: Task
     metrics: log.Metrics
 
     def __call__(self, step: int, state: State) -> None:
         """Evaluates `state`. Raises NumericsError if the loss is not finite."""
-        values = self.evaluate(state.averaged, state.step)
+        values = self.evaluate(state)
         loss = values['eval/loss']
         if loss is None or not math.isfinite(loss):
             raise NumericsError(f'step {step}: the evaluation loss is not finite')

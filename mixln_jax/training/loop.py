@@ -84,6 +84,7 @@ def fit(
     save: Save,
     stop: Stop,
     resume_hooks: bool = False,
+    collect: Callable[[State, Any], Any] = lambda state, batch: batch,
 ) -> State:
     """Runs steps `first` to `last` and returns the final state.
 
@@ -100,11 +101,12 @@ def fit(
         save: for a stop or an error.
         stop: the flag that signals set.
         resume_hooks: first run the hooks of step `first - 1`, which a signal has cut short.
+        collect: (state, batch) -> the batch that the state learns from, where it depends on the state.
 
     Raises:
         Stopped: a signal has arrived.
         NumericsError: a value is not finite, or the network has collapsed.
-        Exception: whatever a reader or a hook raises, after a checkpoint of the last complete step.
+        Exception: whatever a reader, `collect` or a hook raises, after a checkpoint of the last complete step.
     """
     pause = _Pause(hooks, last, meter, save, stop)
     if resume_hooks:
@@ -114,6 +116,7 @@ def fit(
         try:
             with meter.waiting(previous):
                 batch = next(batches)
+            batch = collect(state, batch)
         except BaseException:
             if previous:
                 meter.add(*previous, state)

@@ -26,6 +26,7 @@ from mixln_jax.data.examples import Examples
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.distributed import processes
+from mixln_jax.evaluation.rollouts import Rollouts, open_rollouts
 from mixln_jax.models import placements
 from mixln_jax.program.program import Program
 from mixln_jax.program.step import State
@@ -87,6 +88,7 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
                 console.say(f'mixln_jax: {shared} is already finished ({config.num_steps} steps)')
                 return
             data = open_data()
+            rollouts = open_rollouts(program, data.tokenizer)
             _describe(program, data.training, verbose)
             state, about = first_state(program, resolved, shared, checkpoints, data.training.fingerprint, stop)
             if checkpoints.latest() is not None:
@@ -95,7 +97,7 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
             start = time.perf_counter()
             compiled = program.compile()
             compile_sec = time.perf_counter() - start
-        job = _Job(program, compiled, data, checkpoints, records, about, stop)
+        job = _Job(program, compiled, data, rollouts, checkpoints, records, about, stop)
         state = job.train(state, compile_sec, closing)
         processes.watch(0)
         del state  # makes room for what is read back
@@ -163,6 +165,7 @@ class _Job:
     program: Program
     compiled: tuple  # train step and evaluation step
     data: _Data
+    rollouts: Rollouts | None  # where the task learns from them
     checkpoints: checkpoint.Checkpoints
     records: _Records
     about: dict
@@ -172,13 +175,13 @@ class _Job:
         """Returns the state after the last step, which is saved."""
         config, program, first = self.program.config, self.program, self.about['step'] + 1
         train_step, eval_step = self.compiled
-        feed = Feed(program, self.stop)
+        feed = Feed(program, self.stop, self.rollouts)
         dataset, to_devices = feed.training(self.data.training)
         reader = closing.enter_context(contextlib.closing(batches.read(dataset, first - 1, config.data.workers)))
         closing.callback(processes.watch, 0)
         if first == 1 and program.model.measured() and not config.init_from:  # given weights have factors already
             state = program.measure_factors(state, to_devices(dataset[0]))
-        self.records.frozen = frozen.keep(self.records.shared, state.frozen)
+        self.records.frozen = frozen.keep(self.records.shared, state.fixed)
         measuring = self._measuring(feed, eval_step)
         meter = self._meter(measuring, compile_sec)
         saving = hooks.Saving(
@@ -212,6 +215,7 @@ class _Job:
                 save=saving,
                 stop=self.stop,
                 resume_hooks=self.about['open_line'] is not None,
+                collect=feed.collecting(self.data.training),
             )
             self.checkpoints.wait()
         return state
@@ -222,7 +226,10 @@ class _Job:
         evaluate = feed.evaluation(eval_step, self.data.evaluation)
         measuring: list[hooks.Hook] = [hooks.Evaluation(config.eval.every, evaluate, program.task, metrics)]
         if config.eval.samples:
-            write = samples.sampling(program, self.data.evaluation, self.data.tokenizer)
+            if self.rollouts:
+                write = samples.scored(program, self.data.evaluation, self.rollouts)
+            else:
+                write = samples.sampling(program, self.data.evaluation, self.data.tokenizer)
             measuring.append(hooks.Samples(config.eval.every, write, self.records.folder / 'samples'))
         if config.analysis.tokens:
             analyses = during.Analyses(config, program.task, self.data.evaluation, feed.checked)
@@ -231,7 +238,7 @@ class _Job:
 
     def _meter(self, measuring: Sequence[hooks.Hook], compile_sec: float) -> Meter:
         config, program = self.program.config, self.program
-        training = batches.training(self.data.training, seed=config.data.seed, batch_size=config.batch_size)
+        training = batches.training(self.data.training, seed=config.data.seed, batch_size=config.examples_per_step)
         seen = map(training.__getitem__, range(1000))
         return Meter(
             self.records.metrics,
@@ -326,7 +333,7 @@ def _describe(program: Program, rows: Examples, verbose: bool) -> None:
         f'; placement {placements.spelled(model.norm_position)}\n'
         f'{model.num_params(params):,} parameters{trained}{"" if verbose else " (--verbose lists them)"}\n'
         f'{per_step:,} positions a step, {per_step * config.num_steps:,} in {config.num_steps:,} steps, '
-        f'{config.batch_size * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows\n'
+        f'{config.examples_per_step * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows\n'
         f'optimiser {config.optim.name}: {", ".join(f"{name} {number:g}" for name, number in numbers.items()) or "-"}'
     )
     if analyses := config.analysis.tokens:

@@ -9,6 +9,7 @@ from mixln_jax.data import batches
 from mixln_jax.data.examples import Examples
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.evaluation import generation, prompts
+from mixln_jax.evaluation.rollouts import Rollouts
 from mixln_jax.models import transformer
 from mixln_jax.models.sampler import Sampler
 from mixln_jax.program.program import Program
@@ -17,6 +18,17 @@ from mixln_jax.runs import encoder as encoders
 LONGEST = 32  # tokens of text that are continued
 NEW = 64  # tokens of a continuation
 ROWS = 16  # continued at a time
+
+
+def scored(program: Program, examples: Any, rollouts: Rollouts) -> Callable[[Any, Any], bytes]:
+    """Returns the function (weights, step) -> JSON lines, with the completion of each of the first `eval.samples`
+    prompts, or of all if there are fewer, and its reward. Random numbers are those of the evaluation."""
+    rows = batches.evaluation(examples, min(program.config.eval.samples, len(examples)))[0]
+
+    def write(params: Any, step: Any) -> bytes:
+        return generation.json_lines(rollouts.evaluation(params, rows, examples, step)[1])
+
+    return write
 
 
 def sampling(program: Program, examples: Examples, tokenizer: Tokenizer) -> Callable[[Any, Any], bytes]:

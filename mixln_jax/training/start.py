@@ -45,9 +45,12 @@ def with_num_steps(
 
     Raises UsageError: the number contradicts other keys.
     """
-    if earlier and (earlier.num_epochs, earlier.batch_size) == (config.num_epochs, config.batch_size):
+    same = lambda config: (config.num_epochs, config.batch_size, config.examples_per_step)  # noqa: E731
+    if earlier and same(earlier) == same(config):
         return configs.with_num_steps(config, earlier.num_steps)
-    return configs.with_num_steps(config, max(1, math.ceil(config.num_epochs * count_rows() / config.batch_size)))
+    return configs.with_num_steps(
+        config, max(1, math.ceil(config.num_epochs * count_rows() / config.examples_per_step))
+    )
 
 
 def first_state(
@@ -76,7 +79,8 @@ def first_state(
     if not restored:
         state = program.init(jax.random.key(config.seed))
         if config.init_from:
-            state = _with_weights(state, weights.initial(config.init_from, program.model), program.state)
+            values = weights.initial(config.init_from, program.model, fingerprint.get('tokenizer'))
+            state = _with_weights(state, values, program.state)
             console.say(f'mixln_jax: starts from the weights of {config.init_from}')
         return state, {'step': 0, 'tokens': 0, 'open_line': None}
     state, about = restored
@@ -91,7 +95,7 @@ def first_state(
     if differ:
         raise UsageError(f'{name} has seen other data: {", ".join(differ)} differs; {way_out}')
     with stop.wait():
-        state = dataclasses.replace(state, frozen=frozen.read(source, program.state.frozen, about))
+        state = state.with_fixed(frozen.read(source, program.state.fixed, about))
     console.say(f'mixln_jax: goes on from step {about["step"]}')
     if not own and (rates := continuation.rates_around(about['step'], about['config'], resolved)):
         console.say(

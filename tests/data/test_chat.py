@@ -199,6 +199,10 @@ class TestOwn:
         'undefined': ('{{ messages[9].content }}', 'template error: '),
         'not a prefix': (CONDITIONAL, 'does not tell what is learned: .*data.template'),
         'silent': ("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}", "the role 'user'"),
+        'rewritten': (
+            '{% for m in messages %}{% if m.role == "user" or loop.last %}{{ m.content }}{% endif %}{% endfor %}',
+            'does not tell what is learned: .*generation',
+        ),
         'sandbox': ("{{ ''.__class__.__mro__ }}{{ messages.__class__.__base__.__subclasses__() }}", 'template error: '),
         'change': ('{{ messages.append(1) }}', 'template error: '),
         'huge': ('{% for i in range(10**9) %}{% endfor %}', 'template error: '),

@@ -205,7 +205,7 @@ def test_rows_travel_to_workers_and_into_batches(tmp_path):
 class TestWhatIsWrong:
     GOOD = [pair('Hi', 'yo')]
     KEYS = {
-        'source': (dict(source='tfds'), 'config.data.source=jsonl or stdlib, not tfds'),
+        'source': (dict(source='tfds'), 'config.data.source=jsonl or stdlib or shelves, not tfds'),
         'mode': (dict(mode='concat'), 'config.data.mode=pad or pack, not concat'),
         'vocabulary': (dict(vocab_size=258), 'the tokenizer bytes has 259 ids, more than config.model.vocab_size=258'),
     }
@@ -220,11 +220,17 @@ class TestWhatIsWrong:
         with pytest.raises(DataError, match=f'^{tmp_path}/a:2: the template plain: .*the role tool$'):
             open_(write(tmp_path / 'a', records))
 
-    def test_nothing_to_learn(self, tmp_path):
-        path = write(tmp_path / 'a', [talk('S'), talk('Sa')])
-        with pytest.raises(
-            DataError, match=f'^none of 2 records has anything to learn in .*=8.*first of them {path}:1'
-        ):
+    @pytest.mark.parametrize(
+        'records, reason',
+        [
+            ([talk('S'), talk('Sa')], 'none has an answer of the assistant'),
+            ([{'prompt': 'x' * 20, 'completion': 'y'}] * 2, 'raise config.seq_length'),
+        ],
+        ids=['no answers', 'long prompts'],
+    )
+    def test_nothing_to_learn(self, tmp_path, records, reason):
+        path = write(tmp_path / 'a', records)
+        with pytest.raises(DataError, match=f'^none of . records has anything .*=8.*first of them {path}:1: {reason}$'):
             open_(path)
 
     def test_no_file(self, tmp_path):

@@ -117,7 +117,10 @@ def test_scaled_embeddings():
     np.testing.assert_allclose(out['hidden'], hidden, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize('placement', ['admin', 'hybridnorm_star', 'peri,scale_res_pre'])
+@pytest.mark.parametrize(
+    'placement',
+    ['admin', *(pytest.param(name, marks=pytest.mark.slow) for name in ('hybridnorm_star', 'peri,scale_res_pre'))],
+)
 def test_a_mesh_changes_no_number(placement):
     rng, found = np.random.default_rng(0), []
     tokens = (rng.integers(0, 100, (16, 1)) + 2 * np.arange(13)) % 101
@@ -139,7 +142,9 @@ def test_a_mesh_changes_no_number(placement):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['lion', 'adafactor', 'muon', 'galore'])
+@pytest.mark.parametrize(
+    'name', [*(pytest.param(name, marks=pytest.mark.slow) for name in ('lion', 'adafactor', 'galore')), 'muon']
+)
 def test_optimisers_on_a_mesh(name):
     """One loss curve on one device and on eight, whatever the optimiser keeps of a matrix."""
     rng, found = np.random.default_rng(0), []

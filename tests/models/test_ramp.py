@@ -170,7 +170,7 @@ def test_the_theory_is_about_layers_whose_ramp_is_done():
         np.testing.assert_allclose(placements.growth_factors(names, (1, 2, 3, 4), 4, 10, step), [1, 1, 3**-0.5, np.nan])
 
 
-@pytest.mark.parametrize('norm_position', ['mix+prores', 'admin+prores'])
+@pytest.mark.parametrize('norm_position', ['mix+prores', pytest.param('admin+prores', marks=pytest.mark.slow)])
 def test_train_and_evaluation_step(norm_position):
     """The update after t has the loss that the evaluation finds at t, with offset and micro-batches; on a mesh too."""
     rng = np.random.default_rng(0)
@@ -286,6 +286,7 @@ class TestRuns:
         one, other = (weights.load(path).params for path in (tmp_path, finished))
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
+    @pytest.mark.slow
     def test_the_ramp_of_given_weights_goes_on(self, corpus, finished, tmp_path, capsys):
         """Their evaluation is that of the new run before its first step, and so on from run to run; a rerun resumes."""
         source, offsets = finished / 'checkpoints/3', []

@@ -151,6 +151,23 @@ class TestLoglikelihood:
         [alone] = lm.loglikelihood([asked(*pairs()[5])], disable_tqdm=True)
         assert alone[0] == pytest.approx(wanted[5][0], rel=1e-5)
 
+    def test_answers_of_one_token_share_a_row(self, found, logits, monkeypatch):
+        """More answers than share a row, of contexts of several lengths, in any order; each as by hand."""
+        lm, rng = harness.Harness(found, 2, WINDOW, on('1')), random.Random(4)
+        contexts = [[rng.randrange(3, V) for _ in range(n)] for n in (1, 7, 33, WINDOW, WINDOW + 9)]
+        answers = rng.sample(range(3, V), harness.ENDS + 3)
+        requests = [(None, context, [answer]) for context in contexts for answer in answers]
+        requests += [(None, context, [answer, 5]) for context in contexts[:3] for answer in answers]
+        rng.shuffle(requests)
+        sizes, predict = [], lm._predict
+        monkeypatch.setattr(lm, '_predict', lambda params, batch, mask: sizes.append(1) or predict(params, batch, mask))
+        made = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+        assert len(sizes) == (2 * 5 + 3 * len(answers) + 1) // 2
+        for (_, context, answer), (value, greedy) in zip(requests, made, strict=True):
+            ids = context + answer
+            wanted = sum_of(logits, ids, range(len(context), len(ids)), WINDOW)
+            assert value == pytest.approx(wanted[0], rel=1e-5) and greedy == wanted[1]
+
     def test_greedy_is_found(self, found, logits):
         lm = harness.Harness(found, 2, WINDOW, on('1'))
         context = lm.tok_encode('the bado')
@@ -451,6 +468,14 @@ class TestAgainstTransformers:
         assert (np.array(without) != whole).any() and 'local_written/exact_match' in found
 
 
+def test_documents_are_in_the_order_of_the_task():
+    samples = [
+        {'doc_id': number, 'filter': name, 'metrics': ['acc', 'words'], 'acc': value, 'words': (value, 3)}
+        for name, number, value in (('none', 2, 0), ('none', 0, 1), ('best', 0, True), ('none', 1, 0.5))
+    ]
+    assert harness.of_documents(samples) == {'acc,none': [1, 0.5, 0], 'acc,best': [1]}
+
+
 class TestCommand:
     def test_a_share_of_the_documents(self, folders, tasks, tmp_path):
         for limit, count in (('0.3', 6), ('1.2e1', 12)):
@@ -470,6 +495,11 @@ class TestCommand:
         assert 0 <= of_task['acc,none'] <= 1 and of_task['acc_stderr,none'] > 0 and found['n-shot']['local_arc'] == 1
         assert found['n-samples']['local_arc']['effective'] == 12 and found['checkpoint'] == str(folders['plain'])
         assert found['results']['local_text']['bits_per_byte,none'] > 0
+        documents = found['documents']['local_arc']
+        assert len(documents['acc,none']) == 12 and set(documents['acc,none']) <= {0, 1}
+        for metric in ('acc,none', 'acc_norm,none'):
+            assert np.mean(documents[metric]) == pytest.approx(of_task[metric])
+        assert not found['documents']['local_text']  # sums over texts of different lengths
         assert f'|{of_task["acc,none"]:.4f}|' in shown.replace(' ', '') and 'acc_norm' in shown
 
     def test_the_average(self, folders, tasks, tmp_path, capsys):

@@ -140,6 +140,19 @@ def test_prompts(tmp_path, name, vocabulary, jinja_file):
         assert template.prompt(messages).tolist() == ids
 
 
+@pytest.mark.parametrize('name', chat.NAMED)
+def test_named_templates_in_exports(tmp_path, name):
+    """What an export writes for transformers gives the ids, the mask and the prompts of the run."""
+    ours, expected = opened(tmp_path, chat.portable(name))
+    template = chat.open_template(name, ours)
+    for messages in (TURNS[:2], TURNS, EMPTY):
+        ids, mask = theirs(expected, messages, return_assistant_tokens_mask=True)
+        got, learned = template.tokens(messages)
+        assert got.tolist() == ids[: len(got)]
+        assert np.flatnonzero(learned).tolist() == np.flatnonzero(mask).tolist()
+        assert template.prompt(messages[:-1]).tolist() == theirs(expected, messages[:-1], add_generation_prompt=True)[0]
+
+
 CALLS = (
     "{% if tools %}{{ '<|im_start|>tools\\n' ~ tools | tojson ~ '<|im_end|>\\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' }}{% if m.role == 'assistant' %}{% generation %}"

@@ -77,7 +77,9 @@ def lines_of(workdir):
     return [{name: value for name, value in line.items() if not name.startswith('perf/')} for line in lines]
 
 
-@pytest.mark.parametrize('mesh', [{}, {'fsdp': 2, 'tensor': 2}], ids=['one', 'fsdp and tensor'])
+@pytest.mark.parametrize(
+    'mesh', [{}, pytest.param({'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow)], ids=['one', 'fsdp and tensor']
+)
 def test_a_run(tmp_path, mesh):
     corpora.write(tmp_path / 'text.jsonl', [f'text number {n} of several' for n in range(90)])
     for name, ema in (('plain', 0.0), ('averaged', 0.5)):

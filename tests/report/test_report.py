@@ -453,7 +453,7 @@ class TestHeadline:
 
     def test_every_task_states_one(self):
         assert [inputs.Headline.of_task(task) for task in TASKS.values()]
-        choices = {field.name: field.metadata['choices'] for field in dataclasses.fields(configs.Task)}['name']
+        [choices] = [field.metadata['choices'] for field in dataclasses.fields(configs.Task) if field.name == 'name']
         assert set(TASKS) == set(choices)
 
     def test_a_run_from_before_tasks_had_names_is_language_modelling(self, made):

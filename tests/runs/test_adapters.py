@@ -37,7 +37,9 @@ def test_written_and_read(folder):
     found = weights.initial(f'adapter:{folder}', model)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, lora.merged(whole))
     edit(folder, peft.CONFIG, base_model_name_or_path='../base')  # beside the adapter
+    edit(folder, peft.CONFIG, r=7, rank_pattern={'q_proj': 2, r'mlp\.d.*': 2})
     jax.tree.map(np.testing.assert_array_equal, found, weights.initial(f'adapter:{folder}', model))
+    assert (folder / peft.WEIGHTS).stat().st_mode == (folder / peft.CONFIG).stat().st_mode  # others may read it
 
 
 def test_on_another_base(folder):
@@ -61,6 +63,9 @@ def test_on_another_base(folder):
         ({'bias': 'all'}, CheckpointError, "bias='all' is not none"),
         ({'use_dora': True}, CheckpointError, 'use_dora=True is not read here'),
         ({'modules_to_save': ['lm_head']}, CheckpointError, 'modules_to_save=.* is not read here'),
+        ({'r': 1}, CheckpointError, '_proj of layer 0 has rank 2, but by adapter_config.json it is 1'),
+        ({'rank_pattern': {'layers.2.self_attn.q_proj': 4}}, CheckpointError, 'q_proj of layer 2 has rank 2, but .* 4'),
+        ({'rank_pattern': {'(': 2}}, CheckpointError, "rank_pattern '\\(' is no pattern"),
         ({'r': 0}, CheckpointError, 'r=0 is not a number above 0'),
         ({'lora_alpha': 'x'}, CheckpointError, "lora_alpha='x' is not a number above 0"),
         ({'lora_alpha': None}, CheckpointError, 'lora_alpha=None is not a number above 0'),

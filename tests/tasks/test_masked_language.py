@@ -214,7 +214,13 @@ class TestRun:
 
     @pytest.mark.parametrize(
         'changes',
-        [{'accumulate': 4, 'mesh.data': 2}, {'mesh.data': 8}, {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}],
+        [
+            {'accumulate': 4, 'mesh.data': 2},
+            *(
+                pytest.param(mesh, marks=pytest.mark.slow)
+                for mesh in ({'mesh.data': 8}, {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2})
+            ),
+        ],
     )
     def test_the_mesh_and_accumulation_change_no_draw(self, run, corpus, tmp_path, changes):
         changes = {'eval.every': 0, 'analysis.tokens': 0, 'checkpoint.every': 0} | changes

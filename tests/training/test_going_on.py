@@ -53,7 +53,7 @@ def assert_same(run, other, last):
     'changes, length',
     [
         (CONSTANT, 4),
-        ({'optim.schedule': 'constant', 'optim.warmup_ratio': 0.0}, 4),
+        pytest.param({'optim.schedule': 'constant', 'optim.warmup_ratio': 0.0}, 4, marks=pytest.mark.slow),
         (WSD, 6),
     ],
     ids=['constant', 'constant without warm-up', 'finished wsd'],
@@ -280,8 +280,8 @@ def evaluated(monkeypatch, losses):
     """Makes evaluations of a run return these losses, by step."""
 
     def evaluation(self, eval_step, examples):
-        return lambda params, step: {
-            'eval/loss': losses[int(step)], 'eval/perplexity': 1.0, 'eval/tokens': 1
+        return lambda state: {
+            'eval/loss': losses[int(state.step)], 'eval/perplexity': 1.0, 'eval/tokens': 1
         }  # fmt: skip
 
     monkeypatch.setattr(feed.Feed, 'evaluation', evaluation)

@@ -63,7 +63,11 @@ def equal(one, other):
 
 
 class TestInitFrom:
-    @pytest.mark.parametrize('mesh', [{}, {'mesh.fsdp': 2, 'mesh.tensor': 2}], ids=['one', 'fsdp and tensor'])
+    @pytest.mark.parametrize(
+        'mesh',
+        [{}, pytest.param({'mesh.fsdp': 2, 'mesh.tensor': 2}, marks=pytest.mark.slow)],
+        ids=['one', 'fsdp and tensor'],
+    )
     def test_a_hugging_face_folder(self, corpus, folder, tmp_path, begun, mesh):
         main.run(recipe(corpus, init_from=f'hf:{folder}', **mesh), tmp_path)
         [(first, params)] = begun
@@ -128,6 +132,14 @@ class TestInitFrom:
         for where in (f'hf:{folder}', str(finished)):
             with pytest.raises(UsageError, match=f'^config.init_from={where}: {message}'):
                 weights.initial(where, model)
+
+    def test_another_tokenizer_is_warned_of(self, finished, capsys):
+        model = families.from_config(configs.Model(norm_position='mix', **SIZES))
+        own = weights.load(finished).tokenizer.fingerprint
+        for tokenizer, warned in ((None, False), (own, False), ('another', True)):
+            weights.initial(str(finished), model, tokenizer)
+            said = capsys.readouterr().err
+            assert (f'another tokenizer: that in {finished}/tokenizer' in said) == warned and said.count('\n') == warned
 
     def test_new_tokens(self, finished, folder, capsys):
         """Each begins with the mean of the vectors of the old ones; what pads the tables stays 0."""

@@ -277,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     choices = {field.name: field.metadata['choices'] for field in dataclasses.fields(config.Data)}
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.prepare', description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add('--source', required=True, choices=[kind for kind in choices['source'] if kind != 'tokens'])
+    add('--source', required=True, choices=[kind for kind in choices['source'] if kind not in ('tokens', 'shelves')])
     add('--path', default='', metavar='FILES', help='jsonl, text: paths or globs, separated by commas')
     add('--out', required=True, metavar='DIR', help='for tfds the later config.data.data_dir, for tokens data.path')
     add('--format', required=True, choices=('tfds', 'tokens'), help='text as ArrayRecord shards, or rows of tokens')

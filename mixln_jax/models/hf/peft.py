@@ -16,6 +16,7 @@ from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.models import transformer
 from mixln_jax.models.hf import config as hf_config
+from mixln_jax.models.hf import tensors
 from mixln_jax.models.hf.llama import MATRICES
 from mixln_jax.models.network import Network
 from mixln_jax.system import files
@@ -69,7 +70,7 @@ def save(folder: pathlib.Path, model: Network, network: Any, tune: configs.Tune,
     config |= {'target_modules': sorted(targets), BASE: base}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + '\n', encoding='utf-8')
-    safetensors.numpy.save_file(named, folder / WEIGHTS, metadata={'format': 'pt'})
+    tensors.write_file(folder / WEIGHTS, named)
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -91,6 +92,11 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
             raise CheckpointError(f'{path}: {name}={config.get(name)!r} is not a number above 0')
     if not isinstance(config.get('rank_pattern') or {}, dict) or not isinstance(config.get(BASE), str | None):
         raise CheckpointError(f'{path}: rank_pattern or {BASE} is of another type')
+    for pattern in config.get('rank_pattern') or {}:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise CheckpointError(f'{path}: rank_pattern {pattern!r} is no pattern: {error}') from None
     return config
 
 
@@ -104,7 +110,7 @@ def merged(folder: pathlib.Path, config: Mapping[str, Any], model: Network, para
         params: of the base, numpy arrays.
 
     Raises CheckpointError, naming the tensor, for one that has no place in the network, is missing, or has another
-    shape.
+    shape or rank.
     """
     with reading(folder / WEIGHTS, CheckpointError, 'not a readable safetensors file'):
         files.regular(folder / WEIGHTS, CheckpointError)
@@ -134,7 +140,19 @@ def merged(folder: pathlib.Path, config: Mapping[str, Any], model: Network, para
                 'adapter of another base'
             )
         rank = A[0]
+        if rank != (expected := _rank(config, f'model.layers.{number}.{theirs}')):
+            raise CheckpointError(
+                f'{folder / WEIGHTS}: {theirs} of layer {number} has rank {rank}, but by {CONFIG} it is {expected}'
+            )
         scale = config['lora_alpha'] / (rank**0.5 if config.get('use_rslora') else rank)
         added = (pair['B'].astype(np.float64) @ pair['A']).T * scale
         layers[number][group][matrix] = {**layers[number][group][matrix], 'kernel': (kernel + added).astype(np.float32)}
     return dict(params, layers=transformer.stack_layers(layers, model.norm_position))
+
+
+def _rank(config: Mapping[str, Any], module: str) -> int:
+    """Returns the rank of a module's adapter by `r` and `rank_pattern`, whose keys end a name or are patterns of it."""
+    for pattern, rank in (config.get('rank_pattern') or {}).items():
+        if re.fullmatch(rf'(.*\.)?({pattern})', module):
+            return rank
+    return config['r']

@@ -170,10 +170,18 @@ def write(folder: pathlib.Path, tensors: dict[str, np.ndarray], dtype: Any, max_
     )
     for file, names in split.filename_to_tensors.items():
         shard = {name: np.asarray(tensors[name]).astype(dtype, order='C') for name in names}  # converted one at a time
-        safetensors.numpy.save_file(shard, folder / file, metadata={'format': 'pt'})
+        write_file(folder / file, shard)
     if split.is_sharded:
         index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + '\n', encoding='utf-8')
+
+
+def write_file(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file with the permissions of any new file; the library's own are for its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.numpy.save_file(tensors, path, metadata={'format': 'pt'})
+    path.chmod(mode)
 
 
 def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,116 @@
+"""Records of preferences: a prompt with two answers, of which one was chosen."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mixln_jax.data import records
+from mixln_jax.data.records import Conversation
+from mixln_jax.system.errors import DataError
+
+KNOWN = 'a pair is an object with `chosen`, `rejected` and, unless both are conversations that begin alike, `prompt`'
+Messages = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two answers to a prompt.
+
+    Attributes:
+        prompt, chosen, rejected: messages; an answer begins after the prompt.
+        origin: its file and line, for people.
+    """
+
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
+    origin: str
+
+    @property
+    def unit(self) -> bytes:
+        """What decides its split: pairs of equal prompts are in the same one."""
+        return Conversation(self.prompt, self.origin).unit
+
+    @property
+    def same(self) -> bool:
+        """Whether both answers are equal."""
+        one, other = ([(turn['role'], turn['content']) for turn in side] for side in (self.chosen, self.rejected))
+        return one == other
+
+
+def from_texts(prompt: str, chosen: str, rejected: str, origin: str) -> Pair:
+    """Returns a pair of two texts."""
+    return from_record({'prompt': prompt, 'chosen': chosen, 'rejected': rejected}, origin)
+
+
+def read(paths: Sequence[str]) -> Iterator[Pair]:
+    """Yields the pairs of some files; see `from_record`.
+
+    Raises DataError, naming file and line: not JSON; no pair; a file without records.
+    """
+    for path in paths:
+        empty = True
+        for line, record in records.read_values(path):
+            empty, origin = False, f'{path}:{line}'
+            try:
+                yield from_record(record, origin)
+            except DataError as error:
+                raise DataError(f'{origin}: {error}') from None
+        if empty:
+            raise DataError(f'{path}: no records in this file')
+
+
+def from_record(record: Any, origin: str) -> Pair:
+    """Returns the pair of a record: {prompt, chosen, rejected}, each a text or messages.
+
+    Without `prompt`, `chosen` and `rejected` are whole conversations, and the prompt is what they have in common at
+    their beginning. With it, an answer that is messages may repeat the prompt or begin after it.
+
+    Raises DataError, naming what is wrong.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f'{KNOWN}, not {records.type_name(record)}')
+    if missing := [name for name in ('chosen', 'rejected') if name not in record]:
+        raise DataError(f'{missing[0]} is missing; {KNOWN}')
+    chosen, rejected = (_answer(record, name) for name in ('chosen', 'rejected'))
+    if 'prompt' in record:
+        prompt = _prompt(record)
+        chosen, rejected = (_after(prompt, answer) for answer in (chosen, rejected))
+    else:
+        prompt = _common(record, chosen, rejected)
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    for name, answer in (('chosen', chosen), ('rejected', rejected)):
+        if not answer or answer[-1]['role'] != 'assistant':
+            raise DataError(f'{name} does not end with what the assistant says')
+    return Pair(prompt, chosen, rejected, origin)
+
+
+def _answer(record: Mapping[str, Any], name: str) -> Messages:
+    if isinstance(record[name], str):
+        return [{'role': 'assistant', 'content': record[name]}]
+    return records.messages_of(record, name)
+
+
+def _prompt(record: Mapping[str, Any]) -> Messages:
+    if isinstance(record['prompt'], str):
+        return [{'role': 'user', 'content': record['prompt']}]
+    return records.messages_of(record, 'prompt')
+
+
+def _after(prompt: Messages, answer: Messages) -> Messages:
+    """Returns an answer without the prompt, which it may repeat."""
+    return answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
+
+
+def _common(record: Mapping[str, Any], chosen: Messages, rejected: Messages) -> Messages:
+    """Returns the messages with which both conversations begin; the last message of each is an answer."""
+    if isinstance(record['chosen'], str) or isinstance(record['rejected'], str):
+        raise DataError(f'prompt is missing; {KNOWN}')
+    count = 0
+    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
+        if one != other:
+            break
+        count += 1
+    if not count:
+        raise DataError('chosen and rejected have no common prompt: their first messages differ, or there is one alone')
+    return chosen[:count]

@@ -1,0 +1,23 @@
+"""Keys of learning from pairs of answers."""
+
+import dataclasses
+
+from mixln_jax.keys.field import key
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """preference: of two answers to a prompt the chosen one becomes likelier; see docs/preferences.md."""
+
+    loss: str = key(
+        'sigmoid',
+        'preference: of the log-probability ratios of both answers to the reference; sigmoid: DPO (Rafailov et al. '
+        '2023); ipo: squared error of the means over tokens (Azar et al. 2023); sigmoid_norm: DPO of these means',
+        choices=('sigmoid', 'ipo', 'sigmoid_norm'),
+    )
+    beta: float = key(
+        0.1, 'preference: how strongly the reference holds the network; it scales the reward', above=0.0, at_most=1e6
+    )
+    label_smoothing: float = key(
+        0.0, 'preference: share of the pairs that may be the wrong way round', at_least=0.0, below=0.5
+    )

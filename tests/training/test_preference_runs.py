@@ -1,0 +1,151 @@
+"""Runs that learn from pairs of answers: they begin at ln 2, learn, go on exactly, on any mesh, and tools read them."""
+
+import functools
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from short_runs import SIZES, WORDS, StopAtTwo, lines_of, recipe
+
+from mixln_jax import config as configs
+from mixln_jax import evaluate, main, recipes, trees
+from mixln_jax.data import inspect
+from mixln_jax.models import families
+from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.runs import checkpoint, frozen
+from mixln_jax.system.errors import Stopped, UsageError
+from mixln_jax.tasks import build
+
+ROOT = pathlib.Path(__file__).parents[2]
+METHODS = {
+    'sigmoid': {'task.preference.label_smoothing': 0.1},
+    'ipo, packed, accumulated': {'task.preference.loss': 'ipo', 'data.mode': 'pack', 'accumulate': 2},
+    'sigmoid_norm, averaged': {'task.preference.loss': 'sigmoid_norm', 'optim.ema': 0.5},
+    'lora': {'tune.method': 'lora', 'tune.rank': 2, 'tune.dropout': 0.2},
+}
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    """An exported Mix-LN network."""
+    path = tmp_path_factory.mktemp('exported') / 'base'
+    model = families.from_config(configs.Model(norm_position='mix', **SIZES))
+    hf_llama.save(path, model, jax.jit(model.init)(jax.random.key(77))['params'])
+    return path
+
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory):
+    """Pairs of which the answer without capitals is chosen."""
+    path = tmp_path_factory.mktemp('pairs') / 'a.jsonl'
+    words = [WORDS[i % len(WORDS)] for i in range(60)]
+    records = [{'prompt': f'{i}:', 'chosen': word, 'rejected': word.upper()} for i, word in enumerate(words)]
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    return path
+
+
+def values(pairs, base, **changes):
+    given = {
+        'init_from': f'hf:{base}', 'task.name': 'preference', 'seq_length': 32, 'data.template': 'plain',
+        'data.held_out': 0.4, 'optim.warmup_ratio': 0.0, 'optim.learning_rate': 0.01, 'eval.tokens': 1000,
+    }  # fmt: skip
+    return recipe(pairs, **given | changes)
+
+
+@pytest.fixture(scope='module')
+def finished(pairs, base, tmp_path_factory):
+    """Returns the finished run of a method, by its name."""
+
+    @functools.cache
+    def made(name):
+        folder = tmp_path_factory.mktemp('runs') / 'run'
+        main.run(values(pairs, base, **METHODS[name]), folder)
+        return folder
+
+    return made
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_goes_on_exactly(name, pairs, base, finished, tmp_path):
+    with pytest.raises(Stopped):
+        main.run(values(pairs, base, **METHODS[name]), tmp_path / 'run', stop=StopAtTwo())
+    main.run(values(pairs, base, **METHODS[name]), tmp_path / 'run')
+    assert lines_of(tmp_path / 'run') == lines_of(finished(name))
+    one, other = (checkpoint.read_about(run / 'checkpoints/4')['leaves'] for run in (tmp_path / 'run', finished(name)))
+    assert one == other
+
+
+def test_it_learns_pairs_that_were_held_out(finished):
+    lines = lines_of(finished('sigmoid'))
+    first, last = ([line for line in lines if 'eval/loss' in line][i] for i in (0, -1))
+    assert lines[0]['train/loss'] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(lines[0]['train/margin']) < 1e-6 and lines[0]['train/kl'] < 1e-9
+    assert last['eval/accuracy'] > 0.9 and last['eval/margin'] > first['eval/margin'] > 0
+    assert last['eval/loss'] < math.log(2) and last['eval/kl'] > 0
+    assert last['eval/chosen_log_prob'] > last['eval/rejected_log_prob']
+
+
+def test_loss_of_ipo_at_the_start(finished):
+    assert lines_of(finished('ipo, packed, accumulated'))[0]['train/loss'] == pytest.approx(25, rel=1e-6)
+
+
+def test_the_reference_is_the_network_of_the_start(base, finished):
+    start = dict(trees.named_leaves(hf_llama.read(base)[1]))
+    for name in ('sigmoid', 'lora'):
+        for leaf_name, leaf in trees.named_leaves(frozen.read_reference(finished(name))):
+            np.testing.assert_array_equal(leaf, start[leaf_name], err_msg=leaf_name)
+    assert [path.name for path in (finished('lora') / 'frozen').iterdir() if path.is_dir()] == ['0']
+
+
+@pytest.mark.parametrize('mesh', [{'mesh.data': 4}, {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}], ids=str)
+def test_devices_change_nothing(mesh, pairs, base, finished, tmp_path):
+    name = 'ipo, packed, accumulated'
+    main.run(values(pairs, base, **METHODS[name] | {'accumulate': 1} | mesh), tmp_path / 'run')
+    for one, other in zip(lines_of(tmp_path / 'run'), lines_of(finished(name)), strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(other[key], rel=1e-4, abs=1e-4), key
+
+
+def test_tools_read_the_run(finished, capsys):
+    run = finished('ipo, packed, accumulated')
+    wanted = lines_of(run)[-1]
+    assert evaluate.main(['--checkpoint', str(run), '--out', str(run / 'results.json')]) == 0
+    results = json.loads((run / 'results.json').read_text())
+    for name in ('loss', 'accuracy', 'margin', 'chosen_log_prob', 'rejected_log_prob', 'kl'):
+        assert results[f'eval/{name}'] == pytest.approx(wanted[f'eval/{name}'], rel=1e-4)
+    [row] = inspect.inspect(run, 1, 1)
+    (prompt, _), (chosen, is_learned) = row['text'][0]
+    assert prompt.endswith(':') and chosen.endswith('<258>') and is_learned
+    assert row['text'][1] == [(prompt, False), (chosen[:-5].upper() + '<258>', True)]
+
+
+KEYS = {
+    'no start': ({'init_from': ''}, 'config.task.name=preference needs config.init_from'),
+    'smoothed ipo': (
+        {'task.preference.loss': 'ipo', 'task.preference.label_smoothing': 0.1},
+        'config.task.preference.label_smoothing has no meaning for config.task.preference.loss=ipo',
+    ),
+    'bert': ({'model.family': 'bert', 'model.num_positions': 32}, 'needs a network that predicts the next token'),
+    'too short': ({'seq_length': 3}, 'config.seq_length=3 is too short for a pair: at least 4'),
+    'concat': ({'data.mode': 'concat'}, 'config.task.name=preference needs config.data.mode=pad or pack, not concat'),
+    'beta': ({'task.preference.beta': 0.0}, 'config.task.preference.beta'),
+    'half wrong': ({'task.preference.label_smoothing': 0.5}, 'config.task.preference.label_smoothing'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('changes, words', KEYS.values(), ids=KEYS)
+def test_keys_that_contradict(changes, words, pairs, base, tmp_path):
+    with pytest.raises(UsageError, match=words):
+        main.run(values(pairs, base, **changes), tmp_path / 'run')
+
+
+def test_recipe():
+    config = configs.build(recipes.load(str(ROOT / 'configs/preferences/dpo_quickstart.py'), []))
+    assert build.from_config(config, families.from_config(config.model)).headline == 'accuracy'
+    start = configs.build(recipes.load(str(ROOT / 'configs/finetune/quickstart.py'), [])).model
+    assert all(getattr(config.model, key) == getattr(start, key) for key in configs.same_weights())
