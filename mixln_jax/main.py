@@ -61,11 +61,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ml_collections.Confi
 
 def default_workdir(recipe: str) -> str:
     """Returns the folder of the run of FILE[:ARG]: `runs/`, the path of the file below a folder `configs`, if it is in
-    one, and the argument, joined by `_`. So recipes of one name in several folders have runs of their own."""
+    one, and the argument, joined by `_`. So recipes of one name in several folders have runs of their own. Recipes of
+    papers carry the paper's name already: their folder is left out."""
     file, _, argument = recipe.partition('.py:')
     *folders, name = pathlib.Path(file.removesuffix('.py')).absolute().parts
     above = folders[::-1].index('configs') if 'configs' in folders else 0
-    return 'runs/' + '_'.join([*folders[len(folders) - above :], name, *([argument] if argument else [])])
+    below = [folder for folder in folders[len(folders) - above :] if folder != 'paper']
+    return 'runs/' + '_'.join([*below, name, *([argument] if argument else [])])
 
 
 def main(argv: Sequence[str]) -> int:

@@ -438,7 +438,7 @@ class TestCommandLine:
         [
             ('configs/quickstart.py', 'runs/quickstart'),
             ('configs/finetune/quickstart.py', 'runs/finetune_quickstart'),
-            ('configs/paper/mixln_table5.py:0.25', 'runs/paper_mixln_table5_0.25'),
+            ('configs/paper/mixln_table5.py:0.25', 'runs/mixln_table5_0.25'),
             ('/a/configs/b/configs/c/d/my.recipe.py', 'runs/c_d_my.recipe'),
             ('a/b/mine.py:x_1', 'runs/mine_x_1'),
         ],

@@ -110,7 +110,7 @@ def test_a_table_without_a_cell():
 
 def test_cells_have_work_directories_of_their_own():
     options, _ = main.parse(['--config', f'{PAPER}/mixln_table5.py:0.25'])
-    assert options.workdir == 'runs/paper_mixln_table5_0.25'
+    assert options.workdir == 'runs/mixln_table5_0.25'
 
 
 @pytest.mark.slow  # 13 sizes under every scheme

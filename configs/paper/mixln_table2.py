@@ -1,8 +1,8 @@
 """Mix-LN Table 2 (arXiv 2412.13795): accuracies in per cent after fine-tuning. Cells: 250m_mix, 1b_pre and so on.
 
 python -m mixln_jax.main --config configs/paper/mixln_table2.py:250m_mix \
-    --config.init_from=runs/paper_mixln_table1_250m_mix --config.data.path=commonsense_170k.json
-python -m mixln_jax.evaluate --checkpoint runs/paper_mixln_table2_250m_mix --num_fewshot 5 \
+    --config.init_from=runs/mixln_table1_250m_mix --config.data.path=commonsense_170k.json
+python -m mixln_jax.evaluate --checkpoint runs/mixln_table2_250m_mix --num_fewshot 5 \
     --tasks mmlu,boolq,arc_easy,piqa,hellaswag,openbookqa,winogrande
 
 The authors published no code for it. What stands here is OwLore's script for LISA, the only fine-tuning code of the
