@@ -109,7 +109,7 @@ def main(argv):
         written = tasks(options.data)
         options.out.mkdir(parents=True, exist_ok=True)
         for name, contents in written.items():
-            (options.out / f'{name}.yaml').write_text(yaml.safe_dump(contents, sort_keys=False))
+            (options.out / f'{name}.yaml').write_text(yaml.safe_dump(contents, sort_keys=False), encoding='utf-8')
         print(f'{len(written)} tasks in {options.out}: {",".join(written)}')
 
     return cli.call(command, show_traceback='--traceback' in argv)

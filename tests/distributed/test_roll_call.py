@@ -127,7 +127,9 @@ class TestRollCall:
 
 class TestStrangers:
     @pytest.mark.parametrize('kind', [*strangers.VISITORS, *strangers.FAKES])
-    def test_are_turned_away(self, capsys, kind):
+    def test_are_turned_away(self, capsys, monkeypatch, kind):
+        if kind.startswith('200'):  # process 1 comes after all of them
+            monkeypatch.setattr(rollcall, 'SOON', 2.0)
         begun = time.monotonic()
         found = strangers.met(kind)
         assert [set(peers) for peers in found] == [{1}, {0}] and time.monotonic() - begun < 10
