@@ -59,7 +59,7 @@ def test_updates_are_those_made_one_by_one(algorithm):
     for _ in range(2):
         one, found = update(one.replace(step=jnp.int32(0)), batch)
         losses.append(float(found['loss']))
-    assert differences(after.params, one.params) < 1e-6 < differences(after.params, state.params)
+    assert differences(after.params, one.params) < 1e-5 < differences(after.params, state.params)
     assert float(metrics['loss']) == pytest.approx(np.mean(losses), abs=1e-6) and abs(losses[0] - losses[1]) > 1e-3
     assert jax.tree.leaves(after.opt_state)[0] == jax.tree.leaves(one.opt_state)[0]
 
