@@ -385,7 +385,7 @@ class TestProcesses:
             'clock = lambda: 0.0 if number else 60.0 * next(minutes)\n'
             'hooks.time = types.SimpleNamespace(monotonic=clock)\n'
             'values = lambda step: {"eval/loss": 30.0 - step if number else 10.0 + step, "eval/tokens": 1}\n'
-            'evaluation = lambda *_: lambda _, step: values(int(step)) | {"eval/perplexity": 1.0}\n'
+            'evaluation = lambda *_: lambda state: values(int(state.step)) | {"eval/perplexity": 1.0}\n'
             'feed.Feed.evaluation, save = evaluation, hooks.Saving.__call__\n'
             'def saving(self, step, *rest, **more):\n'
             f'  open({str(tmp_path / "saved")!r} + str(number), "a").write(f"{{step}} ")\n'
