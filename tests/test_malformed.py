@@ -7,6 +7,7 @@ import sys
 import time
 
 import malformed
+import memory
 import pytest
 
 from mixln_jax.system import errors
@@ -38,10 +39,11 @@ def test_every_reader(tmp_path, capfd):
 
 
 @pytest.mark.slow
+@memory.LINUX
 def test_every_input_and_its_memory(tmp_path):
     """In a process of its own, whose memory is that of the readers."""
-    code = f'import pathlib, resource, test_malformed; test_malformed.check_all(pathlib.Path({str(tmp_path)!r}), 1)'
-    code += '; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
+    code = f'import memory, pathlib, test_malformed; test_malformed.check_all(pathlib.Path({str(tmp_path)!r}), 1)'
+    code += '; print(memory.peak())'
     here = pathlib.Path(__file__).parent
     paths = os.environ | {'PYTHONPATH': f'{here}:{here.parent}'}
     done = subprocess.run([sys.executable, '-c', code], env=paths, capture_output=True, text=True)
