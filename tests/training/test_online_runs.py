@@ -74,7 +74,9 @@ def bits(workdir):
     return checkpoint.read_about(workdir / 'checkpoints/4')['leaves']
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize(
+    'name', [name if name in ('rloo', 'lora') else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_goes_on_exactly(name, prompts, base, finished, tmp_path):
     with pytest.raises(Stopped):
         main.run(values(prompts, base, **METHODS[name]), tmp_path / 'run', stop=StopAtTwo())
@@ -142,7 +144,11 @@ def test_tools_read_the_run(finished, capsys):
     assert len(rows) == 2 and all(row['text'] for row in rows)
 
 
-@pytest.mark.parametrize('mesh', [{'mesh.data': 8}, {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}], ids=str)
+@pytest.mark.parametrize(
+    'mesh',
+    [pytest.param({'mesh.data': 8}, marks=pytest.mark.slow), {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}],
+    ids=str,
+)
 def test_devices_change_nothing(mesh, prompts, base, finished, tmp_path):
     changes = METHODS['grpo, two updates'] | {'accumulate': 1} | mesh
     main.run(values(prompts, base, **changes), tmp_path / 'run')

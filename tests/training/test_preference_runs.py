@@ -100,7 +100,11 @@ def test_the_reference_is_the_network_of_the_start(base, finished):
     assert [path.name for path in (finished('lora') / 'frozen').iterdir() if path.is_dir()] == ['0']
 
 
-@pytest.mark.parametrize('mesh', [{'mesh.data': 4}, {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}], ids=str)
+@pytest.mark.parametrize(
+    'mesh',
+    [pytest.param({'mesh.data': 4}, marks=pytest.mark.slow), {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}],
+    ids=str,
+)
 def test_devices_change_nothing(mesh, pairs, base, finished, tmp_path):
     name = 'ipo, packed, accumulated'
     main.run(values(pairs, base, **METHODS[name] | {'accumulate': 1} | mesh), tmp_path / 'run')
