@@ -19,12 +19,14 @@ class Pair:
     Attributes:
         prompt, chosen, rejected: messages; an answer begins after the prompt.
         origin: its file and line, for people.
+        tools: what the assistant may call; None: the record does not say.
     """
 
     prompt: Messages
     chosen: Messages
     rejected: Messages
     origin: str
+    tools: Messages | None = None
 
     @property
     def unit(self) -> bytes:
@@ -34,8 +36,7 @@ class Pair:
     @property
     def same(self) -> bool:
         """Whether both answers are equal."""
-        one, other = ([(turn['role'], turn['content']) for turn in side] for side in (self.chosen, self.rejected))
-        return one == other
+        return self.chosen == self.rejected
 
 
 def from_texts(prompt: str, chosen: str, rejected: str, origin: str) -> Pair:
@@ -82,7 +83,7 @@ def from_record(record: Any, origin: str) -> Pair:
     for name, answer in (('chosen', chosen), ('rejected', rejected)):
         if not answer or answer[-1]['role'] != 'assistant':
             raise DataError(f'{name} does not end with what the assistant says')
-    return Pair(prompt, chosen, rejected, origin)
+    return Pair(prompt, chosen, rejected, origin, records.tools(record))
 
 
 def _answer(record: Mapping[str, Any], name: str) -> Messages:

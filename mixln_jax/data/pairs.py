@@ -82,7 +82,8 @@ class Pairs(Rows):
         texts: list[tuple[np.ndarray, np.ndarray]] = []
         digest = hashlib.blake2b(digest_size=16)
         for pair in pairs:
-            digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode() + b'\n')
+            told = [pair.prompt, pair.chosen, pair.rejected, *([pair.tools] if pair.tools else [])]
+            digest.update(json.dumps(told).encode() + b'\n')
             try:
                 both = _tokens(pair, template, tokenizer)
             except DataError as error:
@@ -197,22 +198,22 @@ def num_pairs(mode: str, seq_length: int) -> int:
 def _tokens(pair: Pair, template: chat.Template, tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns the ids [n] of both texts, and which of them are of the answer, [n] bool."""
     start = np.zeros(0, np.int32)
-    prompt = template.prompt(pair.prompt)
+    prompt = template.prompt(pair.prompt, pair.tools)
     if not len(prompt):
         start = np.array([tokenizer.eos_id], np.int32)  # an answer needs something before it
     both = []
     for answer in (pair.chosen, pair.rejected):
-        ids, learned = text_tokens(pair.prompt, answer, prompt, template)
+        ids, learned = _text_tokens(pair.prompt, answer, prompt, template, pair.tools)
         both.append((np.concatenate([start, ids]), np.concatenate([np.zeros(len(start), bool), learned])))
     return both
 
 
-def text_tokens(
-    prompt: Messages, answer: Messages, prompt_ids: np.ndarray, template: chat.Template
+def _text_tokens(
+    prompt: Messages, answer: Messages, prompt_ids: np.ndarray, template: chat.Template, tools: chat.Tools | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the ids [n] of a prompt with an answer, up to the token that ends it, and which are of the answer, [n]
     bool: what the assistant says after the prompt, of which `prompt_ids` are the ids."""
-    ids, learned = template.tokens([*prompt, *answer])
+    ids, learned = template.tokens([*prompt, *answer], tools=tools)
     shorter = min(len(ids), len(prompt_ids))
     apart = np.flatnonzero(ids[:shorter] != prompt_ids[:shorter])
     first = int(apart[0]) if len(apart) else shorter  # a token may reach from the prompt into the answer

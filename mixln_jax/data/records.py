@@ -57,6 +57,11 @@ class Prompt:
         return self.fields.get('prompt')
 
     @property
+    def last(self) -> str:
+        """The text of the last message before the answer; empty where it only calls tools."""
+        return self.messages[-1].get('content') or ''
+
+    @property
     def unit(self) -> bytes:
         """What decides its split: equal prompts are in the same one."""
         return Conversation(self.messages, self.origin).unit

@@ -55,7 +55,7 @@ def open_function(name: str, key: str = 'config.task.online.reward') -> Reward:
     def reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         fields = dict.fromkeys(field for prompt in prompts for field in prompt.fields)
         columns = {field: [prompt.fields.get(field) for prompt in prompts] for field in fields}
-        columns |= {'prompts': [prompt.messages[-1]['content'] for prompt in prompts], 'completions': list(completions)}
+        columns |= {'prompts': [prompt.last for prompt in prompts], 'completions': list(completions)}
         columns = {field: values for field, values in columns.items() if accepts(field)}
         try:
             return _scores(function, columns, len(prompts))

@@ -83,7 +83,7 @@ class Rollouts:
         )
         rewards = self._reward(asked, [one.text for one in made])
         records = [
-            prompt.fields | one.record(prompt.messages[-1]['content']) | {'reward': float(reward)}
+            prompt.fields | one.record(prompt.last) | {'reward': float(reward)}
             for prompt, one, reward in zip(asked, made, rewards, strict=True)
         ]
         return self._collected(contexts, made, rewards, np.zeros(len(made)), places, size), records

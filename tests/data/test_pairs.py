@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixln_jax import config
-from mixln_jax.data import batches, rows, tokenizers
+from mixln_jax.data import batches, pair_records, rows, tokenizers
 from mixln_jax.system.errors import DataError, UsageError
 
 BYTES = tokenizers.Bytes()
@@ -119,6 +119,13 @@ def test_dropped(tmp_path, capsys):
     assert f'1 of 4 pairs have a prompt that leaves no room and are left out, the first of them {tmp_path}/a:3' in said
 
 
+def test_answers_that_call_tools():
+    """They may say nothing; calls are a part of the answer."""
+    calls = lambda name: [{'role': 'assistant', 'tool_calls': [{'name': name}]}]  # noqa: E731
+    made = lambda one, other: pair_records.from_record(pair('a', calls(one), calls(other)), 'a:1')  # noqa: E731
+    assert made('f', 'f').same and not made('f', 'g').same
+
+
 def test_held_out_by_prompt(tmp_path):
     records = [pair(f'prompt {i // 2}', 'a', f'b{i}') for i in range(200)]
     path = write(tmp_path / 'a', records)
@@ -161,6 +168,9 @@ BAD = {
     'no messages': (pair('a', [], 'b'), 'chosen is empty'),
     'no content': (pair('a', [{'role': 'assistant'}], 'b'), r'chosen\[0\].content is missing'),
     'ends with the user': (pair('a', turns('b'), 'c'), 'chosen does not end with what the assistant says'),
+    'tools': (pair('a', 'b', 'c') | {'tools': 3}, 'tools is a number, not an array'),
+    'tools that a template leaves out': (pair('a', 'b', 'c') | {'tools': [{'name': 'f'}]}, 'does not know tools'),
+    'calls of them': (pair('a', [{'role': 'assistant', 'tool_calls': [{'name': 'f'}]}], 'c'), 'not know tool_calls'),
     'an unknown role': (pair([{'role': 'judge', 'content': 'x'}], 'b', 'c'), "does not know the role judge"),
 }  # fmt: skip
 

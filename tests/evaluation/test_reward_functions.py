@@ -54,6 +54,8 @@ def test_only_with_what_it_takes(opened):
 def test_messages_and_instructions():
     messages = [{'role': 'user', 'content': 'one'}, {'role': 'assistant', 'content': 'two'},
                 {'role': 'user', 'content': 'three'}]  # fmt: skip
+    calling = {'role': 'assistant', 'tool_calls': [{'name': 'f'}]}  # says nothing
+    assert Prompt({'messages': messages}, 'a:1', [*messages, calling]).last == ''
     module = types.ModuleType('users_rewards')
     module.function = lambda prompts, completions: [float(text == 'three') for text in prompts]
     sys.modules['users_rewards'] = module
