@@ -3,20 +3,18 @@
 import functools
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mixln_jax import config
-from mixln_jax.data import chat, instructions, pair_records, sources, stdlib
-from mixln_jax.data.examples import Batch, Numbers, Rows
-from mixln_jax.data.layout import Block, Layout
+from mixln_jax.data import chat, learned_rows, pair_records, sources, stdlib
+from mixln_jax.data.layout import Layout
+from mixln_jax.data.learned_rows import LearnedRows, Text
 from mixln_jax.data.pair_records import Messages, Pair
 from mixln_jax.data.tokenizers import Tokenizer
-from mixln_jax.system import console
-from mixln_jax.system.errors import DataError, UsageError
+from mixln_jax.system.errors import DataError
 
 MODES, SOURCES = ('pad', 'pack'), ('jsonl', 'stdlib')
 SHORTEST = 4  # tokens of a pair: each answer has one, after one of the prompt
@@ -44,28 +42,18 @@ def open_rows(
         UsageError: a source, mode or split that pairs do not have; ids that the network does not have.
         DataError: as `pair_records.read`, `chat.open_template` and its methods, naming file and line; no pair is left.
     """
-    for key, value, choices in (('source', data.source, SOURCES), ('mode', data.mode, MODES)):
-        if value not in choices:
-            raise UsageError(f'config.task.name={task} needs config.data.{key}={" or ".join(choices)}, not {value}')
+    learned_rows.check_keys(data, task, SOURCES, MODES)
     template = chat.open_template(data.template, tokenizer)
-    rows = Pairs(instructions.of_split(data, split, _pairs, task), template, tokenizer, data.mode, seq_length)
-    if (largest := rows.largest_id) >= vocab_size:
-        raise UsageError(
-            f'{tokenizer.origin}: the template makes id {largest}, too large for config.model.vocab_size={vocab_size}'
-        )
-    for line in rows.remarks(split):
-        console.say(f'mixln_jax: {line}', file=sys.stderr)
-    return rows
+    found = learned_rows.of_split(data, split, _pairs, task)
+    return learned_rows.shown(Pairs(found, template, tokenizer, data.mode, seq_length), split, tokenizer, vocab_size)
 
 
-class Pairs(Rows):
+class Pairs(LearnedRows):
     """Pairs as rows of packed texts (data/layout.py): one pair to a row (`pad`) or several (`pack`).
 
     Segment 2p+1 of a row is the chosen text of its pair p, segment 2p+2 the rejected one, each with the prompt. Targets
     of the answers alone count. If a pair has more than T tokens, the longer answer, or both, are cut at their ends. A
     pair without an answer that is left, or whose answers are equal, is no example.
-
-    `members[row]` are the numbers of the pairs of a row. `lengths` [N, 2] are the tokens of both texts of each pair.
     """
 
     def __init__(
@@ -78,8 +66,7 @@ class Pairs(Rows):
         self.layout = Layout('pack', tokenizer.pad_id, tokenizer.eos_id)
         self.num_cut = 0
         self.dropped: dict[str, list[str]] = {reason: [] for reason in REASONS}
-        self._size, self._origins = seq_length, list[str]()
-        texts: list[tuple[np.ndarray, np.ndarray]] = []
+        texts, origins = list[Text](), list[str]()
         digest = hashlib.blake2b(digest_size=16)
         for pair in pairs:
             told = [pair.prompt, pair.chosen, pair.rejected, *([pair.tools] if pair.tools else [])]
@@ -88,26 +75,23 @@ class Pairs(Rows):
                 both = _tokens(pair, template, tokenizer)
             except DataError as error:
                 raise DataError(f'{pair.origin}: {error}') from None
-            kept = self._fitted(both)
-            if (reason := self._problem(pair, kept)) is not None:
+            kept = _fitted(both, seq_length)
+            if (reason := _problem(pair, kept)) is not None:
                 self.dropped[reason].append(pair.origin)
                 continue
             self.num_cut += sum(len(ids) for ids, _ in both) > seq_length
             texts += kept
-            self._origins.append(pair.origin)
+            origins += [pair.origin] * 2
         if not texts:
             first = next(filter(None, self.dropped.values()), ['-'])[0]
             raise DataError(
                 f'none of {len(pairs):,} pairs has two answers that differ in config.seq_length={seq_length} tokens, '
                 f'the first of them {first}'
             )
-        self._ids, self._learned = (np.concatenate(parts) for parts in zip(*texts, strict=True))
-        self.lengths = np.array([len(ids) for ids, _ in texts]).reshape(-1, 2)
-        self._bounds = np.append(0, np.cumsum(self.lengths))
-        totals = self.lengths.sum(1).tolist()
-        self.members = [[number] for number in range(len(totals))]
-        if mode == 'pack':
-            self.members = instructions.pack(totals, seq_length)
+        totals = np.add.reduceat([len(ids) for ids, _ in texts], range(0, len(texts), 2)).tolist()
+        rows = [[number] for number in range(len(totals))] if mode == 'pad' else learned_rows.pack(totals, seq_length)
+        both_of = [[text for number in row for text in (2 * number, 2 * number + 1)] for row in rows]
+        self.fill(texts, origins, both_of, seq_length + 1)
         self.fingerprint = {
             'source': digest.hexdigest(),
             'tokenizer': tokenizer.fingerprint,
@@ -116,30 +100,15 @@ class Pairs(Rows):
             'seq_length': seq_length,
         }
 
-    def _fitted(self, both: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns both texts, the longer one cut, or both to half of a row, so that they fit into it."""
-        shorter = min(len(ids) for ids, _ in both)
-        room = max(self._size // 2, self._size - shorter)
-        return [(ids[:room], learned[:room]) for ids, learned in both]
-
-    @staticmethod
-    def _problem(pair: Pair, kept: Sequence[tuple[np.ndarray, np.ndarray]]) -> str | None:
-        """Returns why a pair is no example, a key of `dropped`; None: it is one."""
-        if pair.same:
-            return REASONS[0]
-        if not all(learned[1:].any() for _, learned in kept):
-            return REASONS[1]
-        return REASONS[2] if np.array_equal(kept[0][0], kept[1][0]) else None
-
     @property
-    def largest_id(self) -> int:
-        """The largest id of all rows, padding included."""
-        return max(int(self._ids.max()), self.layout.pad_id)
+    def lengths(self) -> np.ndarray:
+        """Tokens of both texts of each pair, [N, 2]."""
+        return np.diff(self._bounds).reshape(-1, 2)
 
     @property
     def num_pairs(self) -> int:
         """Number of pairs, N."""
-        return len(self._origins)
+        return len(self._origins) // 2
 
     def remarks(self, split: str) -> list[str]:
         """Returns what a person should know about the rows, in lines."""
@@ -148,7 +117,7 @@ class Pairs(Rows):
         if self.num_cut:
             lines.append(
                 f'warning: {split}: {self.num_cut:,} of {total:,} pairs are cut, so that both texts fit into '
-                f'config.seq_length={self._size}'
+                f'config.seq_length={self._width - 1}'
             )
         for reason, origins in self.dropped.items():
             if origins:
@@ -158,44 +127,29 @@ class Pairs(Rows):
                 )
         return lines
 
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def origin(self, number: int) -> str:
-        return ', '.join(self._origins[member] for member in self.members[number])
-
-    def read(self, numbers: Numbers, sized: bool = False) -> Block:
-        return self._filled(numbers)[0]
-
-    def batch(self, numbers: Numbers, epochs: Numbers | None = None) -> Batch:
-        """Returns what `Rows.batch` does, with a `loss_mask` of 1 at targets in answers alone."""
-        block, learned = self._filled(numbers)
-        batch = self.layout.batch(block)
-        batch['loss_mask'] *= learned[:, 1:]
-        return batch
-
-    def _filled(self, numbers: Numbers) -> tuple[Block, np.ndarray]:
-        """Returns rows, and which of their tokens are of answers, [n, T+1] bool."""
-        shape = len(numbers), self._size + 1
-        ids, ends = np.full(shape, self.layout.pad_id, np.int32), np.zeros(shape, bool)
-        learned = np.zeros(shape, bool)
-        for row, number in enumerate(np.asarray(numbers).tolist()):
-            place = 0
-            for text in (2 * member + side for member in self.members[number] for side in (0, 1)):
-                start, end = self._bounds[text : text + 2]
-                after = place + end - start
-                ids[row, place:after], learned[row, place:after] = self._ids[start:end], self._learned[start:end]
-                ends[row, after - 1] = True
-                place = after
-        return Block(ids, ends, None), learned
-
 
 def num_pairs(mode: str, seq_length: int) -> int:
     """Returns how many pairs a row may have, P."""
     return 1 if mode == 'pad' else max(1, seq_length // SHORTEST)
 
 
-def _tokens(pair: Pair, template: chat.Template, tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
+def _fitted(both: Sequence[Text], size: int) -> list[Text]:
+    """Returns both texts, the longer one cut, or both to half of `size`, so that together they are no longer."""
+    shorter = min(len(ids) for ids, _ in both)
+    room = max(size // 2, size - shorter)
+    return [(ids[:room], learned[:room]) for ids, learned in both]
+
+
+def _problem(pair: Pair, kept: Sequence[Text]) -> str | None:
+    """Returns why a pair is no example, one of REASONS; None: it is one."""
+    if pair.same:
+        return REASONS[0]
+    if not all(learned[1:].any() for _, learned in kept):
+        return REASONS[1]
+    return REASONS[2] if np.array_equal(kept[0][0], kept[1][0]) else None
+
+
+def _tokens(pair: Pair, template: chat.Template, tokenizer: Tokenizer) -> list[Text]:
     """Returns the ids [n] of both texts, and which of them are of the answer, [n] bool."""
     start = np.zeros(0, np.int32)
     prompt = template.prompt(pair.prompt, pair.tools)
@@ -210,7 +164,7 @@ def _tokens(pair: Pair, template: chat.Template, tokenizer: Tokenizer) -> list[t
 
 def _text_tokens(
     prompt: Messages, answer: Messages, prompt_ids: np.ndarray, template: chat.Template, tools: chat.Tools | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Text:
     """Returns the ids [n] of a prompt with an answer, up to the token that ends it, and which are of the answer, [n]
     bool: what the assistant says after the prompt, of which `prompt_ids` are the ids."""
     ids, learned = template.tokens([*prompt, *answer], tools=tools)

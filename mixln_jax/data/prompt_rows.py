@@ -3,20 +3,19 @@
 import functools
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mixln_jax import config
-from mixln_jax.data import chat, instructions, records, stdlib
-from mixln_jax.data.examples import Batch, Numbers, Rows
-from mixln_jax.data.layout import Block, Layout
+from mixln_jax.data import chat, learned_rows, records, stdlib
+from mixln_jax.data.examples import Batch, Numbers
+from mixln_jax.data.layout import Layout
+from mixln_jax.data.learned_rows import LearnedRows, Text
 from mixln_jax.data.records import Prompt
 from mixln_jax.data.tokenizers import Tokenizer
-from mixln_jax.system import console
-from mixln_jax.system.errors import DataError, UsageError
+from mixln_jax.system.errors import DataError
 
 SOURCES = ('jsonl', 'shelves')
 
@@ -39,28 +38,14 @@ def open_rows(
         DataError: as `records.read_prompts`, `chat.open_template` and `Template.prompt`, naming file and line; no
             prompt that leaves room for its completion.
     """
-    for key, value, choices in (('source', data.source, SOURCES), ('mode', data.mode, ('pad',))):
-        if value not in choices:
-            raise UsageError(f'config.task.name=online needs config.data.{key}={" or ".join(choices)}, not {value}')
+    learned_rows.check_keys(data, 'online', SOURCES, ('pad',))
     template = chat.open_template(data.template, tokenizer)
-    prompts = instructions.of_split(data, split, _prompts, 'online')
+    prompts = learned_rows.of_split(data, split, _prompts, 'online')
     rows = Prompts(prompts, template, tokenizer, seq_length, max_new)
-    if (largest := rows.largest_id) >= vocab_size:
-        raise UsageError(
-            f'{tokenizer.origin}: the template makes id {largest}, too large for config.model.vocab_size={vocab_size}'
-        )
-    console.say(f'mixln_jax: {split}: {len(rows):,} prompts', file=sys.stderr)
-    if rows.dropped:
-        console.say(
-            f'mixln_jax: warning: {split}: {len(rows.dropped):,} of {len(prompts):,} prompts leave no room for '
-            f'config.task.online.max_new_tokens={max_new} in config.seq_length={seq_length} and are left out, the '
-            f'first of them {rows.dropped[0]}',
-            file=sys.stderr,
-        )
-    return rows
+    return learned_rows.shown(rows, split, tokenizer, vocab_size)
 
 
-class Prompts(Rows):
+class Prompts(LearnedRows):
     """Prompts as rows of T+1 tokens, which begin with the prompt; its tokens after the first are the targets.
 
     A batch has `record` [n] too: `prompts[record]` is the prompt itself.
@@ -74,8 +59,8 @@ class Prompts(Rows):
         Raises DataError, naming file and line, as `chat.Template.prompt`; if no prompt is left.
         """
         self.layout = Layout('pad', tokenizer.pad_id, tokenizer.eos_id)
-        self.prompts, self.dropped = list[Prompt](), list[str]()
-        self._ids, self._size = list[np.ndarray](), seq_length + 1
+        self.prompts, self.dropped, self._max_new = list[Prompt](), list[str](), max_new
+        texts = list[Text]()
         digest = hashlib.blake2b(digest_size=16)
         for prompt in prompts:
             digest.update(json.dumps(prompt.fields).encode() + b'\n')
@@ -88,12 +73,14 @@ class Prompts(Rows):
                 self.dropped.append(prompt.origin)
                 continue
             self.prompts.append(prompt)
-            self._ids.append(ids)
+            texts.append((ids, np.ones(len(ids), bool)))
         if not self.prompts:
             raise DataError(
                 f'none of {len(prompts):,} prompts leaves room for config.task.online.max_new_tokens={max_new} in '
                 f'config.seq_length={seq_length}' + (f', the first of them {self.dropped[0]}' if self.dropped else '')
             )
+        origins = [prompt.origin for prompt in self.prompts]
+        self.fill(texts, origins, [[number] for number in range(len(texts))], seq_length + 1)
         self.fingerprint = {
             'source': digest.hexdigest(),
             'tokenizer': tokenizer.fingerprint,
@@ -102,28 +89,18 @@ class Prompts(Rows):
             'seq_length': seq_length,
         }
 
-    @property
-    def largest_id(self) -> int:
-        """The largest id of all rows, padding included."""
-        return max(int(max(ids.max() for ids in self._ids)), self.layout.pad_id)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def origin(self, number: int) -> str:
-        return self.prompts[number].origin
-
-    def read(self, numbers: Numbers, sized: bool = False) -> Block:
-        shape = len(numbers), self._size
-        ids, ends = np.full(shape, self.layout.pad_id, np.int32), np.zeros(shape, bool)
-        for row, number in enumerate(np.asarray(numbers).tolist()):
-            prompt = self._ids[number]
-            ids[row, : len(prompt)] = prompt
-            ends[row, len(prompt) - 1] = True
-        return Block(ids, ends, None)
+    def remarks(self, split: str) -> list[str]:
+        lines, total = [f'{split}: {len(self):,} prompts'], len(self) + len(self.dropped)
+        if self.dropped:
+            lines.append(
+                f'warning: {split}: {len(self.dropped):,} of {total:,} prompts leave no room for '
+                f'config.task.online.max_new_tokens={self._max_new} in config.seq_length={self._width - 1} and are '
+                f'left out, the first of them {self.dropped[0]}'
+            )
+        return lines
 
     def batch(self, numbers: Numbers, epochs: Numbers | None = None) -> Batch:
-        """Returns what `Rows.batch` does, and `record` [n] int32."""
+        """Returns what `LearnedRows.batch` does, and `record` [n] int32."""
         return super().batch(numbers, epochs) | {'record': np.asarray(numbers, np.int32)}
 
 

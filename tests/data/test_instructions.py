@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixln_jax import config
-from mixln_jax.data import batches, instructions, rows, tokenizers
+from mixln_jax.data import batches, learned_rows, rows, tokenizers
 from mixln_jax.system.errors import DataError, UsageError
 
 BYTES = tokenizers.Bytes()
@@ -107,7 +107,7 @@ def test_pack():
             wanted[last].append(number)
         else:
             wanted.append([number])
-    packed = instructions.pack(lengths, 20)
+    packed = learned_rows.pack(lengths, 20)
     assert sorted(sum(packed, [])) == list(range(300))
     used = lambda rows: sorted(sum(lengths[i] for i in row) for row in rows)  # noqa: E731
     assert used(packed) == used(wanted) and max(used(packed)) <= 20
