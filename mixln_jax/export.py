@@ -86,7 +86,7 @@ def export(
             for path in (path for pattern in BESIDE for path in source.glob(pattern)):
                 files.regular(path, CheckpointError)
                 shutil.copy(path, partial)
-        if loaded.template in chat.NAMED and (partial / 'tokenizer.json').exists():
+        elif loaded.template in chat.NAMED and (partial / 'tokenizer.json').exists():
             outputs.write(partial / 'chat_template.jinja', chat.portable(loaded.template).encode())
         compared = _check(partial, loaded, dtype)
         names = sorted(str(path.relative_to(partial)) for path in partial.rglob('*') if path.is_file())

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -74,7 +75,12 @@ def test_bfloat16_and_shards(tmp_path, capsys):
 
 
 def test_what_a_folder_says_for_other_tools_is_kept(tmp_path):
-    assert command('--checkpoint', GOLDEN / 'pre', '--out', tmp_path / 'out') == 0
+    given = shutil.copytree(GOLDEN / 'pre', tmp_path / 'given')
+    for name in ('chat_template.jinja', 'generation_config.json'):
+        (given / name).write_text(f'{{"{name}": 1}}')
+    assert command('--checkpoint', given, '--out', tmp_path / 'out') == 0
+    for name in ('chat_template.jinja', 'generation_config.json'):
+        assert (tmp_path / 'out' / name).read_text() == f'{{"{name}": 1}}'
     config = json.loads((tmp_path / 'out/config.json').read_text())
     assert (config['max_position_embeddings'], config['bos_token_id'], config['eos_token_id']) == (256, 0, 1)
     assert (config['model_type'], config['pad_token_id']) == ('llama', None)

@@ -27,12 +27,11 @@ from mixln_jax.system.errors import DataError
 
 CUT, EOS, BEGIN, END = '\ufdd0\ufdd1\ufdd2\ufdd3'
 TODAY = datetime.datetime(2024, 7, 26)  # the day of all training: what a run learns does not depend on when it starts
-UNCLEAR = (
-    '{} does not tell what is learned: what it renders of the first messages is not how it begins for all of them; put '
-    '{{% generation %}} and {{% endgeneration %}} around the answers, or name another with config.data.template'
-)
-
 ANOTHER = 'name another with config.data.template'
+UNCLEAR = (
+    'does not tell what is learned: what it renders of the first messages is not how it begins for all of them; put '
+    f'{{% generation %}} and {{% endgeneration %}} around the answers, or {ANOTHER}'
+)
 
 Message = Mapping[str, Any]  # `role`, `content`, and whatever else a template reads
 Tools = Sequence[Mapping[str, Any]]  # what the assistant may call
@@ -226,7 +225,7 @@ class Template:
                 continue
             if 'instruction' not in message and not self._shows(render, messages, number):
                 if self._shows_last(render, messages[: number + 1]):
-                    raise DataError(UNCLEAR.format(self._name))
+                    raise DataError(f'{self._name} {UNCLEAR}')
                 raise DataError(f'{self._name} does not know the role {message["role"]!r}: it leaves out what it says')
             self._roles.add(message['role'])
 
@@ -261,7 +260,7 @@ class Template:
                 before = render(messages[:number], True)
                 after = whole if number == len(messages) - 1 else render(messages[: number + 1])
                 if not (after.startswith(before) and whole.startswith(after)):
-                    raise DataError(UNCLEAR.format(self._name))
+                    raise DataError(f'{self._name} {UNCLEAR}')
                 spans.append((len(before), len(after)))
         return whole, spans
 

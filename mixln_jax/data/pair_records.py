@@ -49,16 +49,7 @@ def read(paths: Sequence[str]) -> Iterator[Pair]:
 
     Raises DataError, naming file and line: not JSON; no pair; a file without records.
     """
-    for path in paths:
-        empty = True
-        for line, record in records.read_values(path):
-            empty, origin = False, f'{path}:{line}'
-            try:
-                yield from_record(record, origin)
-            except DataError as error:
-                raise DataError(f'{origin}: {error}') from None
-        if empty:
-            raise DataError(f'{path}: no records in this file')
+    return records.parsed(paths, from_record)
 
 
 def from_record(record: Any, origin: str) -> Pair:

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import orjson
 
@@ -18,6 +18,7 @@ SHAPES = {  # the fields by which a shape is recognised
     'messages': ('messages',),
 }
 KNOWN = 'known shapes: "instruction, input, output", "prompt, completion", and "messages"'
+Made = TypeVar('Made')
 _JSON_TYPES = {dict: 'an object', list: 'an array', str: 'a string', bool: 'true or false', type(None): 'null'}
 
 
@@ -79,22 +80,16 @@ def read(paths: Sequence[str]) -> Iterator[Conversation]:
     Raises DataError, naming file and line: not JSON; a record of no known shape, or of another shape than the first;
     a value of another type; a file without records.
     """
-    first: tuple[str, str] | None = None  # (shape, origin) of the first record
-    for path in paths:
-        empty = True
-        for line, record in read_values(path):
-            empty, origin = False, f'{path}:{line}'
-            try:
-                shape = _shape(record)
-                first = first or (shape, origin)
-                if shape != first[0]:
-                    raise DataError(f'a record of the shape "{shape}", but {first[1]} has "{first[0]}"; use one shape')
-                conversation = Conversation(_MESSAGES[shape](record), origin, tools(record))
-            except DataError as error:
-                raise DataError(f'{origin}: {error}') from None
-            yield conversation
-        if empty:
-            raise DataError(f'{path}: no records in this file')
+    first: list[str] = []  # shape and origin of the first record
+
+    def conversation(record: Any, origin: str) -> Conversation:
+        shape = _shape(record)
+        first[:] = first or (shape, origin)
+        if shape != first[0]:
+            raise DataError(f'a record of the shape "{shape}", but {first[1]} has "{first[0]}"; use one shape')
+        return Conversation(_MESSAGES[shape](record), origin, tools(record))
+
+    return parsed(paths, conversation)
 
 
 def question(record: Any) -> list[dict[str, Any]]:
@@ -128,19 +123,28 @@ def read_prompts(paths: Sequence[str]) -> Iterator[Prompt]:
 
     Raises DataError, naming file and line: not JSON; a record without a prompt; a file without records.
     """
+    return parsed(paths, lambda record, origin: Prompt(record, origin, question(record)))
+
+
+def parsed(paths: Sequence[str], parse: Callable[[Any, str], Made]) -> Iterator[Made]:
+    """Yields `parse(value, origin)` of each value of some files; `origin` is its file and line.
+
+    Raises DataError: not JSON; a file without records; and what `parse` raises, which then names file and line.
+    """
     for path in paths:
         empty = True
-        for line, record in read_values(path):
+        for line, value in _values(path):
             empty, origin = False, f'{path}:{line}'
             try:
-                yield Prompt(record, origin, question(record))
+                made = parse(value, origin)
             except DataError as error:
                 raise DataError(f'{origin}: {error}') from None
+            yield made
         if empty:
             raise DataError(f'{path}: no records in this file')
 
 
-def read_values(path: str) -> Iterator[tuple[int, Any]]:
+def _values(path: str) -> Iterator[tuple[int, Any]]:
     """Yields (line from 1, value) of a file of JSON lines, or of the members of a JSON array."""
     lines = text_files.Reader('jsonl', path, largest=LARGEST).lines()
     is_array = None
