@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from mixln_jax import config as configs
-from mixln_jax.program import lora, step
+from mixln_jax.program import step
 from mixln_jax.program.step import State
-from mixln_jax.tasks.task import Batch, Context, example_keys
+from mixln_jax.tasks.task import Batch
 
 
 def train_step(
@@ -61,14 +61,11 @@ def train_step(
 def _recorded(state: State, batch: Batch, task: Any, seed: int, accumulate: int, dropout: float) -> Batch:
     """Returns the whole batch with what does not change in the updates, computed a micro-batch at a time."""
     network = state.network
-    context = Context(train=True, step=state.step, reference=step.reference(task, network, state.reference))
+    compared = step.reference(task, network, state.reference)
 
     def record(part: Batch) -> Batch:
-        chosen = context
-        if dropout:
-            keys = example_keys(step.step_key(seed, state.step), part)
-            chosen = context._replace(collections={'dropout': lora.dropout(network, dropout, keys)})
-        return task.recorded(network, part, chosen)
+        context = step.training_context(network, part, state.step, compared, seed, dropout)
+        return task.recorded(network, part, context)
 
     parts = jax.lax.map(record, step.micro_batches(batch, accumulate))
     whole = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), parts)

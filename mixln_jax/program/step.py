@@ -187,14 +187,10 @@ def _sums_and_gradients(
 ) -> tuple[dict[str, jax.Array], Any]:
     """Returns all sums by name, and the gradient of the sum of the losses, over micro-batches [accumulate, ...]."""
     compared = reference(task, state.network, state.reference)
-    context = Context(train=True, step=state.step, reference=compared)
 
     def sums_of(params: Any, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        network, chosen = trees.join(params, state.frozen), context
-        if dropout:
-            keys = example_keys(step_key(seed, state.step), part)
-            chosen = context._replace(collections={'dropout': lora.dropout(network, dropout, keys)})
-        return _sums(task, network, part, chosen)
+        network = trees.join(params, state.frozen)
+        return _sums(task, network, part, training_context(network, part, state.step, compared, seed, dropout))
 
     loss_and_gradient = jax.value_and_grad(sums_of, has_aux=True)
 
@@ -208,6 +204,17 @@ def _sums_and_gradients(
     sums = jax.eval_shape(lambda: sums_of(state.params, jax.tree.map(lambda part: part[0], parts))[1])
     zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)  # noqa: E731
     return jax.lax.scan(add, (zeros(sums), split(zeros(state.params))), parts)[0]
+
+
+def training_context(
+    network: Any, batch: Batch, updates_done: jax.Array, reference: Any, seed: int, dropout: float
+) -> Context:
+    """Returns what a training loss of a prepared batch depends on; `dropout`: share of an adapter's input left out."""
+    context = Context(train=True, step=updates_done, reference=reference)
+    if not dropout:
+        return context
+    keys = example_keys(step_key(seed, updates_done), batch)
+    return context._replace(collections={'dropout': lora.dropout(network, dropout, keys)})
 
 
 def _updated(

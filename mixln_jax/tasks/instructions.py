@@ -4,8 +4,7 @@ import dataclasses
 
 from mixln_jax import config as configs
 from mixln_jax.models.network import Network
-from mixln_jax.system.errors import UsageError
-from mixln_jax.tasks.language import Language
+from mixln_jax.tasks.language import Language, check_answers
 from mixln_jax.tasks.task import Task
 
 
@@ -17,13 +16,5 @@ class Instructions(Language):
     @classmethod
     def from_config(cls, config: configs.Config, model: Network) -> Task:
         """Returns the task of a run. Raises UsageError if the network is not causal, or `compat` is set."""
-        if not model.causal:
-            raise UsageError(
-                f'config.task.name=instructions needs a network that predicts the next token, such as '
-                f'config.model.family=llama, not {config.model.family}'
-            )
-        if config.compat != 'none':
-            raise UsageError(
-                f'config.compat={config.compat} has no meaning for config.task.name=instructions: leave it at none'
-            )
+        check_answers(config, model)
         return cls(model, config.data.mode, config.seq_length)

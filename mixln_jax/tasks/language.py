@@ -19,6 +19,19 @@ from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses, Task
 ENOUGH = 500_000  # tokens, for their frequencies
 
 
+def check_answers(config: configs.Config, model: Network) -> None:
+    """Raises UsageError, naming the key, where a network cannot learn to answer: it has to predict the next token, and
+    `compat` has no meaning."""
+    name = config.task.name
+    if not model.causal:
+        raise UsageError(
+            f'config.task.name={name} needs a network that predicts the next token, such as '
+            f'config.model.family=llama, not {config.model.family}'
+        )
+    if config.compat != 'none':
+        raise UsageError(f'config.compat={config.compat} has no meaning for config.task.name={name}: leave it at none')
+
+
 @dataclasses.dataclass(frozen=True)
 class Language(Task):
     """Next-token prediction: the sum of the tokens' losses over their number, on every path.

@@ -13,9 +13,8 @@ from mixln_jax.data import batches
 from mixln_jax.kernels import cross_entropy
 from mixln_jax.kernels.cross_entropy import TokenLogProbs
 from mixln_jax.models.network import Network
-from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks import policy
-from mixln_jax.tasks.language import Language
+from mixln_jax.tasks.language import Language, check_answers
 from mixln_jax.tasks.task import EVALUATION, Batch, Context, Losses, Task
 
 
@@ -63,15 +62,7 @@ class Online(Language):
     @classmethod
     def from_config(cls, config: configs.Config, model: Network) -> Task:
         """Returns the task of a run. Raises UsageError if the network is not causal, or `compat` is set."""
-        if not model.causal:
-            raise UsageError(
-                f'config.task.name=online needs a network that predicts the next token, such as '
-                f'config.model.family=llama, not {config.model.family}'
-            )
-        if config.compat != 'none':
-            raise UsageError(
-                f'config.compat={config.compat} has no meaning for config.task.name=online: leave it at none'
-            )
+        check_answers(config, model)
         return cls(model, 'pad', config.seq_length, config.task.online)
 
     @property
@@ -136,7 +127,7 @@ class Online(Language):
         return {**batch, **jax.lax.stop_gradient(found)}
 
     def _of_reference(self, batch: Batch, context: Context) -> jax.Array:
-        return self.log_probs(context.reference, batch, context._replace(collections={})).log_probs
+        return self.log_probs(context.reference, batch, context.of_reference).log_probs
 
     def with_advantages(self, batch: Batch) -> Batch:
         """Returns a recorded batch, all of it, with `advantage` [B]."""

@@ -16,7 +16,7 @@ from mixln_jax import config as configs
 from mixln_jax.data import pairs
 from mixln_jax.models.network import Network
 from mixln_jax.system.errors import UsageError
-from mixln_jax.tasks.language import Language
+from mixln_jax.tasks.language import Language, check_answers
 from mixln_jax.tasks.task import Batch, Losses
 
 
@@ -65,16 +65,9 @@ class OfPairs(Language):
         return Losses(rows.sum(), real.sum(), rows, real.sum(-1), jax.lax.stop_gradient(sums))
 
 
-def check(config: configs.Config, model: Network, causal: bool) -> None:
-    """Raises UsageError where a network or its keys do not fit pairs; `causal`: whether it has to predict tokens."""
-    name = config.task.name
-    if causal and not model.causal:
-        raise UsageError(
-            f'config.task.name={name} needs a network that predicts the next token, such as '
-            f'config.model.family=llama, not {config.model.family}'
-        )
-    if config.compat != 'none':
-        raise UsageError(f'config.compat={config.compat} has no meaning for config.task.name={name}: leave it at none')
+def check(config: configs.Config, model: Network) -> None:
+    """Raises UsageError, naming the key, where a network cannot learn to answer, or rows are too short for a pair."""
+    check_answers(config, model)
     if config.seq_length < pairs.SHORTEST:
         raise UsageError(f'config.seq_length={config.seq_length} is too short for a pair: at least {pairs.SHORTEST}')
 

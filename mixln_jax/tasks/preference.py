@@ -40,7 +40,7 @@ class Preference(OfPairs):
     def from_config(cls, config: configs.Config, model: Network) -> Task:
         """Returns the task of a run. Raises UsageError if the network is not causal, `compat` is set, or rows are too
         short."""
-        check(config, model, causal=True)
+        check(config, model)
         per_row = pairs.num_pairs(config.data.mode, config.seq_length)
         return cls(model, 'pack', config.seq_length, per_row, config.task.preference)
 
@@ -76,12 +76,11 @@ class Preference(OfPairs):
         return self.losses_of_pairs(losses, lengths, batch, metrics)
 
     def _reference(self, batch: Batch, context: Context) -> jax.Array:
-        """Returns what `log_probs` does, of the reference; its ramps stand where training began."""
+        """Returns what `log_probs` does, of the reference; 0 where there is none."""
         if context.reference is None:
             assert not context.train, 'training has a reference'
             return jnp.zeros(batch['targets'].shape)
-        step = None if context.step is None else jnp.zeros_like(context.step)
-        return jax.lax.stop_gradient(self.log_probs(context.reference, batch, Context(context.layer_mask, step=step)))
+        return jax.lax.stop_gradient(self.log_probs(context.reference, batch, context.of_reference))
 
 
 def pair_losses(

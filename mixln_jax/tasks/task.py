@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mixln_jax import config as configs
@@ -33,6 +34,11 @@ class Context(NamedTuple):
     step: jax.Array | None = None
     collections: Mapping[str, Any] = types.MappingProxyType({})
     reference: Any = None
+
+    @property
+    def of_reference(self) -> 'Context':
+        """The context of the reference network itself: without dropout, and with ramps as when training began."""
+        return Context(self.layer_mask, step=None if self.step is None else jnp.zeros_like(self.step))
 
 
 EVALUATION = Context()

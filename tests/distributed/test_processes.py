@@ -252,7 +252,11 @@ def start(workdir, count, missing=(), num_steps=30, program=('-m', 'mixln_jax.ma
 
 def ends(started):
     """(exit codes, last lines of stderr, stdout) of all."""
-    said = [process.communicate(timeout=200) for process in started]
+    try:
+        said = [process.communicate(timeout=200) for process in started]
+    finally:
+        for process in started:  # none is left where one of them hangs
+            process.kill()
     print(*(errors for _, errors in said), sep='\n\n')  # shown where a test fails
     mine = [[line for line in errors.splitlines() if line.startswith('mixln_jax')] for _, errors in said]
     return (

@@ -81,6 +81,18 @@ def test_losses_and_gradients_are_trls(name, keys, monkeypatch):
     np.testing.assert_allclose(gradient, GOLDEN[name]['gradient'], rtol=0, atol=1e-6)
 
 
+def test_the_ramps_of_the_reference_stand_where_training_began():
+    """`reference_log_probs` are those of step 0, in training and evaluation, whatever step the network has come to."""
+    ours, params = task('mix+prores', beta=0.1)
+    batch = jax.tree.map(jnp.asarray, ours.collect(rollouts(np.random.default_rng(0)), 8))
+    at = lambda step: ours.log_probs(params, batch, Context(step=jnp.int32(step))).log_probs  # noqa: E731
+    found = ours.recorded(params, batch, Context(train=True, step=jnp.int32(9), reference=params))
+    np.testing.assert_array_equal(found['reference_log_probs'], at(0))
+    np.testing.assert_array_equal(found['old_log_probs'], at(9))
+    kl = ours.losses(params, batch, Context(step=jnp.int32(9), reference=params)).metrics['kl']
+    assert kl > 1e-3 and ours.losses(params, batch, Context(step=jnp.int32(0), reference=params)).metrics['kl'] == 0
+
+
 def plain(model, params, batch, temperature):
     """Log-probabilities of the targets, by log-softmax over all logits."""
     logits = model.apply({'params': params}, batch)[0][..., :11] / temperature
