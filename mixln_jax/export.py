@@ -28,7 +28,7 @@ from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.models.hf import peft
 from mixln_jax.program import lora
-from mixln_jax.runs import environment, weights
+from mixln_jax.runs import environment, start_weights, weights
 from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli, console, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
@@ -127,7 +127,7 @@ def export_adapter(checkpoint: str | os.PathLike, out: str) -> None:
         if not apart <= 1e-5:
             raise CheckpointError(f'{found.where}: read back, its merged weights differ by {apart:.3g}')
         origin = {'from': found.where, 'step': found.step, 'versions': environment.versions()}
-        origin |= {'base': weights.base_fingerprint(plain, tune.base_dtype), 'base_dtype': tune.base_dtype}
+        origin |= {'base': start_weights.base_fingerprint(plain, tune.base_dtype), 'base_dtype': tune.base_dtype}
         outputs.write_json(partial / weights.EXPORT, origin | {'files': [peft.CONFIG, peft.WEIGHTS, weights.EXPORT]})
     console.say(f'{target}: the adapters of {found.where}, rank {tune.rank}; read back and compared')
     if not base:

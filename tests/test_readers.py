@@ -138,7 +138,12 @@ READERS = {
         lambda p: command._check_free(angular, p.parent),
     ),
     '--out of evaluate': ('out.json', {'checkpoint': 'a', 'step': 1}, 2, evaluate._place),
-    'export.json': ('export.json', {'data_mode': 'pad', 'tokenizer': 'ab'}, 5, lambda p: weights._of_export(p.parent)),
+    'export.json': (
+        'export.json',
+        {'data_mode': 'pad', 'tokenizer': 'ab'},
+        5,
+        lambda p: weights.about_export(p.parent),
+    ),
     'export.json in --out': (
         'export.json',
         {'files': ['export.json']},

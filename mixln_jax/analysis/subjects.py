@@ -16,7 +16,7 @@ from mixln_jax.distributed import mesh as meshes
 from mixln_jax.models import transformer
 from mixln_jax.models.network import Network
 from mixln_jax.program.program import Program
-from mixln_jax.runs import checkpoint_folders, frozen, weights, workdir
+from mixln_jax.runs import checkpoint_folders, frozen, start_weights, weights, workdir
 from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli
 from mixln_jax.system.errors import UsageError
@@ -147,7 +147,7 @@ def _initial(loaded: Weights, data_path: str | None) -> Any:
     if (base := frozen.read_base(loaded.workdir)) is not None:
         return base
     if config.init_from:
-        return weights.initial(config.init_from, loaded.model)
+        return start_weights.initial(config.init_from, loaded.model)
     program = Program(config, mesh)
     state = program.init(jax.random.key(config.seed))
     if program.model.measured():

@@ -3,32 +3,26 @@
 import dataclasses
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.data import chat, tokenizers
 from mixln_jax.models import families, hf, placements, transformer
 from mixln_jax.models.hf import config as hf_config
-from mixln_jax.models.hf import peft, tensors
+from mixln_jax.models.hf import tensors
 from mixln_jax.models.network import Network
-from mixln_jax.program import lora, tuning
-from mixln_jax.runs import best, checkpoint, checkpoint_folders, checksums, frozen
-from mixln_jax.system import console, files
+from mixln_jax.program import lora
+from mixln_jax.runs import best, checkpoint, checkpoint_folders, frozen
+from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
 ANSWERS = 'instructions', 'preference', 'online'  # the tasks that teach to answer, by a template
 EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
-
-
-ADAPTER = 'adapter:'  # begins an init_from
-NEW_TOKENS = 1024  # that a vocabulary may have more than the weights, at most; more belong to another tokenizer
 
 
 class Removed(UsageError):
@@ -74,7 +68,7 @@ class Weights:
         """config.data.mode of the rows that the weights were trained on; None where nothing says it."""
         if self.config:
             return self.config.data.mode
-        return _of_export(pathlib.Path(self.where)).get('data_mode')
+        return about_export(pathlib.Path(self.where)).get('data_mode')
 
     @property
     def template(self) -> str | None:
@@ -84,7 +78,7 @@ class Weights:
         """
         if self.config:
             return taught(self.config)
-        template = _of_export(pathlib.Path(self.where)).get('template')
+        template = about_export(pathlib.Path(self.where)).get('template')
         if template not in (None, 'chat', *chat.NAMED):
             raise CheckpointError(f'{pathlib.Path(self.where, EXPORT)}: template={template!r} is not a template')
         return template
@@ -116,7 +110,7 @@ def load(
         model, params = hf.load(folder, norm_position, compute_dtype)
         tokenizer = None
         if (folder / 'tokenizer/fingerprint.json').is_file():  # from an export
-            tokenizer = tokenizers.load(folder / 'tokenizer', _of_export(folder).get('tokenizer'))
+            tokenizer = tokenizers.load(folder / 'tokenizer', about_export(folder).get('tokenizer'))
         return Weights(model, params, str(folder), tokenizer=tokenizer)
     if norm_position:
         raise UsageError(f'--norm_position: {folder} is a run of ours, which knows its placement')
@@ -141,7 +135,7 @@ def load(
     return Weights(model, params, str(folder), about['step'], config, tokenizer, workdir)
 
 
-def _of_export(folder: pathlib.Path) -> dict[str, Any]:
+def about_export(folder: pathlib.Path) -> dict[str, Any]:
     """Returns what mixln_jax.export noted in a folder that it wrote; {} for other folders."""
     path = folder / EXPORT
     if not path.exists():
@@ -268,161 +262,3 @@ def _hops(path: pathlib.Path) -> Iterator[pathlib.Path]:
             break
         path = path.parent / os.readlink(path)
     yield pathlib.Path(os.path.realpath(path))
-
-
-def initial(where: str, model: Network, tokenizer: str | None = None) -> Any:
-    """Returns what `config.init_from` names as parameters of `model`, numpy arrays: no device needs to hold them all.
-
-    Args:
-        where: `hf:FOLDER`, `adapter:FOLDER` of peft, or what `load` opens as ours.
-        model: the network that is to start from them. A Hugging Face folder that does not say its placement, as the
-            authors' do not, is read under this network's.
-        tokenizer: fingerprint of the new run's, for a warning if a run of ours had another one; None: it is not known.
-
-    Raises:
-        UsageError: nothing there, or weights of another network, naming the key that differs. The vocabulary may have
-            up to NEW_TOKENS more tokens.
-        CheckpointError: unreadable, damaged, or tensors that are not those of this network.
-    """
-    try:
-        if where.startswith('hf:'):
-            params, size = _of_hugging_face(_hugging_face_folder(where, model.config.family), model)
-        elif where.startswith(ADAPTER):
-            params, size = _of_adapter(files.local(where.removeprefix(ADAPTER), ''), model)
-        elif checkpoint_folder(where):
-            loaded = load(where)
-            _check_same(model, loaded.model)
-            params, size = jax.device_get(loaded.params), loaded.model.config.vocab_size
-            if loaded.tokenizer and tokenizer not in (None, loaded.tokenizer.fingerprint):
-                own = f'{where} has learned the ids of another tokenizer: that in {loaded.workdir}/tokenizer'
-                console.say(f'mixln_jax: warning: config.init_from={own}', file=sys.stderr)
-        else:
-            raise UsageError(f'not a run of ours; a Hugging Face folder is hf:{where}')
-    except (UsageError, CheckpointError) as error:
-        raise type(error)(f'config.init_from={where}: {error}') from None
-    return _with_new_tokens(params, size, model)
-
-
-def _with_new_tokens(params: Any, vocab_size: int, model: Network) -> Any:
-    """Returns the numpy parameters of a network of `vocab_size` tokens as those of `model`, which may have more: the
-    vector of each new token is the mean of the old ones (Hewitt 2021, "Initializing New Word Embeddings")."""
-    wanted = model.config.vocab_size
-    if wanted == vocab_size:
-        return params
-    console.say(f'mixln_jax: {wanted - vocab_size:,} new tokens begin with the mean of the {vocab_size:,} vectors')
-
-    def enlarged(path: tuple[Any, ...], leaf: np.ndarray) -> np.ndarray:
-        axis = model.padded.get(trees.path_name(path))
-        if axis is None:
-            return leaf
-        known = np.take(leaf, range(vocab_size), axis)
-        mean = known.mean(axis, keepdims=True, dtype=np.float32)
-        return np.concatenate([known, np.repeat(mean, wanted - vocab_size, axis)], axis)
-
-    return model.with_padding(jax.tree_util.tree_map_with_path(enlarged, params))
-
-
-def _of_hugging_face(folder: pathlib.Path, model: Network) -> tuple[Any, int]:
-    """Returns the parameters of a Hugging Face folder, and the size of its vocabulary."""
-    found, stated = hf_config.read(folder / 'config.json')
-    _check_same(model, found, stated)
-    return hf.read(folder, model.norm_position)[1], found.config.vocab_size
-
-
-def _of_adapter(folder: pathlib.Path, model: Network) -> tuple[Any, int]:
-    """Returns the parameters of the base that a folder of peft names, with its adapters merged into them, and the size
-    of its vocabulary."""
-    config = peft.read_config(folder)
-    name = config.get(peft.BASE) or ''
-    candidates = [path for path in (pathlib.Path(name), folder / name) if (path / 'config.json').is_file()]
-    if not name or not candidates:
-        raise UsageError(
-            f'{folder / peft.CONFIG}: {peft.BASE}={name!r} is not a folder here: write there the folder of the weights '
-            'that were adapted'
-        )
-    params, size = _of_hugging_face(_hugging_face_folder(f'hf:{candidates[0]}', model.config.family), model)
-    about = _of_export(folder)
-    if about.get('base') and about['base'] != base_fingerprint(params, about.get('base_dtype')):
-        raise CheckpointError(f'{folder} was trained on another base than {candidates[0]}, which {peft.CONFIG} names')
-    return peft.merged(folder, config, model, params), size
-
-
-def base_fingerprint(base: Any, dtype: Any) -> str:
-    """Returns the fingerprint of the weights that adapters adapt; `dtype`: config.tune.base_dtype."""
-    if dtype not in ('float32', 'bfloat16'):
-        raise CheckpointError(f'{EXPORT}: base_dtype={dtype!r} is not float32 or bfloat16')
-    return frozen.fingerprint(checksums.describe(tuning.in_base_dtype(base, dtype)))
-
-
-def _hugging_face_folder(where: str, family: str) -> pathlib.Path:
-    """Returns the folder of `hf:FOLDER`. Raises UsageError if it is a run, or a BERT, which no network here starts
-    from: the head of Hugging Face's has a bias over the vocabulary."""
-    if where == 'hf:':
-        raise UsageError('hf: must be followed by a folder')
-    folder = files.local(where.removeprefix('hf:'), '')
-    tensors.refuse_others(folder)
-    if hf.is_bert(folder):
-        raise UsageError(
-            f'{folder} is a BERT, config.model.family is {family}: only folders of LLaMA can start a run; a BERT can '
-            'start from a run of config.model.family=bert'
-        )
-    return folder
-
-
-def ramp_offset(config: configs.Config) -> int:
-    """Returns how many updates the ramps of the weights of `config.init_from` have made: they go on from there.
-
-    It is 0 for random weights. The ramps of a Hugging Face folder that does not state their step have ended.
-
-    Raises:
-        UsageError, CheckpointError: as `initial`.
-    """
-    sizes, where = config.model, config.init_from
-    if not where:
-        return 0
-    done = sizes.ramp_steps * sizes.num_layers
-    try:
-        if where.startswith('hf:'):
-            found, _ = hf_config.read(_hugging_face_folder(where, sizes.family) / 'config.json')
-            return done if found.trained_steps is None else min(found.trained_steps, done)
-        if where.startswith(ADAPTER) or not (folder := checkpoint_folder(where)):
-            return 0  # `initial` says what is wrong
-        earlier = configs.read(folder.parents[1] / 'config.json').model
-        return min(earlier.ramp_start + int(folder.name), done)
-    except (UsageError, CheckpointError) as error:
-        raise type(error)(f'config.init_from={where}: {error}') from None
-
-
-def _check_same(model: Network, found: Any, stated: bool = True) -> None:
-    """Raises UsageError where weights belong to another network than `model`; `stated`: whether they say placements."""
-
-    def facts(of: Any) -> dict[str, Any]:
-        found = {name: getattr(of.config, name) for name in configs.same_weights()}
-        found |= {'num_kv_heads': of.config.kv_heads, 'head_dim': of.config.head_size}
-        if of.config.rope_type == 'llama3':
-            found |= {name: getattr(of.config, name) for name in hf_config.ROPE}
-        if any(placements.PLACEMENTS[name].attention.grouped for name in of.norm_position):
-            found['norm_groups'] = of.config.norm_groups
-        if stated and placements.has_ramp(of.norm_position):
-            found['ramp_steps'] = of.config.ramp_steps
-        return found | ({'norm_position': hf_config.spell(of.norm_position)} if stated else {})
-
-    ours, theirs = facts(model), facts(found)
-    for name, value in ours.items():
-        if name == 'vocab_size' and 0 < value - theirs[name] <= NEW_TOKENS:
-            continue
-        if theirs.get(name, value) != value:
-            raise UsageError(f'its network has {name} {theirs[name]}, config.model.{name} is {value}')
-    for number, (one, other) in enumerate(zip(_constants(model), _constants(found), strict=True), 1):
-        if stated and one != other:
-            raise UsageError(
-                f'its layer {number} is layer {found.layer_index[number - 1]} of {found.depth}, with other constants'
-            )
-
-
-def _constants(model: Any) -> list[list[tuple[dict[str, list[float]], int]]]:
-    layers = [placements.PLACEMENTS[name] for name in model.norm_position]
-    return [
-        [(at.constants([index], model.depth), index if at.ramp else 0) for at in (layer.attention, layer.mlp)]
-        for layer, index in zip(layers, model.layer_index, strict=True)
-    ]

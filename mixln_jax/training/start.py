@@ -14,7 +14,7 @@ from mixln_jax import trees
 from mixln_jax.models import placements
 from mixln_jax.program.program import Program
 from mixln_jax.program.step import State
-from mixln_jax.runs import checkpoint, continuation, frozen, weights
+from mixln_jax.runs import checkpoint, continuation, frozen, start_weights, weights
 from mixln_jax.runs.continuation import ANOTHER, SCHEDULE, check_continues, check_same_run
 from mixln_jax.system import console
 from mixln_jax.system.errors import CheckpointError, UsageError
@@ -30,7 +30,7 @@ def with_ramp_offset(config: configs.Config) -> configs.Config:
     names = placements.resolve(model.norm_position, model.num_layers, model.post_ratio)
     if model.ramp_offset != 'auto' or not placements.has_ramp(names):
         return config
-    return dataclasses.replace(config, model=dataclasses.replace(model, ramp_offset=weights.ramp_offset(config)))
+    return dataclasses.replace(config, model=dataclasses.replace(model, ramp_offset=start_weights.ramp_offset(config)))
 
 
 def with_num_steps(
@@ -79,7 +79,7 @@ def first_state(
     if not restored:
         state = program.init(jax.random.key(config.seed))
         if config.init_from:
-            values = weights.initial(config.init_from, program.model, fingerprint.get('tokenizer'))
+            values = start_weights.initial(config.init_from, program.model, fingerprint.get('tokenizer'))
             state = _with_weights(state, values, program.state)
             console.say(f'mixln_jax: starts from the weights of {config.init_from}')
         return state, {'step': 0, 'tokens': 0, 'open_line': None}

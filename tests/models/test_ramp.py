@@ -26,7 +26,7 @@ from mixln_jax.evaluation.loop import evaluate_run
 from mixln_jax.models import placements, transformer
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.program.program import Program
-from mixln_jax.runs import weights
+from mixln_jax.runs import start_weights, weights
 from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
 from mixln_jax.tasks.language import Language
 from mixln_jax.tasks.task import Context
@@ -317,7 +317,7 @@ class TestRuns:
             main.run(of(**{'model.ramp_offset': 0}), tmp_path / 'b')
         assert weights.load(tmp_path / 'b').model.config.ramp_offset == 5
         done = of_run(corpus, init_from=str(tmp_path / 'b'))
-        assert weights.ramp_offset(configs.build(done)) == 6  # 5 + 3, but after 6 it is done
+        assert start_weights.ramp_offset(configs.build(done)) == 6  # 5 + 3, but after 6 it is done
 
     def test_other_ramps_are_refused(self, corpus, finished, tmp_path):
         for change, words in (
@@ -351,9 +351,9 @@ class TestRuns:
             config = configs.build(of_run(corpus, init_from=f'hf:{out}'))
             if offset is None:
                 with pytest.raises(CheckpointError, match='ramp_step=-1 is not a number of steps'):
-                    weights.ramp_offset(config)
+                    start_weights.ramp_offset(config)
             else:
-                assert weights.ramp_offset(config) == offset
+                assert start_weights.ramp_offset(config) == offset
 
     def test_a_bad_step_is_replayed_at_its_own(self, finished, tmp_path, capsys):
         """The batch of step 3, with the weights of step 2, has the loss that training had."""

@@ -25,7 +25,7 @@ from mixln_jax.data import batches
 from mixln_jax.models import families, transformer
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.program import lora, optim, step
-from mixln_jax.runs import weights
+from mixln_jax.runs import start_weights, weights
 from mixln_jax.tasks.language import Language
 
 RATE, DECAY, CLIP, EPSILON = 0.01, 0.3, 0.5, 1e-8
@@ -147,7 +147,7 @@ def test_a_written_adapter_opens_in_peft(run, tmp_path):
     expected = np.asarray(ours.model.apply({'params': ours.params}, IDS)[0])
     assert np.abs(plain - expected).max() > 1e-3
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-    again = weights.initial(f'adapter:{tmp_path / "adapter"}', ours.model)
+    again = start_weights.initial(f'adapter:{tmp_path / "adapter"}', ours.model)
     np.testing.assert_allclose(ours.model.apply({'params': again}, IDS)[0], expected, rtol=0, atol=1e-5)
 
 
@@ -163,6 +163,6 @@ def test_an_adapter_of_peft_on_top_of_its_base(tmp_path):
     theirs.save_pretrained(tmp_path / 'adapter')
     with torch.no_grad():
         expected = theirs(torch.arange(10).reshape(2, 5)).logits.numpy()
-    found = np.asarray(logits(model, weights.initial(f'adapter:{tmp_path / "adapter"}', model)))
+    found = np.asarray(logits(model, start_weights.initial(f'adapter:{tmp_path / "adapter"}', model)))
     assert np.abs(expected - np.asarray(logits(model, params))).max() > 1e-2
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)

@@ -9,7 +9,7 @@ from mixln_jax import config as configs
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.models.hf import peft
 from mixln_jax.program import lora
-from mixln_jax.runs import weights
+from mixln_jax.runs import start_weights, weights
 from mixln_jax.system import outputs
 from mixln_jax.system.errors import CheckpointError, UsageError
 
@@ -34,22 +34,22 @@ def folder(tmp_path):
 
 def test_written_and_read(folder):
     model, _, whole = adapted('pre')
-    found = weights.initial(f'adapter:{folder}', model)
+    found = start_weights.initial(f'adapter:{folder}', model)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, lora.merged(whole))
     edit(folder, peft.CONFIG, base_model_name_or_path='../base')  # beside the adapter
     edit(folder, peft.CONFIG, r=7, rank_pattern={'q_proj': 2, r'mlp\.d.*': 2})
-    jax.tree.map(np.testing.assert_array_equal, found, weights.initial(f'adapter:{folder}', model))
+    jax.tree.map(np.testing.assert_array_equal, found, start_weights.initial(f'adapter:{folder}', model))
     assert (folder / peft.WEIGHTS).stat().st_mode == (folder / peft.CONFIG).stat().st_mode  # others may read it
 
 
 def test_on_another_base(folder):
     model, params, _ = adapted('pre')
-    fingerprint = weights.base_fingerprint(params, 'float32')
+    fingerprint = start_weights.base_fingerprint(params, 'float32')
     outputs.write_json(folder / weights.EXPORT, {'base': fingerprint, 'base_dtype': 'float32', 'files': []})
-    weights.initial(f'adapter:{folder}', model)
+    start_weights.initial(f'adapter:{folder}', model)
     change(folder.parent / 'base', 'model.norm.weight', lambda tensor: tensor + 1e-3)
     with pytest.raises(CheckpointError, match='was trained on another base than'):
-        weights.initial(f'adapter:{folder}', model)
+        start_weights.initial(f'adapter:{folder}', model)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_on_another_base(folder):
 def test_wrong_configurations(folder, changes, error, words):
     edit(folder, peft.CONFIG, **changes)
     with pytest.raises(error, match=words):
-        weights.initial(f'adapter:{folder}', network('pre')[0])
+        start_weights.initial(f'adapter:{folder}', network('pre')[0])
 
 
 @pytest.mark.parametrize(
@@ -91,23 +91,23 @@ def test_wrong_configurations(folder, changes, error, words):
 def test_wrong_tensors(folder, name, how, words):
     change(folder, name, how, peft.WEIGHTS)
     with pytest.raises(CheckpointError, match=words):
-        weights.initial(f'adapter:{folder}', network('pre')[0])
+        start_weights.initial(f'adapter:{folder}', network('pre')[0])
 
 
 def test_files_that_are_not_there_or_damaged(folder):
     model = network('pre')[0]
     (folder / peft.WEIGHTS).write_bytes(b'{')
     with pytest.raises(CheckpointError, match='not a readable safetensors file'):
-        weights.initial(f'adapter:{folder}', model)
+        start_weights.initial(f'adapter:{folder}', model)
     (folder / peft.WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=peft.WEIGHTS):
-        weights.initial(f'adapter:{folder}', model)
+        start_weights.initial(f'adapter:{folder}', model)
     (folder / peft.CONFIG).write_text('[')
     with pytest.raises(CheckpointError, match='not the configuration of an adapter'):
-        weights.initial(f'adapter:{folder}', model)
+        start_weights.initial(f'adapter:{folder}', model)
     (folder / peft.CONFIG).unlink()
     with pytest.raises(UsageError, match='is not the folder of an adapter'):
-        weights.initial(f'adapter:{folder}', model)
+        start_weights.initial(f'adapter:{folder}', model)
 
 
 def test_other_placements_have_no_adapter_for_peft(tmp_path):

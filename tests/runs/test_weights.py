@@ -19,7 +19,7 @@ from mixln_jax.analysis import angular, subjects
 from mixln_jax.data import inspect
 from mixln_jax.models import bert
 from mixln_jax.models.hf import llama as hf_llama
-from mixln_jax.runs import checkpoint, checkpoint_folders, weights
+from mixln_jax.runs import checkpoint, checkpoint_folders, start_weights, weights
 from mixln_jax.system.errors import CheckpointError, DataError, UsageError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
@@ -225,9 +225,9 @@ def test_a_run_named_by_digits_and_a_link(run, tmp_path, monkeypatch, capsys):
     for one, other in zip(*(jax.tree.leaves(weights.load(at).params) for at in (run, 'next')), strict=True):
         np.testing.assert_array_equal(one, other)
     model = weights.load(run).model
-    jax.tree.map(np.testing.assert_array_equal, weights.initial('latest', model), weights.load('latest').params)
+    jax.tree.map(np.testing.assert_array_equal, start_weights.initial('latest', model), weights.load('latest').params)
     with pytest.raises(UsageError, match='is a run or a checkpoint of ours'):
-        weights.initial('hf:latest', model)
+        start_weights.initial('hf:latest', model)
 
 
 class TestOneNameForPeople:

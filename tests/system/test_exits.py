@@ -25,7 +25,7 @@ from mixln_jax.data import inspect, train_tokenizer, workers
 from mixln_jax.data.prepare import command as prepare
 from mixln_jax.models import families
 from mixln_jax.report import command as report
-from mixln_jax.runs import environment, weights
+from mixln_jax.runs import environment, start_weights
 from mixln_jax.system import cli, errors, files, signals
 from mixln_jax.system.errors import DataError, MemoryExhausted, Stopped, UsageError
 from mixln_jax.training import hooks, loop
@@ -230,7 +230,7 @@ class TestPaths:
     def test_weights_to_start_from(self, where):
         model = families.from_config(configs.Model(num_layers=2, hidden_size=16, num_heads=2))
         with pytest.raises(UsageError, match=f'^config.init_from={where}: gs://b/run: a path on this machine'):
-            weights.initial(where, model)
+            start_weights.initial(where, model)
 
 
 class Panic(BaseException):

@@ -14,7 +14,7 @@ from mixln_jax import config as configs
 from mixln_jax import main
 from mixln_jax.models import families, placements
 from mixln_jax.models.hf import llama as hf_llama
-from mixln_jax.runs import weights
+from mixln_jax.runs import start_weights, weights
 from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
 from mixln_jax.training import loop
 
@@ -104,7 +104,7 @@ class TestInitFrom:
         )  # which has the same tensors
         sizes = dict(vocab_size=128, hidden_size=32, intermediate_size=88, num_heads=4, num_layers=8)
         model = families.from_config(configs.Model(norm_position=placement, **sizes))
-        found = weights.initial(f'hf:{GOLDEN / name}', model)
+        found = start_weights.initial(f'hf:{GOLDEN / name}', model)
         assert equal(found, hf_llama.load(GOLDEN / name, placement)[1])
         assert jax.tree.map(np.shape, found) == jax.tree.map(lambda leaf: leaf.shape, model.shapes()['params'])
 
@@ -131,13 +131,13 @@ class TestInitFrom:
         model = families.from_config(configs.Model(**(dict(norm_position='mix', **SIZES) | changes)))
         for where in (f'hf:{folder}', str(finished)):
             with pytest.raises(UsageError, match=f'^config.init_from={where}: {message}'):
-                weights.initial(where, model)
+                start_weights.initial(where, model)
 
     def test_another_tokenizer_is_warned_of(self, finished, capsys):
         model = families.from_config(configs.Model(norm_position='mix', **SIZES))
         own = weights.load(finished).tokenizer.fingerprint
         for tokenizer, warned in ((None, False), (own, False), ('another', True)):
-            weights.initial(str(finished), model, tokenizer)
+            start_weights.initial(str(finished), model, tokenizer)
             said = capsys.readouterr().err
             assert (f'another tokenizer: that in {finished}/tokenizer' in said) == warned and said.count('\n') == warned
 
@@ -146,7 +146,7 @@ class TestInitFrom:
         model = families.from_config(configs.Model(norm_position='mix', **(SIZES | {'vocab_size': 261})))
         for where in (folder, finished):
             old = weights.load(where).params
-            found = weights.initial(f'hf:{where}' if where == folder else str(where), model)
+            found = start_weights.initial(f'hf:{where}' if where == folder else str(where), model)
             assert '2 new tokens begin with the mean of the 259 vectors' in capsys.readouterr().out
             assert equal(found['layers'], old['layers'])
             for table, known in (
@@ -163,9 +163,9 @@ class TestInitFrom:
         params = jax.jit(model.init)(jax.random.key(0))['params']
         hf_llama.save(tmp_path / 'cut', model.clone(layer_index=(1, 3, 4), depth=4), params)
         with pytest.raises(UsageError, match='its layer 2 is layer 3 of 4, with other constants'):
-            weights.initial(f'hf:{tmp_path / "cut"}', model)
+            start_weights.initial(f'hf:{tmp_path / "cut"}', model)
         hf_llama.save(tmp_path / 'whole', model, params)
-        assert equal(weights.initial(f'hf:{tmp_path / "whole"}', model), params)
+        assert equal(start_weights.initial(f'hf:{tmp_path / "whole"}', model), params)
 
     @pytest.mark.parametrize(
         'where, kind, message',
@@ -181,7 +181,7 @@ class TestInitFrom:
         sizes = dict(vocab_size=128, hidden_size=32, intermediate_size=88, num_heads=4, num_layers=8)
         model = families.from_config(configs.Model(norm_position='mix', **sizes))
         with pytest.raises(kind, match=f'^config.init_from={where}: .*{message}'):
-            weights.initial(where, model)
+            start_weights.initial(where, model)
 
 
 class TestFamilies:
@@ -308,14 +308,14 @@ def test_networks_that_mean_something_else_by_their_weights(tmp_path, theirs, ou
     params = jax.jit(networks[0].init)(jax.random.key(0))['params']
     hf_llama.save(tmp_path / 'folder', networks[0], params)
     if not message:
-        found = weights.initial(f'hf:{tmp_path}/folder', networks[1])
+        found = start_weights.initial(f'hf:{tmp_path}/folder', networks[1])
         table = {'embedding': 4 * params['embed']['embedding']}  # times the root of the width
         assert equal(found, params | {'embed': table}) and np.any(table['embedding'])
         return
     with pytest.raises(UsageError, match=message):
-        weights.initial(f'hf:{tmp_path}/folder', networks[1])
+        start_weights.initial(f'hf:{tmp_path}/folder', networks[1])
 
 
 def test_no_folder_behind_hf():
     with pytest.raises(UsageError, match='config.init_from=hf:: hf: must be followed by a folder'):
-        weights.initial('hf:', families.from_config(configs.Model(**SIZES)))
+        start_weights.initial('hf:', families.from_config(configs.Model(**SIZES)))
