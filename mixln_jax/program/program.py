@@ -8,6 +8,7 @@ import jax
 
 from mixln_jax import config as configs
 from mixln_jax import trees
+from mixln_jax.data.rows import OF_PAIRS
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.kernels import attention
 from mixln_jax.models import families, transformer
@@ -166,7 +167,7 @@ def attention_kernel(config: configs.Config, device: jax.Device | None) -> str:
         config.model.head_size,
         config.seq_length,
         wanted=config.model.attention,
-        deterministic_mask=config.deterministic and (config.data.mode == 'pack' or config.task.name == 'preference'),
+        deterministic_mask=config.deterministic and (config.data.mode == 'pack' or config.task.name in OF_PAIRS),
     )
 
 

@@ -120,6 +120,18 @@ class TestRollCall:
             others = [pool.submit(processes.roll_call, address, 3, number, 10.0, 'same') for number in (1, 2)]
             assert [set(found.result()) for found in (zero, *others)] == [{1, 2}, {0}, {0}]
 
+    def test_who_says_nothing_is_hung_up_on(self):
+        """After SOON, while the roll call goes on."""
+        port = free_port()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            zero = pool.submit(processes.roll_call, f'127.0.0.1:{port}', 2, 0, 20.0, 'same')
+            with strangers.until_there(port) as connection:  # which waits 5 s
+                while connection.recv(64):  # its nonce, then the end
+                    pass
+            assert not zero.done()
+            one = pool.submit(processes.roll_call, f'127.0.0.1:{port}', 2, 1, 20.0, 'same')
+            assert [set(zero.result()), set(one.result())] == [{1}, {0}]
+
     def test_a_port_in_use(self):
         with socket.create_server(('', 0)) as server, pytest.raises(UsageError, match='port .* cannot be used'):
             processes.roll_call(f'127.0.0.1:{server.getsockname()[1]}', 2, 0, 1.0, 'd')
