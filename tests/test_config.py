@@ -451,8 +451,10 @@ class TestCommandLine:
         """None trains where another does, nor where it begins from."""
         files = [str(path) for path in RECIPES.glob('**/*.py')]
         assert len({main.default_workdir(file) for file in files}) == len(files)
-        options, config = self.parse('--config', str(RECIPES / 'finetune/quickstart.py'))
-        assert config.init_from == main.default_workdir(str(RECIPES / 'quickstart.py')) != options.workdir
+        begins = {'finetune/quickstart.py': 'quickstart.py', 'preferences/dpo_quickstart.py': 'finetune/quickstart.py'}
+        for recipe, base in begins.items():
+            options, config = self.parse('--config', str(RECIPES / recipe))
+            assert config.init_from == main.default_workdir(str(RECIPES / base)) != options.workdir
 
     @pytest.mark.parametrize(
         'words, message',

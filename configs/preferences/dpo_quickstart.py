@@ -1,8 +1,8 @@
 """The network of configs/finetune/quickstart.py learns to prefer short answers.
 
 python -m mixln_jax.main --config configs/quickstart.py
-python -m mixln_jax.main --config configs/finetune/quickstart.py --workdir runs/answers
-python -m mixln_jax.main --config configs/preferences/dpo_quickstart.py --workdir runs/preferences
+python -m mixln_jax.main --config configs/finetune/quickstart.py
+python -m mixln_jax.main --config configs/preferences/dpo_quickstart.py
 
 The pairs follow a rule: of the answer to a question about a function of Python's library and the answer to another
 question, drawn by a hash of the name, the shorter one is chosen.
@@ -13,7 +13,7 @@ from mixln_jax import config
 
 def get_config():
     c = config.default()
-    c.init_from = 'runs/answers'
+    c.init_from = 'runs/finetune_quickstart'
     c.batch_size, c.seq_length, c.num_steps, c.log_every = 16, 320, 60, 5
     c.compute_dtype = 'float32'  # a CPU gains nothing from bfloat16
     c.model.update(vocab_size=259, hidden_size=96, intermediate_size=256, num_layers=6, num_heads=3)
