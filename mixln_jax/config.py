@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections
 
+from mixln_jax.keys.classification import Classification  # noqa: F401
 from mixln_jax.keys.data import WORKERS, Data, Task  # noqa: F401
 from mixln_jax.keys.field import LARGEST_VOCABULARY, LONGEST  # noqa: F401
 from mixln_jax.keys.model import Model  # noqa: F401

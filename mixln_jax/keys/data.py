@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from mixln_jax.keys.classification import Classification
 from mixln_jax.keys.field import LARGEST_VOCABULARY, group, key
 from mixln_jax.keys.online import Online
 from mixln_jax.keys.preference import Preference
@@ -17,8 +18,8 @@ class Task:
         'language',
         'language: predict the next token; masked_language: predict hidden tokens, as BERT does; instructions: predict '
         'the answers of conversations; preference: prefer the chosen one of two answers; online: learn from rewards of '
-        'generated answers',
-        choices=('language', 'masked_language', 'instructions', 'preference', 'online'),
+        'generated answers; classification: tell images apart',
+        choices=('language', 'masked_language', 'instructions', 'preference', 'online', 'classification'),
     )
     learn: str = key(
         'completions',
@@ -34,6 +35,7 @@ class Task:
     )
     preference: Preference = group(Preference)
     online: Online = group(Online)
+    classification: Classification = group(Classification)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Families of networks, by their name in `config.model.family`; a new one is a module with a Network and a line."""
 
+import dataclasses
 from typing import Any
 
 from mixln_jax import config as configs
@@ -7,9 +8,10 @@ from mixln_jax.models import placements
 from mixln_jax.models.bert import Bert
 from mixln_jax.models.llama import Llama
 from mixln_jax.models.network import Network
+from mixln_jax.models.vit import ViT
 from mixln_jax.system.errors import UsageError
 
-FAMILIES: dict[str, type[Network]] = {'llama': Llama, 'bert': Bert}
+FAMILIES: dict[str, type[Network]] = {'llama': Llama, 'bert': Bert, 'vit': ViT}
 
 
 def from_config(
@@ -32,11 +34,12 @@ def from_config(
         UsageError: a `norm_position` that does not fit, or a key that has no meaning for the family.
     """
     network = FAMILIES[config.family]
-    for name in network.fixed:
-        if getattr(config, name) != getattr(configs.Model, name):
-            value = getattr(config, name)
+    for field in dataclasses.fields(config):
+        meant_for, value = field.metadata['families'], getattr(config, field.name)
+        if meant_for and config.family not in meant_for and value != field.default:
             raise UsageError(
-                f'config.model.{name}={value} has no meaning for config.model.family={config.family}: leave it out'
+                f'config.model.{field.name}={value} has no meaning for config.model.family={config.family}: leave it '
+                'out'
             )
     network.check(config)
     names = placements.resolve(config.norm_position, config.num_layers, config.post_ratio)

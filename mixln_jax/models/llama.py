@@ -18,7 +18,6 @@ class Llama(Network):
 
     padded: ClassVar[dict[str, int]] = {'embed/embedding': 0, 'head/kernel': 1}
     lookups: ClassVar[tuple[str, ...]] = ('embed/embedding',)
-    fixed: ClassVar[tuple[str, ...]] = ('num_positions', 'num_types')
 
     @classmethod
     def check(cls, config: configs.Model) -> None:

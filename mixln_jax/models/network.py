@@ -25,9 +25,8 @@ class Network(nn.Module):
     A family is a subclass with two methods. `backbone(batch, layer_mask, capture, step)` returns the hidden states
     [B,T,D] that the head multiplies; `head_kernel(params)` returns the head's matrix [D,Vp].
 
-    Class attributes: `causal`, whether a position sees only earlier ones; `fixed`, the keys of `config.model` that
-    mean nothing to the family; `padded`, the axis over the vocabulary of each leaf that has one, by path; `lookups`,
-    the paths of tables that are only looked up.
+    Class attributes: `reads`, texts or images; `causal`, whether a position sees only earlier ones; `padded`, the
+    axis over the vocabulary of each leaf that has one, by path; `lookups`, the paths of tables that are only looked up.
     """
 
     config: configs.Model
@@ -39,14 +38,23 @@ class Network(nn.Module):
     attention_kernel: str = 'blocks'  # see kernels/attention.py
     trained_steps: int | None = None
 
+    reads: ClassVar[str] = 'texts'
     causal: ClassVar[bool] = True
-    fixed: ClassVar[tuple[str, ...]] = ()
     padded: ClassVar[dict[str, int]] = {}
     lookups: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def check(cls, config: configs.Model) -> None:
         """Raises UsageError if the family has no network of these sizes."""
+
+    def row_length(self, seq_length: int) -> int:
+        """Returns the number of positions of a row, T, where texts have `seq_length` tokens."""
+        return seq_length
+
+    @property
+    def initial_stds(self) -> dict[str, float]:
+        """Standard deviations of the matrices that are not drawn as all others are, by path; 0: they are 0."""
+        return {}
 
     @property
     def longest(self) -> int | None:
@@ -81,12 +89,18 @@ class Network(nn.Module):
     def init(self, key: jax.Array) -> dict[str, Any]:  # type: ignore[override]
         """Returns initial variables {'params': ...} in float32; see initialize.py."""
         shapes = self.shapes()['params']
-        return {'params': initialize(key, shapes, self.config, self.norm_position, self.depth, self.padded)}
+        drawn = initialize(key, shapes, self.config, self.norm_position, self.depth, self.padded, self.initial_stds)
+        return {'params': drawn}
 
     @nn.nowrap
     def shapes(self) -> dict[str, Any]:
         """Returns the variables as ShapeDtypeStructs."""
-        return jax.eval_shape(super().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+        return jax.eval_shape(super().init, jax.random.key(0), self.example())
+
+    @nn.nowrap
+    def example(self) -> Any:
+        """Returns a batch of one row that the network can read, as ShapeDtypeStructs."""
+        return jax.ShapeDtypeStruct((1, 2), jnp.int32)
 
     @nn.nowrap
     def measured(self) -> bool:

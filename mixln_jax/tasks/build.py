@@ -2,6 +2,8 @@
 
 from mixln_jax import config as configs
 from mixln_jax.models.network import Network
+from mixln_jax.system.errors import UsageError
+from mixln_jax.tasks.classification import Classification
 from mixln_jax.tasks.instructions import Instructions
 from mixln_jax.tasks.language import Language
 from mixln_jax.tasks.masked_language import MaskedLanguage
@@ -16,14 +18,24 @@ TASKS: dict[str, type[Task]] = {
     'instructions': Instructions,
     'preference': Preference,
     'online': Online,
+    'classification': Classification,
 }
 
 
 def from_config(config: configs.Config, model: Network) -> Task:
     """Returns the task of a run. Raises UsageError, naming the keys, where the network cannot learn it."""
-    return TASKS[config.task.name].from_config(config, model)
+    task = TASKS[config.task.name]
+    if task.reads != model.reads:
+        raise UsageError(
+            f'config.task.name={config.task.name} needs a network that reads {task.reads}, '
+            f'config.model.family={config.model.family} reads {model.reads}'
+        )
+    return task.from_config(config, model)
 
 
 def of_network(model: Network) -> Task:
-    """Returns the task by which a network without a run is measured: language modelling, or question answering."""
+    """Returns the task by which a network without a run is measured: language modelling, question answering, or the
+    classification of images."""
+    if model.reads == Classification.reads:
+        return Classification(model)
     return Language(model) if model.causal else QuestionAnswering(model)
