@@ -53,7 +53,7 @@ def open_source(data: config.Data, split: str) -> Source:
         split: 'train', 'validation' or 'all'; a data set has splits of its own.
 
     Raises:
-        UsageError: a source of prompts alone.
+        UsageError: a source of prompts or images alone.
         DataError: text is missing, unreadable or malformed (the message names file and line); it is more than the 1 GB
             that is held in memory; or there are fewer than two different documents, which cannot be split.
     """
@@ -63,6 +63,8 @@ def open_source(data: config.Data, split: str) -> Source:
         return datasets.Dataset(data.name, split, data.data_dir)
     if data.source == 'shelves':
         raise UsageError('data.source=shelves has no text, only prompts: it is for tasks that learn to answer')
+    if data.source in ('images', 'idx', 'npz', 'digits'):
+        raise UsageError(f'data.source={data.source} has no text, only images')
     if split not in ('train', 'validation', 'all'):
         raise DataError(f'data.source={data.source} has no split {split}, only train, validation and all')
     state = None
