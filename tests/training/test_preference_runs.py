@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -13,19 +14,22 @@ from short_runs import SIZES, WORDS, StopAtTwo, lines_of, recipe
 from mixln_jax import config as configs
 from mixln_jax import evaluate, main, recipes, trees
 from mixln_jax.data import inspect
+from mixln_jax.evaluation import references
 from mixln_jax.models import families
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.runs import checkpoint, frozen
-from mixln_jax.system.errors import Stopped, UsageError
+from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
 from mixln_jax.tasks import build
 
 ROOT = pathlib.Path(__file__).parents[2]
 METHODS = {
-    'sigmoid': {'task.preference.label_smoothing': 0.1},
+    'sigmoid': {'task.preference.label_smoothing': 0.1, 'batch_size': 16},  # 1.8 epochs
     'ipo, packed, accumulated': {'task.preference.loss': 'ipo', 'data.mode': 'pack', 'accumulate': 2},
     'sigmoid_norm, averaged': {'task.preference.loss': 'sigmoid_norm', 'optim.ema': 0.5},
     'lora': {'tune.method': 'lora', 'tune.rank': 2, 'tune.dropout': 0.2},
 }
+COMPUTED = {'task.preference.reference': 'precomputed'}
+METHODS |= {f'{name}, precomputed': METHODS[name] | COMPUTED for name in [*METHODS] if 'averaged' not in name}
 
 
 @pytest.fixture(scope='module')
@@ -78,6 +82,21 @@ def test_goes_on_exactly(name, pairs, base, finished, tmp_path):
     assert one == other
 
 
+@pytest.mark.parametrize('name', [name for name in METHODS if 'precomputed' in name])
+def test_precomputed_is_the_network(name, finished):
+    """The same numbers from another compiled program, so up to the rounding of float32, which steps add up."""
+    ours, other = finished(name), finished(name.removesuffix(', precomputed'))
+    for one, wanted in zip(lines_of(ours), lines_of(other), strict=True):
+        assert one.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert one[key] == pytest.approx(value, rel=1e-5, abs=2e-5), key
+    weights = [checkpoint.read_params(run / 'checkpoints/4')[0] for run in (ours, other)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *weights)
+    about = checkpoint.read_about(ours / 'checkpoints/4')
+    assert about['reference'] and not any('reference' in leaf for leaf in about['leaves'])
+    assert not (ours / 'frozen/1').exists() and (ours / 'frozen').exists() == ('lora' in name)
+
+
 def test_it_learns_pairs_that_were_held_out(finished):
     lines = lines_of(finished('sigmoid'))
     first, last = ([line for line in lines if 'eval/loss' in line][i] for i in (0, -1))
@@ -115,8 +134,9 @@ def test_devices_change_nothing(mesh, pairs, base, finished, tmp_path):
                 assert value == pytest.approx(other[key], rel=1e-4, abs=1e-4), key
 
 
-def test_tools_read_the_run(finished, capsys):
-    run = finished('ipo, packed, accumulated')
+@pytest.mark.parametrize('name', ['ipo, packed, accumulated', 'ipo, packed, accumulated, precomputed'])
+def test_tools_read_the_run(name, finished):
+    run = finished(name)
     wanted = lines_of(run)[-1]
     assert evaluate.main(['--checkpoint', str(run), '--out', str(run / 'results.json')]) == 0
     results = json.loads((run / 'results.json').read_text())
@@ -126,6 +146,97 @@ def test_tools_read_the_run(finished, capsys):
     (prompt, _), (chosen, is_learned) = row['text'][0]
     assert prompt.endswith(':') and chosen.endswith('<258>') and is_learned
     assert row['text'][1] == [(prompt, False), (chosen[:-5].upper() + '<258>', True)]
+
+
+def flip(path):
+    """Changes a byte in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+def saved(path, network=None, log_probs=None):
+    """Writes a file again with another network, or other log-probabilities of the same shape or of their own."""
+    with np.load(path) as stored:
+        about, found = json.loads(str(stored['about'])), stored['log_probs']
+    about['network'] = network or about['network']
+    found = found if log_probs is None else log_probs if log_probs.ndim else np.full_like(found, log_probs)
+    np.savez(path, log_probs=found, about=np.array(json.dumps(about)))
+
+
+class TestKeptLogProbs:
+    """`<run>/reference/*.npz`: read by runs that go on and by tools, and made again, the same, from `init_from`."""
+
+    @pytest.fixture
+    def run(self, finished, tmp_path):
+        """A run whose last checkpoint is lost."""
+        run = tmp_path / 'run'
+        shutil.copytree(finished('sigmoid, precomputed'), run)
+        shutil.rmtree(run / 'checkpoints/4')
+        return run
+
+    def go_on(self, run, pairs, base, **changes):
+        main.run(values(pairs, base, **METHODS['sigmoid, precomputed'] | changes), run)
+        return checkpoint.read_about(run / 'checkpoints/4')['leaves']
+
+    def test_it_is_not_computed_twice(self, run, pairs, base, finished, monkeypatch):
+        monkeypatch.setattr(references, 'log_probs_of', None)
+        wanted = checkpoint.read_about(finished('sigmoid, precomputed') / 'checkpoints/4')['leaves']
+        assert self.go_on(run, pairs, base, init_from='hf:gone') == wanted
+        assert evaluate.main(['--checkpoint', str(run)]) == 0
+
+    def test_it_is_made_again(self, run, pairs, base, finished):
+        shutil.rmtree(run / 'reference')
+        wanted = finished('sigmoid, precomputed')
+        assert self.go_on(run, pairs, base) == checkpoint.read_about(wanted / 'checkpoints/4')['leaves']
+        for name in ('train', 'validation'):
+            one, other = (np.load(folder / f'reference/{name}.npz')['log_probs'] for folder in (run, wanted))
+            np.testing.assert_array_equal(one, other)
+
+    def test_another_split_is_computed(self, run, finished):
+        results = {}
+        for name in ('sigmoid', 'sigmoid, precomputed'):
+            out = run.parent / 'results.json'
+            given = ['--checkpoint', str(finished(name)), '--split', 'all', '--out', str(out)]
+            assert evaluate.main(given) == 0
+            results[name] = json.loads(out.read_text())
+        one, other = ({key: value for key, value in found.items() if '/' in key} for found in results.values())
+        assert one == pytest.approx(other, rel=1e-5, abs=2e-5)
+
+    DAMAGE = {
+        'flipped': (lambda path: flip(path), 'train.npz: damaged.*remove it'),
+        'empty': (lambda path: path.write_bytes(b''), 'train.npz: damaged.*remove it'),
+        'a folder': (lambda path: (path.unlink(), path.mkdir()), 'it is a folder'),
+        'of other rows': (
+            lambda path: shutil.copy(path.with_name('validation.npz'), path),
+            'train.npz is of other rows: remove it',
+        ),
+        'of another network': (
+            lambda path: saved(path, network='0'), 'train.npz is of another reference network: remove it',
+        ),
+        'not finite': (lambda path: saved(path, log_probs=np.float32(np.nan)), 'damaged'),
+        'of another shape': (lambda path: saved(path, log_probs=np.zeros((2, 3), np.float32)), 'damaged'),
+        'without a part': (lambda path: np.savez(path, log_probs=np.zeros(3)), 'damaged'),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize('change, words', DAMAGE.values(), ids=DAMAGE)
+    def test_a_file_that_cannot_be_used(self, change, words, run, pairs, base):
+        change(run / 'reference/train.npz')
+        with pytest.raises(CheckpointError, match=words):
+            self.go_on(run, pairs, base)
+
+    def test_start_that_is_another_now(self, run, pairs, base, finished):
+        shutil.rmtree(run / 'reference')
+        with pytest.raises(CheckpointError, match='reference lacks log-probabilities.*has other weights now'):
+            self.go_on(run, pairs, base, init_from=str(finished('sigmoid')))
+
+    def test_resumed_elsewhere(self, pairs, base, run, tmp_path):
+        """The files of the earlier run are taken, without the network."""
+        changes = METHODS['sigmoid, precomputed'] | {'init_from': '', 'resume_from': str(run)}
+        main.run(values(pairs, base, **changes), tmp_path / 'other')
+        for name in ('train', 'validation'):
+            one, other = (np.load(folder / f'reference/{name}.npz') for folder in (run, tmp_path / 'other'))
+            np.testing.assert_array_equal(one['log_probs'], other['log_probs'])
 
 
 KEYS = {
