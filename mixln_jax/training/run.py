@@ -236,7 +236,7 @@ class _Job:
             measuring.append(hooks.Samples(config.eval.every, write, self.records.folder / 'samples'))
         if config.analysis.tokens:
             analyses = during.Analyses(config, program.task, self.data.evaluation, feed.checked)
-            measuring.append(hooks.Analysis(config.analysis.every, analyses, metrics))
+            measuring.append(hooks.Analysis(config.analysis.every, analyses, program.task, metrics))
         return measuring
 
     def _meter(self, measuring: Sequence[hooks.Hook], compile_sec: float) -> Meter:

@@ -1,9 +1,11 @@
 """Runs that learn from pairs of answers: they begin at ln 2, learn, go on exactly, on any mesh, and tools read them."""
 
+import dataclasses
 import functools
 import json
 import math
 import pathlib
+import re
 import shutil
 
 import jax
@@ -12,14 +14,18 @@ import pytest
 from short_runs import SIZES, WORDS, StopAtTwo, lines_of, recipe
 
 from mixln_jax import config as configs
-from mixln_jax import evaluate, main, recipes, trees
-from mixln_jax.data import inspect
+from mixln_jax import evaluate, main, recipes, replay, trees
+from mixln_jax.analysis import drop, gradients
+from mixln_jax.data import batches, inspect
+from mixln_jax.data import pairs as pairs_of
+from mixln_jax.data import rows as data_rows
 from mixln_jax.evaluation import references
 from mixln_jax.models import families
 from mixln_jax.models.hf import llama as hf_llama
-from mixln_jax.runs import checkpoint, frozen
+from mixln_jax.runs import checkpoint, frozen, weights
 from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
 from mixln_jax.tasks import build
+from mixln_jax.tasks.task import Context
 
 ROOT = pathlib.Path(__file__).parents[2]
 METHODS = {
@@ -90,8 +96,8 @@ def test_precomputed_is_the_network(name, finished):
         assert one.keys() == wanted.keys()
         for key, value in wanted.items():
             assert one[key] == pytest.approx(value, rel=1e-5, abs=2e-5), key
-    weights = [checkpoint.read_params(run / 'checkpoints/4')[0] for run in (ours, other)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *weights)
+    both = [checkpoint.read_params(run / 'checkpoints/4')[0] for run in (ours, other)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *both)
     about = checkpoint.read_about(ours / 'checkpoints/4')
     assert about['reference'] and not any('reference' in leaf for leaf in about['leaves'])
     assert not (ours / 'frozen/1').exists() and (ours / 'frozen').exists() == ('lora' in name)
@@ -237,6 +243,77 @@ class TestKeptLogProbs:
         for name in ('train', 'validation'):
             one, other = (np.load(folder / f'reference/{name}.npz') for folder in (run, tmp_path / 'other'))
             np.testing.assert_array_equal(one['log_probs'], other['log_probs'])
+
+
+def result_of(job, run, tmp_path, *options):
+    """The entry of an analysis of the run's whole validation split."""
+    assert job.main(['--checkpoint', str(run), '--tokens', '100000', '--out', str(tmp_path), *options]) == 0
+    return json.loads((tmp_path / 'result.json').read_text())['results'][0]
+
+
+@pytest.mark.parametrize('name', ['sigmoid', 'sigmoid, precomputed', 'lora', 'ipo, packed, accumulated'])
+def test_analyses_measure_the_loss_of_the_task(name, finished, tmp_path):
+    """Without a layer it is that of the network without it: the reference keeps all of its layers."""
+    run = finished(name)
+    wanted = lines_of(run)[-1]['eval/loss']
+    loss = result_of(drop, run, tmp_path / 'drop')['metrics']['loss']
+    assert loss['value'] == pytest.approx(wanted, rel=1e-5)
+    loaded = weights.load(run)
+    without, task, rows = weights.without_layers(loaded, [2]), *opened(loaded, run)
+    batch = rows.batch(range(len(rows)))
+    ours = dataclasses.replace(task, model=without.model)
+    kept = None if 'precomputed' in name else frozen.read_reference(run)
+    compared = task.log_probs(kept, batch) if kept else batch['reference_log_probs']
+    ours = dataclasses.replace(ours, preference=dataclasses.replace(ours.preference, reference='precomputed'))
+    found = ours.losses(without.params, batch | {'reference_log_probs': compared})
+    change = loss['drop']['1']['mean'][1]
+    assert abs(change) > 1e-4 or name == 'lora'
+    assert change == pytest.approx(float(found.sum / found.weight) - wanted, abs=1e-5)
+
+    size = ['--rows', str(len(rows)), '--batch_size', str(len(rows))]
+    norms = result_of(gradients, run, tmp_path / 'gradients', *size)['layers']['mean']
+    context = Context(reference=kept)
+
+    def mean(params):
+        found = task.losses(params, batch, context)
+        return found.sum / found.weight
+
+    gradient = jax.grad(mean)(loaded.params)
+    np.testing.assert_allclose(norms, trees.layer_norms(gradient)[0], rtol=1e-4)
+
+
+def opened(loaded, run):
+    """The task of a run and the rows of its validation split, with what a reference said of them."""
+    task = build.from_config(loaded.config, loaded.model)
+    rows = data_rows.open_rows_of_run(run, loaded.config, 'validation', loaded.tokenizer)
+    if task.precomputed:
+        rows = pairs_of.WithReference(rows, np.load(run / 'reference/validation.npz')['log_probs'])
+    return task, rows
+
+
+def test_plain_text_is_measured_by_language_modelling(finished, tmp_path):
+    (tmp_path / 'a.txt').write_text('\n\n'.join(WORDS * 40))
+    found = result_of(drop, finished('sigmoid'), tmp_path / 'out', '--text', str(tmp_path / 'a.txt'))
+    assert {'loss', 'perplexity'} == {*found['metrics']}
+
+
+@pytest.mark.parametrize('name', ['sigmoid', 'sigmoid, precomputed'])
+def test_replay(name, finished, tmp_path, capsys):
+    """The batch of step 3 with the weights before it has the loss and the gradient of step 3."""
+    run = tmp_path / 'run'
+    shutil.copytree(finished(name), run)
+    shutil.copytree(run / 'checkpoints/2', run / 'debug/checkpoints/2')
+    loaded = weights.load(run)
+    rows = data_rows.open_rows_of_run(run, loaded.config, 'train', loaded.tokenizer)
+    if 'precomputed' in name:
+        rows = pairs_of.WithReference(rows, np.load(run / 'reference/train.npz')['log_probs'])
+    size = loaded.config.batch_size
+    np.savez(run / 'debug/batch_3.npz', **batches.batch_at(rows, 0, np.arange(size) + 2 * size))
+    assert replay.main(['--workdir', str(run)]) == 0
+    shown, line = capsys.readouterr().out, lines_of(run)[2]
+    assert float(re.search(r'mean ([\d.]+)', shown)[1]) == pytest.approx(line['train/loss'], abs=1e-4)
+    norms = [float(row.split()[-1]) for row in shown.splitlines() if re.match(r' +\d  ', row)]
+    assert norms == pytest.approx(line['layers/grad_norm'], rel=1e-4)
 
 
 KEYS = {
