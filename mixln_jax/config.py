@@ -16,7 +16,7 @@ from mixln_jax.keys.field import LARGEST_VOCABULARY, LONGEST  # noqa: F401
 from mixln_jax.keys.model import Model  # noqa: F401
 from mixln_jax.keys.online import Online  # noqa: F401
 from mixln_jax.keys.optim import PUBLISHED, Optim  # noqa: F401
-from mixln_jax.keys.preference import Preference  # noqa: F401
+from mixln_jax.keys.preference import Preference, Reward  # noqa: F401
 from mixln_jax.keys.run import Analysis, Checkpoint, Config, Eval, Expected, Mesh, Processes, Profile  # noqa: F401
 from mixln_jax.keys.tune import MEANT_FOR, Tune
 from mixln_jax.system import errors, files

@@ -152,8 +152,8 @@ def main(argv: Sequence[str]) -> int:
                 closing.enter_context(outputs.writing(out := _place(options.out)))
             compare, harness = _comparison(options), open_harness(options)
             loaded = weights.load(options.checkpoint, norm_position=options.norm_position)
-            if not (loaded.config or loaded.model.causal):
-                raise CheckpointError(f'{loaded.where} sees both sides of a token, so it does not predict the next one')
+            if not loaded.config and loaded.model.obstacle:
+                raise CheckpointError(f'{loaded.where} {loaded.model.obstacle}')
             if compare:
                 shown, values = compare(loaded)
             else:

@@ -20,7 +20,7 @@ MOVED = "where the run's data is now: data.data_dir of a tfds data set, data.pat
 
 
 LANGUAGE = config.Task()  # the task of plain text
-OF_PAIRS = ('preference',)  # tasks that learn from pairs
+OF_PAIRS = ('preference', 'reward')  # tasks that learn from pairs
 OF_PYTHON = 'stdlib', 'shelves'  # sources that come with Python
 
 

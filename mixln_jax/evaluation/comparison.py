@@ -51,8 +51,8 @@ def answer(
 
     Raises CheckpointError for a network that cannot generate; DataError and UsageError as `prompts.contexts`.
     """
-    if not loaded.model.causal:
-        raise CheckpointError(f'{loaded.where} sees both sides of a token, so it does not predict the next one')
+    if loaded.model.obstacle:
+        raise CheckpointError(f'{loaded.where} {loaded.model.obstacle}')
     encoder = encoders.of_weights(loaded)
     template = prompting.open_template(prompting.AUTO, loaded.config, encoder.tokenizer, loaded.template)
     contexts = prompting.contexts(prompts, encoder, template)
