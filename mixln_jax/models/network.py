@@ -62,7 +62,7 @@ class Network(nn.Module):
         if not self.causal:
             return 'sees both sides of a token, so it does not predict the next one'
         if self.num_outputs:
-            return f'has a head for {self.num_outputs} numbers, not for words, so it does not predict the next token'
+            return f'has a head of size {self.num_outputs}, not one for words, so it does not predict the next token'
         return None
 
     @property

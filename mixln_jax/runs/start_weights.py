@@ -64,7 +64,7 @@ def _without_head(params: Any, found: Network, model: Network, where: str) -> An
     """Returns parameters without the head for words where `model` has another one, which stays as it was drawn."""
     if found.num_outputs == model.num_outputs:
         return params
-    console.say(f'mixln_jax: the head, for {model.num_outputs} numbers, is new: that of {where} is for words')
+    console.say(f'mixln_jax: the head, of size {model.num_outputs}, is new: that of {where} is for words')
     return {name: part for name, part in params.items() if name != 'head'}
 
 
@@ -173,8 +173,8 @@ def _check_same(model: Network, found: Any, stated: bool = True) -> None:
         return found | ({'norm_position': hf_config.spell(of.norm_position)} if stated else {})
 
     if found.num_outputs not in (0, model.num_outputs):
-        wanted = f'{model.num_outputs} numbers' if model.num_outputs else 'words'
-        raise UsageError(f'its network has a head for {found.num_outputs} numbers, this one has a head for {wanted}')
+        wanted = f'of size {model.num_outputs}' if model.num_outputs else 'for words'
+        raise UsageError(f'its network has a head of size {found.num_outputs}, this one has a head {wanted}')
     ours, theirs = facts(model), facts(found)
     for name, value in ours.items():
         if name == 'vocab_size' and 0 < value - theirs[name] <= NEW_TOKENS:

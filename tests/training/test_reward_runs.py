@@ -124,14 +124,14 @@ def test_tools_read_the_run(finished, capsys):
         assert results[f'eval/{name}'] == pytest.approx(wanted[f'eval/{name}'], rel=1e-4)
     assert drop.main(['--checkpoint', str(run), '--batch_size', '4', '--tokens', '40', '--steps', 'init,4']) == 0
     assert generate.main(['--checkpoint', str(run), '--prompt', 'a']) == 5
-    assert 'has a head for 1 numbers' in capsys.readouterr().err
+    assert 'has a head of size 1' in capsys.readouterr().err
 
 
 def test_a_reward_network_goes_on_as_one_alone(pairs, base, finished, tmp_path, capsys):
     main.run(values(pairs, base, init_from=str(finished('all')), num_steps=1), tmp_path / 'run')
     assert lines_of(tmp_path / 'run')[0]['train/accuracy'] > 0.9  # its head was kept
-    assert 'the head, for 1 numbers, is new' not in capsys.readouterr().out
-    with pytest.raises(UsageError, match='its network has a head for 1 numbers, this one has a head for words'):
+    assert 'the head, of size 1, is new' not in capsys.readouterr().out
+    with pytest.raises(UsageError, match='its network has a head of size 1, this one has a head for words'):
         main.run(values(pairs, base, **{'init_from': str(finished('all')), 'task.name': 'preference'}), tmp_path / 'no')
 
 
