@@ -341,7 +341,9 @@ def _check_online(config: Config) -> None:
     """Raises UsageError if keys contradict how a run learns from generated text."""
     online, prefix = config.task.online, 'config.task.online'
     if not online.reward:
-        raise UsageError(f'config.task.name=online needs {prefix}.reward: module:function')
+        raise UsageError(
+            f'config.task.name=online needs {prefix}.reward: module:function, or the folder of a reward network'
+        )
     if not (config.init_from or config.resume_from):
         raise UsageError('config.task.name=online needs config.init_from: a network that can answer')
     if online.algorithm != 'remax' and online.completions == 1:
