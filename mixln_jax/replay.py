@@ -107,7 +107,9 @@ def read_batch(path: pathlib.Path, config: configs.Config) -> dict[str, np.ndarr
 
 
 def _task(config: configs.Config, compute_dtype: str = 'float32') -> Task:
-    return build.from_config(config, families.from_config(config.model, compute_dtype))
+    return build.from_config(
+        config, families.from_config(config.model, compute_dtype, num_outputs=config.task.num_outputs)
+    )
 
 
 def _measured(task: Task, params: Any, batch: Batch, before: jax.Array | None) -> dict[str, jax.Array]:

@@ -15,6 +15,7 @@ from mixln_jax.data import rows as data_rows
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.models import transformer
 from mixln_jax.models.network import Network
+from mixln_jax.program import lora
 from mixln_jax.program.program import Program
 from mixln_jax.runs import checkpoint_folders, frozen, start_weights, weights, workdir
 from mixln_jax.runs.weights import Weights
@@ -144,12 +145,16 @@ def _initial(loaded: Weights, data_path: str | None) -> Any:
     """Returns the weights that a run began with, made again from its config, on one device."""
     config, mesh = loaded.config, _mesh(1)
     assert config and loaded.workdir and loaded.tokenizer, 'only a run has initial weights'
-    if (base := frozen.read_base(loaded.workdir)) is not None:
-        return base
-    if config.init_from:
-        return start_weights.initial(config.init_from, loaded.model)
+    own_head = bool(config.task.num_outputs)  # which may be new, and no part of what is given
+    given = None if own_head else frozen.read_base(loaded.workdir)
+    if given is None and config.init_from:
+        given = start_weights.initial(config.init_from, loaded.model)
+    if given is not None and not own_head:
+        return given
     program = Program(config, mesh)
     state = program.init(jax.random.key(config.seed))
+    if given is not None:
+        return jax.device_get(lora.base(state.network)) | given
     if program.model.measured():
         rows = data_rows.open_rows_of_run(loaded.workdir, config, config.data.split, loaded.tokenizer, data_path)
         first = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size)[0]

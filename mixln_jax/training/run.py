@@ -89,6 +89,7 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
                 return
             data = open_data()
             rollouts = open_rollouts(program, data.tokenizer)
+            data.training.fingerprint.update(rollouts.fingerprint if rollouts else {})  # what a run learns from
             _describe(program, data.training, verbose)
             state, about = first_state(program, resolved, shared, checkpoints, data.training.fingerprint, stop)
             if checkpoints.latest() is not None:
