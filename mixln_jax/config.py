@@ -13,6 +13,7 @@ import ml_collections
 
 from mixln_jax.keys.data import WORKERS, Data, Task  # noqa: F401
 from mixln_jax.keys.field import LARGEST_VOCABULARY, LONGEST  # noqa: F401
+from mixln_jax.keys.images import Images  # noqa: F401
 from mixln_jax.keys.model import Model  # noqa: F401
 from mixln_jax.keys.online import Online  # noqa: F401
 from mixln_jax.keys.optim import PUBLISHED, Optim  # noqa: F401

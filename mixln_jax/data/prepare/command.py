@@ -34,6 +34,7 @@ from mixln_jax.system.errors import UsageError
 SAMPLE = 1_000_000  # bytes of text from which the size of the output is estimated
 MARGIN = 1.1  # factor on this estimate
 PAUSE = 0.2  # seconds between readings of the workers' reports
+SOURCES = 'tfds', 'jsonl', 'text', 'stdlib'
 SETTINGS = '--workers', '--workers 1'
 RANGES = {
     'workers': (1, config.WORKERS),
@@ -277,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     choices = {field.name: field.metadata['choices'] for field in dataclasses.fields(config.Data)}
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.prepare', description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add('--source', required=True, choices=[kind for kind in choices['source'] if kind not in ('tokens', 'shelves')])
+    add('--source', required=True, choices=SOURCES)
     add('--path', default='', metavar='FILES', help='jsonl, text: paths or globs, separated by commas')
     add('--out', required=True, metavar='DIR', help='for tfds the later config.data.data_dir, for tokens data.path')
     add('--format', required=True, choices=('tfds', 'tokens'), help='text as ArrayRecord shards, or rows of tokens')

@@ -182,7 +182,9 @@ class Job:
         if self.format == 'tfds':
             from mixln_jax.data import datasets
 
-            datasets.write_description(self.folder, dataset_name(self.data.name), FIELDS, _shards_by_split(results))
+            datasets.write_description(
+                self.folder, dataset_name(self.data.name), datasets.texts(FIELDS), _shards_by_split(results)
+            )
             return
         tokenizer = self.row_tokenizer
         tokenizer.save(pathlib.Path(self.folder, 'tokenizer'))
