@@ -23,6 +23,7 @@ from mixln_jax.data import stdlib, text_files
 from mixln_jax.system.errors import DataError, UsageError
 
 LARGEST = 10**9  # bytes of text in memory
+OF_IMAGES = 'images', 'idx', 'npz', 'digits'  # sources without text
 HELD_OUT = {'stdlib': 20, 'jsonl': 100, 'text': 100}  # one of so many documents is for validation
 
 
@@ -63,7 +64,7 @@ def open_source(data: config.Data, split: str) -> Source:
         return datasets.Dataset(data.name, split, data.data_dir)
     if data.source == 'shelves':
         raise UsageError('data.source=shelves has no text, only prompts: it is for tasks that learn to answer')
-    if data.source in ('images', 'idx', 'npz', 'digits'):
+    if data.source in OF_IMAGES:
         raise UsageError(f'data.source={data.source} has no text, only images')
     if split not in ('train', 'validation', 'all'):
         raise DataError(f'data.source={data.source} has no split {split}, only train, validation and all')

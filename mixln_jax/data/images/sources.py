@@ -13,8 +13,6 @@ from mixln_jax.data import sources
 from mixln_jax.data.images import arrays, classes, files
 from mixln_jax.system.errors import DataError, UsageError
 
-IN_MEMORY = ('idx', 'npz', 'digits')
-OF_IMAGES = ('images', *IN_MEMORY)  # the sources that have nothing else
 MOST_CLASSES = 2**20  # of numbered ones
 SAMPLED = 16  # images whose content the fingerprint of a large set covers
 
@@ -54,8 +52,10 @@ def open_source(data: config.Data, split: str) -> Source:
         from mixln_jax.data.images import records  # takes a second, which other sources need not spend
 
         return records.Records(data.name, split, data.data_dir)
-    if data.source not in OF_IMAGES:
-        raise UsageError(f'config.data.source={data.source} has no images; {", ".join(OF_IMAGES)} and tfds have')
+    if data.source not in sources.OF_IMAGES:
+        raise UsageError(
+            f'config.data.source={data.source} has no images; {", ".join(sources.OF_IMAGES)} and tfds have'
+        )
     if data.source == 'images':
         others = files.open_files(data.images.validation, VALIDATION_KEY) if data.images.validation else None
         return OfFiles(classes.split(files.open_files(data.path), split, data.held_out, others))
