@@ -20,7 +20,7 @@ MOVED = "where the run's data is now: data.data_dir of a tfds data set, data.pat
 
 
 LANGUAGE = config.Task()  # the task of plain text
-OF_PAIRS = ('preference',)  # tasks that learn from pairs
+OF_PAIRS = ('preference', 'reward')  # tasks that learn from pairs
 OF_PYTHON = 'stdlib', 'shelves'  # sources that come with Python
 
 
@@ -180,7 +180,7 @@ def open_rows_of_run(
         elif key in message:
             message += '; --data_path says where the data is now'
         raise type(error)(message) from None
-    chosen = ('split', 'mode', 'seq_length')
+    chosen = ('split', 'mode', 'seq_length', 'reward_network')
     if differ := [part for part, value in (seen or {}).items() if part not in chosen and current.get(part) != value]:
         known = ' (the text that comes with Python is another in other versions)' if data.source in OF_PYTHON else ''
         raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs{known}')

@@ -5,7 +5,7 @@ import dataclasses
 from mixln_jax.keys.field import LARGEST_VOCABULARY, group, key
 from mixln_jax.keys.images import Images
 from mixln_jax.keys.online import Online
-from mixln_jax.keys.preference import Preference
+from mixln_jax.keys.preference import Preference, Reward
 
 WORKERS = 1024
 
@@ -17,9 +17,9 @@ class Task:
     name: str = key(
         'language',
         'language: predict the next token; masked_language: predict hidden tokens, as BERT does; instructions: predict '
-        'the answers of conversations; preference: prefer the chosen one of two answers; online: learn from rewards of '
-        'generated answers',
-        choices=('language', 'masked_language', 'instructions', 'preference', 'online'),
+        'the answers of conversations; preference: prefer the chosen one of two answers; reward: score texts, the '
+        'chosen one of two answers higher; online: learn from rewards of generated answers',
+        choices=('language', 'masked_language', 'instructions', 'preference', 'reward', 'online'),
     )
     learn: str = key(
         'completions',
@@ -34,7 +34,13 @@ class Task:
         below=LARGEST_VOCABULARY,
     )
     preference: Preference = group(Preference)
+    reward: Reward = group(Reward)
     online: Online = group(Online)
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs of the head that the task needs; 0: one for each token of the vocabulary."""
+        return 1 if self.name == 'reward' else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from mixln_jax import config as configs
 from mixln_jax.models.network import Network
+from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks.instructions import Instructions
 from mixln_jax.tasks.language import Language
 from mixln_jax.tasks.masked_language import MaskedLanguage
 from mixln_jax.tasks.online import Online
 from mixln_jax.tasks.preference import Preference
 from mixln_jax.tasks.question_answering import QuestionAnswering
+from mixln_jax.tasks.reward import Reward
 from mixln_jax.tasks.task import Task
 
 TASKS: dict[str, type[Task]] = {
@@ -15,6 +17,7 @@ TASKS: dict[str, type[Task]] = {
     'masked_language': MaskedLanguage,
     'instructions': Instructions,
     'preference': Preference,
+    'reward': Reward,
     'online': Online,
 }
 
@@ -25,5 +28,10 @@ def from_config(config: configs.Config, model: Network) -> Task:
 
 
 def of_network(model: Network) -> Task:
-    """Returns the task by which a network without a run is measured: language modelling, or question answering."""
+    """Returns the task by which a network without a run is measured: language modelling, or question answering.
+
+    Raises UsageError for a network with a head of another kind.
+    """
+    if model.num_outputs:
+        raise UsageError(f'a network without a run that {model.obstacle}: the run itself is needed')
     return Language(model) if model.causal else QuestionAnswering(model)

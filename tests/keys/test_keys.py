@@ -110,6 +110,8 @@ ELSEWHERE = {
     'task.preference.loss': 'test_preference.py::test_losses_and_gradients_are_trls',
     'task.preference.beta': 'test_preference.py::test_smoothed_by_hand',
     'task.preference.label_smoothing': 'test_preference.py::test_smoothed_by_hand',
+    'task.preference.reference': 'test_preference_runs.py::test_precomputed_is_the_network',
+    'task.reward.centering': 'test_reward.py::test_by_hand',
     'optim.ema': 'test_running_average.py::test_a_run',
     'model.init': 'test_models.py::test_scaled',
     'model.init_std': 'test_models.py::test_standard_deviations',
