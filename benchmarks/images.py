@@ -67,7 +67,7 @@ def measure(path, content, options):
     jobs = {}
     for name, keys in RECIPES.items():
         made = examples.open_examples(
-            config.Data(source='images', path=str(path), held_out=0.0, images=config.Images(**keys)), 'train'
+            config.Data(source='images', path=str(path), held_out=0.0, images=config.Images(**keys)), 'train', 224
         )
         dataset = batches.training(made, seed=0, batch_size=BATCH)
         jobs[f'training: {name}'] = lambda dataset=dataset: [dataset[s] for s in range(options.repeat)]

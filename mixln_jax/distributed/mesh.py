@@ -53,7 +53,7 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r'/(q|k|v|gate|up)/lora_b$', (P(None, 'tensor'), P())),
     (r'/(o|down)/lora_a$', (P('tensor', None), P())),
     (r'/(o|down)/lora_b$', (P(None, 'fsdp'),)),
-    (r'((norm\w*/|_)scale|/bias|/span/kernel)$', (P(),)),
+    (r'((norm\w*/|_)scale|/bias|/(span|score)/kernel)$', (P(),)),
     (r'^/cache/.*/(keys|values)$', (P(ROWS, None, 'tensor', None),)),  # of generation, [B, length, kv_heads, d]
 )
 

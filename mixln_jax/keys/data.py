@@ -6,7 +6,7 @@ from mixln_jax.keys.classification import Classification
 from mixln_jax.keys.field import LARGEST_VOCABULARY, group, key
 from mixln_jax.keys.images import Images
 from mixln_jax.keys.online import Online
-from mixln_jax.keys.preference import Preference
+from mixln_jax.keys.preference import Preference, Reward
 
 WORKERS = 1024
 
@@ -18,9 +18,10 @@ class Task:
     name: str = key(
         'language',
         'language: predict the next token; masked_language: predict hidden tokens, as BERT does; instructions: predict '
-        'the answers of conversations; preference: prefer the chosen one of two answers; online: learn from rewards of '
-        'generated answers; classification: tell images apart',
-        choices=('language', 'masked_language', 'instructions', 'preference', 'online', 'classification'),
+        'the answers of conversations; preference: prefer the chosen one of two answers; reward: score texts, the '
+        'chosen one of two answers higher; online: learn from rewards of generated answers; classification: '
+        'tell images apart',
+        choices=('language', 'masked_language', 'instructions', 'preference', 'reward', 'online', 'classification'),
     )
     learn: str = key(
         'completions',
@@ -35,8 +36,14 @@ class Task:
         below=LARGEST_VOCABULARY,
     )
     preference: Preference = group(Preference)
+    reward: Reward = group(Reward)
     online: Online = group(Online)
     classification: Classification = group(Classification)
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs of the head that the task needs; 0: one for each token of the vocabulary."""
+        return 1 if self.name == 'reward' else 0
 
 
 @dataclasses.dataclass(frozen=True)

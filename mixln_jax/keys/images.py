@@ -4,14 +4,11 @@ import dataclasses
 
 from mixln_jax.keys.field import key
 
-LARGEST_SIDE = 4096  # pixels of an image as the network sees it
-
 
 @dataclasses.dataclass(frozen=True)
 class Images:
     """How images become what the network sees; see docs/vision.md."""
 
-    size: int = key(224, 'images: height and width in pixels', at_least=1, at_most=LARGEST_SIDE)
     validation: str = key(
         '',
         'images, npz: folder, zip or npz file of the images to evaluate on; empty: the folder validation, val, valid '

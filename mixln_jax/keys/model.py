@@ -87,9 +87,9 @@ class Model:
         weights=True,
         families=BERT + VIT,
     )
-    image_size: int = key(224, 'vit: pixels of the sides', at_least=1, at_most=2**14, weights=True, families=VIT)
+    image_size: int = key(224, 'vit: pixels of the sides', at_least=1, at_most=4096, weights=True, families=VIT)
     patch_size: int = key(
-        16, 'vit: pixels of the sides of a patch', at_least=1, at_most=2**14, weights=True, families=VIT
+        16, 'vit: pixels of the sides of a patch', at_least=1, at_most=4096, weights=True, families=VIT
     )
     num_classes: int = key(1000, 'vit: number of classes', at_least=2, at_most=2**20, weights=True, families=VIT)
     positions: str = key(

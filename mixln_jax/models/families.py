@@ -20,6 +20,7 @@ def from_config(
     stream_sharding: Any = None,
     official: bool = False,
     kernel: str = 'blocks',
+    num_outputs: int = 0,
 ) -> Network:
     """Returns the network of a config.
 
@@ -29,6 +30,7 @@ def from_config(
         stream_sharding: NamedSharding of the residual stream; None: one device.
         official: whether a placement computes what the Mix-LN authors' code does under its name.
         kernel: of attention; see kernels/attention.py.
+        num_outputs: of the head, from `Task.num_outputs` of a configuration; see Network.
 
     Raises:
         UsageError: a `norm_position` that does not fit, or a key that has no meaning for the family.
@@ -51,4 +53,13 @@ def from_config(
             f'config.model.norm_groups={config.norm_groups}'
         )
     layer_index = tuple(range(1, config.num_layers + 1))
-    return network(config, names, layer_index, config.num_layers, compute_dtype, stream_sharding, kernel)
+    return network(
+        config,
+        names,
+        layer_index,
+        config.num_layers,
+        compute_dtype,
+        stream_sharding,
+        kernel,
+        num_outputs=num_outputs,
+    )

@@ -10,6 +10,7 @@ from mixln_jax.tasks.masked_language import MaskedLanguage
 from mixln_jax.tasks.online import Online
 from mixln_jax.tasks.preference import Preference
 from mixln_jax.tasks.question_answering import QuestionAnswering
+from mixln_jax.tasks.reward import Reward
 from mixln_jax.tasks.task import Task
 
 TASKS: dict[str, type[Task]] = {
@@ -17,6 +18,7 @@ TASKS: dict[str, type[Task]] = {
     'masked_language': MaskedLanguage,
     'instructions': Instructions,
     'preference': Preference,
+    'reward': Reward,
     'online': Online,
     'classification': Classification,
 }
@@ -35,7 +37,12 @@ def from_config(config: configs.Config, model: Network) -> Task:
 
 def of_network(model: Network) -> Task:
     """Returns the task by which a network without a run is measured: language modelling, question answering, or the
-    classification of images."""
+    classification of images.
+
+    Raises UsageError for a network with a head of another kind.
+    """
+    if model.num_outputs:
+        raise UsageError(f'a network without a run that {model.obstacle}: the run itself is needed')
     if model.reads == Classification.reads:
         return Classification(model)
     return Language(model) if model.causal else QuestionAnswering(model)

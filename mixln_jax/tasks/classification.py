@@ -41,9 +41,12 @@ class Classification(Task):
 
     @classmethod
     def from_config(cls, config: configs.Config, model: Network) -> Task:
-        """Returns the task of a run. Raises UsageError if `compat` is set, which has no meaning."""
-        if config.compat != 'none':
-            raise UsageError(f'config.compat={config.compat} has no meaning for config.task.name=classification')
+        """Returns the task of a run. Raises UsageError if keys of texts are set, which have no meaning."""
+        for name in ('compat', 'seq_length'):
+            if (value := getattr(config, name)) != getattr(configs.Config, name):
+                raise UsageError(
+                    f'config.{name}={value} has no meaning for config.task.name=classification: leave it out'
+                )
         return cls(model, config.task.classification)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

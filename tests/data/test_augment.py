@@ -20,8 +20,8 @@ def random(seed=0):
     return np.random.default_rng(seed)
 
 
-def made(**keys):
-    return augment.Augmentation(config.Images(**{'size': 32} | keys))
+def made(size=32, **keys):
+    return augment.Augmentation(config.Images(**keys), size)
 
 
 def assert_bits(a, b):

@@ -18,14 +18,14 @@ from mixln_jax.data.images import contact_sheet, examples
 def run(tmp_path):
     """The folder of a run on a small set."""
     path = pictures.write_folder(tmp_path / 'set', pictures.set_of())
-    data = configs.Data(source='images', path=str(path), held_out=0.0, images=configs.Images(size=16), seed=3)
-    config = dataclasses.replace(configs.Config(), batch_size=5, data=data)
+    data = configs.Data(source='images', path=str(path), held_out=0.0, seed=3)
+    config = dataclasses.replace(configs.Config(), batch_size=5, data=data, model=configs.Model(family='vit', image_size=16))
     values = configs.public(config)
     values['model'] |= {'norm_position': ['pre'] * config.model.num_layers}
     folder = tmp_path / 'run'
     folder.mkdir()
     (folder / 'config.json').write_text(json.dumps(values))
-    seen = {'data': examples.open_examples(data, 'train').fingerprint}
+    seen = {'data': examples.open_examples(data, 'train', 16).fingerprint}
     (folder / 'environment.json').write_text(json.dumps(seen))
     return folder, data
 
@@ -36,7 +36,7 @@ def test_rows_and_sheet(run, capfd):
     out, err = capfd.readouterr()
     assert f'5 images of step 3: {folder}/inspect/step_3.png' in err
     found = [json.loads(line) for line in out.splitlines()]
-    made = examples.open_examples(data, 'train')
+    made = examples.open_examples(data, 'train', 16)
     batch = batches.training(made, seed=3, batch_size=5)[2]
     assert [row['label'] for row in found] == batch['labels'].tolist()
     for row in found:

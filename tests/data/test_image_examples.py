@@ -12,12 +12,12 @@ from mixln_jax.data import batches
 from mixln_jax.data.images import examples
 from mixln_jax.system.errors import DataError, UsageError
 
-VARIED = dict(size=16, policy='rand-m9-mstd0.5-inc1', color_jitter=0.4, erasing=0.5)
+VARIED = dict(policy='rand-m9-mstd0.5-inc1', color_jitter=0.4, erasing=0.5)
 
 
-def opened(path, split='all', images=VARIED, **data):
+def opened(path, split='all', images=VARIED, size=16, **data):
     values = {'source': 'images', 'path': str(path), 'held_out': 0.25, 'images': config.Images(**images)}
-    return examples.open_examples(config.Data(**values | data), split)
+    return examples.open_examples(config.Data(**values | data), split, size)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ class TestBatches:
 
     def test_labels_follow_images(self, folder):
         """Each image has the color of its class, which neither crop nor flip change."""
-        made = opened(folder, images={'size': 16})
+        made = opened(folder, images={})
         colors = np.array([pictures.COLORS[name] for name in made.classes])
         dataset = batches.training(made, seed=0, batch_size=7)
         for batch in [dataset[step] for step in range(12)] + [batches.evaluation(made, 7)[0]]:
@@ -88,16 +88,22 @@ class TestBatches:
         assert_same(made.batch(range(12), [2] * 12), whole)
         assert sizes == [5, 5, 2]
 
+    def test_number_of_classes(self, folder):
+        data = config.Data(source='images', path=str(folder))
+        with pytest.raises(UsageError, match='config.model.num_classes=7, but the images have 3 classes'):
+            examples.open_examples(data, 'train', 16, 7)
+        assert len(examples.open_examples(data, 'train', 16, 3).classes) == 3
+
     def test_fingerprint(self, folder):
         made = opened(folder)
         assert made.fingerprint == opened(folder, seed=3).fingerprint and len(made) == 12
         assert made.fingerprint | {'source': ''} == {'source': '', 'classes': 3, 'size': 16}
-        assert made.fingerprint != opened(folder, images={'size': 17}).fingerprint
+        assert made.fingerprint != opened(folder, size=17).fingerprint
 
     @pytest.mark.parametrize('source', ['digits', 'idx'])
     def test_gray_arrays(self, source, tmp_path):
         pictures.write_idx(tmp_path)
-        made = opened(tmp_path, 'train', {'size': 8, 'eval_crop': 1.0, 'crop': 'none', 'flip': 0.0}, source=source)
+        made = opened(tmp_path, 'train', {'eval_crop': 1.0, 'crop': 'none', 'flip': 0.0}, 8, source=source)
         batch = made.batch([1, 0])
         assert batch['images'].shape == (2, 8, 8, 3) and (batch['images'] == batch['images'][..., :1]).all()
         assert_same(made.batch([1, 0], [4, 5]), batch)

@@ -110,6 +110,19 @@ ELSEWHERE = {
     'task.preference.loss': 'test_preference.py::test_losses_and_gradients_are_trls',
     'task.preference.beta': 'test_preference.py::test_smoothed_by_hand',
     'task.preference.label_smoothing': 'test_preference.py::test_smoothed_by_hand',
+    'task.preference.reference': 'test_preference_runs.py::test_precomputed_is_the_network',
+    'task.reward.centering': 'test_reward.py::test_by_hand',
+    'task.classification.label_smoothing': 'test_classification.py::test_losses_by_hand',
+    'task.classification.mixup': 'test_classification.py::test_mixup',
+    'task.classification.cutmix': 'test_classification.py::test_cutmix',
+    'model.gelu': 'test_vit.py::test_kinds',
+    'model.image_size': 'test_vit.py::test_refused',
+    'model.patch_size': 'test_vit.py::test_refused',
+    'model.num_classes': 'test_vit.py::test_refused',
+    'model.positions': 'test_vit.py::test_kinds',
+    'model.pool': 'test_vit.py::test_kinds',
+    'model.representation': 'test_vit.py::test_kinds',
+    'model.pixels': 'test_vit.py::test_kinds',
     'optim.ema': 'test_running_average.py::test_a_run',
     'model.init': 'test_models.py::test_scaled',
     'model.init_std': 'test_models.py::test_standard_deviations',
@@ -132,7 +145,6 @@ ELSEWHERE = {
     'data.held_out': 'test_instructions.py::test_splits',
     'data.max_pixels': 'test_image_examples.py::test_too_many_pixels',
     'data.skip_bad': 'test_image_examples.py::test_replaced_by_the_next',
-    'data.images.size': 'test_image_examples.py::test_training',
     'data.images.validation': 'test_image_files.py::test_another_set',
     'data.images.interpolation': 'test_augment.py::test_bicubic_by_pillow',
     'data.images.eval_crop': 'test_augment.py::test_resized_and_cut_by_opencv',
@@ -355,7 +367,7 @@ def test_when_a_run_does_what(corpus, tmp_path, monkeypatch):
             super().__init__(*arguments)
             samples.append(sum(batch['loss_mask'].sum() for batch in self._batches))
 
-        def __call__(self, params, step):
+        def __call__(self, params, step, reference):
             return {'analysis/variance': [1.0, 1.0]}
 
     def read(dataset, start, workers):

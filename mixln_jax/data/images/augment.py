@@ -30,19 +30,20 @@ def generator(seed: int, epoch: int, number: int) -> np.random.Generator:
 class Augmentation:
     """Makes of pixels [H, W, 3] uint8, of any size, what the network sees, [S, S, 3] uint8."""
 
-    def __init__(self, keys: config.Images):
-        """Raises UsageError for a policy that does not exist."""
-        self._keys, self._policy = keys, randaugment.parse(keys.policy)
+    def __init__(self, keys: config.Images, size: int):
+        """Raises UsageError for a policy that does not exist. `size`: S."""
+        self._keys, self._size, self._policy = keys, size, randaugment.parse(keys.policy)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Augmentation, (self._keys,)  # worker processes make their own: a policy has functions without names
+        # Worker processes make their own: a policy has functions without names.
+        return Augmentation, (self._keys, self._size)
 
     def training(self, pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Returns a crop, varied: flip, RandAugment, color jitter and erasing, in this order."""
         keys = self._keys
         if keys.crop == 'inception':
             box = inception_box(pixels.shape[0], pixels.shape[1], keys.min_area, random)
-            pixels = resize(pixels, box, keys.size, keys.interpolation)
+            pixels = resize(pixels, box, self._size, keys.interpolation)
         else:
             pixels = self.evaluation(pixels)
         if random.random() < keys.flip:
@@ -64,11 +65,11 @@ class Augmentation:
         keys = self._keys
         pixels = _middle(_middle(pixels, 0), 1)
         height, width = pixels.shape[:2]
-        factor = max(round(keys.size / keys.eval_crop), keys.size) / min(height, width)
-        height, width = (max(round(side * factor), keys.size) for side in (height, width))
+        factor = max(round(self._size / keys.eval_crop), self._size) / min(height, width)
+        height, width = (max(round(side * factor), self._size) for side in (height, width))
         pixels = resize_to(pixels, height, width, keys.interpolation)
-        top, left = (height - keys.size) // 2, (width - keys.size) // 2
-        return pixels[top : top + keys.size, left : left + keys.size]
+        top, left = (height - self._size) // 2, (width - self._size) // 2
+        return pixels[top : top + self._size, left : left + self._size]
 
 
 Box = tuple[int, int, int, int]  # top, left, height, width

@@ -30,7 +30,7 @@ def inspect(
         DataError: the data cannot be read, or is not what the run saw.
     """
     data = config.data if data_path is None else rows.moved(config.data, data_path)
-    made = examples.open_examples(data, data.split)
+    made = examples.open_examples(data, data.split, config.model.image_size)
     seen = rows.seen_by_run(workdir)[0]
     if differ := [part for part, value in made.fingerprint.items() if seen.get(part) != value]:
         raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs')

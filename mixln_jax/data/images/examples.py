@@ -12,16 +12,22 @@ from mixln_jax import config
 from mixln_jax.data.examples import Batch, Numbers
 from mixln_jax.data.images import augment, decode, sources
 from mixln_jax.system import console
-from mixln_jax.system.errors import DataError
+from mixln_jax.system.errors import DataError, UsageError
 
 AT_ONCE = 32  # files in memory
 
 
-def open_examples(data: config.Data, split: str) -> 'Images':
-    """Returns the images of a split as `data` says. Raises UsageError and DataError as `sources.open_source` and
-    `augment.Augmentation`."""
-    augmentation = augment.Augmentation(data.images)
-    return Images(sources.open_source(data, split), augmentation, data.images.size, data)
+def open_examples(data: config.Data, split: str, size: int, num_classes: int | None = None) -> 'Images':
+    """Returns the images of a split as `data` says, of `size` x `size` pixels.
+
+    Raises UsageError if there are not `num_classes` classes (None: any number); UsageError and DataError as
+    `sources.open_source` and `augment.Augmentation`.
+    """
+    augmentation = augment.Augmentation(data.images, size)
+    images = Images(sources.open_source(data, split), augmentation, size, data)
+    if num_classes not in (None, count := len(images.classes)):
+        raise UsageError(f'config.model.num_classes={num_classes}, but the images have {count} classes')
+    return images
 
 
 class Images:
