@@ -357,7 +357,7 @@ def test_when_a_run_does_what(corpus, tmp_path, monkeypatch):
             super().__init__(*arguments)
             samples.append(sum(batch['loss_mask'].sum() for batch in self._batches))
 
-        def __call__(self, params, step):
+        def __call__(self, params, step, reference):
             return {'analysis/variance': [1.0, 1.0]}
 
     def read(dataset, start, workers):
