@@ -47,14 +47,15 @@ class Analyses:
         size = parts * max(1, min(POSITIONS // config.seq_length, -(-wanted // parts)))
         self._batches = samples.sample(self._task, examples, config.analysis.tokens, size, parts=parts)
 
-    def __call__(self, params: Any, step: Any) -> dict[str, Any]:
+    def __call__(self, params: Any, step: Any, reference: Any = None) -> dict[str, Any]:
         step = transformer.needed_step(self._task.model, step)
         params = _merged(params)
 
-        def measure(job: Any) -> dict[str, Any]:
-            return job.measure(self._task, params, self._watched(self._batches), step=step)
+        def measure(job: Any, **more: Any) -> dict[str, Any]:
+            return job.measure(self._task, params, self._watched(self._batches), step=step, **more)
 
-        distances, dropped, norms, stream = (measure(job) for job in (angular, drop, gradients, variance))
+        distances, stream = measure(angular), measure(variance)
+        dropped, norms = (measure(job, reference=reference) for job in (drop, gradients))
         matrix = distances['distance']['mean']
         headline = self._task.headline if self._task.headline_of_loss else 'loss'
         return {

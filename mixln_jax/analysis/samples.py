@@ -16,6 +16,7 @@ from mixln_jax.data import batches, squad, text_files
 from mixln_jax.data import rows as data_rows
 from mixln_jax.data.examples import Batch, Examples, Rows
 from mixln_jax.data.tokenizers import Tokenizer
+from mixln_jax.evaluation import references
 from mixln_jax.program import step
 from mixln_jax.runs import encoder
 from mixln_jax.system import console, files
@@ -72,6 +73,7 @@ def text(
         else:
             run = dataclasses.replace(loaded.config, data=data, seq_length=length)
             rows = data_rows.open_rows_of_run(loaded.workdir, run, split, tokenizer, data_path)
+            rows = references.of_run(subject.task, loaded, split, rows)
     except (DataError, UsageError) as error:
         message = str(error)
         options = {'data.mode': '--mode', 'seq_length': '--seq_length'} | ({'data.path': '--text'} if path else {})

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mixln_jax import config as configs
 from mixln_jax.data import batches
@@ -44,16 +45,32 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A network in float32 as its task sees it, its weights on all devices that share `batch_size` rows evenly."""
+    """A network in float32 as its task sees it, its weights on all devices that share `batch_size` rows evenly.
+
+    `reference` is the network that the run began with, where the task's losses depend on its weights, else None.
+    """
 
     weights: Weights
     task: Task
     params: Any
+    reference: Any = None
 
     @property
     def model(self) -> Network:
         """The network."""
         return self.task.model
+
+    @property
+    def step(self) -> Any:
+        """Number of updates that made the weights, where the network has a ramp, else None; see angular.measure."""
+        step = self.weights.step
+        return None if step is None else transformer.needed_step(self.model, jnp.int32(step))
+
+    def of_text(self) -> 'Subject':
+        """Returns the network as plain text measures it: one that was taught to answer, by language modelling."""
+        if not (self.weights.config and weights.taught(self.weights.config)):
+            return self
+        return dataclasses.replace(self, task=build.of_network(self.model), reference=None)
 
 
 def places(checkpoints: Iterable[str], steps: str | None = None) -> list[Place]:
@@ -128,7 +145,12 @@ def open_subject(
         loaded = dataclasses.replace(loaded, model=model, params=params, step=0, where=name)
     model = loaded.model.clone(stream_sharding=meshes.batch_sharding(mesh))
     task = build.from_config(loaded.config, model) if loaded.config else build.of_network(model)
-    return Subject(loaded, task, jax.device_put(loaded.params, meshes.state_shardings(mesh, loaded.params)))
+    on_mesh = lambda params: jax.device_put(params, meshes.state_shardings(mesh, params))  # noqa: E731
+    reference = None
+    if task.needs_reference and task.collect is None:  # a task that collects has no rewards of a sample of prompts
+        assert loaded.workdir, 'a network without a run learns language'
+        reference = on_mesh(frozen.read_reference(loaded.workdir))
+    return Subject(loaded, task, on_mesh(loaded.params), reference)
 
 
 def _mesh(rows: int) -> jax.sharding.Mesh:

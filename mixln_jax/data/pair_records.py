@@ -94,13 +94,19 @@ def read_margin(value: Any) -> float | None:
 def _answer(record: Mapping[str, Any], name: str) -> Messages:
     if isinstance(record[name], str):
         return [{'role': 'assistant', 'content': record[name]}]
-    return records.messages_of(record, name)
+    return _messages(record, name)
 
 
 def _prompt(record: Mapping[str, Any]) -> Messages:
     if isinstance(record['prompt'], str):
         return [{'role': 'user', 'content': record['prompt']}]
-    return records.messages_of(record, 'prompt')
+    return _messages(record, 'prompt')
+
+
+def _messages(record: Mapping[str, Any], name: str) -> Messages:
+    if not isinstance(record[name], list):
+        raise DataError(f'{name} is {records.type_name(record[name])}, not a text or messages')
+    return records.messages_of(record, name)
 
 
 def _after(prompt: Messages, answer: Messages) -> Messages:

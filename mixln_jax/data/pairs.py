@@ -1,5 +1,6 @@
 """Rows of preferences: two answers to a prompt, next to each other in a row, neither of which sees the other."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -17,6 +18,7 @@ from mixln_jax.data.pair_records import Messages, Pair
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.system.errors import DataError
 
+REFERENCE = 'reference_log_probs'  # the array of a batch, where a reference network has read it before
 MODES, SOURCES = ('pad', 'pack'), ('jsonl', 'stdlib')
 SHORTEST = 4  # tokens of a pair: each answer has one, after one of the prompt
 REASONS = (  # why a pair is no example
@@ -135,6 +137,34 @@ class Pairs(LearnedRows):
                     f'them {origins[0]}'
                 )
         return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class WithReference:
+    """Pairs as rows (see Examples), with what a reference network says of them, by row.
+
+    `log_probs` [N, T] are those of the tokens of the answers, float32, in nats, and 0 at other tokens; batches have
+    them as `reference_log_probs` [n, T].
+    """
+
+    rows: Pairs
+    log_probs: np.ndarray
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """See Examples."""
+        return self.rows.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def origin(self, number: int) -> str:
+        """See Examples."""
+        return self.rows.origin(number)
+
+    def batch(self, numbers: Numbers, epochs: Numbers | None = None) -> Batch:
+        """See Examples."""
+        return self.rows.batch(numbers, epochs) | {REFERENCE: self.log_probs[np.asarray(numbers)]}
 
 
 class PairsWithMargins(Pairs):

@@ -21,6 +21,12 @@ class Preference:
     label_smoothing: float = key(
         0.0, 'preference: share of the pairs that may be the wrong way round', at_least=0.0, below=0.5
     )
+    reference: str = key(
+        'network',
+        'preference: where the log-probabilities of the reference come from; network: from its weights, which the run '
+        'keeps, in every step; precomputed: they are computed once, before the first step',
+        choices=('network', 'precomputed'),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,8 +37,8 @@ class Context(NamedTuple):
 
     @property
     def of_reference(self) -> 'Context':
-        """The context of the reference network itself: without dropout, and with ramps as when training began."""
-        return Context(self.layer_mask, step=None if self.step is None else jnp.zeros_like(self.step))
+        """The context of the reference network itself: all its layers, no dropout, ramps as when training began."""
+        return Context(step=None if self.step is None else jnp.zeros_like(self.step))
 
 
 EVALUATION = Context()
@@ -87,6 +87,11 @@ class Task(abc.ABC):
     @property
     def needs_reference(self) -> bool:
         """Whether the losses depend on the network that training began with."""
+        return False
+
+    @property
+    def precomputed(self) -> bool:
+        """Whether batches bring what the network that training began with says of them, in place of the network."""
         return False
 
     @classmethod

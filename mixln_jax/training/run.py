@@ -26,6 +26,7 @@ from mixln_jax.data.examples import Examples
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.distributed import processes
+from mixln_jax.evaluation import references
 from mixln_jax.evaluation.rollouts import Rollouts, open_rollouts
 from mixln_jax.models import placements
 from mixln_jax.program.program import Program
@@ -92,9 +93,10 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
             data.training.fingerprint.update(rollouts.fingerprint if rollouts else {})  # what a run learns from
             _describe(program, data.training, verbose)
             state, about = first_state(program, resolved, shared, checkpoints, data.training.fingerprint, stop)
+            fixed, data = _with_reference(program, shared, state, about, data, stop)
             if checkpoints.latest() is not None:
                 check_metrics(shared, about, config.num_steps)
-            records = _Records(shared, resolved, about, data, mesh, closing)
+            records = _Records(shared, resolved, about, data, mesh, closing, fixed)
             start = time.perf_counter()
             compiled = program.compile()
             compile_sec = time.perf_counter() - start
@@ -131,9 +133,10 @@ class _Records:
         data: _Data,
         mesh: jax.sharding.Mesh,
         closing: contextlib.ExitStack,
+        fixed: Mapping[str, str],
     ):
         self.shared, self.resolved, self.folder = shared, resolved, shared
-        self.frozen: str | None = None  # fingerprint of the weights that are not trained
+        self.fixed: dict[str, str | None] = {**fixed}  # fingerprints of weights that are not trained
         if jax.process_index():
             self.folder = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
         outputs.write_json(self.folder / 'config.json', resolved)
@@ -154,9 +157,7 @@ class _Records:
             shutil.rmtree(folder, ignore_errors=True)
         processes.barrier('debug')
         with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as checkpoints:
-            checkpoints.save(
-                int(jax.device_get(state.step)), state.own, {'config': self.resolved, frozen.FOLDER: self.frozen}
-            )
+            checkpoints.save(int(jax.device_get(state.step)), state.own, {'config': self.resolved} | self.fixed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,19 +183,21 @@ class _Job:
         closing.callback(processes.watch, 0)
         if first == 1 and program.model.measured() and not config.init_from:  # given weights have factors already
             state = program.measure_factors(state, to_devices(dataset[0]))
-        self.records.frozen = frozen.keep(self.records.shared, state.fixed)
+        self.records.fixed[frozen.FOLDER] = frozen.keep(self.records.shared, state.fixed)
         measuring = self._measuring(feed, eval_step)
         meter = self._meter(measuring, compile_sec)
         saving = hooks.Saving(
             config.checkpoint.every,
             self.checkpoints,
             self.records.metrics,
-            lambda: {
-                'tokens': meter.tokens,
-                'data': {'fingerprint': self.data.training.fingerprint},
-                'config': self.records.resolved,
-                frozen.FOLDER: self.records.frozen,
-            },
+            lambda: (
+                {
+                    'tokens': meter.tokens,
+                    'data': {'fingerprint': self.data.training.fingerprint},
+                    'config': self.records.resolved,
+                }
+                | self.records.fixed
+            ),
             config.checkpoint.minutes,
             config.log_every,
         )
@@ -234,7 +237,7 @@ class _Job:
             measuring.append(hooks.Samples(config.eval.every, write, self.records.folder / 'samples'))
         if config.analysis.tokens:
             analyses = during.Analyses(config, program.task, self.data.evaluation, feed.checked)
-            measuring.append(hooks.Analysis(config.analysis.every, analyses, metrics))
+            measuring.append(hooks.Analysis(config.analysis.every, analyses, program.task, metrics))
         return measuring
 
     def _meter(self, measuring: Sequence[hooks.Hook], compile_sec: float) -> Meter:
@@ -305,6 +308,25 @@ def _open_data(config: configs.Config, task: Task) -> _Data:
         keys = f'config.eval.split={config.eval.split} and config.data.split={config.data.split}'
         console.say(f'mixln_jax: warning: evaluates on text that it trains on ({keys})', file=sys.stderr)
     return _Data(tokenizer, *rows)
+
+
+def _with_reference(
+    program: Program,
+    workdir: pathlib.Path,
+    state: State,
+    about: Mapping[str, Any],
+    data: _Data,
+    stop: signals.Stop,
+) -> tuple[dict[str, str], _Data]:
+    """Returns the fingerprint of the reference network and the data with what it says of them, where a task reads that
+    in place of the network; see evaluation/references.py."""
+    config = program.config
+    if not program.task.precomputed:
+        return {}, data
+    splits: Any = {config.data.split: data.training, config.eval.split: data.evaluation}
+    fingerprint, rows = references.of_training(program.task, config, workdir, state, about, splits, stop.check)
+    data = _Data(data.tokenizer, rows[config.data.split], rows[config.eval.split])
+    return {references.FOLDER: fingerprint}, data
 
 
 def _open_checkpoints(

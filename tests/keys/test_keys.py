@@ -110,6 +110,7 @@ ELSEWHERE = {
     'task.preference.loss': 'test_preference.py::test_losses_and_gradients_are_trls',
     'task.preference.beta': 'test_preference.py::test_smoothed_by_hand',
     'task.preference.label_smoothing': 'test_preference.py::test_smoothed_by_hand',
+    'task.preference.reference': 'test_preference_runs.py::test_precomputed_is_the_network',
     'task.reward.centering': 'test_reward.py::test_by_hand',
     'optim.ema': 'test_running_average.py::test_a_run',
     'model.init': 'test_models.py::test_scaled',
@@ -356,7 +357,7 @@ def test_when_a_run_does_what(corpus, tmp_path, monkeypatch):
             super().__init__(*arguments)
             samples.append(sum(batch['loss_mask'].sum() for batch in self._batches))
 
-        def __call__(self, params, step):
+        def __call__(self, params, step, reference):
             return {'analysis/variance': [1.0, 1.0]}
 
     def read(dataset, start, workers):

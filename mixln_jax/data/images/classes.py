@@ -9,6 +9,7 @@ import numpy as np
 from mixln_jax.data import sources
 from mixln_jax.data.images.files import KEY, Files
 from mixln_jax.system.errors import DataError, UsageError
+from mixln_jax.system.files import read as read_file
 
 VALIDATION = ('validation', 'val', 'valid', 'test')  # folders next to train, the first of them counts
 
@@ -23,7 +24,7 @@ class Labelled:
     labels: np.ndarray
 
 
-def split(files: Files, name: str, held_out: float, validation: Files | None = None) -> Labelled:
+def split(files: Files, name: str, held_out: float, validation: Files | None = None, listed: str = '') -> Labelled:
     """Returns the images of a split.
 
     A class is a folder. There is either a folder of classes for each split, one of them `train`, or there are folders
@@ -35,6 +36,7 @@ def split(files: Files, name: str, held_out: float, validation: Files | None = N
         name: 'train', 'validation' (a folder of VALIDATION), 'all', or the name of another folder next to train.
         held_out: the share for validation where nothing else decides; 0: none.
         validation: other files to validate on.
+        listed: a file with their classes, see `_by_list`; empty: folders tell them.
 
     Raises:
         UsageError: no such split.
@@ -43,7 +45,9 @@ def split(files: Files, name: str, held_out: float, validation: Files | None = N
     """
     splits = _by_folder(files)
     train = splits.pop('train')
-    if validation:
+    if validation and listed:
+        splits['validation'] = _by_list(validation, listed, train.classes)
+    elif validation:
         others = _by_folder(validation)
         splits['validation'] = next((others[name] for name in VALIDATION if name in others), others['train'])
     elif known := [other for other in VALIDATION if other in splits]:
@@ -88,6 +92,32 @@ def _by_folder(files: Files) -> dict[str, Labelled]:
         known, labels = np.unique(classes, return_inverse=True)
         made[split] = Labelled(files, tuple(known.tolist()), np.array(numbers), labels.astype(np.int32))
     return made
+
+
+def _by_list(files: Files, path: str, classes: Sequence[str]) -> Labelled:
+    """Returns images whose classes are in a file: a line for each image in the order of their names, with the name of
+    its class or, in any order, with its name and that of its class. ImageNet's val.tar has no folders.
+
+    Raises DataError, naming file and line.
+    """
+    try:
+        lines = read_file(path, DataError).decode(errors='replace').splitlines()
+    except FileNotFoundError:
+        raise DataError(f'{path}: there is no such file of classes') from None
+    names = [name.rpartition('/')[2] for name in files.names]
+    places, known = {name: i for i, name in enumerate(names)}, {name: i for i, name in enumerate(classes)}
+    labels = np.full(len(names), -1, np.int32)
+    if len(lines) != len(names):
+        raise DataError(f'{path}: {len(lines):,} lines for {len(names):,} images of {files.origin(0)} and so on')
+    for number, line in enumerate(lines):
+        words = line.split()
+        image = words[0] if len(words) == 2 else names[number]
+        if not words or len(words) > 2 or words[-1] not in known:
+            raise DataError(f'{path}:{number + 1}: {line!r} does not end in the name of a class, such as {classes[0]}')
+        if image not in places or labels[places[image]] >= 0:
+            raise DataError(f'{path}:{number + 1}: {image} is not an image of its own')
+        labels[places[image]] = known[words[-1]]
+    return Labelled(files, tuple(classes), np.arange(len(names)), labels)
 
 
 def _depth(files: Files) -> int:

@@ -72,13 +72,11 @@ def open_files(path: str, key: str = KEY) -> Files:
         state = os.stat(root)
     except (OSError, ValueError) as error:
         raise DataError(f'{key}={path}: cannot be read: {reason(error)}') from error
-    return _open(str(root), root.is_dir(), (state.st_mtime_ns, state.st_size))
+    return Folder(str(root)) if root.is_dir() else _archive(str(root), (state.st_mtime_ns, state.st_size))
 
 
 @functools.lru_cache(maxsize=4)  # the splits of a run, and of a preparation
-def _open(path: str, is_folder: bool, state: Any) -> Files:
-    if is_folder:
-        return Folder(path)
+def _archive(path: str, state: Any) -> Files:
     files.regular(path, DataError)
     with reading(path, DataError, 'damaged'):
         if zipfile.is_zipfile(path):

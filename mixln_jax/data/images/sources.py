@@ -57,12 +57,19 @@ def open_source(data: config.Data, split: str) -> Source:
             f'config.data.source={data.source} has no images; {", ".join(sources.OF_IMAGES)} and tfds have'
         )
     if data.source == 'images':
-        others = files.open_files(data.images.validation, VALIDATION_KEY) if data.images.validation else None
-        return OfFiles(classes.split(files.open_files(data.path), split, data.held_out, others))
+        return open_files(data, split)
     return _in_memory(data, split)
 
 
 VALIDATION_KEY = 'config.data.images.validation'
+
+
+def open_files(data: config.Data, split: str) -> 'OfFiles':
+    """Returns the images of a split of files; see `classes.split`. A list of classes may follow the path of those to
+    validate on, after a comma."""
+    path, _, listed = data.images.validation.partition(',')
+    others = files.open_files(path, VALIDATION_KEY) if path else None
+    return OfFiles(classes.split(files.open_files(data.path), split, data.held_out, others, listed.strip()))
 
 
 class OfFiles:
@@ -84,6 +91,15 @@ class OfFiles:
 
     def read(self, numbers: Sequence[int]) -> list[tuple[Image, int]]:
         return [(self._content(i), int(self._chosen.labels[i])) for i in numbers]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all images as they are stored."""
+        return int(self._files.sizes()[self._chosen.numbers].sum())
+
+    def name(self, number: int) -> str:
+        """Returns the name of an image's file, without folders."""
+        return self._files.names[int(self._chosen.numbers[number])].rpartition('/')[2]
 
     def origin(self, number: int) -> str:
         return self._files.origin(int(self._chosen.numbers[number]))
