@@ -33,5 +33,5 @@ def of_network(model: Network) -> Task:
     Raises UsageError for a network with a head of another kind.
     """
     if model.num_outputs:
-        raise UsageError(f'a network without a run that {model.obstacle}: the run itself is needed')
+        raise UsageError(f'the network {model.obstacle}: only its run, on its own data, says what to measure')
     return Language(model) if model.causal else QuestionAnswering(model)
