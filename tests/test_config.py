@@ -452,6 +452,7 @@ class TestCommandLine:
         files = [str(path) for path in RECIPES.glob('**/*.py')]
         assert len({main.default_workdir(file) for file in files}) == len(files)
         begins = {'finetune/quickstart.py': 'quickstart.py', 'preferences/dpo_quickstart.py': 'finetune/quickstart.py'}
+        begins['preferences/reward_quickstart.py'] = 'finetune/quickstart.py'
         for recipe, base in begins.items():
             options, config = self.parse('--config', str(RECIPES / recipe))
             assert config.init_from == main.default_workdir(str(RECIPES / base)) != options.workdir

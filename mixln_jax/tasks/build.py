@@ -42,7 +42,7 @@ def of_network(model: Network) -> Task:
     Raises UsageError for a network with a head of another kind.
     """
     if model.num_outputs:
-        raise UsageError(f'a network without a run that {model.obstacle}: the run itself is needed')
+        raise UsageError(f'the network {model.obstacle}: only its run, on its own data, says what to measure')
     if model.reads == Classification.reads:
         return Classification(model)
     return Language(model) if model.causal else QuestionAnswering(model)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 import shutil
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from short_runs import SIZES, WORDS, StopAtTwo, lines_of, recipe
 
 from mixln_jax import config as configs
-from mixln_jax import evaluate, export, generate, main, trees
+from mixln_jax import evaluate, export, generate, main, recipes, trees
 from mixln_jax.analysis import drop, subjects
 from mixln_jax.data import chat, tokenizers
 from mixln_jax.evaluation import comparison, rewards
@@ -18,6 +19,9 @@ from mixln_jax.models import families
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.runs import checkpoint, weights
 from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
+from mixln_jax.tasks import build
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 METHODS = {
     'all': {'optim.learning_rate': 0.03, 'num_steps': 12},
@@ -289,3 +293,10 @@ def test_exported_it_scores_the_same(finished, texts, tmp_path, capsys):
     assert drop.main(['--checkpoint', str(tmp_path / 'out'), '--text', str(texts)]) == 2
     with pytest.raises(UsageError, match='--adapter: .* has trained a head besides'):
         export.export_adapter(finished('lora'), str(tmp_path / 'no'))
+
+
+def test_recipe():
+    config = configs.build(recipes.load(str(ROOT / 'configs/preferences/reward_quickstart.py'), []))
+    assert build.from_config(config, families.from_config(config.model, num_outputs=1)).headline == 'accuracy'
+    start = configs.build(recipes.load(str(ROOT / 'configs/finetune/quickstart.py'), [])).model
+    assert all(getattr(config.model, key) == getattr(start, key) for key in configs.same_weights())
