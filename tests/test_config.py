@@ -54,7 +54,7 @@ def test_recipes_have_the_official_sizes(size):
     assert (config.batch_size, config.seq_length, config.data.name) == (512, 256, 'c4/en')
 
 
-OTHERS = {'vit_quickstart', 'quickstart', 'books', 'bert_quickstart'}
+OTHERS = {'vit_fashion_mnist', 'vit_quickstart', 'quickstart', 'books', 'bert_quickstart'}
 
 
 def test_every_size_has_a_recipe():
