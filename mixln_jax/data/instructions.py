@@ -61,6 +61,7 @@ class Instructions(LearnedRows):
         Raises DataError, naming file and line, as `chat.Template.tokens`; if there is nothing to learn.
         """
         self.layout = Layout(mode, tokenizer.pad_id, tokenizer.eos_id)
+        self.by_length = mode == 'pack'  # see learned_rows.pack
         self.num_cut, self.dropped = 0, list[str]()  # conversations that are cut; origins of those without an example
         width, texts, origins = seq_length + 1, list[Text](), list[str]()
         digest = hashlib.blake2b(digest_size=16)

@@ -64,6 +64,7 @@ class Pairs(LearnedRows):
         Raises DataError, naming file and line, as `chat.Template.tokens`; if no pair is left.
         """
         self.layout = Layout('pack', tokenizer.pad_id, tokenizer.eos_id)
+        self.by_length = mode == 'pack'  # see learned_rows.pack
         self.num_cut = 0
         self.dropped: dict[str, list[str]] = {reason: [] for reason in REASONS}
         texts, origins = list[Text](), list[str]()
