@@ -44,7 +44,7 @@ def open_rows(
     """
     learned_rows.check_keys(data, task, SOURCES, MODES)
     template = chat.open_template(data.template, tokenizer)
-    found = learned_rows.of_split(data, split, _pairs, task)
+    found = learned_rows.of_split(data, split, gather, task)
     return learned_rows.shown(Pairs(found, template, tokenizer, data.mode, seq_length), split, tokenizer, vocab_size)
 
 
@@ -175,8 +175,8 @@ def _text_tokens(
     return ids, learned & (np.arange(len(ids)) >= first)
 
 
-@functools.lru_cache(maxsize=1)  # both splits come from one reading
-def _pairs(source: str, state: Any) -> list[Pair]:
+@functools.lru_cache(maxsize=2)  # both splits come from one reading, or from files of their own
+def gather(source: str, state: Any) -> list[Pair]:
     """Returns all pairs of a source. Those of `stdlib` have a rule: of the answer to a question and the answer to
     another one, drawn by the hash of the name, the shorter is chosen."""
     if source == 'stdlib':

@@ -46,6 +46,9 @@ class Data:
         'files of a jsonl or text source: paths or globs, separated by commas; folder of prepared tokens',
         may_change=True,
     )
+    validation_path: str = key(
+        '', 'files to evaluate on, of a jsonl or text source; empty: a part of those of path', may_change=True
+    )
     name: str = key('c4/en', 'name of a tfds data set')
     data_dir: str = key(
         '', 'folder or gs:// bucket that holds tfds data sets; empty: ~/tensorflow_datasets', may_change=True

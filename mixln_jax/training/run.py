@@ -303,6 +303,8 @@ def _open_data(config: configs.Config, task: Task) -> _Data:
     if config.data.split == config.eval.split or 'all' in (config.data.split, config.eval.split):
         keys = f'config.eval.split={config.eval.split} and config.data.split={config.data.split}'
         console.say(f'mixln_jax: warning: evaluates on text that it trains on ({keys})', file=sys.stderr)
+    if config.eval.split == 'validation' and (remark := data_rows.shared(config.data, config.task)):
+        console.say(f'mixln_jax: warning: {remark}', file=sys.stderr)
     return _Data(tokenizer, *rows)
 
 

@@ -122,6 +122,7 @@ ELSEWHERE = {
     'model.attention': 'test_attention.py::test_where_cudnn_computes',
     'data.source': 'test_rows.py::test_data_sets_are_prepared_first',
     'data.path': 'test_main.py::test_is_named',
+    'data.validation_path': 'test_validation_files.py::test_each_split_has_its_files',
     'data.name': 'test_datasets.py::test_open_source',
     'data.data_dir': 'test_datasets.py::test_open_source',
     'data.split': 'test_keys.py::test_what_a_run_begins_with',
