@@ -132,6 +132,7 @@ ELSEWHERE = {
     'data.template': 'test_chat.py::test_alpaca',
     'data.held_out': 'test_instructions.py::test_splits',
     'data.workers': 'test_keys.py::test_when_a_run_does_what',
+    'eval.first': 'test_first_evaluation.py::test_the_loss_before_the_first_update',
     'eval.samples': 'test_generate.py::test_samples_of_a_run',
     'eval.split': 'test_keys.py::test_what_a_run_begins_with',
     'mesh.data': 'test_mesh.py::test_of_a_run',
