@@ -140,10 +140,12 @@ class _Records:
         if jax.process_index():
             self.folder = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
         outputs.write_json(self.folder / 'config.json', resolved)
-        seen = {
+        seen: dict[str, Any] = {
             'data': data.training.fingerprint,
             'eval_data': {'split': resolved['eval']['split']} | data.evaluation.fingerprint,
         }
+        if names := getattr(data.training, 'classes', None):
+            seen['classes'] = list(names)
         devices = environment.environment(list(mesh.devices.flat))
         outputs.write_json(self.folder / 'environment.json', devices | seen)
         if data.tokenizer:
