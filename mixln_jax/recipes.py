@@ -121,7 +121,7 @@ def _line(error: BaseException, file: pathlib.Path) -> str:
     return lines[-1] if lines else str(file)
 
 
-# a size or the name of a recipe, {dotted key: value}, and the perplexity, the accuracies as in config.expected.tasks, or
+# size or name of a recipe, {dotted key: value}, and the perplexity, the accuracies as in config.expected.tasks, or
 # other keys of config.expected
 Cell = tuple[str, dict[str, Any], float | str | dict[str, float]]
 
