@@ -97,6 +97,9 @@ class Expected:
 
     perplexity: float = key(0.0, 'perplexity that a paper reports; 0: none', at_least=0.0)
     tokens: float = key(0.0, 'tokens that the paper reports', at_least=0.0)
+    accuracy: float = key(
+        0.0, 'accuracy of a classification that a paper reports, as a share; 0: none', at_least=0.0, at_most=1.0
+    )
     tasks: str = key('', 'accuracies of tasks that the paper reports, in per cent: boolq=56.12,piqa=66.34')
     source: str = key('', 'the paper, and the table in it')
 

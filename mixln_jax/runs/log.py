@@ -187,6 +187,8 @@ def _digest(texts: Iterable[str], digest: Any = None) -> Any:
 
 def progress_line(line: Line, num_steps: int, task: Task) -> str:
     """Returns the progress line for a metrics line that has `train/*` and `perf/*`."""
+    speed = line['perf/tokens_per_sec_per_device']
+    speed = None if speed is None else task.units(speed)
     headline = f'{task.label} {_number(line[f"train/{task.headline}"], f".{task.digits}f")}'
     shown = [
         f'step {line["step"]:>{len(str(num_steps))}}/{num_steps} {100 * line["step"] / num_steps:3.0f}%',
@@ -194,7 +196,7 @@ def progress_line(line: Line, num_steps: int, task: Task) -> str:
         headline,
         f'grad {_number(line["train/grad_norm"], ".3f")}',
         f'lr {line["train/learning_rate"]:.2e}',
-        f'{_number(line["perf/tokens_per_sec_per_device"], ",.0f")} tok/s/device',
+        f'{_number(speed, ",.0f")} {task.short_unit}/s/device',
         f'mfu {_number(line["perf/mfu"], ".1%")}',
         f'data wait {_number(line["perf/data_wait_frac"], ".1%")}',
         f'eta {_duration((num_steps - line["step"]) * (line["perf/step_time"] or 0))}',

@@ -363,6 +363,8 @@ def _open_checkpoints(
 def _describe(program: Program, rows: Examples, verbose: bool) -> None:
     """Prints the devices, sizes and warnings that follow from the keys; with `verbose` also all parameters."""
     config, mesh, model, params = program.config, program.mesh, program.model, program.state.network
+    task = program.task
+    kind = 'rows' if task.reads == 'texts' else task.unit
     if verbose:
         console.say(parameter_overview.get_parameter_overview(params, include_stats=False))
     per_step = config.batch_size * program.row_length
@@ -375,12 +377,12 @@ def _describe(program: Program, rows: Examples, verbose: bool) -> None:
         f'; placement {placements.spelled(model.norm_position)}\n'
         f'{model.num_params(params):,} parameters{trained}{"" if verbose else " (--verbose lists them)"}\n'
         f'{per_step:,} positions a step, {per_step * config.num_steps:,} in {config.num_steps:,} steps, '
-        f'{config.examples_per_step * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows\n'
+        f'{config.examples_per_step * config.num_steps / len(rows):.2f} epochs of {len(rows):,} {kind}\n'
         f'optimiser {config.optim.name}: {", ".join(f"{name} {number:g}" for name, number in numbers.items()) or "-"}'
     )
     if analyses := config.analysis.tokens:
         share = during.share(config, program.flops_per_position(), program.row_length)
-        console.say(f'analyses on {analyses:,} tokens: {share:.2%} of the FLOPs of training')
+        console.say(f'analyses on {task.units(analyses):,.0f} {task.unit}: {share:.2%} of the FLOPs of training')
     sizes, steps = config.model, config.num_steps + config.model.ramp_start
     optim = config.optim
     warmup_ratio = optim.warmup_steps / config.num_steps if optim.warmup_steps else optim.warmup_ratio

@@ -164,6 +164,7 @@ ELSEWHERE = {
     'processes.timeout': 'test_processes.py::test_one_that_never_comes_is_named',
     'processes.secret': 'test_roll_call.py::test_of_the_key',
     'processes.stall': 'test_keys.py::test_when_a_run_does_what',
+    'expected.accuracy': 'test_papers.py::test_images',
     'expected.perplexity': 'test_papers.py::test_got_paper_and_difference',
     'expected.tokens': 'test_papers.py::test_every_cell_builds',
     'expected.tasks': 'test_task_tables.py::test_beside_the_papers',
