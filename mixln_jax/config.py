@@ -11,12 +11,14 @@ from typing import Any
 
 import ml_collections
 
+from mixln_jax.keys.classification import Classification  # noqa: F401
 from mixln_jax.keys.data import WORKERS, Data, Task  # noqa: F401
 from mixln_jax.keys.field import LARGEST_VOCABULARY, LONGEST  # noqa: F401
+from mixln_jax.keys.images import Images  # noqa: F401
 from mixln_jax.keys.model import Model  # noqa: F401
 from mixln_jax.keys.online import Online  # noqa: F401
 from mixln_jax.keys.optim import PUBLISHED, Optim  # noqa: F401
-from mixln_jax.keys.preference import Preference  # noqa: F401
+from mixln_jax.keys.preference import Preference, Reward  # noqa: F401
 from mixln_jax.keys.run import Analysis, Checkpoint, Config, Eval, Expected, Mesh, Processes, Profile  # noqa: F401
 from mixln_jax.keys.tune import MEANT_FOR, Tune
 from mixln_jax.system import errors, files
@@ -341,7 +343,9 @@ def _check_online(config: Config) -> None:
     """Raises UsageError if keys contradict how a run learns from generated text."""
     online, prefix = config.task.online, 'config.task.online'
     if not online.reward:
-        raise UsageError(f'config.task.name=online needs {prefix}.reward: module:function')
+        raise UsageError(
+            f'config.task.name=online needs {prefix}.reward: module:function, or the folder of a reward network'
+        )
     if not (config.init_from or config.resume_from):
         raise UsageError('config.task.name=online needs config.init_from: a network that can answer')
     if online.algorithm != 'remax' and online.completions == 1:

@@ -2,6 +2,7 @@
 
 `python -m mixln_jax.evaluate --checkpoint DIR` evaluates trained weights on the run's own text, with --tasks in the
 lm-evaluation-harness (`pip install lm_eval`), or with --against by its answers, compared with those of other weights.
+With --texts a reward network scores texts.
 """
 
 from mixln_jax.system.signals import stop
@@ -18,9 +19,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mixln_jax.data import rows as data_rows
-from mixln_jax.evaluation import comparison, prompts, reward_functions
+from mixln_jax.evaluation import comparison, prompts, rewards
+from mixln_jax.evaluation.generation import json_lines
 from mixln_jax.evaluation.harness_options import OF_TASKS, OF_TEXT, add_task_options, open_harness
 from mixln_jax.evaluation.loop import evaluate_run
+from mixln_jax.runs import encoder as encoders
 from mixln_jax.runs import weights
 from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli, console, files, outputs
@@ -49,7 +52,7 @@ def _add_comparison_options(add: Callable[..., Any]) -> None:
     """Adds the options that `_comparison` reads; `add` is a parser's add_argument."""
     add('--against', metavar='DIR', help='compare the answers with those of these weights')
     add('--prompts', metavar='FILE.jsonl', help='against: what both answer: `prompt`, `messages` or `instruction`')
-    add('--reward', metavar='R', help="against: module:function [the run's task.online.reward]")
+    add('--reward', metavar='R', help="against: as task.online.reward [the run's own]")
     add('--start', metavar='DIR', help='against: the weights that both began with, for the KL divergence from them')
     add('--max_new_tokens', type=int, metavar='N', help='against: tokens of an answer, at most [128]')
     add('--temperature', type=float, metavar='X', help='against: of the samples; 0: the likeliest tokens [1.0]')
@@ -83,8 +86,10 @@ def _comparison(options: argparse.Namespace) -> Callable[[Weights], tuple[str, d
     def compare(loaded: Weights) -> tuple[str, dict[str, Any]]:
         reward = options.reward or (loaded.config.task.online.reward if loaded.config else '')
         if not reward:
-            raise UsageError('--against needs --reward: module:function')
-        opened = reward_functions.open_function(reward, '--reward')
+            raise UsageError('--against needs --reward: module:function, or the folder of a reward network')
+        size = options.batch_size or 32
+        tokenizer = encoders.of_weights(loaded).tokenizer
+        opened, _ = rewards.open_reward(reward, '--reward', comparison.mesh_for(size), size, tokenizer)
         other, start = (path and weights.load(path) for path in (options.against, options.start))
         result = comparison.compare(
             loaded,
@@ -95,12 +100,38 @@ def _comparison(options: argparse.Namespace) -> Callable[[Weights], tuple[str, d
             max_new=options.max_new_tokens or 128,
             temperature=temperature,
             seed=options.seed or 0,
-            batch_size=options.batch_size or 32,
+            batch_size=size,
         )
         about = {'against': other.where, 'reward_of': reward, 'prompts_of': options.prompts}
         return f'against {other.where}\n{comparison.shown(result)}', about | result
 
     return compare
+
+
+def _score(options: argparse.Namespace, closing: contextlib.ExitStack) -> None:
+    """Prints how a reward network scores the texts of a file, and writes each of them with its reward.
+
+    Raises UsageError for an option that has no meaning; DataError as `rewards.read`; and as `rewards.Scorer`.
+    """
+    for name in (*OF_TEXT, 'tasks', *OF_TASKS, 'against', *OF_COMPARISON):
+        if getattr(options, name) is not None:
+            raise UsageError(f'--{name} has no meaning with --texts')
+    if options.out is not None:
+        out = outputs.resolve(options.out)
+        if out.exists():
+            raise UsageError(f'--out {options.out} is there already; take another name')
+        closing.enter_context(outputs.writing(out))
+    texts, size = rewards.read(options.texts), options.batch_size or 32
+    loaded = weights.load(options.checkpoint, norm_position=options.norm_position)
+    found = rewards.Scorer(loaded, comparison.mesh_for(size), size).score(texts)
+    about = rewards.summary(found)
+    console.say(
+        f'{loaded.where}', f'{about["texts"]:,} texts: reward {about["reward"]:.4f}, spread {about["reward_std"]:.4f}'
+    )
+    if options.out is not None:
+        outputs.write(
+            out, json_lines({**text.fields, 'reward': float(r)} for text, r in zip(texts, found, strict=True))
+        )
 
 
 def _place(out: str) -> pathlib.Path:
@@ -137,6 +168,11 @@ def main(argv: Sequence[str]) -> int:
     add('--data_path', metavar='PATH', help=data_rows.MOVED)
     add_task_options(add)
     _add_comparison_options(add)
+    add(
+        '--texts',
+        metavar='FILE.jsonl',
+        help='score these with a reward network; --out then is JSON lines with `reward`',
+    )
     add('--traceback', action='store_true', help='show where an error comes from')
 
     def job() -> None:
@@ -148,12 +184,15 @@ def main(argv: Sequence[str]) -> int:
             if options.tasks and getattr(options, name) is not None:
                 raise UsageError(f'--{name} has no meaning with --tasks')
         with contextlib.ExitStack() as closing:
+            if options.texts is not None:
+                _score(options, closing)
+                return
             if options.out is not None:  # before anything is measured
                 closing.enter_context(outputs.writing(out := _place(options.out)))
             compare, harness = _comparison(options), open_harness(options)
             loaded = weights.load(options.checkpoint, norm_position=options.norm_position)
-            if not (loaded.config or loaded.model.causal):
-                raise CheckpointError(f'{loaded.where} sees both sides of a token, so it does not predict the next one')
+            if not loaded.config and loaded.model.obstacle:
+                raise CheckpointError(f'{loaded.where} {loaded.model.obstacle}')
             if compare:
                 shown, values = compare(loaded)
             else:

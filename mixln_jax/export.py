@@ -1,7 +1,8 @@
 """Weights for other tools: `python -m mixln_jax.export --checkpoint DIR --out DIR` writes a Hugging Face folder.
 
 Pre-LN networks become stock LLaMA. All others carry a small modelling file, which transformers runs with
-`AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`.
+`AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`. Reward models are for
+`AutoModelForSequenceClassification`.
 """
 
 from mixln_jax.system.signals import stop
@@ -112,6 +113,8 @@ def export_adapter(checkpoint: str | os.PathLike, out: str) -> None:
     target = _target(checkpoint, out)
     with outputs.replacing(target, _check_replaceable) as partial:
         found = weights.load(checkpoint, merge=False)
+        if found.model.num_outputs:
+            raise UsageError(f'--adapter: {found.where} has trained a head besides: export it without --adapter')
         if not found.config or found.config.tune.method != 'lora' or found.config.tune.train:
             raise UsageError(
                 f'--adapter: {found.where} is not a run that trains adapters alone '
@@ -183,6 +186,8 @@ def _check(folder: pathlib.Path, loaded: Weights, dtype: str) -> str:
 
     def numbers(model: Any, params: Any) -> tuple[np.ndarray, float]:
         logits, _ = jax.jit(model.apply)({'params': params}, ids)
+        if model.num_outputs:
+            return np.asarray(logits), 0.0  # it predicts no tokens
         loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
         return np.asarray(logits), float(np.exp(loss))
 
@@ -195,9 +200,12 @@ def _check(folder: pathlib.Path, loaded: Weights, dtype: str) -> str:
         )
         raise CheckpointError(f'{loaded.where}: {problem}{"" if dtype == "float32" else ": use --dtype float32"}')
     same = 'identical' if np.array_equal(written, logits) and reread == perplexity else f'equal up to {dtype}'
+    words = (
+        '' if loaded.model.num_outputs else f', of the perplexity {abs(reread - perplexity):.3g} (of {perplexity:.6g})'
+    )
     return (
         f'read back and compared: {same} (on {ids.size} random tokens the largest difference of a logit {gap:.3g} '
-        f'(of {largest:.3g}), of the perplexity {abs(reread - perplexity):.3g} (of {perplexity:.6g}))'
+        f'(of {largest:.3g}){words})'
     )
 
 

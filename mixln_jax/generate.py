@@ -96,8 +96,8 @@ class _Job:
 def _open(options: argparse.Namespace, given: list[Prompt]) -> _Job:
     """Returns the job; warns of prompts that are cut."""
     found = weights.load(options.checkpoint, options.compute_dtype, options.norm_position)
-    if not found.model.causal:
-        raise CheckpointError(f'{found.where} sees both sides of a token, so it does not predict the next one')
+    if found.model.obstacle:
+        raise CheckpointError(f'{found.where} {found.model.obstacle}')
     encoder = encoders.of_weights(found)
     template = prompts.open_template(options.template, found.config, encoder.tokenizer, found.template)
     encoder = prompts.with_turn_end(encoder, template)

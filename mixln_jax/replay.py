@@ -28,7 +28,7 @@ from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.data import batches, layout
 from mixln_jax.models import families, transformer
-from mixln_jax.program import step
+from mixln_jax.program import inner, step
 from mixln_jax.runs import checkpoint, checkpoint_folders, frozen
 from mixln_jax.system import cli, console, files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
@@ -50,16 +50,19 @@ def replay(folder: str, compute_dtype: str | None) -> None:
     task = _task(config, compute_dtype or 'float32')
     model = task.model
     console.say(f'weights of step {about["step"]}, {model.compute_dtype}, {len(model.norm_position)} layers')
+    reference = frozen.read_reference(debug.parent) if task.needs_reference else None
     measured = jax.jit(functools.partial(_measured, task))
     for path in stored:
         before = transformer.needed_step(model, _number(path) - 1)  # updates done when it was trained on
         stored_batch: Any = read_batch(path, config)
         batch = task.prepare(stored_batch, step.step_key(config.seed, _number(path) - 1), True)
+        if task.collect is not None:
+            batch = inner.recorded(params, batch, before, reference, task, accumulate=config.accumulate)
         micro = step.micro_batches(batch, config.accumulate)
         if _number(path) <= about['step']:
             console.say(f'\nbatch {_number(path)} came before these weights, which it has helped to make:')
         measurements = [
-            jax.device_get(measured(params, jax.tree.map(lambda a, i=i: a[i], micro), before))
+            jax.device_get(measured(params, jax.tree.map(lambda a, i=i: a[i], micro), before, reference))
             for i in range(config.accumulate)
         ]
         _show(_number(path), model.norm_position, jax.tree.map(lambda *a: np.stack(a), *measurements))
@@ -107,16 +110,20 @@ def read_batch(path: pathlib.Path, config: configs.Config) -> dict[str, np.ndarr
 
 
 def _task(config: configs.Config, compute_dtype: str = 'float32') -> Task:
-    return build.from_config(config, families.from_config(config.model, compute_dtype))
+    return build.from_config(
+        config, families.from_config(config.model, compute_dtype, num_outputs=config.task.num_outputs)
+    )
 
 
-def _measured(task: Task, params: Any, batch: Batch, before: jax.Array | None) -> dict[str, jax.Array]:
+def _measured(task: Task, params: Any, batch: Batch, before: jax.Array | None, reference: Any) -> dict[str, jax.Array]:
     """Returns the losses of rows (nats per token), and for each layer the largest norms of stream and branches, and the
     norm of the gradient."""
 
+    context = Context(train=task.collect is not None, step=before, reference=reference)
+
     def loss(params: Any) -> tuple[jax.Array, Any]:
         _, out = task.model.apply({'params': params}, batch, capture=True, step=before, method='backbone')
-        losses = task.losses(params, batch, Context(step=before))
+        losses = task.losses(params, batch, context)
         rows = losses.per_example / jnp.maximum(losses.example_weight, 1)
         mean = losses.sum / jnp.maximum(losses.weight, 1)
         return mean, (rows, out['branches'], jnp.linalg.norm(out['hidden'][1:], axis=-1))

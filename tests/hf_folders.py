@@ -26,10 +26,11 @@ KINDS['all'] = {name: value for kind in KINDS.values() for name, value in kind.i
 
 
 @functools.cache
-def network(norm_position, **changes):
+def network(norm_position, num_outputs=0, **changes):
     """Returns (model, params) of three layers and 11 words, no two numbers alike."""
     sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_heads=4, num_kv_heads=2, num_layers=3)
-    model = families.from_config(configs.Model(norm_position=norm_position, **(sizes | changes)), 'float32')
+    config = configs.Model(norm_position=norm_position, **(sizes | changes))
+    model = families.from_config(config, 'float32', num_outputs=num_outputs)
     rng = np.random.default_rng(0)
     draw = lambda path, leaf: rng.normal('norm' in str(path), 0.4, leaf.shape).astype(np.float32)  # noqa: E731
     params = jax.tree_util.tree_map_with_path(draw, model.shapes()['params'])

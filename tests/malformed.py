@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator
 import corpora
 import data_sets
 import numpy as np
+import pictures
 import safetensors.numpy
 import vocabularies
 
 from mixln_jax import config, recipes, replay
 from mixln_jax.data import chat, datasets, prepared, records, text_files, tokenizers, verify
+from mixln_jax.data.images import examples
 from mixln_jax.data.prepare import job as jobs
 from mixln_jax.data.prepare import units
 from mixln_jax.models.hf import config as hf_config
@@ -251,7 +253,7 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
         template = chat.open_template('chat', vocabularies.open_file(path / 'tokenizer.json'))
         template.tokens([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
 
-    return {
+    return _of_images() | {
         'a run': Reader('config.json', run, lambda path: config.read(path / 'config.json'), {}, json_values(60)),
         'jsonl': Reader('a.jsonl', lines, read('jsonl', 'a.jsonl'), {}, _lines),
         'records': Reader('a.json', RECORD, read_records, {}, json_values(60)),
@@ -297,6 +299,39 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
             'model.safetensors.index.json', index, tensors.read, {'part.safetensors': tensor}, json_values(20)
         ),
         'recipe': Reader('a.py', b'from mixln_jax import config\nget_config = config.default\n', _recipe, {}, _recipes),
+    }
+
+
+def _of_images():
+    """Readers of images: an image in a folder, archives of them, arrays."""
+    images, arrays = {f'set/{name}': body for name, body in pictures.set_of().items()}, io.BytesIO()
+    np.savez(arrays, images=np.arange(300, dtype=np.uint8).reshape(10, 6, 5), labels=np.arange(10) % 3)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for name, body in images.items():
+            archive.writestr(name, body)
+    tars = pictures.tar_of(
+        {'a.tar': pictures.tar_of({'1.jpg': pictures.plain('cat')}), 'b/2.jpg': pictures.plain('dog')}
+    )
+    labels = {'train-labels-idx1-ubyte': pictures.idx_of(np.arange(10, dtype=np.uint8) % 3)}
+    pixels = pictures.idx_of(np.arange(300, dtype=np.uint8).reshape(10, 6, 5))
+
+    def read(source, name):
+        def call(path):
+            keys = {'source': source, 'path': str(path / name), 'held_out': 0.0}
+            made = examples.open_examples(config.Data(**keys), 'train', 8)
+            made.batch(range(len(made)))
+
+        return call
+
+    jpeg, png = images.pop('set/cat/cat0.jpg'), pictures.encoded(pictures.pixels())
+    return {
+        'jpeg': Reader('set/cat/cat0.jpg', jpeg, read('images', 'set'), images),
+        'png': Reader('set/cat/cat0.png', png, read('images', 'set'), images),
+        'zip': Reader('set.zip', packed.getvalue(), read('images', 'set.zip')),
+        'tar': Reader('set.tar', tars, read('images', 'set.tar')),
+        'idx': Reader('train-images-idx3-ubyte', pixels, read('idx', ''), labels),
+        'npz': Reader('set.npz', arrays.getvalue(), read('npz', 'set.npz')),
     }
 
 

@@ -59,6 +59,12 @@ def lns(x, w, attention, mlp, norm, l, L, r=1.0):
     return a + r * mlp(norm(a, w['mlp_in']) / np.sqrt(float(l)))
 
 
+def lns_branch(x, w, attention, mlp, norm, l, L, r=1.0):
+    """LayerNorm scaling after the sub-layer: y = x + F(N_in(x)) / sqrt(l). The same, section on vision."""
+    a = x + r * attention(norm(x, w['attention_in'])) / np.sqrt(float(l))
+    return a + r * mlp(norm(a, w['mlp_in'])) / np.sqrt(float(l))
+
+
 def peri(x, w, attention, mlp, norm, l, L, r=1.0):
     """Peri-LN: as Sandwich-LN, and the embedding's output is normalised. Kim et al., arXiv 2502.02732."""
     return sandwich(x, w, attention, mlp, norm, l, L, r)
@@ -108,14 +114,14 @@ def deepnorm_official(x, w, attention, mlp, norm, l, L, r=1.0):
 PLACEMENTS = {
     f.__name__: f
     for f in (
-        *(pre, post, sandwich, res_post, deepnorm, lns, peri, hybridnorm, hybridnorm_first),
+        *(pre, post, sandwich, res_post, deepnorm, lns, lns_branch, peri, hybridnorm, hybridnorm_first),
         *(scale_res_pre, admin, admin_constant, group_pre, deepnorm_official),
     )
 }
 # The vectors of a layer beside its matrices: name -> length (D: width; hd: of a head; 0: a scalar).
 IN, OUT, POST = ({f'{sublayer}_{at}': 'D' for sublayer in ('attention', 'mlp')} for at in ('in', 'out', 'post'))
 QKV = dict(q_norm='hd', k_norm='hd', v_norm='hd')
-VECTORS = dict(pre=IN, post=POST, sandwich=IN | OUT, res_post=OUT, deepnorm=POST, lns=IN, peri=IN | OUT)
+VECTORS = dict(pre=IN, post=POST, sandwich=IN | OUT, res_post=OUT, deepnorm=POST, lns=IN, lns_branch=IN, peri=IN | OUT)
 VECTORS |= dict(hybridnorm=QKV | {'mlp_in': 'D'}, hybridnorm_first=QKV | IN, admin_constant=POST, group_pre=IN)
 VECTORS |= dict(scale_res_pre=IN | {'attention_branch': '0', 'mlp_branch': '0'}, deepnorm_official=POST)
 VECTORS |= dict(admin=POST | {'attention_residual': 'D', 'mlp_residual': 'D'})

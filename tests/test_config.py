@@ -54,7 +54,7 @@ def test_recipes_have_the_official_sizes(size):
     assert (config.batch_size, config.seq_length, config.data.name) == (512, 256, 'c4/en')
 
 
-OTHERS = {'quickstart', 'books', 'bert_quickstart'}
+OTHERS = {'vit_fashion_mnist', 'vit_quickstart', 'quickstart', 'books', 'bert_quickstart'}
 
 
 def test_every_size_has_a_recipe():
@@ -452,6 +452,7 @@ class TestCommandLine:
         files = [str(path) for path in RECIPES.glob('**/*.py')]
         assert len({main.default_workdir(file) for file in files}) == len(files)
         begins = {'finetune/quickstart.py': 'quickstart.py', 'preferences/dpo_quickstart.py': 'finetune/quickstart.py'}
+        begins['preferences/reward_quickstart.py'] = 'finetune/quickstart.py'
         for recipe, base in begins.items():
             options, config = self.parse('--config', str(RECIPES / recipe))
             assert config.init_from == main.default_workdir(str(RECIPES / base)) != options.workdir

@@ -354,7 +354,7 @@ def test_samples_of_a_run(run):
 
 def test_samples_of_a_network_that_sees_both_sides(tmp_path):
     keys = [('eval.samples', '2'), ('device', 'cpu')]
-    with pytest.raises(UsageError, match='config.eval.samples=2 has no meaning for config.model.family=bert'):
+    with pytest.raises(UsageError, match='config.eval.samples=2 has no meaning: this network sees both sides'):
         main.run(recipes.load(f'{ROOT}/configs/bert_quickstart.py', keys), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
 

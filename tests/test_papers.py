@@ -13,6 +13,7 @@ from mixln_jax import main, recipes
 from mixln_jax.models import families
 from mixln_jax.report import command as report
 from mixln_jax.system.errors import UsageError
+from mixln_jax.tasks import build
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAPER = ROOT / 'configs/paper'
@@ -42,7 +43,7 @@ def cells_of(table):
 
 
 def test_every_table_is_here():
-    assert {path.stem for path in PAPER.glob('*.py')} == {*CELLS, 'mixln_table2'}
+    assert {path.stem for path in PAPER.glob('*.py')} == {*CELLS, 'mixln_table2', 'mixln_table3'}
 
 
 @pytest.mark.parametrize('table', CELLS)
@@ -89,6 +90,28 @@ def test_fine_tuning():
         assert [*tasks] == ['mmlu', 'boolq', 'arc_easy', 'piqa', 'hellaswag', 'openbookqa', 'winogrande']
         assert sum(tasks.values()) / 7 == pytest.approx(average, abs=0.005), name
         assert not config.expected.perplexity and config.expected.source == f'Mix-LN Table 2, {name}'
+
+
+def test_human_feedback():
+    """Table 3: three stages of each network, each from the one before; one reward model judges both."""
+    names = cells_of('mixln_table3')
+    assert names == [f'{placement}_{stage}' for placement in ('pre', 'mix') for stage in ('sft', 'reward', 'online')]
+    for name in names:
+        placement, stage = name.split('_')
+        config = load('mixln_table3', name)
+        assert config.model.norm_position == placement and by_hand(config.model) == SIZES['1b'][1]
+        task = build.from_config(config, families.from_config(config.model))
+        before = f'mixln_table1_1b_{placement}' if stage == 'sft' else f'mixln_table3_{placement}_sft'
+        assert config.init_from == f'runs/{before}'
+        learned, rate = {'sft': ('instructions', 1e-5), 'reward': ('reward', 2e-5), 'online': ('online', 2e-7)}[stage]
+        assert (config.task.name, config.optim.learning_rate) == (learned, rate) and isinstance(
+            task, build.TASKS[learned]
+        )
+        assert not config.expected.perplexity and not config.expected.tasks
+    online = [load('mixln_table3', f'{placement}_online') for placement in ('pre', 'mix')]
+    assert [config.task.online.reward for config in online] == ['runs/mixln_table3_pre_reward'] * 2
+    assert '0.75' in online[0].expected.source and '1.32' in online[1].expected.source
+    assert online[0].task.online == online[1].task.online and online[0].task.online.algorithm == 'remax'
 
 
 def test_what_the_cells_change():

@@ -235,6 +235,8 @@ def _result(
 ) -> dict[str, Any]:
     """Returns the entry of one network in result.json. Raises NumericsError if it is not finite."""
     subject = subjects.open_subject(place, options.norm_position, options.batch_size, options.data_path)
+    if options.text:
+        subject = subject.of_text()
     sample = Sample(subject, options, place.label)
     numbers = work(subject, options, sample)
     if not all(np.isfinite(part).all() for part in job.whole(numbers)):

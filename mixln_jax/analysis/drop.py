@@ -48,11 +48,13 @@ def masks(layers: int, block: int = 1) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames='task')
-def _losses(params: Any, batch: Batch, layer_masks: jax.Array, step: jax.Array | None, *, task: Task) -> Any:
+def _losses(
+    params: Any, batch: Batch, layer_masks: jax.Array, step: jax.Array | None, reference: Any, *, task: Task
+) -> Any:
     """Returns summed losses of each row [B,K], one for each of `layer_masks` [K,L], and what to divide them by [B]."""
 
     def losses(layer_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses = task.losses(params, batch, Context(layer_mask, step=step))
+        losses = task.losses(params, batch, Context(layer_mask, step=step, reference=reference))
         return losses.per_example, losses.example_weight
 
     sums, weights = jax.lax.map(losses, layer_masks)
@@ -65,10 +67,12 @@ def measure(
     batches: Iterable[Mapping[str, np.ndarray]],
     blocks: Sequence[int] = (1,),
     step: jax.Array | None = None,
+    reference: Any = None,
 ) -> dict[str, Any]:
     """Returns the loss with and without layers, and the headline of a task where it is a function of the loss.
 
-    Arguments as those of angular.measure.
+    Arguments as those of angular.measure; `reference`: the network that training began with, of which no layer is
+    removed, where the losses depend on it.
 
     Returns:
         {'loss', headline}: {'value', 'standard_error', 'drop': {block: {'mean', 'standard_error'}, [L-block+1]}}.
@@ -78,7 +82,7 @@ def measure(
     layer_masks = np.concatenate([np.ones((1, L), bool), *removed])
     layer_masks = meshes.to_devices(layer_masks, meshes.replicated(task.model.stream_sharding.mesh))
     sums, weights = command.by_row(
-        lambda batch: _losses(params, batch, layer_masks, step, task=task), task.model, batches
+        lambda batch: _losses(params, batch, layer_masks, step, reference, task=task), task.model, batches
     )
     of_loss = {task.headline: task.headline_of_loss} if task.headline_of_loss else {}
     metrics = statistics.drops(sums, weights, of_loss)
@@ -234,7 +238,7 @@ def main(argv: Sequence[str]) -> int:
             raise UsageError(f'--blocks {options.blocks}: {subject.weights.where} has {L} layers')
         if subject.task.score:
             return _scores(subject, options, sample.examples, blocks)
-        metrics = measure(subject.task, subject.params, sample.batches(), blocks)
+        metrics = measure(subject.task, subject.params, sample.batches(), blocks, subject.step, subject.reference)
         if harness:
             metrics |= measure_metrics(_tasks(subject, harness), L, blocks)
         return {'metrics': metrics}

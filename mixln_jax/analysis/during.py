@@ -43,18 +43,20 @@ class Analyses:
         model = task.model.clone(compute_dtype='float32')
         self._task, self._watched = dataclasses.replace(task, model=model), watched
         parts = meshes.row_parts(model.stream_sharding.mesh)
-        wanted = -(-config.analysis.tokens // config.seq_length)
-        size = parts * max(1, min(POSITIONS // config.seq_length, -(-wanted // parts)))
+        length = model.row_length(config.seq_length)
+        wanted = -(-config.analysis.tokens // length)
+        size = parts * max(1, min(POSITIONS // length, -(-wanted // parts)))
         self._batches = samples.sample(self._task, examples, config.analysis.tokens, size, parts=parts)
 
-    def __call__(self, params: Any, step: Any) -> dict[str, Any]:
+    def __call__(self, params: Any, step: Any, reference: Any = None) -> dict[str, Any]:
         step = transformer.needed_step(self._task.model, step)
         params = _merged(params)
 
-        def measure(job: Any) -> dict[str, Any]:
-            return job.measure(self._task, params, self._watched(self._batches), step=step)
+        def measure(job: Any, **more: Any) -> dict[str, Any]:
+            return job.measure(self._task, params, self._watched(self._batches), step=step, **more)
 
-        distances, dropped, norms, stream = (measure(job) for job in (angular, drop, gradients, variance))
+        distances, stream = measure(angular), measure(variance)
+        dropped, norms = (measure(job, reference=reference) for job in (drop, gradients))
         matrix = distances['distance']['mean']
         headline = self._task.headline if self._task.headline_of_loss else 'loss'
         return {
@@ -75,7 +77,7 @@ def _merged(network: Any) -> Any:
     return jax.jit(lora.merged, out_shardings=like)(network)
 
 
-def share(config: configs.Config, flops_per_position: float) -> float:
+def share(config: configs.Config, flops_per_position: float, row_length: int) -> float:
     """Returns the FLOPs of the analyses as a share of those of training, by formula.
 
     A position of the sample costs L+6 forward passes (one for angles and one for variances, three for the gradient, L+1
@@ -83,8 +85,9 @@ def share(config: configs.Config, flops_per_position: float) -> float:
 
     Args:
         flops_per_position: of training.
+        row_length: positions of a row.
     """
     L, D = config.model.num_layers, config.model.hidden_size
     analyses = config.analysis.tokens * ((L + 6) * flops_per_position / 3 + 8 * (L + 1) ** 2 * D)
     times = -(-config.num_steps // (config.analysis.every or config.num_steps))  # the last one after the last step
-    return times * analyses / (flops_per_position * config.batch_size * config.seq_length * config.num_steps)
+    return times * analyses / (flops_per_position * config.batch_size * row_length * config.num_steps)

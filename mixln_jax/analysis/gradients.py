@@ -41,9 +41,12 @@ ROWS = 32
 
 
 @functools.partial(jax.jit, static_argnames='task')
-def _gradient(params: Any, batch: Batch, step: jax.Array | None, *, task: Task) -> tuple[Any, jax.Array]:
+def _gradient(
+    params: Any, batch: Batch, step: jax.Array | None, reference: Any, *, task: Task
+) -> tuple[Any, jax.Array]:
     """Returns the gradient of the summed losses of a batch, and what it is to be divided by."""
-    losses = lambda params: task.losses(params, batch, Context(step=step))[:2]  # noqa: E731
+    context = Context(step=step, reference=reference)
+    losses = lambda params: task.losses(params, batch, context)[:2]  # noqa: E731
     grads, weight = jax.grad(losses, has_aux=True)(params)
     shardings = meshes.state_shardings(task.model.stream_sharding.mesh, grads)
     return jax.lax.with_sharding_constraint(grads, shardings), weight
@@ -67,11 +70,12 @@ def measure(
     batches: Iterable[Mapping[str, np.ndarray]],
     rows: int | None = None,
     step: jax.Array | None = None,
+    reference: Any = None,
 ) -> dict[str, Any]:
     """Returns the norms of gradients by layer and by matrix.
 
     Args:
-        task, params, batches, step: as angular.measure.
+        task, params, batches, step: as angular.measure; reference: as drop.measure.
         rows: number of rows that share one gradient, a multiple of a batch's; fewer, at the end, are left out. None:
             all rows share one.
 
@@ -87,7 +91,7 @@ def measure(
     gradients, tokens = [], 0
     sums, summed_tokens, summed_rows = None, 0, 0  # of the gradient that is being summed
     for batch in batches:
-        gradient = _gradient(params, meshes.to_devices(batch, model.stream_sharding), step, task=task)
+        gradient = _gradient(params, meshes.to_devices(batch, model.stream_sharding), step, reference, task=task)
         sums = _sum(sums, gradient) if sums else gradient
         counts = command.position_mask(task, batch).sum(-1)
         summed_tokens, summed_rows = summed_tokens + int(counts.sum()), summed_rows + int((counts > 0).sum())
@@ -148,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
             raise UsageError(f'--rows {options.rows} is not a multiple of --batch_size {options.batch_size}')
 
     def work(subject: Subject, options: argparse.Namespace, sample: command.Sample) -> dict[str, Any]:
-        return measure(subject.task, subject.params, sample.batches(), options.rows)
+        return measure(subject.task, subject.params, sample.batches(), options.rows, subject.step, subject.reference)
 
     return command.run(sys.modules[__name__], work, argv, add_options, check)
 

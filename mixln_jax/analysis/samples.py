@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ from mixln_jax import config as configs
 from mixln_jax.analysis.subjects import Subject
 from mixln_jax.data import batches, squad, text_files
 from mixln_jax.data import rows as data_rows
-from mixln_jax.data.examples import Batch, Examples, Rows
+from mixln_jax.data.examples import Batch, Examples
 from mixln_jax.data.tokenizers import Tokenizer
+from mixln_jax.evaluation import references
 from mixln_jax.program import step
 from mixln_jax.runs import encoder
 from mixln_jax.system import console, files
@@ -31,8 +32,8 @@ def text(
     seq_length: int | None = None,
     mode: str | None = None,
     data_path: str | None = None,
-) -> tuple[Rows, dict[str, Any]]:
-    """Returns rows of text to measure a network on.
+) -> tuple[Examples, dict[str, Any]]:
+    """Returns rows of text, or the images of a run, to measure a network on.
 
     Args:
         subject: from `open_subject`.
@@ -44,7 +45,7 @@ def text(
         data_path: where the run's own text is now; None: where it was.
 
     Returns:
-        (rows, a dict that identifies the text).
+        (examples, a dict that identifies them).
 
     Raises:
         UsageError: no text, no tokenizer, or a network that does not read plain text. DataError: as
@@ -53,6 +54,8 @@ def text(
     loaded = subject.weights
     if isinstance(subject.task, QuestionAnswering):
         raise UsageError(f'{loaded.where} is a BERT; give --squad FILE, questions and texts for it to read')
+    if subject.task.reads != 'texts':
+        return _images(subject, {'--text': path, '--seq_length': seq_length, '--mode': mode}, split, data_path)
     data = loaded.config.data if loaded.config else configs.Data()
     length = seq_length or (loaded.max_length if loaded.data_mode else min(256, loaded.max_length))
     if path:
@@ -72,6 +75,7 @@ def text(
         else:
             run = dataclasses.replace(loaded.config, data=data, seq_length=length)
             rows = data_rows.open_rows_of_run(loaded.workdir, run, split, tokenizer, data_path)
+            rows = references.of_run(subject.task, loaded, split, rows)
     except (DataError, UsageError) as error:
         message = str(error)
         options = {'data.mode': '--mode', 'seq_length': '--seq_length'} | ({'data.path': '--text'} if path else {})
@@ -79,6 +83,21 @@ def text(
             message = message.replace(f'config.{key}', option)
         raise type(error)(message) from None
     return rows, {'split': split} | rows.fingerprint
+
+
+def _images(
+    subject: Subject, options: Mapping[str, Any], split: str | None, data_path: str | None
+) -> tuple[Examples, dict[str, Any]]:
+    """Returns the images of a run as `text` does. Raises UsageError for `options` that have no meaning, or no run."""
+    loaded = subject.weights
+    for option, value in options.items():
+        if value is not None:
+            raise UsageError(f'{option} has no meaning for {loaded.where}, which reads images')
+    if not loaded.config or not loaded.workdir:
+        raise UsageError(f'{loaded.where} is a Hugging Face folder, which names no images; a run of ours is needed')
+    split = split or loaded.config.eval.split
+    examples = data_rows.open_rows_of_run(loaded.workdir, loaded.config, split, None, data_path)
+    return examples, {'split': split} | examples.fingerprint
 
 
 class _WithStart:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mixln_jax import config as configs
 from mixln_jax.data import batches
@@ -15,6 +16,7 @@ from mixln_jax.data import rows as data_rows
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.models import transformer
 from mixln_jax.models.network import Network
+from mixln_jax.program import lora
 from mixln_jax.program.program import Program
 from mixln_jax.runs import checkpoint_folders, frozen, start_weights, weights, workdir
 from mixln_jax.runs.weights import Weights
@@ -43,16 +45,32 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A network in float32 as its task sees it, its weights on all devices that share `batch_size` rows evenly."""
+    """A network in float32 as its task sees it, its weights on all devices that share `batch_size` rows evenly.
+
+    `reference` is the network that the run began with, where the task's losses depend on its weights, else None.
+    """
 
     weights: Weights
     task: Task
     params: Any
+    reference: Any = None
 
     @property
     def model(self) -> Network:
         """The network."""
         return self.task.model
+
+    @property
+    def step(self) -> Any:
+        """Number of updates that made the weights, where the network has a ramp, else None; see angular.measure."""
+        step = self.weights.step
+        return None if step is None else transformer.needed_step(self.model, jnp.int32(step))
+
+    def of_text(self) -> 'Subject':
+        """Returns the network as plain text measures it: one that was taught to answer, by language modelling."""
+        if not (self.weights.config and weights.taught(self.weights.config)):
+            return self
+        return dataclasses.replace(self, task=build.of_network(self.model), reference=None)
 
 
 def places(checkpoints: Iterable[str], steps: str | None = None) -> list[Place]:
@@ -127,7 +145,12 @@ def open_subject(
         loaded = dataclasses.replace(loaded, model=model, params=params, step=0, where=name)
     model = loaded.model.clone(stream_sharding=meshes.batch_sharding(mesh))
     task = build.from_config(loaded.config, model) if loaded.config else build.of_network(model)
-    return Subject(loaded, task, jax.device_put(loaded.params, meshes.state_shardings(mesh, loaded.params)))
+    on_mesh = lambda params: jax.device_put(params, meshes.state_shardings(mesh, params))  # noqa: E731
+    reference = None
+    if task.needs_reference and task.collect is None:  # a task that collects has no rewards of a sample of prompts
+        assert loaded.workdir, 'a network without a run learns language'
+        reference = on_mesh(frozen.read_reference(loaded.workdir))
+    return Subject(loaded, task, on_mesh(loaded.params), reference)
 
 
 def _mesh(rows: int) -> jax.sharding.Mesh:
@@ -143,13 +166,17 @@ def parts(rows: int) -> int:
 def _initial(loaded: Weights, data_path: str | None) -> Any:
     """Returns the weights that a run began with, made again from its config, on one device."""
     config, mesh = loaded.config, _mesh(1)
-    assert config and loaded.workdir and loaded.tokenizer, 'only a run has initial weights'
-    if (base := frozen.read_base(loaded.workdir)) is not None:
-        return base
-    if config.init_from:
-        return start_weights.initial(config.init_from, loaded.model)
+    assert config and loaded.workdir, 'only a run has initial weights'
+    own_head = bool(config.task.num_outputs)  # which may be new, and no part of what is given
+    given = None if own_head else frozen.read_base(loaded.workdir)
+    if given is None and config.init_from:
+        given = start_weights.initial(config.init_from, loaded.model)
+    if given is not None and not own_head:
+        return given
     program = Program(config, mesh)
     state = program.init(jax.random.key(config.seed))
+    if given is not None:
+        return jax.device_get(lora.base(state.network)) | given
     if program.model.measured():
         rows = data_rows.open_rows_of_run(loaded.workdir, config, config.data.split, loaded.tokenizer, data_path)
         first = batches.training(rows, seed=config.data.seed, batch_size=config.batch_size)[0]

@@ -20,8 +20,8 @@ SLOWEST = 10**6  # bytes per second at which parquet must arrive
 IN_MEMORY = 10**9  # bytes; TFDS reads parquet whole
 
 
-class Dataset:
-    """One split of a data set in `data_dir`/<name>/<version>, the layout of TFDS; see sources.Source.
+class Records:
+    """The records of one split of a data set in `data_dir`/<name>/<version>, the layout of TFDS, as bytes.
 
     Args:
         name: 'c4/en', or 'c4/en:3.1.0' for one version; without a version the newest.
@@ -30,10 +30,12 @@ class Dataset:
 
     Raises:
         DataError: the data set, version or split does not exist; a bucket does not answer within 20 seconds; a shard is
-            missing or cut short; the file format has no random access; there is no field with text. The message names
-            folder or file. Reading raises DataError too, and names the record; if a bucket does not answer for a
+            missing or cut short; the file format has no random access; what the fields must be is missing. The message
+            names folder or file. Reading raises DataError too, and names the record; if a bucket does not answer for a
             minute, its cause is a TimeoutError.
     """
+
+    fingerprint: str  # a digest of the shape and of 16 records spread over the data set; reading all would take hours
 
     def __init__(self, name: str, split: str, data_dir: str = ''):
         root = data_dir or str(tfds.core.constants.DATA_DIR)
@@ -53,8 +55,7 @@ class Dataset:
             self.num_bytes = info.splits[split].num_bytes
             text_files.allow_open(2 * len(self._files))
             _check_shards(info, parts, limit)
-            self._field = _text_field(info)
-            self._features = tfds.features.FeaturesDict({self._field: tfds.features.Text()})
+            self._check_fields(info)
             whole = info.file_format.value == 'parquet'  # it is read completely now
             self._limit: float | None = PATIENCE if limit and not whole else None
             [records] = _ask(
@@ -69,15 +70,26 @@ class Dataset:
                 raise DataError(f'{self.folder}: split {split} has {len(self)} records, not {self.ends[-1]}')
             self.fingerprint = self._digest()
 
+    def _check_fields(self, info: tfds.core.DatasetInfo) -> None:
+        """Raises DataError if a record has not the fields that are needed."""
+        raise NotImplementedError
+
+    def _digest(self) -> str:
+        digest = hashlib.blake2b(f'{self.ends.tolist()} {self.num_bytes}'.encode(), digest_size=16)
+        for content in self._contents(np.unique(np.linspace(0, len(self) - 1, 16).astype(int)).tolist()):
+            digest.update(hashlib.blake2b(content).digest())
+        return digest.hexdigest()
+
+    def _contents(self, numbers: Sequence[int]) -> Iterable[bytes]:
+        """Returns what the fingerprint covers of some records."""
+        return self.raw(numbers)
+
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, i: int) -> str:
-        return self.__getitems__([i])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[str]:
-        records = self._from_bucket(indices) if self._limit else self._from_folder(indices)
-        return [self._text(i, record) for i, record in zip(indices, records, strict=True)]
+    def raw(self, indices: Sequence[int]) -> Sequence[bytes]:
+        """Returns records as they are stored."""
+        return self._from_bucket(indices) if self._limit else self._from_folder(indices)
 
     def origin(self, i: int) -> str:
         i = range(len(self))[i]
@@ -85,7 +97,7 @@ class Dataset:
         first = self.ends[shard - 1] if shard else 0
         return f'{self._files[shard]}, record {i - first + self._skipped[shard]}'
 
-    def shares(self, other: 'Dataset') -> str | None:
+    def shares(self, other: 'Records') -> str | None:
         """Returns the name of a file from which both data sets have the same record; None if there is no such file."""
         for file, first, end in self._spans():
             if any(file == name and first < stop and start < end for name, start, stop in other._spans()):
@@ -122,6 +134,23 @@ class Dataset:
         except Exception as error:
             raise DataError(f'{self.origin(i)}: cannot be read: {first_line(error)}') from error
 
+
+class Dataset(Records):
+    """The texts of a data set; see Records and sources.Source. A DataError names the record without text."""
+
+    def _check_fields(self, info: tfds.core.DatasetInfo) -> None:
+        self._field = _text_field(info)
+        self._features = tfds.features.FeaturesDict({self._field: tfds.features.Text()})
+
+    def __getitem__(self, i: int) -> str:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[str]:
+        return [self._text(i, record) for i, record in zip(indices, self.raw(indices), strict=True)]
+
+    def _contents(self, numbers: Sequence[int]) -> Iterable[bytes]:
+        return (text.encode() for text in self.__getitems__(numbers))
+
     def _text(self, i: int, record: bytes) -> str:
         if not record:
             raise DataError(f'{self.origin(i)}: cannot be read: the record is empty')
@@ -129,13 +158,6 @@ class Dataset:
             return self._features.deserialize_example_np(record)[self._field].decode()
         except Exception as error:  # protobuf's own errors, a missing field, bytes that are not UTF-8
             raise DataError(f'{self.origin(i)}: no text in `{self._field}`: {first_line(error)}') from error
-
-    def _digest(self) -> str:
-        """Returns a digest of the shape and of 16 records spread over the data set; reading all would take hours."""
-        digest = hashlib.blake2b(f'{self.ends.tolist()} {self.num_bytes}'.encode(), digest_size=16)
-        for text in self.__getitems__(np.unique(np.linspace(0, len(self) - 1, 16).astype(int)).tolist()):
-            digest.update(hashlib.blake2b(text.encode()).digest())
-        return digest.hexdigest()
 
 
 def _folder(root: epath.Path, name: str) -> epath.Path:
@@ -238,14 +260,14 @@ def _check_answers(root: str, limit: float | None) -> None:
 
 
 def write_description(
-    folder: str, name: str, fields: Iterable[str], splits: Mapping[str, Sequence[Mapping[str, Any]]]
+    folder: str, name: str, features: Mapping[str, Any], splits: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
     """Writes dataset_info.json and features.json, which make a folder of ArrayRecord shards a data set.
 
     Args:
         folder: of the shards.
         name: of the data set.
-        fields: the text fields of a record.
+        features: TFDS's features of a record, by the names of its fields.
         splits: {split: {'documents', 'bytes'} of every shard, in order}.
     """
     path = epath.Path(folder)
@@ -260,7 +282,24 @@ def write_description(
         )
         for split, shards in splits.items()
     ]
-    features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in fields})
     tfds.folder_dataset.write_metadata(
-        data_dir=path, features=features, split_infos=infos, version=path.name, check_data=False
+        data_dir=path,
+        features=tfds.features.FeaturesDict(dict(features)),
+        split_infos=infos,
+        version=path.name,
+        check_data=False,
     )
+
+
+def texts(fields: Iterable[str]) -> dict[str, Any]:
+    """Returns the features of records of texts."""
+    return {field: tfds.features.Text() for field in fields}
+
+
+def images(classes: Sequence[str]) -> dict[str, Any]:
+    """Returns the features of images with labels, those of imagenet2012 in TFDS. The files may be of any format."""
+    return {
+        'image': tfds.features.Image(),
+        'label': tfds.features.ClassLabel(names=list(classes)),
+        'file_name': tfds.features.Text(),
+    }

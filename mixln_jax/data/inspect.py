@@ -1,4 +1,4 @@
-"""`python -m mixln_jax.data.inspect --workdir DIR --step N`: the texts, ids and masks that step N of a run sees;
+"""`python -m mixln_jax.data.inspect --workdir DIR --step N`: the texts, ids and masks, or the images, that step N sees;
 `--verify` with a run, or with a folder of prepared rows as --data_path: whether all of these rows are whole."""
 
 from mixln_jax.system.signals import stop
@@ -21,8 +21,9 @@ import numpy as np
 from mixln_jax import config as configs
 from mixln_jax.data import batches, layout, rows, tokenizers
 from mixln_jax.data import verify as verification
+from mixln_jax.data.sources import OF_IMAGES
 from mixln_jax.data.tokenizers import Tokenizer
-from mixln_jax.system import cli, console, files
+from mixln_jax.system import cli, console, files, outputs
 from mixln_jax.system.errors import DataError, UsageError
 
 
@@ -42,20 +43,41 @@ def inspect(
     """
     workdir = files.local(workdir, '--workdir')
     config = configs.read(workdir / 'config.json')
-    size = config.examples_per_step
-    if not 1 <= step * size < 2**62:
-        raise UsageError('--step counts from 1' if step < 1 else f'--step {step} is beyond any run')
-    if num_rows is not None and num_rows < 0:
-        raise UsageError('--rows must be at least 0')
+    places = _places(config, step, num_rows)
     tokenizer = tokenizers.load(workdir / 'tokenizer', rows.seen_by_run(workdir)[0].get('tokenizer'))
     run_rows = rows.open_rows_of_run(workdir, config, config.data.split, tokenizer, data_path)
-    places = (step - 1) * size + np.arange(size)
-    places = places[:num_rows]
     batch = batches.batch_at(run_rows, config.data.seed, places)
     for i, number in enumerate(batches.order(run_rows, config.data.seed, places).tolist()):
         row = {name: values[i].tolist() for name, values in batch.items()}
         texts = _parts if config.task.name in ('instructions', *rows.OF_PAIRS) else _texts
         yield {'row': i, 'origin': run_rows.origin(number), 'text': texts(row, tokenizer), **row}
+
+
+def _places(config: configs.Config, step: int, num_rows: int | None) -> np.ndarray:
+    """Returns the places of the first rows of a step in the endless stream of epochs. Raises UsageError."""
+    size = config.examples_per_step
+    if not 1 <= step * size < 2**62:
+        raise UsageError('--step counts from 1' if step < 1 else f'--step {step} is beyond any run')
+    if num_rows is not None and num_rows < 0:
+        raise UsageError('--rows must be at least 0')
+    return ((step - 1) * size + np.arange(size))[:num_rows]
+
+
+def inspect_images(
+    workdir: pathlib.Path, config: configs.Config, step: int, num_rows: int | None, data_path: str | None, out: str
+) -> Iterator[dict[str, Any]]:
+    """Writes the contact sheet of a step to `out`, or to inspect/ in the folder of the run; yields its first rows.
+
+    Raises UsageError and DataError as `inspect`, and UsageError if `out` cannot be written.
+    """
+    from mixln_jax.data.images import contact_sheet  # not for runs on text
+
+    found, sheet = contact_sheet.inspect(workdir, config, _places(config, step, None), data_path)
+    path = outputs.resolve(out or workdir / 'inspect' / f'step_{step}.png')
+    with outputs.writing(path):
+        outputs.write(path, sheet)
+    console.say(f'{len(found)} images of step {step}: {path}', file=sys.stderr)
+    yield from found[:num_rows]
 
 
 def verify(workdir: str | pathlib.Path | None, data_path: str | None = None) -> None:
@@ -157,6 +179,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument('--verify', action='store_true', help='read all prepared rows instead, and name damaged ones')
     parser.add_argument('--rows', default=4, type=int, metavar='K', help='rows to show; 0: the whole batch [4]')
     parser.add_argument('--data_path', metavar='PATH', help=rows.MOVED)
+    parser.add_argument('--out', default='', metavar='FILE', help='images: contact sheet [DIR/inspect/step_N.png]')
     parser.add_argument('--json', action='store_true', help='a JSON object a row')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
 
@@ -170,6 +193,15 @@ def main(argv: Sequence[str]) -> int:
             verify(options.workdir, options.data_path)
             return
         stop.started()
+        workdir = files.local(options.workdir, '--workdir')
+        config = configs.read(workdir / 'config.json')
+        if config.data.source in OF_IMAGES or config.task.name == 'classification':
+            rows_of_step = options.step, options.rows or None, options.data_path
+            for row in inspect_images(workdir, config, *rows_of_step, options.out):
+                console.say(json.dumps(row) if options.json else '{row}: {origin}: {label} ({class})'.format(**row))
+            return
+        if options.out:
+            raise UsageError('--out is for runs on images; rows of text are printed')
         colour = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
         for row in inspect(options.workdir, options.step, options.rows or None, options.data_path):
             console.say(*([json.dumps(row | _former(row))] if options.json else show(row, colour)))

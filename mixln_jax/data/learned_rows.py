@@ -2,6 +2,7 @@
 
 import abc
 import bisect
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -40,6 +41,20 @@ class LearnedRows(Rows):
     def largest_id(self) -> int:
         """The largest id of all rows, padding included."""
         return max(int(self._ids.max()), self.layout.pad_id)
+
+    @property
+    def seq_length(self) -> int:
+        """T, positions in a row."""
+        return self._width - 1
+
+    @property
+    def digest(self) -> str:
+        """Returns what two sets of rows have in common if and only if they hold the same texts in the same places."""
+        digest = hashlib.blake2b(digest_size=16)
+        sizes = np.array([self._width, *map(len, self._rows)])
+        for part in (self._ids, self._learned, self._bounds, sizes, np.concatenate(self._rows)):
+            digest.update(np.asarray(part).tobytes())
+        return digest.hexdigest()
 
     @abc.abstractmethod
     def remarks(self, split: str) -> list[str]:

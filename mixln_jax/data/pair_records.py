@@ -10,6 +10,7 @@ from mixln_jax.system.errors import DataError
 
 KNOWN = 'a pair is an object with `chosen`, `rejected` and, unless both are conversations that begin alike, `prompt`'
 Messages = list[dict[str, Any]]
+LARGEST_MARGIN = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Pair:
         prompt, chosen, rejected: messages; an answer begins after the prompt.
         origin: its file and line, for people.
         tools: what the assistant may call; None: the record does not say.
+        margin: what the record says of by how much more the chosen one is to be rewarded; see `read_margin`.
     """
 
     prompt: Messages
@@ -27,6 +29,7 @@ class Pair:
     rejected: Messages
     origin: str
     tools: Messages | None = None
+    margin: Any = None
 
     @property
     def unit(self) -> bytes:
@@ -74,19 +77,36 @@ def from_record(record: Any, origin: str) -> Pair:
     for name, answer in (('chosen', chosen), ('rejected', rejected)):
         if not answer or answer[-1]['role'] != 'assistant':
             raise DataError(f'{name} does not end with what the assistant says')
-    return Pair(prompt, chosen, rejected, origin, records.tools(record))
+    return Pair(prompt, chosen, rejected, origin, records.tools(record), record.get('margin'))
+
+
+def read_margin(value: Any) -> float | None:
+    """Returns the field `margin` of a record, None where there is none. Raises DataError where it is no number."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f'margin is {records.type_name(value)}, not a number')
+    if not abs(value) <= LARGEST_MARGIN:
+        raise DataError(f'margin={value:g} is beyond {LARGEST_MARGIN:g}')
+    return float(value)
 
 
 def _answer(record: Mapping[str, Any], name: str) -> Messages:
     if isinstance(record[name], str):
         return [{'role': 'assistant', 'content': record[name]}]
-    return records.messages_of(record, name)
+    return _messages(record, name)
 
 
 def _prompt(record: Mapping[str, Any]) -> Messages:
     if isinstance(record['prompt'], str):
         return [{'role': 'user', 'content': record['prompt']}]
-    return records.messages_of(record, 'prompt')
+    return _messages(record, 'prompt')
+
+
+def _messages(record: Mapping[str, Any], name: str) -> Messages:
+    if not isinstance(record[name], list):
+        raise DataError(f'{name} is {records.type_name(record[name])}, not a text or messages')
+    return records.messages_of(record, name)
 
 
 def _after(prompt: Messages, answer: Messages) -> Messages:

@@ -1,5 +1,6 @@
 """Rows of preferences: two answers to a prompt, next to each other in a row, neither of which sees the other."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -10,12 +11,14 @@ import numpy as np
 
 from mixln_jax import config
 from mixln_jax.data import chat, learned_rows, pair_records, sources, stdlib
+from mixln_jax.data.examples import Batch, Numbers
 from mixln_jax.data.layout import Layout
 from mixln_jax.data.learned_rows import LearnedRows, Text
 from mixln_jax.data.pair_records import Messages, Pair
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.system.errors import DataError
 
+REFERENCE = 'reference_log_probs'  # the array of a batch, where a reference network has read it before
 MODES, SOURCES = ('pad', 'pack'), ('jsonl', 'stdlib')
 SHORTEST = 4  # tokens of a pair: each answer has one, after one of the prompt
 REASONS = (  # why a pair is no example
@@ -45,7 +48,8 @@ def open_rows(
     learned_rows.check_keys(data, task, SOURCES, MODES)
     template = chat.open_template(data.template, tokenizer)
     found = learned_rows.of_split(data, split, gather, task)
-    return learned_rows.shown(Pairs(found, template, tokenizer, data.mode, seq_length), split, tokenizer, vocab_size)
+    kind = PairsWithMargins if task == 'reward' else Pairs
+    return learned_rows.shown(kind(found, template, tokenizer, data.mode, seq_length), split, tokenizer, vocab_size)
 
 
 class Pairs(LearnedRows):
@@ -67,21 +71,22 @@ class Pairs(LearnedRows):
         self.by_length = mode == 'pack'  # see learned_rows.pack
         self.num_cut = 0
         self.dropped: dict[str, list[str]] = {reason: [] for reason in REASONS}
-        texts, origins = list[Text](), list[str]()
+        texts, origins, self._margins = list[Text](), list[str](), list[float]()
         digest = hashlib.blake2b(digest_size=16)
         for pair in pairs:
             told = [pair.prompt, pair.chosen, pair.rejected, *([pair.tools] if pair.tools else [])]
-            digest.update(json.dumps(told).encode() + b'\n')
             try:
-                both = _tokens(pair, template, tokenizer)
+                margin, both = self.margin(pair), _tokens(pair, template, tokenizer)
             except DataError as error:
                 raise DataError(f'{pair.origin}: {error}') from None
+            digest.update(json.dumps(told if margin is None else [*told, margin]).encode() + b'\n')
             kept = _fitted(both, seq_length)
             if (reason := _problem(pair, kept)) is not None:
                 self.dropped[reason].append(pair.origin)
                 continue
             self.num_cut += sum(len(ids) for ids, _ in both) > seq_length
             texts += kept
+            self._margins.append(margin or 0.0)
             origins += [pair.origin] * 2
         if not texts:
             first = next(filter(None, self.dropped.values()), ['-'])[0]
@@ -100,6 +105,12 @@ class Pairs(LearnedRows):
             'mode': mode,
             'seq_length': seq_length,
         }
+
+    def margin(self, pair: Pair) -> float | None:
+        """Returns the margin of a pair; None where it has none, or none that matters. Raises DataError where it is no
+        number."""
+        del pair
+        return None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -127,6 +138,49 @@ class Pairs(LearnedRows):
                     f'them {origins[0]}'
                 )
         return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class WithReference:
+    """Pairs as rows (see Examples), with what a reference network says of them, by row.
+
+    `log_probs` [N, T] are those of the tokens of the answers, float32, in nats, and 0 at other tokens; batches have
+    them as `reference_log_probs` [n, T].
+    """
+
+    rows: Pairs
+    log_probs: np.ndarray
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """See Examples."""
+        return self.rows.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def origin(self, number: int) -> str:
+        """See Examples."""
+        return self.rows.origin(number)
+
+    def batch(self, numbers: Numbers, epochs: Numbers | None = None) -> Batch:
+        """See Examples."""
+        return self.rows.batch(numbers, epochs) | {REFERENCE: self.log_probs[np.asarray(numbers)]}
+
+
+class PairsWithMargins(Pairs):
+    """Pairs whose batches have `margin` [n, P] float32 too: by how much more the chosen text of each pair is to be
+    rewarded, 0 where the record does not say."""
+
+    def margin(self, pair: Pair) -> float | None:
+        return pair_records.read_margin(pair.margin)
+
+    def batch(self, numbers: Numbers, epochs: Numbers | None = None) -> Batch:
+        margins = np.zeros((len(numbers), num_pairs(self.fingerprint['mode'], self._width - 1)), np.float32)
+        for row, number in zip(margins, np.asarray(numbers).tolist(), strict=True):
+            texts = self._rows[number][::2]
+            row[: len(texts)] = [self._margins[text // 2] for text in texts]
+        return super().batch(numbers, epochs) | {'margin': margins}
 
 
 def num_pairs(mode: str, seq_length: int) -> int:

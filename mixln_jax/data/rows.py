@@ -8,7 +8,7 @@ import numpy as np
 
 from mixln_jax import config
 from mixln_jax.data import instructions, layout, pairs, prepared, prompt_rows, sources, splits, tokenizers
-from mixln_jax.data.examples import Numbers, Rows
+from mixln_jax.data.examples import Examples, Numbers, Rows
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.data.sources import Source, open_source
 from mixln_jax.data.tokenizers import Tokenizer
@@ -20,7 +20,7 @@ MOVED = "where the run's data is now: data.data_dir of a tfds data set, data.pat
 
 
 LANGUAGE = config.Task()  # the task of plain text
-OF_PAIRS = ('preference',)  # tasks that learn from pairs
+OF_PAIRS = ('preference', 'reward')  # tasks that learn from pairs
 OF_PYTHON = 'stdlib', 'shelves'  # sources that come with Python
 RECORDS = {'instructions': instructions, 'online': prompt_rows, **dict.fromkeys(OF_PAIRS, pairs)}  # have `gather`
 
@@ -164,10 +164,32 @@ def shared(data: config.Data, task: config.Task) -> str | None:
     return splits.remark((record.unit for record in training), origins)
 
 
+def open_examples(run: config.Config, data: config.Data, split: str, tokenizer: Tokenizer | None) -> Examples:
+    """Returns the examples of a split of `data`, as a run with this configuration learns from them.
+
+    Args:
+        run: the configuration.
+        data: that of the run, or the same elsewhere.
+        split: of the data.
+        tokenizer: of the run; None: it reads images.
+
+    Raises UsageError and DataError as `open_rows`, or as `images.examples.open_examples`.
+    """
+    if tokenizer:
+        return open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size, run.task)
+    from mixln_jax.data.images import examples  # not for runs on text
+
+    return examples.open_examples(data, split, run.model.image_size, run.model.num_classes)
+
+
 def open_rows_of_run(
-    workdir: str | pathlib.Path, run: config.Config, split: str, tokenizer: Tokenizer, data_path: str | None = None
-) -> Rows:
-    """Returns the rows of a split of a run's data, after a check that they are what the run saw.
+    workdir: str | pathlib.Path,
+    run: config.Config,
+    split: str,
+    tokenizer: Tokenizer | None,
+    data_path: str | None = None,
+) -> Any:
+    """Returns the examples of a split of a run's data, after a check that they are what the run saw.
 
     If the run has not recorded this split and its data has moved, the split that it trained on is compared.
 
@@ -175,7 +197,7 @@ def open_rows_of_run(
         workdir: of the run.
         run: its configuration; `data.mode` and `seq_length` may differ from what the run used.
         split: of its data.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; None: it reads images.
         data_path: where the data is now, as in `moved`; None: where it was.
 
     Raises:
@@ -186,7 +208,7 @@ def open_rows_of_run(
     trained, evaluated = seen_by_run(workdir)
     seen = trained if split == run.data.split else evaluated if split == evaluated.get('split') else None
     try:
-        rows = open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size, run.task)
+        rows = open_examples(run, data, split, tokenizer)
         current = rows.fingerprint
         if not seen and data_path:
             seen, current = trained, fingerprint(data, run.data.split, tokenizer, run)
@@ -197,7 +219,7 @@ def open_rows_of_run(
         elif key in message:
             message += '; --data_path says where the data is now'
         raise type(error)(message) from None
-    chosen = ('split', 'mode', 'seq_length')
+    chosen = ('split', 'mode', 'seq_length', 'reward_network')
     if differ := [part for part, value in (seen or {}).items() if part not in chosen and current.get(part) != value]:
         known = ' (the text that comes with Python is another in other versions)' if data.source in OF_PYTHON else ''
         raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs{known}')
@@ -236,10 +258,10 @@ def _location(data: config.Data, split: str) -> str:
     return 'data_dir' if data.source == 'tfds' else 'path'
 
 
-def fingerprint(data: config.Data, split: str, tokenizer: Tokenizer, run: config.Config) -> dict:
+def fingerprint(data: config.Data, split: str, tokenizer: Tokenizer | None, run: config.Config) -> dict:
     """Returns the fingerprint of the rows that a run makes of a split of `data`; rows of plain text are not made."""
-    if run.task.name in ('instructions', 'online', *OF_PAIRS):
-        return open_rows(data, split, tokenizer, run.seq_length, run.model.vocab_size, run.task).fingerprint
+    if not tokenizer or run.task.name in ('instructions', 'online', *OF_PAIRS):
+        return open_examples(run, data, split, tokenizer).fingerprint
     if data.source == 'tokens':
         return prepared.Prepared(data.path, split).fingerprint
     return _fingerprint(open_source(data, split), tokenizer, data.mode, run.seq_length)

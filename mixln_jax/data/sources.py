@@ -22,6 +22,7 @@ from mixln_jax.data import splits, stdlib, text_files
 from mixln_jax.system.errors import DataError, UsageError
 
 LARGEST = 10**9  # bytes of text in memory
+OF_IMAGES = 'images', 'idx', 'npz', 'digits'  # sources without text
 HELD_OUT = {'stdlib': 20, 'jsonl': 100, 'text': 100}  # one of so many documents is for validation
 
 
@@ -52,7 +53,7 @@ def open_source(data: config.Data, split: str) -> Source:
         split: 'train', 'validation' or 'all'; a data set has splits of its own.
 
     Raises:
-        UsageError: a source of prompts alone.
+        UsageError: a source of prompts or images alone.
         DataError: text is missing, unreadable or malformed (the message names file and line); it is more than the 1 GB
             that is held in memory; or there are fewer than two different documents, which cannot be split.
     """
@@ -62,6 +63,8 @@ def open_source(data: config.Data, split: str) -> Source:
         return datasets.Dataset(data.name, split, data.data_dir)
     if data.source == 'shelves':
         raise UsageError('data.source=shelves has no text, only prompts: it is for tasks that learn to answer')
+    if data.source in OF_IMAGES:
+        raise UsageError(f'data.source={data.source} has no text, only images')
     if split not in ('train', 'validation', 'all'):
         raise DataError(f'data.source={data.source} has no split {split}, only train, validation and all')
     gathered = _gather(data.source, splits.state(data, split))

@@ -44,14 +44,16 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     ),  # galore: of a small rank
     (r'/embedding$', (P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor')))),
     (r'/head/kernel$', (P('fsdp', 'tensor'),)),
-    (r'/(q|k|v|gate|up|transform)/kernel$', (P('fsdp', 'tensor'), P(('fsdp', 'tensor'), None))),
+    (r'/classes/kernel$', (P('fsdp', None), P())),  # any number of classes
+    (r'/patch/kernel$', (P(None, ('fsdp', 'tensor')), P())),
+    (r'/(q|k|v|gate|up|transform|representation)/kernel$', (P('fsdp', 'tensor'), P(('fsdp', 'tensor'), None))),
     (r'/(o|down)/kernel$', (P('tensor', 'fsdp'), P(None, ('fsdp', 'tensor')))),
     # Adapters are as their matrix is, but of a rank that is too small to split.
     (r'/(q|k|v|gate|up)/lora_a$', (P('fsdp', None),)),
     (r'/(q|k|v|gate|up)/lora_b$', (P(None, 'tensor'), P())),
     (r'/(o|down)/lora_a$', (P('tensor', None), P())),
     (r'/(o|down)/lora_b$', (P(None, 'fsdp'),)),
-    (r'((norm\w*/|_)scale|/bias|/span/kernel)$', (P(),)),
+    (r'((norm\w*/|_)scale|/bias|/(span|score)/kernel)$', (P(),)),
     (r'^/cache/.*/(keys|values)$', (P(ROWS, None, 'tensor', None),)),  # of generation, [B, length, kv_heads, d]
 )
 

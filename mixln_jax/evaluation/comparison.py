@@ -51,12 +51,12 @@ def answer(
 
     Raises CheckpointError for a network that cannot generate; DataError and UsageError as `prompts.contexts`.
     """
-    if not loaded.model.causal:
-        raise CheckpointError(f'{loaded.where} sees both sides of a token, so it does not predict the next one')
+    if loaded.model.obstacle:
+        raise CheckpointError(f'{loaded.where} {loaded.model.obstacle}')
     encoder = encoders.of_weights(loaded)
     template = prompting.open_template(prompting.AUTO, loaded.config, encoder.tokenizer, loaded.template)
     contexts = prompting.contexts(prompts, encoder, template)
-    sampler = Sampler(loaded.model, loaded.max_length, _mesh(batch_size))
+    sampler = Sampler(loaded.model, loaded.max_length, mesh_for(batch_size))
     writer = Writer(sampler, sampler.to_devices(loaded.params), prompting.with_turn_end(encoder, template))
     count = len(contexts)
     made = writer.complete(
@@ -71,7 +71,7 @@ def answer(
 def divergences(start: Weights, answers: Answers, batch_size: int) -> np.ndarray:
     """Returns log p(completion) - log p_start(completion) of each answer in nats, [n] float64; where the answers were
     sampled at temperature 1, their mean is the KL divergence from `start`."""
-    mesh = _mesh(batch_size)
+    mesh = mesh_for(batch_size)
     rows = meshes.batch_sharding(mesh)
     model = start.model.clone(stream_sharding=rows)
     params = jax.device_put(start.params, meshes.state_shardings(mesh, start.params))
@@ -156,7 +156,7 @@ def _mean(name: str, values: np.ndarray) -> dict[str, float | None]:
     return {name: float(values.mean()), f'{name}_stderr': error}
 
 
-def _mesh(batch_size: int) -> jax.sharding.Mesh:
+def mesh_for(batch_size: int) -> jax.sharding.Mesh:
     """Returns the devices that share `batch_size` rows evenly."""
     devices = meshes.devices('auto')
     return meshes.make_mesh(configs.Mesh(data=math.gcd(batch_size, len(devices))), devices)

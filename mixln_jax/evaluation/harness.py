@@ -71,14 +71,14 @@ class Harness(TemplateLM):
             mesh: from `mesh.make_mesh`; None: all devices along `data`.
 
         Raises:
-            UsageError: the network sees both sides of a token, or the folder has no tokenizer, or one with more ids
-                than the network.
+            UsageError: the network does not predict the next token, or the folder has no tokenizer, or one with more
+                ids than the network.
             DataError: the tokenizer cannot be read.
         """
         super().__init__()
         self._where = weights.where
-        if not weights.model.causal:
-            raise UsageError(f'{self._where} sees both sides of a token, so it does not predict the next one')
+        if weights.model.obstacle:
+            raise UsageError(f'{self._where} {weights.model.obstacle}')
         self._encoder = encoders.of_weights(weights)
         self._tokenizer, self._start = self._encoder.tokenizer, self._encoder.start
         self.prefix_token_id = self._encoder.empty

@@ -13,6 +13,7 @@ from mixln_jax import config as configs
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.distributed import mesh as meshes
+from mixln_jax.evaluation import references
 from mixln_jax.evaluation.rollouts import completed, open_rollouts
 from mixln_jax.models import transformer
 from mixln_jax.program.program import Program
@@ -93,7 +94,7 @@ def evaluate_run(
         NumericsError: the loss is not finite.
     """
     config = loaded.config
-    if not (config and loaded.workdir and loaded.tokenizer):
+    if not (config and loaded.workdir):
         raise UsageError(f'{loaded.where} is a Hugging Face folder, which names no text to evaluate on; give --tasks')
     batch_size = batch_size or config.batch_size // config.accumulate
     if config.batch_size % batch_size:
@@ -101,17 +102,19 @@ def evaluate_run(
     devices = meshes.devices('auto')
     mesh = meshes.make_mesh(configs.Mesh(data=math.gcd(batch_size, len(devices))), devices)
     program = Program(dataclasses.replace(config, batch_size=batch_size, accumulate=1), mesh)
-    rows = data_rows.open_rows_of_run(loaded.workdir, config, split or config.eval.split, loaded.tokenizer, data_path)
+    split = split or config.eval.split
+    rows = data_rows.open_rows_of_run(loaded.workdir, config, split, loaded.tokenizer, data_path)
+    rows = references.of_run(program.task, loaded, split, rows)
     step = transformer.needed_step(program.model, loaded.step)
     rollouts = open_rollouts(program, loaded.tokenizer)
     params = jax.device_put(loaded.params, jax.tree.map(lambda leaf: leaf.sharding, program.state.params))
-    references = tuple(
+    kept = tuple(
         jax.device_put(frozen.read_reference(loaded.workdir), jax.tree.map(lambda leaf: leaf.sharding, like))
         for like in program.references
     )
     with contextlib.closing(batches.read(batches.evaluation(rows, batch_size), 0, workers=0)) as reader:
         values = evaluate(
-            lambda params, batch: program.eval_step(params, batch, step, *references),
+            lambda params, batch: program.eval_step(params, batch, step, *kept),
             params,
             completed(rollouts, params, reader, rows, loaded.step),
             task=program.task,

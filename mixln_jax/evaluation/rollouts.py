@@ -14,7 +14,8 @@ from mixln_jax.data.records import Prompt
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.evaluation import prompts
 from mixln_jax.evaluation.generation import Continuation, Writer
-from mixln_jax.evaluation.reward_functions import Reward, open_function
+from mixln_jax.evaluation.reward_functions import Reward
+from mixln_jax.evaluation.rewards import open_reward
 from mixln_jax.models import transformer
 from mixln_jax.models.sampler import Sampler
 from mixln_jax.models.sampling import Sampling
@@ -34,10 +35,14 @@ class Rollouts:
     changes them. In an evaluation each prompt has one completion, whose random numbers are the same at every step.
     """
 
-    def __init__(self, program: Program, tokenizer: Tokenizer, reward: Reward) -> None:
-        """Prepares to sample; nothing is compiled yet."""
+    def __init__(
+        self, program: Program, tokenizer: Tokenizer, reward: Reward, reward_network: str | None = None
+    ) -> None:
+        """Prepares to sample; nothing is compiled yet. `reward_network`: the fingerprint of its weights, if the reward
+        is a network's."""
         assert isinstance(program.mesh, jax.sharding.Mesh), 'plans do not sample'
         self._program, self._reward = program, reward
+        self.fingerprint = {} if reward_network is None else {'reward_network': reward_network}
         self._config, self._online = program.config, program.config.task.online
         template = chat.open_template(self._config.data.template, tokenizer)
         self._encoder = prompts.with_turn_end(encoders.of_run(self._config, tokenizer), template)
@@ -149,14 +154,19 @@ class Rollouts:
             )
 
 
-def open_rollouts(program: Program, tokenizer: Tokenizer) -> Rollouts | None:
+def open_rollouts(program: Program, tokenizer: Tokenizer | None) -> Rollouts | None:
     """Returns the rollouts of a run; None where its task does not learn from them.
 
     Raises UsageError, naming the key, for a reward that cannot be used.
     """
     if program.task.collect is None:
         return None
-    return Rollouts(program, tokenizer, open_function(program.config.task.online.reward))
+    assert isinstance(program.mesh, jax.sharding.Mesh), 'plans do not sample'
+    assert tokenizer, 'what is sampled is text'
+    config = program.config
+    size = config.batch_size // config.accumulate
+    opened = open_reward(config.task.online.reward, 'config.task.online.reward', program.mesh, size, tokenizer)
+    return Rollouts(program, tokenizer, *opened)
 
 
 def completed(

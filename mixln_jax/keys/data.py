@@ -1,10 +1,12 @@
-"""Keys of what is learned, and from which text."""
+"""Keys of what is learned, and from which text or images."""
 
 import dataclasses
 
+from mixln_jax.keys.classification import Classification
 from mixln_jax.keys.field import LARGEST_VOCABULARY, group, key
+from mixln_jax.keys.images import Images
 from mixln_jax.keys.online import Online
-from mixln_jax.keys.preference import Preference
+from mixln_jax.keys.preference import Preference, Reward
 
 WORKERS = 1024
 
@@ -16,9 +18,10 @@ class Task:
     name: str = key(
         'language',
         'language: predict the next token; masked_language: predict hidden tokens, as BERT does; instructions: predict '
-        'the answers of conversations; preference: prefer the chosen one of two answers; online: learn from rewards of '
-        'generated answers',
-        choices=('language', 'masked_language', 'instructions', 'preference', 'online'),
+        'the answers of conversations; preference: prefer the chosen one of two answers; reward: score texts, the '
+        'chosen one of two answers higher; online: learn from rewards of generated answers; classification: '
+        'tell images apart',
+        choices=('language', 'masked_language', 'instructions', 'preference', 'reward', 'online', 'classification'),
     )
     learn: str = key(
         'completions',
@@ -33,17 +36,29 @@ class Task:
         below=LARGEST_VOCABULARY,
     )
     preference: Preference = group(Preference)
+    reward: Reward = group(Reward)
     online: Online = group(Online)
+    classification: Classification = group(Classification)
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs of the head that the task needs; 0: one for each token of the vocabulary."""
+        return 1 if self.name == 'reward' else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where the text comes from and how it becomes rows of tokens."""
+    """Where text or images come from, and how text becomes rows of tokens."""
 
-    source: str = key('tfds', 'kind of source', choices=('tfds', 'tokens', 'jsonl', 'text', 'stdlib', 'shelves'))
+    source: str = key(
+        'tfds',
+        'kind of source',
+        choices=('tfds', 'tokens', 'jsonl', 'text', 'stdlib', 'shelves', 'images', 'idx', 'npz', 'digits'),
+    )
     path: str = key(
         '',
-        'files of a jsonl or text source: paths or globs, separated by commas; folder of prepared tokens',
+        'files of a jsonl or text source: paths or globs, separated by commas; folder of prepared tokens; folder, zip '
+        'or npz file of images, folder of idx files',
         may_change=True,
     )
     validation_path: str = key(
@@ -74,12 +89,21 @@ class Data:
     )
     held_out: float = key(
         0.05,
-        'instructions: share of the records that are for validation alone, by their hashes (at least 20 records, or '
-        'half of fewer than 40); 0: none',
+        'instructions, images: share of the records that are for validation alone, by their hashes (at least 20 '
+        'records, or half of fewer than 40); 0: none',
         at_least=0.0,
         below=1.0,
     )
     workers: int = key(
         0, 'processes that prepare batches; 0: threads of this process', at_least=0, at_most=WORKERS, may_change=True
     )
-    seed: int = key(0, 'seed of the order of the rows', at_least=0, below=2**32)
+    seed: int = key(0, 'seed of the order of the rows and of how images vary', at_least=0, below=2**32)
+    max_pixels: int = key(100_000_000, 'images: pixels of the largest one that is decoded', at_least=1, below=2**40)
+    skip_bad: int = key(
+        0,
+        'images: unreadable ones that are replaced by the next, in each process that reads, before one is an error',
+        at_least=0,
+        below=2**32,
+        may_change=True,
+    )
+    images: Images = group(Images)

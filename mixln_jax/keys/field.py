@@ -19,6 +19,7 @@ def key(
     secret: bool = False,
     may_change: bool = False,
     weights: bool = False,
+    families: tuple[str, ...] = (),
 ) -> Any:
     """Returns the dataclass field of a key.
 
@@ -30,11 +31,12 @@ def key(
         secret: its value is never shown.
         may_change: its value may change when a run continues. With any other key another value means another run.
         weights: its value must be the same in two networks for them to use the same weights in the same way.
+        families: the values of `config.model.family` for which it has a meaning; empty: all.
     """
     ranges = {'at least': at_least, 'above': above, 'at most': at_most, 'below': below}
     ranges = {name: bound for name, bound in ranges.items() if bound is not None}
     metadata = {'help': help, 'choices': choices, 'ranges': ranges, 'secret': secret}
-    metadata |= {'may_change': may_change, 'weights': weights}
+    metadata |= {'may_change': may_change, 'weights': weights, 'families': families}
     return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 

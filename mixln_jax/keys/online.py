@@ -9,7 +9,9 @@ from mixln_jax.keys.field import LONGEST, key
 class Online:
     """online: completions of prompts are sampled, scored and learned from; see docs/preferences.md."""
 
-    reward: str = key('', 'online: the function that scores completions, module:function')
+    reward: str = key(
+        '', 'online: what scores completions: a function, module:function, or the folder of a reward network'
+    )
     algorithm: str = key(
         'rloo',
         'online: what a reward is compared with; rloo: the mean of the other completions of the prompt (Ahmadian et '

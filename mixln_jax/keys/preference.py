@@ -21,3 +21,22 @@ class Preference:
     label_smoothing: float = key(
         0.0, 'preference: share of the pairs that may be the wrong way round', at_least=0.0, below=0.5
     )
+    reference: str = key(
+        'network',
+        'preference: where the log-probabilities of the reference come from; network: from its weights, which the run '
+        'keeps, in every step; precomputed: they are computed once, before the first step',
+        choices=('network', 'precomputed'),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """reward: a network learns to score texts, the chosen one of two answers higher; see docs/preferences.md."""
+
+    centering: float = key(
+        0.0,
+        'reward: weight of the squared sum of both rewards of a pair, which keeps rewards near 0 (Eisenstein et al. '
+        '2023); 0: none',
+        at_least=0.0,
+        at_most=1e6,
+    )

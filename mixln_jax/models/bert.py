@@ -8,48 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mixln_jax import config as configs
 from mixln_jax.kernels import attention
 from mixln_jax.models import layers, placements, transformer
+from mixln_jax.models.encoder import PARTS
 from mixln_jax.models.layers import LayerNorm
 from mixln_jax.models.network import Network
 from mixln_jax.system.errors import UsageError
 
-
-class Attention(nn.Module):
-    """Self-attention that sees both sides, with biases; only the embedding encodes positions."""
-
-    config: configs.Model
-    dtype: jnp.dtype
-    qkv_norm: bool = False
-    kernel: str = 'blocks'  # of causal attention: has no meaning here
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, angles: None, mask: jax.Array | None) -> jax.Array:
-        del angles
-        D, H = self.config.hidden_size, self.config.num_heads
-
-        def heads(name: str) -> jax.Array:
-            y = layers.linear(D, self.dtype, name, bias=True)(x_BTD).reshape(*x_BTD.shape[:2], H, D // H)
-            return LayerNorm(self.config.norm_eps, self.dtype, name=f'{name}_norm')(y) if self.qkv_norm else y
-
-        y_BTHd = jax.nn.dot_product_attention(heads('q'), heads('k'), heads('v'), mask=mask)
-        return layers.linear(D, self.dtype, 'o', bias=True)(y_BTHd.reshape(x_BTD.shape))
-
-
-class MLP(nn.Module):
-    """Two matrices with biases, and between them the exact GELU (Hendrycks and Gimpel 2016, with erf)."""
-
-    config: configs.Model
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        up = layers.linear(self.config.intermediate_size, self.dtype, 'up', bias=True)(x_BTD)
-        return layers.linear(self.config.hidden_size, self.dtype, 'down', bias=True)(nn.gelu(up, False))
-
-
-PARTS = transformer.Parts(LayerNorm, Attention, MLP)
 WORDS, SPANS = 'words', 'spans'  # heads
 
 
@@ -65,11 +30,6 @@ class Bert(Network):
     causal: ClassVar[bool] = False
     padded: ClassVar[dict[str, int]] = {'words/embedding': 0}
     lookups: ClassVar[tuple[str, ...]] = ('positions/embedding', 'types/embedding')  # the words' table is the head too
-    fixed: ClassVar[tuple[str, ...]] = (
-        'num_kv_heads', 'head_dim', 'attention_bias', 'mlp_bias', 'tie_word_embeddings', 'scale_embed', 'rope_theta',
-        'rope_type', 'rope_factor', 'rope_low_freq_factor', 'rope_high_freq_factor', 'rope_original_length',
-        'attention',
-    )  # fmt: skip
 
     @property
     def longest(self) -> int:
@@ -161,7 +121,7 @@ class Bert(Network):
     def shapes(self) -> dict[str, Any]:
         """Returns the variables as ShapeDtypeStructs."""
         init = functools.partial(nn.Module.init, self, method='__call__' if self.head else 'backbone')
-        return jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+        return jax.eval_shape(init, jax.random.key(0), self.example())
 
 
 def _seen(batch: Mapping[str, jax.Array]) -> jax.Array | None:

@@ -1,5 +1,6 @@
 """Families of networks, by their name in `config.model.family`; a new one is a module with a Network and a line."""
 
+import dataclasses
 from typing import Any
 
 from mixln_jax import config as configs
@@ -7,9 +8,10 @@ from mixln_jax.models import placements
 from mixln_jax.models.bert import Bert
 from mixln_jax.models.llama import Llama
 from mixln_jax.models.network import Network
+from mixln_jax.models.vit import ViT
 from mixln_jax.system.errors import UsageError
 
-FAMILIES: dict[str, type[Network]] = {'llama': Llama, 'bert': Bert}
+FAMILIES: dict[str, type[Network]] = {'llama': Llama, 'bert': Bert, 'vit': ViT}
 
 
 def from_config(
@@ -18,6 +20,7 @@ def from_config(
     stream_sharding: Any = None,
     official: bool = False,
     kernel: str = 'blocks',
+    num_outputs: int = 0,
 ) -> Network:
     """Returns the network of a config.
 
@@ -27,16 +30,18 @@ def from_config(
         stream_sharding: NamedSharding of the residual stream; None: one device.
         official: whether a placement computes what the Mix-LN authors' code does under its name.
         kernel: of attention; see kernels/attention.py.
+        num_outputs: of the head, from `Task.num_outputs` of a configuration; see Network.
 
     Raises:
         UsageError: a `norm_position` that does not fit, or a key that has no meaning for the family.
     """
     network = FAMILIES[config.family]
-    for name in network.fixed:
-        if getattr(config, name) != getattr(configs.Model, name):
-            value = getattr(config, name)
+    for field in dataclasses.fields(config):
+        meant_for, value = field.metadata['families'], getattr(config, field.name)
+        if meant_for and config.family not in meant_for and value != field.default:
             raise UsageError(
-                f'config.model.{name}={value} has no meaning for config.model.family={config.family}: leave it out'
+                f'config.model.{field.name}={value} has no meaning for config.model.family={config.family}: leave it '
+                'out'
             )
     network.check(config)
     names = placements.resolve(config.norm_position, config.num_layers, config.post_ratio)
@@ -48,4 +53,13 @@ def from_config(
             f'config.model.norm_groups={config.norm_groups}'
         )
     layer_index = tuple(range(1, config.num_layers + 1))
-    return network(config, names, layer_index, config.num_layers, compute_dtype, stream_sharding, kernel)
+    return network(
+        config,
+        names,
+        layer_index,
+        config.num_layers,
+        compute_dtype,
+        stream_sharding,
+        kernel,
+        num_outputs=num_outputs,
+    )

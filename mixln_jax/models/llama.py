@@ -18,7 +18,6 @@ class Llama(Network):
 
     padded: ClassVar[dict[str, int]] = {'embed/embedding': 0, 'head/kernel': 1}
     lookups: ClassVar[tuple[str, ...]] = ('embed/embedding',)
-    fixed: ClassVar[tuple[str, ...]] = ('num_positions', 'num_types')
 
     @classmethod
     def check(cls, config: configs.Model) -> None:
@@ -42,7 +41,9 @@ class Llama(Network):
         self.norm = layers.RMSNorm(config.norm_eps, dtype)
         if placements.PLACEMENTS[self.norm_position[0]].embed_norm:
             self.embed_norm = layers.RMSNorm(config.norm_eps, dtype)
-        if not config.tie_word_embeddings:
+        if self.num_outputs:
+            self.score = layers.linear(self.num_outputs, jnp.float32, None)
+        elif not self.is_tied:
             self.head = layers.linear(self.rows, jnp.float32, None)
 
     def backbone(
@@ -92,7 +93,7 @@ class Llama(Network):
         step: int | jax.Array | None = None,
         keep: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
-        """Returns logits [B,T,V] in float32 and the dict of `backbone`.
+        """Returns logits [B,T,V] in float32 and the dict of `backbone`; with `num_outputs` these many, [B,T,N].
 
         `batch` may be the token ids [B,T] alone; `keep` is an older name of `layer_mask`.
         """
@@ -100,12 +101,14 @@ class Llama(Network):
         return self.logits(x), out
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Returns the logits [...,V] in float32 of hidden states [...,D], padding columns cut off."""
+        """Returns the logits [...,V], or [...,N], in float32 of hidden states [...,D], padding columns cut off."""
         with jax.default_matmul_precision(self.precision):
-            head = self.embed.attend if self.config.tie_word_embeddings else self.head
+            if self.num_outputs:
+                return self.score(x)
+            head = self.embed.attend if self.is_tied else self.head
             return head(x)[..., : self.config.vocab_size]
 
     @nn.nowrap
     def head_kernel(self, params: Any) -> jax.Array:
-        """Returns the head's matrix [D,Vp] of a tree of parameters."""
-        return params['embed']['embedding'].T if self.config.tie_word_embeddings else params['head']['kernel']
+        """Returns the matrix [D,Vp] of the head for words of a tree of parameters."""
+        return params['embed']['embedding'].T if self.is_tied else params['head']['kernel']

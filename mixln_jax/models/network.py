@@ -12,6 +12,7 @@ from mixln_jax import trees
 from mixln_jax.models import placements, transformer
 from mixln_jax.models.initialize import initialize
 
+SCORE = 'score/kernel'  # the head of a network with `num_outputs`
 VOCAB_MULTIPLE = 128  # rows of embedding and head in memory, so that they tile and shard
 
 
@@ -20,14 +21,14 @@ class Network(nn.Module):
 
     `norm_position` [L] names the placements; `layer_index` [L] (from 1) and `depth` feed their constants and stay as
     trained when layers are removed. Ramps stand where they stood after `trained_steps` updates unless a step is passed;
-    None: they are done.
+    None: they are done. `num_outputs`: columns N of the head SCORE [D, N], where a task has one of its own; 0: the head
+    has a column for each token of the vocabulary.
 
     A family is a subclass with two methods. `backbone(batch, layer_mask, capture, step)` returns the hidden states
     [B,T,D] that the head multiplies; `head_kernel(params)` returns the head's matrix [D,Vp].
 
-    Class attributes: `causal`, whether a position sees only earlier ones; `fixed`, the keys of `config.model` that
-    mean nothing to the family; `padded`, the axis over the vocabulary of each leaf that has one, by path; `lookups`,
-    the paths of tables that are only looked up.
+    Class attributes: `reads`, texts or images; `causal`, whether a position sees only earlier ones; `padded`, the
+    axis over the vocabulary of each leaf that has one, by path; `lookups`, the paths of tables that are only looked up.
     """
 
     config: configs.Model
@@ -38,9 +39,10 @@ class Network(nn.Module):
     stream_sharding: jax.sharding.NamedSharding | None = None  # of the residual stream; None: one device
     attention_kernel: str = 'blocks'  # see kernels/attention.py
     trained_steps: int | None = None
+    num_outputs: int = 0
 
+    reads: ClassVar[str] = 'texts'
     causal: ClassVar[bool] = True
-    fixed: ClassVar[tuple[str, ...]] = ()
     padded: ClassVar[dict[str, int]] = {}
     lookups: ClassVar[tuple[str, ...]] = ()
 
@@ -48,10 +50,35 @@ class Network(nn.Module):
     def check(cls, config: configs.Model) -> None:
         """Raises UsageError if the family has no network of these sizes."""
 
+    def row_length(self, seq_length: int) -> int:
+        """Returns the number of positions of a row, T, where texts have `seq_length` tokens."""
+        return seq_length
+
+    @property
+    def initial_stds(self) -> dict[str, float]:
+        """Standard deviations of the matrices that are not drawn as all others are, by path; 0: they are 0."""
+        return {}
+
     @property
     def longest(self) -> int | None:
         """Number of positions in the longest row that the network can read; None: there is no limit."""
         return None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the network does not predict the next token, as what follows its name; None: it does."""
+        if self.reads != 'texts':
+            return f'reads {self.reads}'
+        if not self.causal:
+            return 'sees both sides of a token, so it does not predict the next one'
+        if self.num_outputs:
+            return f'has a head of size {self.num_outputs}, not one for words, so it does not predict the next token'
+        return None
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the embedding is the head too."""
+        return self.config.tie_word_embeddings and not self.num_outputs
 
     @property
     def rows(self) -> int:
@@ -81,12 +108,18 @@ class Network(nn.Module):
     def init(self, key: jax.Array) -> dict[str, Any]:  # type: ignore[override]
         """Returns initial variables {'params': ...} in float32; see initialize.py."""
         shapes = self.shapes()['params']
-        return {'params': initialize(key, shapes, self.config, self.norm_position, self.depth, self.padded)}
+        drawn = initialize(key, shapes, self.config, self.norm_position, self.depth, self.padded, self.initial_stds)
+        return {'params': drawn}
 
     @nn.nowrap
     def shapes(self) -> dict[str, Any]:
         """Returns the variables as ShapeDtypeStructs."""
-        return jax.eval_shape(super().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+        return jax.eval_shape(super().init, jax.random.key(0), self.example())
+
+    @nn.nowrap
+    def example(self) -> Any:
+        """Returns a batch of one row that the network can read, as ShapeDtypeStructs."""
+        return jax.ShapeDtypeStruct((1, 2), jnp.int32)
 
     @nn.nowrap
     def measured(self) -> bool:
@@ -111,13 +144,15 @@ class Network(nn.Module):
 
     @nn.nowrap
     def with_padding(self, params: Any) -> Any:
-        """Returns numpy parameters with rows and columns of zeros that pad the vocabulary."""
+        """Returns numpy parameters, all or some, with rows and columns of zeros that pad the vocabulary."""
+        shapes = dict(trees.named_leaves(self.shapes()['params']))
 
-        def pad(leaf: np.ndarray, shape: jax.ShapeDtypeStruct) -> np.ndarray:
-            widths = [(0, size - n) for size, n in zip(shape.shape, leaf.shape, strict=True)]
+        def pad(path: tuple, leaf: np.ndarray) -> np.ndarray:
+            whole = shapes[trees.path_name(path)].shape
+            widths = [(0, size - n) for size, n in zip(whole, leaf.shape, strict=True)]
             return np.pad(leaf, widths) if any(map(any, widths)) else leaf
 
-        return jax.tree.map(pad, params, self.shapes()['params'])
+        return jax.tree_util.tree_map_with_path(pad, params)
 
     @nn.nowrap
     def num_params(self, params: Any) -> int:
@@ -133,7 +168,7 @@ class Network(nn.Module):
         as the head that it is too."""
         leaves = dict(trees.named_leaves(params))
         looked_up = self.num_params({name: leaves[name] for name in self.lookups if name in leaves})
-        if self.config.tie_word_embeddings:
+        if self.is_tied:
             looked_up = 0
         width = self.config.num_heads * self.config.head_size
         number = self.num_params(params)

@@ -162,6 +162,7 @@ PLACEMENTS = _Rows({
     'res_post': _both(Placement(out=True)),
     'deepnorm': _both(Placement(post=True, residual_scale=_deepnorm_alpha), init='deepnorm'),
     'lns': _both(Placement(pre=True, in_scale=_inverse_root_of_index)),
+    'lns_branch': _both(Placement(pre=True, branch_scale=_inverse_root_of_index)),
     'peri': _both(Placement(pre=True, out=True), embed_norm=True),
     'hybridnorm': Layer(Placement(), Placement(residual_normed=True), qkv_norm=True),
     'hybridnorm_first': _both(Placement(pre=True), qkv_norm=True),

@@ -81,10 +81,10 @@ class Sampler:
             mesh: the devices; their row parts share the rows. None: all devices along `data`.
 
         Raises:
-            UsageError: the network sees both sides of a token.
+            UsageError: the network does not predict the next token.
         """
-        if not model.causal:
-            raise UsageError('a network that sees both sides of a token cannot generate')
+        if model.obstacle:
+            raise UsageError(f'cannot generate: the network {model.obstacle}')
         self.mesh = mesh or meshes.make_mesh(configs.Mesh(), meshes.devices('auto'))
         self.window = window
         self._rows, everywhere = meshes.batch_sharding(self.mesh), meshes.replicated(self.mesh)

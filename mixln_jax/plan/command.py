@@ -72,7 +72,7 @@ def plan(config: configs.Config, topology: str, mfu: float, compile: bool) -> No
     kind, count = topology_size(topology)
     device, capacity = KINDS[kind], DEVICES[KINDS[kind]].memory or 0
     program = Program(config, abstract_mesh(config.mesh, count))
-    flops = program.flops_per_position() * config.batch_size * config.seq_length
+    flops = program.flops_per_position() * config.batch_size * program.row_length
     _print_formula(program, device, count, flops, mfu)
     if compile:
         check = lambda other: _fits_compiled(compiled(other, topology), capacity)  # noqa: E731
@@ -99,7 +99,7 @@ def _print_formula(program: Program, device: str, count: int, flops: float, mfu:
     console.say(
         f'{count} x {device} ({capacity / 2**30:.0f} GiB each); mesh {shape}',
         f'parameters          {program.model.num_params(program.state.network):,}{trained}',
-        f'positions per step  {config.batch_size * config.seq_length:,} ({config.accumulate} micro-batches)',
+        f'positions per step  {config.batch_size * program.row_length:,} ({config.accumulate} micro-batches)',
         f'FLOPs per step      {flops:.3g}',
         f'time per step       {seconds:.3g} s at {mfu:.0%} MFU; {hours}',
         f'checkpoint          {_gib(checkpoint)}',

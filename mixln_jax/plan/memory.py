@@ -49,7 +49,7 @@ def memory(program: Program) -> dict[str, int]:
     """
     config, mesh = program.config, program.mesh
     model, width = config.model, 2 if config.compute_dtype == 'bfloat16' else 4
-    D, F, H, T = model.hidden_size, model.intermediate_size, model.num_heads, config.seq_length
+    D, F, H, T = model.hidden_size, model.intermediate_size, model.num_heads, program.row_length
     A, K = H * model.head_size, model.kv_heads * model.head_size  # features of all queries, of all keys
     tensor = mesh.shape['tensor']
     rows = config.batch_size // config.accumulate // meshes.row_parts(mesh)

@@ -32,7 +32,8 @@ def train_step(
         state, batch, task, seed, accumulate, tune, options: as of `step.train_step`; `task` is a tasks.online.Online.
     """
     start = state.step
-    batch = _recorded(state, batch, task, seed, accumulate, tune.dropout)
+    compared = step.reference(task, state.network, state.reference)
+    batch = recorded(state.network, batch, start, compared, task, seed, accumulate, tune.dropout)
 
     def update(state: State, _: Any) -> tuple[State, dict[str, jax.Array]]:
         after, metrics = step.train_step(
@@ -58,13 +59,20 @@ def train_step(
     return after.with_fixed(state.fixed), means | {'bad_step': bad_step}
 
 
-def _recorded(state: State, batch: Batch, task: Any, seed: int, accumulate: int, dropout: float) -> Batch:
+def recorded(
+    network: Any,
+    batch: Batch,
+    updates_done: Any,
+    reference: Any,
+    task: Any,
+    seed: int = 0,
+    accumulate: int = 1,
+    dropout: float = 0.0,
+) -> Batch:
     """Returns the whole batch with what does not change in the updates, computed a micro-batch at a time."""
-    network = state.network
-    compared = step.reference(task, network, state.reference)
 
     def record(part: Batch) -> Batch:
-        context = step.training_context(network, part, state.step, compared, seed, dropout)
+        context = step.training_context(network, part, updates_done, reference, seed, dropout)
         return task.recorded(network, part, context)
 
     parts = jax.lax.map(record, step.micro_batches(batch, accumulate))

@@ -37,14 +37,15 @@ class Program:
         device = mesh.devices.flat[0] if isinstance(mesh, jax.sharding.Mesh) else None  # plans have none
         causal = families.FAMILIES[config.model.family].causal
         kernel = attention_kernel(config, device) if causal else 'blocks'
-        self.model = families.from_config(config.model, config.compute_dtype, self._rows, official, kernel)
+        self.model = families.from_config(
+            config.model, config.compute_dtype, self._rows, official, kernel, config.task.num_outputs
+        )
         longest = self.model.longest
         if longest and config.seq_length > longest:
             raise UsageError(f'config.seq_length={config.seq_length} is more than config.model.num_positions={longest}')
-        if config.eval.samples and not self.model.causal:
-            family = config.model.family
+        if config.eval.samples and self.model.obstacle:
             raise UsageError(
-                f'config.eval.samples={config.eval.samples} has no meaning for config.model.family={family}'
+                f'config.eval.samples={config.eval.samples} has no meaning: this network {self.model.obstacle}'
             )
         self.task = build.from_config(config, self.model)
         optimizer = optim.optimizer(config.optim)
@@ -92,15 +93,20 @@ class Program:
         """The reference network of the state as a tuple, which is empty if it has none."""
         return () if self.state.reference is None else (self.state.reference,)
 
+    @property
+    def row_length(self) -> int:
+        """Number of positions of a row."""
+        return self.model.row_length(self.config.seq_length)
+
     def flops_per_position(self) -> int:
         """Returns the FLOPs of training on one position, by formula; frozen weights have no gradient, a third less."""
-        found = self.model.flops_per_position(self.state.network, self.config.seq_length)
+        found = self.model.flops_per_position(self.state.network, self.row_length)
         return found - 2 * self.num_frozen(multiplied=True)
 
     def num_frozen(self, multiplied: bool = False) -> int:
         """Returns the number of frozen weights; `multiplied`: without tables that are only looked up."""
         leaves = dict(trees.named_leaves(self.state.frozen))
-        looked_up = () if not multiplied or self.config.model.tie_word_embeddings else self.model.lookups
+        looked_up = () if not multiplied or self.model.is_tied else self.model.lookups
         return self.model.num_params({name: leaf for name, leaf in leaves.items() if name not in looked_up})
 
     def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -209,12 +209,13 @@ def _sums_and_gradients(
 
 
 def training_context(
-    network: Any, batch: Batch, updates_done: jax.Array, reference: Any, seed: int, dropout: float
+    network: Any, batch: Batch, updates_done: jax.Array | None, reference: Any, seed: int, dropout: float
 ) -> Context:
     """Returns what a training loss of a prepared batch depends on; `dropout`: share of an adapter's input left out."""
     context = Context(train=True, step=updates_done, reference=reference)
     if not dropout:
         return context
+    assert updates_done is not None, 'training counts its updates'
     keys = example_keys(step_key(seed, updates_done), batch)
     return context._replace(collections={'dropout': lora.dropout(network, dropout, keys)})
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mixln_jax import config as configs
 from mixln_jax import trees
+from mixln_jax.models.network import SCORE
 from mixln_jax.program import lora
 from mixln_jax.system.errors import UsageError
 
@@ -17,13 +18,14 @@ LISA = 0x4C495341  # apart from the other random choices of a seed
 def split(network: Any, tune: configs.Tune) -> tuple[Any, Any]:
     """Returns (the trained leaves, the frozen ones in `tune.base_dtype`) of a network; None: no leaf is frozen.
 
-    Norms, biases and the scales of adapters stay in float32. Raises UsageError for a pattern of `tune.train` that
-    matches no weight, and for patterns that match them all.
+    A head of the task's own is always trained. Norms, biases and the scales of adapters stay in float32.
+
+    Raises UsageError for a pattern of `tune.train` that matches no weight, and for patterns that match them all.
     """
     if tune.method != 'lora' and not tune.train:
         return network, None
     names = [name for name, _ in trees.named_leaves(lora.base(network))]
-    trained = _matching(names, tune.train) if tune.train else set()
+    trained = {SCORE} | (_matching(names, tune.train) if tune.train else set())
     params, frozen = trees.split(network, lambda name: name in trained or name.rpartition('/')[2] in lora.TRAINED)
     return params, in_base_dtype(frozen, tune.base_dtype)
 
@@ -46,7 +48,7 @@ def _matching(names: list[str], patterns: str) -> set[str]:
                 f'config.tune.train={patterns}: {pattern!r} matches no weight; --verbose lists them, such as {names[0]}'
             )
         trained |= {*matching}
-    if len(trained) == len(names):
+    if len(trained | {SCORE}) == len({*names} | {SCORE}):
         raise UsageError(f'config.tune.train={patterns} matches every weight: leave it out, and all are trained')
     return trained
 

@@ -31,28 +31,41 @@ def initial(where: str, model: Network, tokenizer: str | None = None) -> Any:
             authors' do not, is read under this network's.
         tokenizer: fingerprint of the new run's, for a warning if a run of ours had another one; None: it is not known.
 
+    Returns:
+        All parameters, but for the head where the weights have one for words and `model` has `num_outputs`.
+
     Raises:
         UsageError: nothing there, or weights of another network, naming the key that differs. The vocabulary may have
-            up to NEW_TOKENS more tokens.
+            up to NEW_TOKENS more tokens. A head with `num_outputs` that has learned the ids of another tokenizer.
         CheckpointError: unreadable, damaged, or tensors that are not those of this network.
     """
     try:
         if where.startswith('hf:'):
-            params, size = _of_hugging_face(_hugging_face_folder(where, model.config.family), model)
+            params, found = _of_hugging_face(_hugging_face_folder(where, model.config.family), model)
         elif where.startswith(ADAPTER):
-            params, size = _of_adapter(files.local(where.removeprefix(ADAPTER), ''), model)
+            params, found = _of_adapter(files.local(where.removeprefix(ADAPTER), ''), model)
         elif weights.checkpoint_folder(where):
             loaded = weights.load(where)
             _check_same(model, loaded.model)
-            params, size = jax.device_get(loaded.params), loaded.model.config.vocab_size
+            params, found = jax.device_get(loaded.params), loaded.model
             if loaded.tokenizer and tokenizer not in (None, loaded.tokenizer.fingerprint):
-                own = f'{where} has learned the ids of another tokenizer: that in {loaded.workdir}/tokenizer'
-                console.say(f'mixln_jax: warning: config.init_from={own}', file=sys.stderr)
+                learned = f'has learned the ids of another tokenizer: that in {loaded.workdir}/tokenizer'
+                if found.num_outputs:
+                    raise UsageError(f'its head {learned}')
+                console.say(f'mixln_jax: warning: config.init_from={where} {learned}', file=sys.stderr)
         else:
             raise UsageError(f'not a run of ours; a Hugging Face folder is hf:{where}')
     except (UsageError, CheckpointError) as error:
         raise type(error)(f'config.init_from={where}: {error}') from None
-    return _with_new_tokens(params, size, model)
+    return _with_new_tokens(_without_head(params, found, model, where), found.config.vocab_size, model)
+
+
+def _without_head(params: Any, found: Network, model: Network, where: str) -> Any:
+    """Returns parameters without the head for words where `model` has another one, which stays as it was drawn."""
+    if found.num_outputs == model.num_outputs:
+        return params
+    console.say(f'mixln_jax: the head, of size {model.num_outputs}, is new: that of {where} is for words')
+    return {name: part for name, part in params.items() if name != 'head'}
 
 
 def _with_new_tokens(params: Any, vocab_size: int, model: Network) -> Any:
@@ -74,16 +87,16 @@ def _with_new_tokens(params: Any, vocab_size: int, model: Network) -> Any:
     return model.with_padding(jax.tree_util.tree_map_with_path(enlarged, params))
 
 
-def _of_hugging_face(folder: pathlib.Path, model: Network) -> tuple[Any, int]:
-    """Returns the parameters of a Hugging Face folder, and the size of its vocabulary."""
+def _of_hugging_face(folder: pathlib.Path, model: Network) -> tuple[Any, Network]:
+    """Returns the parameters of a Hugging Face folder, and its network."""
     found, stated = hf_config.read(folder / 'config.json')
     _check_same(model, found, stated)
-    return hf.read(folder, model.norm_position)[1], found.config.vocab_size
+    return hf.read(folder, model.norm_position)[1], found
 
 
-def _of_adapter(folder: pathlib.Path, model: Network) -> tuple[Any, int]:
-    """Returns the parameters of the base that a folder of peft names, with its adapters merged into them, and the size
-    of its vocabulary."""
+def _of_adapter(folder: pathlib.Path, model: Network) -> tuple[Any, Network]:
+    """Returns the parameters of the base that a folder of peft names, with its adapters merged into them, and the
+    base's network."""
     config = peft.read_config(folder)
     name = config.get(peft.BASE) or ''
     candidates = [path for path in (pathlib.Path(name), folder / name) if (path / 'config.json').is_file()]
@@ -92,11 +105,11 @@ def _of_adapter(folder: pathlib.Path, model: Network) -> tuple[Any, int]:
             f'{folder / peft.CONFIG}: {peft.BASE}={name!r} is not a folder here: write there the folder of the weights '
             'that were adapted'
         )
-    params, size = _of_hugging_face(_hugging_face_folder(f'hf:{candidates[0]}', model.config.family), model)
+    params, found = _of_hugging_face(_hugging_face_folder(f'hf:{candidates[0]}', model.config.family), model)
     about = weights.about_export(folder)
     if about.get('base') and about['base'] != base_fingerprint(params, about.get('base_dtype')):
         raise CheckpointError(f'{folder} was trained on another base than {candidates[0]}, which {peft.CONFIG} names')
-    return peft.merged(folder, config, model, params), size
+    return peft.merged(folder, config, model, params), found
 
 
 def base_fingerprint(base: Any, dtype: Any) -> str:
@@ -159,6 +172,9 @@ def _check_same(model: Network, found: Any, stated: bool = True) -> None:
             found['ramp_steps'] = of.config.ramp_steps
         return found | ({'norm_position': hf_config.spell(of.norm_position)} if stated else {})
 
+    if found.num_outputs not in (0, model.num_outputs):
+        wanted = f'of size {model.num_outputs}' if model.num_outputs else 'for words'
+        raise UsageError(f'its network has a head of size {found.num_outputs}, this one has a head {wanted}')
     ours, theirs = facts(model), facts(found)
     for name, value in ours.items():
         if name == 'vocab_size' and 0 < value - theirs[name] <= NEW_TOKENS:

@@ -21,7 +21,7 @@ from mixln_jax.runs import best, checkpoint, checkpoint_folders, frozen
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
-ANSWERS = 'instructions', 'preference', 'online'  # the tasks that teach to answer, by a template
+ANSWERS = 'instructions', 'preference', 'reward', 'online'  # the tasks that learn of answers, by a template
 EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
 
 
@@ -119,7 +119,7 @@ def load(
     config = configs.from_resolved(about['config'])
     if merge:
         params, config = lora.merged(params), dataclasses.replace(config, tune=configs.Tune())
-    model = families.from_config(config.model, compute_dtype)
+    model = families.from_config(config.model, compute_dtype, num_outputs=config.task.num_outputs)
     model = model.clone(trained_steps=transformer.needed_step(model, about['step']))
     expected, shapes = (
         {name: leaf.shape for name, leaf in trees.named_leaves(tree)}
@@ -131,7 +131,8 @@ def load(
                 f'{folder}: {name} is {shapes.get(name, "not there")}, its config makes it {expected.get(name)}'
             )
     workdir = folder.parents[1]
-    tokenizer = tokenizers.load(workdir / 'tokenizer', about['data']['fingerprint']['tokenizer'])
+    fingerprint = about['data']['fingerprint'].get('tokenizer')  # runs on images have none
+    tokenizer = tokenizers.load(workdir / 'tokenizer', fingerprint) if fingerprint else None
     return Weights(model, params, str(folder), about['step'], config, tokenizer, workdir)
 
 

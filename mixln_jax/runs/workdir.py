@@ -29,7 +29,7 @@ def short_names(folders: Iterable[str | os.PathLike]) -> list[str]:
 
 
 # What a run writes after config.json.
-WRITTEN = 'metrics.jsonl', 'tokenizer/*', 'environment.json', 'debug/*', 'profile/*', 'frozen/*'
+WRITTEN = 'metrics.jsonl', 'tokenizer/*', 'environment.json', 'debug/*', 'profile/*', 'frozen/*', 'reference/*'
 
 
 def resolved_config(config: configs.Config, model: Any) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _remove_traces(workdir: pathlib.Path, new_folders: Sequence[pathlib.Path], o
     if {path.name for path in new} & {'debug', 'profile'}:
         return
     for path in new:
-        if path.name in ('checkpoints', 'frozen', 'tokenizer'):
+        if path.name in ('checkpoints', 'frozen', 'reference', 'tokenizer'):
             shutil.rmtree(path, ignore_errors=True)
         elif (
             path.parent != workdir

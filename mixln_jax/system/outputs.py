@@ -19,7 +19,8 @@ from mixln_jax.system import console, files
 from mixln_jax.system.errors import UsageError
 
 LOCK = '.mixln_jax-lock'  # in a folder that a command writes into
-OWNED = {'checkpoints', 'frozen', 'tokenizer', 'debug', 'profile', 'samples'}  # only their owner writes into them
+# Only their owner writes into them.
+OWNED = {'checkpoints', 'frozen', 'reference', 'tokenizer', 'debug', 'profile', 'samples'}
 OWNERS = 'metrics.jsonl', 'checkpoints', 'tokens.json', '.prepare', 'export.json'  # next to them: they have an owner
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax.data import pairs
@@ -47,7 +48,18 @@ class Preference(OfPairs):
     @property
     def needs_reference(self) -> bool:
         """Whether the loss depends on a reference network."""
-        return True
+        return self.preference.reference == 'network'
+
+    @property
+    def precomputed(self) -> bool:
+        """Whether batches bring the reference's log-probabilities."""
+        return self.preference.reference == 'precomputed'
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        spec = super().batch_spec(batch_size)
+        if self.precomputed:
+            spec[pairs.REFERENCE] = jax.ShapeDtypeStruct((batch_size, self.seq_length), np.float32)
+        return spec
 
     def log_probs(self, params: object, batch: Batch, context: Context = EVALUATION) -> jax.Array:
         """Returns the log-probability [B, T] of each token of the answers, in nats; 0 at others."""
@@ -77,6 +89,8 @@ class Preference(OfPairs):
 
     def _reference(self, batch: Batch, context: Context) -> jax.Array:
         """Returns what `log_probs` does, of the reference; 0 where there is none."""
+        if self.precomputed:
+            return batch[pairs.REFERENCE] * batch['loss_mask']
         if context.reference is None:
             assert not context.train, 'training has a reference'
             return jnp.zeros(batch['targets'].shape)

@@ -37,8 +37,8 @@ class Context(NamedTuple):
 
     @property
     def of_reference(self) -> 'Context':
-        """The context of the reference network itself: without dropout, and with ramps as when training began."""
-        return Context(self.layer_mask, step=None if self.step is None else jnp.zeros_like(self.step))
+        """The context of the reference network itself: all its layers, no dropout, ramps as when training began."""
+        return Context(step=None if self.step is None else jnp.zeros_like(self.step))
 
 
 EVALUATION = Context()
@@ -64,17 +64,18 @@ class Task(abc.ABC):
 
     `model` is the network. Equal tasks are equal as objects too, so that what is compiled for one serves the other.
 
-    Class attributes: `headline` names the number that people look at first, by which runs are compared, `label` is its
-    short name and `digits` the decimals that are shown; `lower` names the numbers of `summary` that are better if
-    lower, the others are better if higher; `headline_of_loss`, where the headline is a function of the mean loss, is
-    that function and its derivative; `metrics` are the names of the task's further sums; `collect`, where the network
-    itself writes what it learns from, is a function (rollouts, size) -> batch on the host, see tasks/online.py;
-    `score`, where a task is measured by more than its losses, is a function (params, examples, batch_size, layer_mask)
-    -> {name: [Q] in 0..1, of every question}.
+    Class attributes: `reads`, what a network of the task reads, texts or images; `headline` names the number that
+    people look at first, by which runs are compared, `label` is its short name and `digits` the decimals that are
+    shown; `lower` names the numbers of `summary` that are better if lower, the others are better if higher;
+    `headline_of_loss`, where the headline is a function of the mean loss, is that function and its derivative;
+    `metrics` are the names of the task's further sums; `collect`, where the network itself writes what it learns from,
+    is a function (rollouts, size) -> batch on the host, see tasks/online.py; `score`, where a task is measured by more
+    than its losses, is a function (params, examples, batch_size, layer_mask) -> {name: [Q] in 0..1, of every question}.
     """
 
     model: Any
 
+    reads: ClassVar[str] = 'texts'
     headline: ClassVar[str]
     label: ClassVar[str]
     digits: ClassVar[int]
@@ -87,6 +88,11 @@ class Task(abc.ABC):
     @property
     def needs_reference(self) -> bool:
         """Whether the losses depend on the network that training began with."""
+        return False
+
+    @property
+    def precomputed(self) -> bool:
+        """Whether batches bring what the network that training began with says of them, in place of the network."""
         return False
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 
 from mixln_jax.distributed import processes
-from mixln_jax.program.step import State
+from mixln_jax.program.step import State, reference
 from mixln_jax.runs import checkpoint, log
 from mixln_jax.runs.best import best_step
 from mixln_jax.system import console, outputs
@@ -66,12 +66,15 @@ class Evaluation(_Every):
 class Analysis(_Every):
     """Measures each layer and adds the results to the step's metrics line."""
 
-    measure: Callable[[Any, jax.Array], dict[str, Any]]  # (weights, step) -> values of a metrics line
+    measure: Callable[[Any, jax.Array, Any], dict[str, Any]]  # (weights, step, reference) -> values of a metrics line
+    task: Task
     metrics: log.Metrics
 
     def __call__(self, step: int, state: State) -> None:
         """Measures `state`."""
-        self.metrics.add(step, self.measure(state.averaged, state.step))
+        network = state.averaged
+        compared = reference(self.task, network, state.reference)
+        self.metrics.add(step, self.measure(network, state.step, compared))
 
 
 @dataclasses.dataclass

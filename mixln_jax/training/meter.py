@@ -42,6 +42,7 @@ class Meter:
         log_every: int,
         log_also: Callable[[int], bool],
         tokens: int,
+        positions_per_step: int,
         flops_per_position: float,
         devices: Sequence[jax.Device],
         first_line: dict[str, Any],
@@ -58,6 +59,7 @@ class Meter:
             log_every: steps between lines.
             log_also: step -> whether a step in between has a metrics line, too.
             tokens: tokens of the steps before.
+            positions_per_step: of all rows, padding included.
             flops_per_position: model FLOPs of a training step per position.
             devices: all devices of the run.
             first_line: values of the first line alone, such as the compile time.
@@ -69,7 +71,8 @@ class Meter:
         self._metrics, self._workdir = metrics, pathlib.Path(workdir)
         self._task = task
         self._num_steps, self._log_every, self._log_also = num_steps, log_every, log_also
-        self._flops_per_position, self._devices, self._first_line = flops_per_position, devices, first_line
+        self._positions_per_step, self._flops_per_position = positions_per_step, flops_per_position
+        self._devices, self._first_line = devices, first_line
         self._recent: list[tuple[int, Batch, Values]] = []  # the last two steps, for debug/
         self._waited: np.ndarray | None = None  # [seconds of training, seconds of waiting for data]
         self._warned = False
@@ -88,11 +91,10 @@ class Meter:
                 f'step {bad}: the loss or a gradient is not finite; the weights are still those of step {bad - 1}; '
                 'debug/ in the work directory holds the batches and the norms of every layer'
             )
-        tokens, positions = round(float(values['tokens'])), batch['inputs'].size
+        tokens, positions = round(float(values['tokens'])), self._positions_per_step
         self.tokens += tokens
         self._window_steps += 1
         self._window_tokens += tokens
-        self._window_positions += positions
         self._collapse.add(step, float(values['loss']))
         if step % self._log_every == 0 or self._log_also(step):
             speed = self._speed()
@@ -162,7 +164,7 @@ class Meter:
 
     def _start_window(self) -> None:
         self._window_start = time.perf_counter()
-        self._window_steps = self._window_tokens = self._window_positions = 0
+        self._window_steps = self._window_tokens = 0
         self._window_wait = self._window_paused = 0.0
 
     def _speed(self) -> dict[str, Any]:
@@ -174,7 +176,9 @@ class Meter:
             'perf/tokens_per_sec_per_device': self._window_tokens / seconds / count,
             'perf/step_time': seconds / self._window_steps,
             'perf/mfu': hardware.mfu(
-                self._flops_per_position * self._window_positions / seconds, self._devices[0].device_kind, count
+                self._flops_per_position * self._positions_per_step * self._window_steps / seconds,
+                self._devices[0].device_kind,
+                count,
             ),
             'perf/data_wait_frac': self._window_wait / seconds,
             'perf/peak_memory_gb': _peak_memory(jax.local_devices(backend=self._devices[0].platform)[0]),

@@ -26,6 +26,7 @@ from mixln_jax.data.examples import Examples
 from mixln_jax.data.tokenizers import Tokenizer
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.distributed import processes
+from mixln_jax.evaluation import references
 from mixln_jax.evaluation.rollouts import Rollouts, open_rollouts
 from mixln_jax.models import placements
 from mixln_jax.program.program import Program
@@ -90,11 +91,13 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
                 return
             data = open_data()
             rollouts = open_rollouts(program, data.tokenizer)
+            data.training.fingerprint.update(rollouts.fingerprint if rollouts else {})  # what a run learns from
             _describe(program, data.training, verbose)
             state, about = first_state(program, resolved, shared, checkpoints, data.training.fingerprint, stop)
+            fixed, data = _with_reference(program, shared, state, about, data, stop)
             if checkpoints.latest() is not None:
                 check_metrics(shared, about, config.num_steps)
-            records = _Records(shared, resolved, about, data, mesh, closing)
+            records = _Records(shared, resolved, about, data, mesh, closing, fixed)
             start = time.perf_counter()
             compiled = program.compile()
             compile_sec = time.perf_counter() - start
@@ -114,7 +117,7 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
 class _Data:
     """The tokenizer, the examples to train on and those to evaluate on."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # of texts
     training: Examples
     evaluation: Examples
 
@@ -131,9 +134,10 @@ class _Records:
         data: _Data,
         mesh: jax.sharding.Mesh,
         closing: contextlib.ExitStack,
+        fixed: Mapping[str, str],
     ):
         self.shared, self.resolved, self.folder = shared, resolved, shared
-        self.frozen: str | None = None  # fingerprint of the weights that are not trained
+        self.fixed: dict[str, str | None] = {**fixed}  # fingerprints of weights that are not trained
         if jax.process_index():
             self.folder = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
         outputs.write_json(self.folder / 'config.json', resolved)
@@ -143,7 +147,8 @@ class _Records:
         }
         devices = environment.environment(list(mesh.devices.flat))
         outputs.write_json(self.folder / 'environment.json', devices | seen)
-        data.tokenizer.save(self.folder / 'tokenizer')
+        if data.tokenizer:
+            data.tokenizer.save(self.folder / 'tokenizer')
         self.metrics = log.Metrics(self.folder, about['step'], about['open_line'], during.PICTURES)
         closing.callback(self.metrics.close)
 
@@ -154,9 +159,7 @@ class _Records:
             shutil.rmtree(folder, ignore_errors=True)
         processes.barrier('debug')
         with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as checkpoints:
-            checkpoints.save(
-                int(jax.device_get(state.step)), state.own, {'config': self.resolved, frozen.FOLDER: self.frozen}
-            )
+            checkpoints.save(int(jax.device_get(state.step)), state.own, {'config': self.resolved} | self.fixed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,19 +185,21 @@ class _Job:
         closing.callback(processes.watch, 0)
         if first == 1 and program.model.measured() and not config.init_from:  # given weights have factors already
             state = program.measure_factors(state, to_devices(dataset[0]))
-        self.records.frozen = frozen.keep(self.records.shared, state.fixed)
+        self.records.fixed[frozen.FOLDER] = frozen.keep(self.records.shared, state.fixed)
         measuring = self._measuring(feed, eval_step)
         meter = self._meter(measuring, compile_sec)
         saving = hooks.Saving(
             config.checkpoint.every,
             self.checkpoints,
             self.records.metrics,
-            lambda: {
-                'tokens': meter.tokens,
-                'data': {'fingerprint': self.data.training.fingerprint},
-                'config': self.records.resolved,
-                frozen.FOLDER: self.records.frozen,
-            },
+            lambda: (
+                {
+                    'tokens': meter.tokens,
+                    'data': {'fingerprint': self.data.training.fingerprint},
+                    'config': self.records.resolved,
+                }
+                | self.records.fixed
+            ),
             config.checkpoint.minutes,
             config.log_every,
         )
@@ -241,11 +246,12 @@ class _Job:
             if self.rollouts:
                 write = samples.scored(program, self.data.evaluation, self.rollouts)
             else:
+                assert self.data.tokenizer, 'only networks of texts have samples'
                 write = samples.sampling(program, self.data.evaluation, self.data.tokenizer)
             measuring.append(hooks.Samples(config.eval.every, write, self.records.folder / 'samples'))
         if config.analysis.tokens:
             analyses = during.Analyses(config, program.task, self.data.evaluation, feed.checked)
-            measuring.append(hooks.Analysis(config.analysis.every, analyses, metrics))
+            measuring.append(hooks.Analysis(config.analysis.every, analyses, program.task, metrics))
         return measuring
 
     def _meter(self, measuring: Sequence[hooks.Hook], compile_sec: float) -> Meter:
@@ -260,6 +266,7 @@ class _Job:
             log_every=config.log_every,
             log_also=lambda step: any(hook.due(step, config.num_steps) for hook in measuring),
             tokens=self.about['tokens'],
+            positions_per_step=config.batch_size * program.row_length,
             flops_per_position=program.flops_per_position(),
             devices=list(program.mesh.devices.flat),
             first_line={'perf/compile_sec': compile_sec},
@@ -305,19 +312,39 @@ def _start_jax(config: configs.Config) -> jax.sharding.Mesh:
 
 
 def _open_data(config: configs.Config, task: Task) -> _Data:
-    """Returns the data of a run; warns if it evaluates on text that it trains on."""
-    tokenizer = data_rows.open_tokenizer(config.data)
-    task.check_tokenizer(tokenizer)
+    """Returns the data of a run; warns if it evaluates on what it trains on."""
+    tokenizer = data_rows.open_tokenizer(config.data) if task.reads == 'texts' else None
+    if tokenizer:
+        task.check_tokenizer(tokenizer)
     rows = [
-        data_rows.open_rows(config.data, split, tokenizer, config.seq_length, config.model.vocab_size, config.task)
+        data_rows.open_examples(config, config.data, split, tokenizer)
         for split in (config.data.split, config.eval.split)
     ]
     if config.data.split == config.eval.split or 'all' in (config.data.split, config.eval.split):
         keys = f'config.eval.split={config.eval.split} and config.data.split={config.data.split}'
-        console.say(f'mixln_jax: warning: evaluates on text that it trains on ({keys})', file=sys.stderr)
-    if config.eval.split == 'validation' and (remark := data_rows.shared(config.data, config.task)):
+        console.say(f'mixln_jax: warning: evaluates on what it trains on ({keys})', file=sys.stderr)
+    if remark := data_rows.shared(config.data, config.task):
         console.say(f'mixln_jax: warning: {remark}', file=sys.stderr)
     return _Data(tokenizer, *rows)
+
+
+def _with_reference(
+    program: Program,
+    workdir: pathlib.Path,
+    state: State,
+    about: Mapping[str, Any],
+    data: _Data,
+    stop: signals.Stop,
+) -> tuple[dict[str, str], _Data]:
+    """Returns the fingerprint of the reference network and the data with what it says of them, where a task reads that
+    in place of the network; see evaluation/references.py."""
+    config = program.config
+    if not program.task.precomputed:
+        return {}, data
+    splits: Any = {config.data.split: data.training, config.eval.split: data.evaluation}
+    fingerprint, rows = references.of_training(program.task, config, workdir, state, about, splits, stop.check)
+    data = _Data(data.tokenizer, rows[config.data.split], rows[config.eval.split])
+    return {references.FOLDER: fingerprint}, data
 
 
 def _open_checkpoints(
@@ -349,7 +376,7 @@ def _describe(program: Program, rows: Examples, verbose: bool) -> None:
     config, mesh, model, params = program.config, program.mesh, program.model, program.state.network
     if verbose:
         console.say(parameter_overview.get_parameter_overview(params, include_stats=False))
-    per_step = config.batch_size * config.seq_length
+    per_step = config.batch_size * program.row_length
     numbers = {name: getattr(config.optim, name) for name in configs.PUBLISHED[config.optim.name]}
     frozen_ones = program.num_frozen()
     trained = f', {model.num_params(program.state.params):,} of them trained' if frozen_ones else ''
@@ -369,7 +396,7 @@ def _describe(program: Program, rows: Examples, verbose: bool) -> None:
             file=sys.stderr,
         )
     if analyses := config.analysis.tokens:
-        share = during.share(config, program.flops_per_position())
+        share = during.share(config, program.flops_per_position(), program.row_length)
         console.say(f'analyses on {analyses:,} tokens: {share:.2%} of the FLOPs of training')
     sizes, steps = config.model, config.num_steps + config.model.ramp_start
     optim = config.optim

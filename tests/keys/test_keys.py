@@ -110,6 +110,19 @@ ELSEWHERE = {
     'task.preference.loss': 'test_preference.py::test_losses_and_gradients_are_trls',
     'task.preference.beta': 'test_preference.py::test_smoothed_by_hand',
     'task.preference.label_smoothing': 'test_preference.py::test_smoothed_by_hand',
+    'task.preference.reference': 'test_preference_runs.py::test_precomputed_is_the_network',
+    'task.reward.centering': 'test_reward.py::test_by_hand',
+    'task.classification.label_smoothing': 'test_classification.py::test_losses_by_hand',
+    'task.classification.mixup': 'test_classification.py::test_mixup',
+    'task.classification.cutmix': 'test_classification.py::test_cutmix',
+    'model.gelu': 'test_vit.py::test_kinds',
+    'model.image_size': 'test_vit.py::test_refused',
+    'model.patch_size': 'test_vit.py::test_refused',
+    'model.num_classes': 'test_vit.py::test_refused',
+    'model.positions': 'test_vit.py::test_kinds',
+    'model.pool': 'test_vit.py::test_kinds',
+    'model.representation': 'test_vit.py::test_kinds',
+    'model.pixels': 'test_vit.py::test_kinds',
     'optim.ema': 'test_running_average.py::test_a_run',
     'model.init': 'test_models.py::test_scaled',
     'model.init_std': 'test_models.py::test_standard_deviations',
@@ -131,6 +144,17 @@ ELSEWHERE = {
     'data.mode': 'test_keys.py::test_what_a_run_begins_with',
     'data.template': 'test_chat.py::test_alpaca',
     'data.held_out': 'test_instructions.py::test_splits',
+    'data.max_pixels': 'test_image_examples.py::test_too_many_pixels',
+    'data.skip_bad': 'test_image_examples.py::test_replaced_by_the_next',
+    'data.images.validation': 'test_image_files.py::test_another_set',
+    'data.images.interpolation': 'test_augment.py::test_bicubic_by_pillow',
+    'data.images.eval_crop': 'test_augment.py::test_resized_and_cut_by_opencv',
+    'data.images.crop': 'test_augment.py::test_no_crop',
+    'data.images.min_area': 'test_augment.py::test_least_area',
+    'data.images.flip': 'test_augment.py::test_flips',
+    'data.images.policy': 'test_augment.py::test_policies_are_applied',
+    'data.images.color_jitter': 'test_augment.py::test_every_input_stays',
+    'data.images.erasing': 'test_augment.py::test_share',
     'data.workers': 'test_keys.py::test_when_a_run_does_what',
     'eval.first': 'test_first_evaluation.py::test_the_loss_before_the_first_update',
     'eval.samples': 'test_generate.py::test_samples_of_a_run',
@@ -345,7 +369,7 @@ def test_when_a_run_does_what(corpus, tmp_path, monkeypatch):
             super().__init__(*arguments)
             samples.append(sum(batch['loss_mask'].sum() for batch in self._batches))
 
-        def __call__(self, params, step):
+        def __call__(self, params, step, reference):
             return {'analysis/variance': [1.0, 1.0]}
 
     def read(dataset, start, workers):

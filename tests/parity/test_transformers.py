@@ -99,6 +99,28 @@ def test_golden_folders_through_us(tmp_path, name):
     np.testing.assert_allclose(found[real], expected['logits'][real], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize('norm_position', ['pre', 'mix', 'hybridnorm_star', 'peri'])
+@pytest.mark.parametrize('kind', ['', 'tied'])
+def test_reward_networks_compute_the_same(tmp_path, norm_position, kind):
+    """A number for each text, at its last token: `pad_token_id` tells where the text ends."""
+    model, params = network(norm_position, num_outputs=1, vocab_size=259, **KINDS.get(kind, {}))
+    hf_llama.save(tmp_path / 'out', model, params, tokenizers.Bytes())
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    found = load(tmp_path / 'out', trust_remote_code=norm_position != 'pre').eval()
+    assert (type(found) is transformers.LlamaForSequenceClassification) == (norm_position == 'pre')
+    ids = np.array([[65, 66, 67, 258, 256, 256], [67, 66, 65, 70, 71, 258], [66, 258, 256, 256, 256, 256]])
+    mask = ids != 256
+    with torch.no_grad():
+        rewards = found(torch.asarray(ids), attention_mask=torch.asarray(mask), use_cache=False).logits.numpy()
+    outputs, _ = model.apply({'params': params}, ids)
+    expected = np.asarray(outputs)[np.arange(3), mask.sum(1) - 1]
+    assert rewards.shape == (3, 1)
+    np.testing.assert_allclose(rewards, expected, rtol=0, atol=1e-5)
+    again, read = hf_llama.load(tmp_path / 'out')
+    assert again.num_outputs == 1
+    np.testing.assert_array_equal(read['score']['kernel'], params['score']['kernel'])
+
+
 @pytest.mark.parametrize('norm_position', ['pre', 'mix'])
 def test_a_tied_head_is_trained_with_the_embedding(tmp_path, norm_position):
     """There as here: one tensor, whose gradient is that of both."""

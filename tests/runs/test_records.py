@@ -103,6 +103,7 @@ class TestSpeed:
             log_every=2,
             log_also=lambda step: False,
             tokens=100,
+            positions_per_step=80,
             flops_per_position=11e12,
             devices=[types.SimpleNamespace(device_kind=self.KIND, platform='cpu')] * 2,
             first_line={'perf/compile_sec': 9.5},

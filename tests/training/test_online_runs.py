@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import jax
@@ -11,9 +12,10 @@ import rewards
 from short_runs import SIZES, StopAtTwo, lines_of, recipe
 
 from mixln_jax import config as configs
-from mixln_jax import evaluate, main, trees
+from mixln_jax import evaluate, main, replay, trees
 from mixln_jax.data import inspect
 from mixln_jax.evaluation import generation
+from mixln_jax.evaluation.rollouts import Rollouts
 from mixln_jax.models import families
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.runs import checkpoint, frozen
@@ -142,6 +144,25 @@ def test_tools_read_the_run(finished, capsys):
         assert found[f'eval/{name}'] == pytest.approx(wanted[f'eval/{name}'], rel=1e-4)
     rows = [*inspect.inspect(run, 2)]
     assert len(rows) == 2 and all(row['text'] for row in rows)
+
+
+def test_replay(prompts, base, finished, tmp_path, monkeypatch, capsys):
+    """The rollouts of step 3 with the weights before it have the loss and the gradient of that step."""
+    run, collected = tmp_path / 'run', []
+    shutil.copytree(finished('rloo'), run)
+    shutil.rmtree(run / 'checkpoints/4')
+    training = Rollouts.training
+    monkeypatch.setattr(Rollouts, 'training', lambda *given: collected.append(training(*given)) or collected[-1])
+    main.run(values(prompts, base), run)
+    (run / 'debug').mkdir()
+    np.savez(run / 'debug/batch_3.npz', **collected[0])
+    shutil.copytree(run / 'checkpoints/2', run / 'debug/checkpoints/2')
+    capsys.readouterr()
+    assert replay.main(['--workdir', str(run)]) == 0
+    shown, line = capsys.readouterr().out, lines_of(run)[2]
+    assert float(re.search(r'mean (-?[\d.]+)', shown)[1]) == pytest.approx(line['train/loss'], abs=1e-4)
+    norms = [float(row.split()[-1]) for row in shown.splitlines() if re.match(r' +\d  ', row)]
+    assert norms == pytest.approx(line['layers/grad_norm'], rel=1e-4)
 
 
 @pytest.mark.parametrize(

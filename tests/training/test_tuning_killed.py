@@ -7,11 +7,16 @@ import time
 import killed_runs
 import pytest
 
+PAIRS = {'task.name': 'preference', 'data.template': 'plain', 'data.mode': 'pack', 'seq_length': 96}
 METHODS = {
     'full': {},
     'lora': {'tune.method': 'lora', 'tune.rank': 4, 'tune.dropout': 0.1},
     'lisa': {'tune.method': 'lisa', 'tune.layers': 1},
     'probe': {'tune.train': 'head/*'},
+    'pairs': PAIRS,
+    'pairs, precomputed': PAIRS | {'task.preference.reference': 'precomputed'},
+    'pairs, lora, precomputed': PAIRS
+    | {'task.preference.reference': 'precomputed', 'tune.method': 'lora', 'tune.rank': 4, 'tune.dropout': 0.1},
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m mixln_jax.data.prepare`: turns text into a TFDS data set or into rows of tokens, on one host or many.
+"""`python -m mixln_jax.data.prepare`: turns text or images into a TFDS data set, or text into rows of tokens.
 
 Each file of the input becomes one shard of the output. Processes work on shards, a rerun leaves out the finished ones,
 and `--shards` gives some of them to a host. The bytes of a shard follow from its file and the options alone.
@@ -34,6 +34,8 @@ from mixln_jax.system.errors import UsageError
 SAMPLE = 1_000_000  # bytes of text from which the size of the output is estimated
 MARGIN = 1.1  # factor on this estimate
 PAUSE = 0.2  # seconds between readings of the workers' reports
+SOURCES = 'tfds', 'jsonl', 'text', 'stdlib', 'images'
+NAME_OF_IMAGES = 'images:1.0.0'  # the data set that is written if --name gives no other
 SETTINGS = '--workers', '--workers 1'
 RANGES = {
     'workers': (1, config.WORKERS),
@@ -249,8 +251,10 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
         if not least <= (value := getattr(options, name)) <= most:
             must = f'at least {least}' if value < least else f'at most {most}'
             raise UsageError(f'--{name} must be {must}')
-    if options.source in ('jsonl', 'text') and not options.path:
+    if options.source in ('jsonl', 'text', 'images') and not options.path:
         raise UsageError(f'--source {options.source} needs --path FILES')
+    if options.source == 'images' and options.format != 'tfds':
+        raise UsageError('--source images goes with --format tfds')
     if options.source == 'tfds' and options.format == 'tfds':
         raise UsageError('--source tfds goes with --format tokens')
     if options.source == 'stdlib' and options.validation:
@@ -258,7 +262,12 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     arguments = vars(options)
     del arguments['traceback']
     keys = ('source', 'path', 'name', 'data_dir', 'split', 'tokenizer', 'tokenizer_path', 'mode')
-    return arguments | {'data': config.Data(**{key: arguments.pop(key) for key in keys})}
+    data = config.Data(**{key: arguments.pop(key) for key in keys})
+    if data.source == 'images':
+        held_out = config.Images(validation=arguments.pop('validation'))
+        name = NAME_OF_IMAGES if data.name == config.Data.name else data.name
+        data = dataclasses.replace(data, name=name, images=held_out, held_out=0.01)
+    return arguments | {'data': data}
 
 
 def _shard_range(text: str) -> slice:
@@ -274,18 +283,24 @@ def _shard_range(text: str) -> slice:
 
 
 def _parser() -> argparse.ArgumentParser:
-    choices = {field.name: field.metadata['choices'] for field in dataclasses.fields(config.Data)}
+    choices = {field.name: field.metadata.get('choices') for field in dataclasses.fields(config.Data)}
     parser = argparse.ArgumentParser(prog='python -m mixln_jax.data.prepare', description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add('--source', required=True, choices=[kind for kind in choices['source'] if kind not in ('tokens', 'shelves')])
-    add('--path', default='', metavar='FILES', help='jsonl, text: paths or globs, separated by commas')
+    add('--source', required=True, choices=SOURCES)
+    add(
+        '--path',
+        default='',
+        metavar='FILES',
+        help='jsonl, text: paths or globs, separated by commas; images: folder or archive',
+    )
     add('--out', required=True, metavar='DIR', help='for tfds the later config.data.data_dir, for tokens data.path')
     add('--format', required=True, choices=('tfds', 'tokens'), help='text as ArrayRecord shards, or rows of tokens')
     add(
         '--validation',
         default='',
         metavar='FILES',
-        help='files for validation, else 1 %% by a hash of the text; --source tfds: a split',
+        help='files for validation, else 1 %% by a hash of the text; --source tfds: a split; images: folder or '
+        'archive, or ARCHIVE,FILE with a file of classes',
     )
     add('--name', default='c4/en', metavar='NAME', help='data set to write, or to read with --source tfds [c4/en]')
     add('--data_dir', default='', metavar='DIR', help='--source tfds: folder or gs:// address that contains it')

@@ -38,6 +38,16 @@ class Job:
         assert self.tokenizer is not None, 'only rows of tokens have a tokenizer'
         return self.tokenizer
 
+    @property
+    def kind(self) -> str:
+        """What the records are: tfds (texts), tokens or images."""
+        return 'images' if self.data.source == 'images' else self.format
+
+    @property
+    def content(self) -> str:
+        """The field of a document whose size counts."""
+        return 'image' if self.data.source == 'images' else 'text'
+
     def check_plan(self, all_units: Sequence[units.Unit]) -> None:
         """Creates the folder and writes the plan into it.
 
@@ -62,6 +72,8 @@ class Job:
         }
         if self.data.source == 'tfds':
             plan['data set'] = {unit.path: units.open_dataset(self.data, unit.path).fingerprint for unit in all_units}
+        if self.data.source == 'images':
+            plan['images'] = {unit.split: unit.digest for unit in all_units}
         if self.tokenizer:
             plan |= {'tokenizer': self.tokenizer.fingerprint, 'mode': self.data.mode, 'seq-length': self.seq_length}
         path = work / 'plan.json'
@@ -182,7 +194,13 @@ class Job:
         if self.format == 'tfds':
             from mixln_jax.data import datasets
 
-            datasets.write_description(self.folder, dataset_name(self.data.name), FIELDS, _shards_by_split(results))
+            features = datasets.texts(FIELDS)
+            if self.kind == 'images':
+                from mixln_jax.data.prepare import images
+
+                features = datasets.images(images.open_source(self.data, 'train').classes)
+            name = dataset_name(self.data.name)
+            datasets.write_description(self.folder, name, features, _shards_by_split(results))
             return
         tokenizer = self.row_tokenizer
         tokenizer.save(pathlib.Path(self.folder, 'tokenizer'))

@@ -52,13 +52,13 @@ def write(job: Job, unit: units.Unit, report: Callable, limit: int | None = None
         writers = {}
         for split in unit.splits:
             path = pathlib.Path(job.folder, job.file(unit, split))
-            writer = _WRITERS[job.format](job, path, complete.get(split), before.get(split))
+            writer = _WRITERS[job.kind](job, path, complete.get(split), before.get(split))
             writers[split] = closing.enter_context(writer)
         for decides, document in documents.pairs():
             split = unit.split or ('validation' if rank(decides.encode()) < (job.first or 0) else 'train')
             writers[split].add(document)
             num_documents += 1
-            num_bytes += len(document['text'])
+            num_bytes += len(document[job.content])
             if num_bytes - reported[2] >= REPORT:
                 tell()
             if limit and num_bytes > limit:
@@ -130,15 +130,18 @@ class _Records(_Shard):
 
     def add(self, document: Mapping[str, Any]) -> None:
         example = self._example()
-        for name in FIELDS:
-            value = document.get(name)
-            example.features.feature[name].bytes_list.value.append(value.encode() if isinstance(value, str) else b'')
+        self._fill(example.features.feature, document)
         example = example.SerializeToString(
             deterministic=True
         )  # otherwise the order of the fields differs between processes
         self._writer.write(example)
         self._documents += 1
         self._bytes += len(example)
+
+    def _fill(self, fields: Any, document: Mapping[str, Any]) -> None:
+        for name in FIELDS:
+            value = document.get(name)
+            fields[name].bytes_list.value.append(value.encode() if isinstance(value, str) else b'')
 
     def finish(self) -> dict[str, Any]:
         self._writer.close()
@@ -148,6 +151,15 @@ class _Records(_Shard):
         if self._writer.is_open():
             self._writer.close()
         super().__exit__(*error)
+
+
+class _Images(_Records):
+    """An ArrayRecord shard of images with labels."""
+
+    def _fill(self, fields: Any, document: Mapping[str, Any]) -> None:
+        fields['image'].bytes_list.value.append(document['image'])
+        fields['label'].int64_list.value.append(document['label'])
+        fields['file_name'].bytes_list.value.append(os.fsencode(document['file_name']))
 
 
 class _Tokens(_Shard):
@@ -215,4 +227,4 @@ class _Tokens(_Shard):
         self._rows += len(block.ids)
 
 
-_WRITERS = {'tfds': _Records, 'tokens': _Tokens}
+_WRITERS: dict[str, type[_Records | _Tokens]] = {'tfds': _Records, 'tokens': _Tokens, 'images': _Images}

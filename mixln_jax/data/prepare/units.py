@@ -54,6 +54,10 @@ def list_units(data: config.Data, validation: str) -> list[Unit]:
     """
     if data.source == 'stdlib':
         return [Unit(None, 0, 1, 'stdlib', sum(len(text) for _, text in stdlib.gather()))]
+    if data.source == 'images':
+        from mixln_jax.data.prepare import images  # decoders, which text does not need
+
+        return images.list_units(data)
     if data.source == 'tfds':
         sides = {'train': data.split, 'validation': validation or 'validation'}
         if file := open_dataset(data, sides['train']).shares(open_dataset(data, sides['validation'])):
@@ -200,6 +204,10 @@ def read(data: config.Data, unit: Unit, skip_bad: int, largest: int = text_files
     """
     if data.source == 'stdlib':
         return _FromStdlib()
+    if data.source == 'images':
+        from mixln_jax.data.prepare import images
+
+        return images.Documents(data, unit, skip_bad)
     if data.source == 'tfds':
         return _FromDataset(data, unit, skip_bad, largest)
     return _FromFile(data.source, unit.path, skip_bad, largest)

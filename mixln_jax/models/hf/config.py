@@ -51,6 +51,7 @@ LEARNED = {
     'mlp_residual_scale': 'mlp_residual_scale',
 }
 OTHER_TYPE = 'mixln'  # model_type of networks that are not stock LLaMA, so that no tool opens them as Pre-LN
+CLASSIFIER = 'ForSequenceClassification'  # ends the name of a class with a head of its own
 MODELLING = pathlib.Path(__file__).with_name('modeling_mixln.py')  # is copied into such a folder, for transformers
 # The switches of a placement, and the norm that each uses.
 NORMS = {'residual_normed': 'in', 'pre': 'in', 'out': 'out', 'post': 'post'}
@@ -96,7 +97,8 @@ def _read(
     steps = stored.get('ramp_step')  # where the ramps stand; None: they are done
     if steps is not None and not (type(steps) is int and 0 <= steps < 2**31):
         raise CheckpointError(f'{path}: ramp_step={steps!r} is not a number of steps')
-    model = llama.Llama(config, names, tuple(index), depth, compute_dtype, trained_steps=steps)
+    outputs = _num_outputs(path, stored)
+    model = llama.Llama(config, names, tuple(index), depth, compute_dtype, trained_steps=steps, num_outputs=outputs)
     expected = content(model)
     for key in ('placements', 'embed_norm', 'norm_groups', 'ramp_step'):
         if 'placements' in stored and stored.get(key) != expected.get(key):
@@ -106,6 +108,17 @@ def _read(
             f'{path}: hidden_size={config.hidden_size} is not divisible by {config.norm_groups} groups'
         )
     return model, bool(norm_position) or stated is not None
+
+
+def _num_outputs(path: pathlib.Path, stored: Mapping[str, Any]) -> int:
+    """Returns the size of the head of a config.json that classifies texts, as many as it has labels; else 0."""
+    kinds = stored.get('architectures') or []
+    if not isinstance(kinds, list) or not any(str(kind).endswith(CLASSIFIER) for kind in kinds):
+        return 0
+    labels = stored.get('id2label', {'0': '', '1': ''})  # transformers writes no labels if there are two
+    if not isinstance(labels, dict) or not labels:
+        raise CheckpointError(f'{path}: id2label={labels!r} does not say how many labels there are')
+    return len(labels)
 
 
 def _whole(numbers: Any) -> bool:
@@ -205,12 +218,14 @@ def content(model: Network) -> dict[str, Any]:
     rope = {'rope_type': config.rope_type} | llama3
     pre_norm = {'attention': {'pre': 'input_layernorm'}, 'mlp': {'pre': 'post_attention_layernorm'}}
     stock = all(layer == pre_norm for layer in layers)
-    module, other = MODELLING.stem, 'MixlnForCausalLM'
-    auto_map = {'AutoConfig': f'{module}.MixlnConfig', 'AutoModelForCausalLM': f'{module}.{other}'}
+    module, kind = MODELLING.stem, CLASSIFIER if model.num_outputs else 'ForCausalLM'
+    auto_map = {'AutoConfig': f'{module}.MixlnConfig', f'AutoModel{kind}': f'{module}.Mixln{kind}'}
+    labels = {str(number): f'LABEL_{number}' for number in range(model.num_outputs)}
     return {
-        'architectures': ['LlamaForCausalLM' if stock else other],
+        'architectures': [f'{"Llama" if stock else "Mixln"}{kind}'],
         'model_type': 'llama' if stock else OTHER_TYPE,
         **({} if stock else {'auto_map': auto_map}),
+        **({'id2label': labels, 'label2id': {name: int(at) for at, name in labels.items()}} if labels else {}),
         **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS.items()},
         'num_key_value_heads': config.kv_heads,
         'head_dim': config.head_size,

@@ -21,7 +21,7 @@ from mixln_jax.models import rope
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import tensors
 from mixln_jax.models.llama import Llama
-from mixln_jax.models.network import Network
+from mixln_jax.models.network import SCORE, Network
 from mixln_jax.system.errors import CheckpointError, UsageError
 
 MATRICES = {
@@ -39,6 +39,7 @@ WHOLE = {
     'embed_norm/scale': 'model.embed_norm.weight',
     'norm/scale': 'model.norm.weight',
     'head/kernel': 'lm_head.weight',
+    SCORE: 'score.weight',
 }
 DTYPES = ('float32', 'bfloat16')
 ABOUT = {'max_position_embeddings': 2048, 'bos_token_id': None, 'eos_token_id': None}  # for other tools; not used here
@@ -97,7 +98,8 @@ def read(
     model, stated = hf_config.read(folder / 'config.json', norm_position, compute_dtype)
     arrays = tensors.read(folder)
     tensors.drop_buffers(folder, arrays, _buffers(model.config))
-    _check_head(folder, arrays, model.config.tie_word_embeddings)
+    if not model.num_outputs:
+        _check_head(folder, arrays, model.is_tied)
     if not stated:
         _check_pre(folder, arrays)
     params = tensors.fill(
@@ -160,6 +162,14 @@ def _check_pre(folder: pathlib.Path, arrays: dict[str, Any]) -> None:
         raise CheckpointError(f'{folder}: layer {number} has {names}: not Pre-LN; pass norm_position')
 
 
+def _padding(tokenizer: Tokenizer | None) -> int | None:
+    """Returns the id after the last token of a text in a batch, by which transformers finds that token: one with which
+    no text ends. None: there is no such id."""
+    if tokenizer is None:
+        return None
+    return next((i for i in (tokenizer.pad_id, tokenizer.bos_id) if i != tokenizer.eos_id), None)
+
+
 def save(
     folder: str | pathlib.Path,
     model: Network,
@@ -198,6 +208,8 @@ def save(
             f'hidden_size={sizes.hidden_size} is not divisible by num_heads={sizes.num_heads}, as transformers needs it'
         )
     config = {**hf_config.content(model), **ABOUT, **special, **(about or {})}
+    if model.num_outputs:
+        config['pad_token_id'] = _padding(tokenizer)
     config |= {'dtype': dtype, 'torch_dtype': dtype}  # the latter for transformers 4
     named = {}
     params = model.without_padding(jax.device_get(params))
@@ -206,7 +218,7 @@ def save(
         if name in named:
             raise UsageError(f'two parameters of {hf_config.spell(model.norm_position)} have the tensor name {name}')
         if path == 'embed/embedding' and sizes.scale_embed:
-            if sizes.tie_word_embeddings:  # as a head it is not scaled, so the folder has two
+            if model.is_tied:  # as a head it is not scaled, so the folder has two
                 named[WHOLE['head/kernel']] = leaf
             leaf = leaf.astype(np.float32) * np.float32(sizes.hidden_size**0.5)
         named[name] = leaf.T if path.endswith('kernel') else leaf

@@ -11,8 +11,8 @@ or, absent, 1:
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaPreTrainedModel, LlamaRMSNorm
 
 NORMS = ('residual_normed', 'pre', 'out', 'post')
 
@@ -102,4 +102,17 @@ class MixlnForCausalLM(LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         self.model = MixlnModel(config)
+        self.post_init()
+
+
+class MixlnForSequenceClassification(LlamaForSequenceClassification):
+    """LlamaForSequenceClassification with these layers."""
+
+    config_class = MixlnConfig
+
+    def __init__(self, config):
+        LlamaPreTrainedModel.__init__(self, config)  # theirs asks AutoModel, which does not know these layers
+        self.num_labels = config.num_labels
+        self.model = MixlnModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
