@@ -16,8 +16,8 @@ def get_config():
     c.batch_size, c.num_steps, c.num_epochs, c.log_every = 512, 0, 100.0, 50
     c.model.update(family='vit', image_size=32, patch_size=4, num_classes=10, init='xavier')
     c.model.update(hidden_size=192, intermediate_size=768, num_heads=3, num_layers=12)
-    c.data.update(source='images', path='cifar10-train.zip', workers=8)
-    c.data.images.update(validation='cifar10-test.zip', eval_crop=1.0, min_area=0.3, policy='randaug(2,10)')
+    c.data.update(source='images', path='cifar10-train.zip', validation_path='cifar10-test.zip', workers=8)
+    c.data.images.update(eval_crop=1.0, min_area=0.3, policy='randaug(2,10)')
     c.optim.update(name='adamw', learning_rate=1e-3, weight_decay=0.05, clip_norm=1.0, min_ratio=0.0)
     c.eval.update(every=500, tokens=10**8)  # all images
     c.analysis.every = c.checkpoint.every = 500

@@ -34,7 +34,8 @@ def state(data: config.Data, split: str) -> State | None:
 
 
 def check_apart(data: config.Data) -> None:
-    """Raises UsageError where data.path and data.validation_path name the same file."""
+    """Raises UsageError where data.path and data.validation_path name the same file, or keys contradict each other."""
+    _check(data)
     training = {os.path.realpath(path) for path in _paths(data, 'path')}
     for path in _paths(data, 'validation_path'):
         if os.path.realpath(path) in training:

@@ -27,10 +27,10 @@ def schedule(config: configs.Optim, num_steps: int, official: bool = False) -> C
     peak, decay_steps = config.learning_rate, max(1, num_steps - warmup)
     floor = 0.0 if official and config.schedule == 'linear' else peak * config.min_ratio
     falling = min(decay_steps, max(1, config.decay_steps or round(config.decay_ratio * num_steps)))
-    line = optax.linear_schedule(peak, floor, falling)
+    line = _line(peak, floor, falling)
     decay = {
         'cosine': optax.cosine_decay_schedule(peak, decay_steps, alpha=config.min_ratio),
-        'linear': optax.linear_schedule(peak, floor, decay_steps),
+        'linear': _line(peak, floor, decay_steps),
         'constant': optax.constant_schedule(peak),
         # The line begins at the peak, but may round it: the plateau lasts for one update more.
         'wsd': optax.join_schedules(
@@ -39,6 +39,12 @@ def schedule(config: configs.Optim, num_steps: int, official: bool = False) -> C
     }[config.schedule]
     whole = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), decay], [warmup])
     return whole if official else lambda step: whole(step + 1)
+
+
+def _line(start: float, end: float, steps: int) -> Callable[[Any], jax.Array]:
+    """Returns optax's linear schedule, which after `steps` is `end` exactly; rounding may put optax's below 0."""
+    line = optax.linear_schedule(start, end, steps)
+    return lambda step: jnp.where(step >= steps, jnp.float32(end), line(step))
 
 
 def optimizer(config: configs.Optim) -> optax.GradientTransformation:

@@ -155,7 +155,8 @@ def train_step(
             norm, and keep their weights and moments; see `tuning.drawn_layers`.
 
     Returns:
-        (State, metrics): loss, grad_norm (before clipping), learning_rate, layer_grad_norm [L], bad_step, and the sums
+        (State, metrics): loss, grad_norm (before clipping), learning_rate, layer_grad_norm [L] (nan of a layer that the
+        update does not train), bad_step, and the sums
         `sum`, `weight` and of the task's metrics. A non-finite loss or gradient leaves weights and moments untouched
         and sets `bad_step`.
     """
@@ -166,6 +167,7 @@ def train_step(
         grads = tuning.choose(drawn, grads, jax.tree.map(jnp.zeros_like, grads))
     loss, grads = jax.tree.map(lambda total: total / jnp.maximum(sums['weight'], 1), (sums['sum'], grads))
     layer_grad_norm, grad_norm = trees.layer_norms(grads, state.network)
+    layer_grad_norm = jnp.where(tuning.trained_layers(state.params, state.network, drawn), layer_grad_norm, jnp.nan)
     if clip_norm:
         grads = jax.tree.map(lambda grad: grad * jnp.minimum(1, clip_norm / grad_norm), grads)
     grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)

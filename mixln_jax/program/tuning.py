@@ -65,6 +65,20 @@ def drawn_layers(tune: configs.Tune, seed: int, step: jax.Array, num_layers: int
     return jax.random.permutation(key, num_layers) < tune.layers
 
 
+def trained_layers(params: Any, network: Any, drawn: jax.Array | None) -> jax.Array:
+    """Returns which layers [L] an update trains: those that have a trained leaf and are `drawn`.
+
+    Args:
+        params: the trained leaves.
+        network: all leaves.
+        drawn: see `drawn_layers`.
+    """
+    stacked, trained = params.get(trees.STACKED, {}), list[bool]()
+    for number, run in enumerate(trees.layer_runs(network)):
+        trained += [f'segment_{number}' in stacked] * len(jax.tree.leaves(run)[0])
+    return jnp.array(trained) if drawn is None else jnp.array(trained) & drawn
+
+
 def choose(drawn: jax.Array | None, new: Any, old: Any) -> Any:
     """Returns `new`, with the layers that are not drawn as in `old`; both are parameters, or states of an optimiser of
     them. `drawn`: see `drawn_layers`."""

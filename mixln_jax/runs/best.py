@@ -17,7 +17,7 @@ NAME = 'best'  # `<run>/best` stands for the folder of the best checkpoint
 def check_metric(metric: str, task: Task) -> None:
     """Raises UsageError if evaluations of a task do not log `config.checkpoint.best`."""
     totals = dict.fromkeys(('sum', 'weight', 'num_bytes', *task.metrics), 1.0)
-    known = [f'eval/{name}' for name in task.summary(totals)]
+    known = [f'eval/{name}' for name, value in task.summary(totals).items() if value is not None]
     if metric and metric not in known:
         raise UsageError(
             f'config.checkpoint.best={metric!r} is no metric of the evaluation, which has {", ".join(known)}'

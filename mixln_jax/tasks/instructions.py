@@ -1,6 +1,8 @@
 """Instructions: the next token of what the assistant says in a conversation."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from mixln_jax import config as configs
 from mixln_jax.models.network import Network
@@ -18,3 +20,7 @@ class Instructions(Language):
         """Returns the task of a run. Raises UsageError if the network is not causal, or `compat` is set."""
         check_answers(config, model)
         return cls(model, config.data.mode, config.seq_length)
+
+    def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
+        """Returns what `Language.summary` does, without bits per byte: the bytes of what is learned are not counted."""
+        return super().summary({name: total for name, total in totals.items() if name != 'num_bytes'})

@@ -87,6 +87,7 @@ def run(values: Any, workdir: str | os.PathLike, stop: signals.Stop | None = Non
                 checkpoints = _open_checkpoints(config, shared, resolved, closing)
             if is_finished(shared, checkpoints, config.num_steps):
                 console.say(f'mixln_jax: {shared} is already finished ({config.num_steps} steps)')
+                _say_other_start(config, earlier)
                 return
             data = open_data()
             rollouts = open_rollouts(program, data.tokenizer)
@@ -324,7 +325,7 @@ def _open_data(config: configs.Config, task: Task) -> _Data:
     if config.data.split == config.eval.split or 'all' in (config.data.split, config.eval.split):
         keys = f'config.eval.split={config.eval.split} and config.data.split={config.data.split}'
         console.say(f'mixln_jax: warning: evaluates on what it trains on ({keys})', file=sys.stderr)
-    if tokenizer and config.eval.split == 'validation' and (remark := data_rows.shared(config.data, config.task)):
+    if tokenizer and (remark := data_rows.shared(config.data, config.task)):
         console.say(f'mixln_jax: warning: {remark}', file=sys.stderr)
     return _Data(tokenizer, *rows)
 
@@ -360,6 +361,18 @@ def _open_checkpoints(
     return checkpoints
 
 
+def _say_other_start(config: configs.Config, earlier: configs.Config | None) -> None:
+    """Warns if a run is asked for that starts from elsewhere than the one in the work directory did."""
+    for name in ('init_from', 'resume_from'):
+        wanted, was = getattr(config, name), getattr(earlier or config, name)
+        if wanted != was:
+            console.say(
+                f'mixln_jax: warning: it started with config.{name}={was or "(empty)"}, not with '
+                f'{wanted or "(empty)"}, which has no effect here; give another --workdir',
+                file=sys.stderr,
+            )
+
+
 def _describe(program: Program, rows: Examples, verbose: bool) -> None:
     """Prints the devices, sizes and warnings that follow from the keys; with `verbose` also all parameters."""
     config, mesh, model, params = program.config, program.mesh, program.model, program.state.network
@@ -380,6 +393,12 @@ def _describe(program: Program, rows: Examples, verbose: bool) -> None:
         f'{config.examples_per_step * config.num_steps / len(rows):.2f} epochs of {len(rows):,} {kind}\n'
         f'optimiser {config.optim.name}: {", ".join(f"{name} {number:g}" for name, number in numbers.items()) or "-"}'
     )
+    if config.examples_per_step > len(rows):
+        console.say(
+            f'mixln_jax: warning: a step takes {config.examples_per_step:,} rows and there are {len(rows):,}: it sees '
+            f'each of them {config.examples_per_step / len(rows):.1f} times; lower config.batch_size',
+            file=sys.stderr,
+        )
     if analyses := config.analysis.tokens:
         share = during.share(config, program.flops_per_position(), program.row_length)
         console.say(f'analyses on {task.units(analyses):,.0f} {task.unit}: {share:.2%} of the FLOPs of training')

@@ -18,6 +18,7 @@ TASKS = {
     'language': lambda n: {'text': f'text {n}'},
     'instructions': lambda n: {'prompt': f'{n}', 'completion': 'yes'},
     'preference': lambda n: {'prompt': f'{n}', 'chosen': 'yes', 'rejected': 'no'},
+    'reward': lambda n: {'prompt': f'{n}', 'chosen': 'yes', 'rejected': 'no'},
     'online': lambda n: {'prompt': f'{n}', 'answer': 'yes'},
 }
 

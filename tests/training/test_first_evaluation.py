@@ -25,7 +25,7 @@ def base(corpus, tmp_path_factory):
 
 
 def test_the_loss_before_the_first_update(corpus, base, tmp_path):
-    values = recipe(corpus, init_from=str(base), **{'eval.samples': 1})
+    values = recipe(corpus, init_from=str(base), **{'eval.samples': 1, 'eval.first': True})
     main.run(values, tmp_path / 'run')
     first, *rest = lines_of(tmp_path / 'run')
     before = lines_of(base)
@@ -55,3 +55,9 @@ def test_a_start_that_was_cut_short_writes_it_again(tmp_path):
     (tmp_path / 'metrics.jsonl').write_text('{"step": -1}\n')
     with pytest.raises(CheckpointError, match='metrics.jsonl:1 is step -1, after step -1'):
         log.read_metrics(tmp_path / 'metrics.jsonl')
+
+
+def test_fewer_rows_than_a_batch_has(corpus, tmp_path, capsys):
+    main.run(recipe(corpus, num_steps=1, batch_size=512), tmp_path / 'run')
+    said = [line for line in capsys.readouterr().err.splitlines() if 'a step takes 512 rows and there are' in line]
+    assert len(said) == 1 and said[0].endswith('times; lower config.batch_size')

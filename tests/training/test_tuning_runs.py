@@ -151,3 +151,16 @@ class TestFrozenWeights:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
         self.check(run, 'frozen/0', corpus)
+
+
+@pytest.mark.parametrize('name, trained', [('lisa', 1), ('probe', 0), ('lora', 3)])
+def test_layers_that_do_not_train_have_no_gradient_norm(name, trained, finished):
+    lines = [line for line in lines_of(finished(name)) if line['step']]
+    assert all(sum(norm is not None for norm in line['layers/grad_norm']) == trained for line in lines)
+
+
+def test_a_finished_run_names_another_start(corpus, base, finished, tmp_path, capsys):
+    run = shutil.copytree(finished('probe'), tmp_path / 'run')
+    main.run(changed(corpus, '/elsewhere', **METHODS['probe']), run)
+    assert 'warning: it started with config.init_from=hf:' in (said := capsys.readouterr()).err
+    assert 'not with hf:/elsewhere' in said.err and 'already finished' in said.out
