@@ -28,24 +28,25 @@ from mixln_jax.runs import weights
 from mixln_jax.runs.weights import Weights
 from mixln_jax.system import cli, console, files, outputs
 from mixln_jax.system.errors import CheckpointError, UsageError
-from mixln_jax.tasks.build import TASKS
+from mixln_jax.tasks import build
 
 OF_COMPARISON = ('prompts', 'reward', 'start', 'max_new_tokens', 'temperature', 'seed')  # options only with --against
 
 
 def _text(loaded: Weights, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Returns the line and the JSON object of an evaluation on text, without --tasks."""
-    values = evaluate_run(loaded, options.split, options.tokens, options.batch_size, options.data_path)
+    by_class = options.out is not None
+    values = evaluate_run(loaded, options.split, options.tokens, options.batch_size, options.data_path, by_class)
     assert loaded.config is not None, 'evaluate_run refuses others'
     split = options.split or loaded.config.eval.split
-    numbers = {name.removeprefix('eval/'): value for name, value in values.items()}
+    numbers = {name.removeprefix('eval/'): value for name, value in values.items() if name != 'classes'}
     tokens = numbers.pop('tokens')
-    task = TASKS[loaded.config.task.name]
+    task = build.from_config(loaded.config, loaded.model)
     decimals = {name: task.digits if name == task.headline else 4 for name in numbers}
     shown = '  '.join(
         f'{name.replace("_", " ")} {value:.{decimals[name]}f}' for name, value in numbers.items() if value is not None
     )
-    return f'{split}: {shown}  ({tokens:,} tokens)', {'split': split} | values
+    return f'{split}: {shown}  ({task.units(tokens):,.0f} {task.unit})', {'split': split} | values
 
 
 def _add_comparison_options(add: Callable[..., Any]) -> None:
@@ -162,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
         metavar='B',
         help="rows at a time [the run's micro-batch; with --tasks or --against 32]",
     )
-    add('--out', metavar='FILE.json', help='write the results here too')
+    add('--out', metavar='FILE.json', help='write the results here too; of images also those of each class')
     add('--split', metavar='SPLIT', help="of the run's data [config.eval.split]")
     add('--tokens', type=int, metavar='N', help='target tokens, at least [config.eval.tokens]')
     add('--data_path', metavar='PATH', help=data_rows.MOVED)

@@ -121,8 +121,9 @@ def _line(error: BaseException, file: pathlib.Path) -> str:
     return lines[-1] if lines else str(file)
 
 
-# size, {dotted key: value}, and the perplexity, or the accuracies as in config.expected.tasks
-Cell = tuple[str, dict[str, Any], float | str]
+# size or name of a recipe, {dotted key: value}, and the perplexity, the accuracies as in config.expected.tasks, or
+# other keys of config.expected
+Cell = tuple[str, dict[str, Any], float | str | dict[str, float]]
 
 
 def cell(
@@ -131,7 +132,7 @@ def cell(
     """Returns the recipe of one cell of a paper's table: the recipe of its size with some keys changed.
 
     Args:
-        file: the table's recipe file. The recipes `llama_<size>.py` are in the folder above its own.
+        file: the table's recipe file. The recipes `llama_<size>.py`, or those of other names, are in the folder above.
         source: paper and table.
         cells: the cells by name.
         tokens: {size: tokens that the paper reports}.
@@ -143,9 +144,12 @@ def cell(
     if name not in cells:
         raise UsageError(f'{name!r} is not a cell of {source}; FILE:CELL with one of {", ".join(cells)}')
     size, changes, result = cells[name]
-    config = load(str(pathlib.Path(file).absolute().parents[1] / f'llama_{size}.py'))
+    recipe = f'llama_{size}' if size[0].isdigit() else size
+    config = load(str(pathlib.Path(file).absolute().parents[1] / f'{recipe}.py'))
     config.update_from_flattened_dict(changes)
-    expected = {'tasks': result} if isinstance(result, str) else {'perplexity': result, 'tokens': tokens[size]}
+    if isinstance(result, float | int):
+        result = {'perplexity': result, 'tokens': tokens[size]}
+    expected: Mapping[str, Any] = {'tasks': result} if isinstance(result, str) else result
     config.expected.update(expected, source=f'{source}, {name}')
     return config
 

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAST = 40
+RECIPE = 'configs/quickstart.py'
 CHANGES = {
     'num_steps': LAST,
     'batch_size': 8,
@@ -42,7 +43,7 @@ PHASES = {
 
 def start(workdir, **environment):
     """Starts the command as a user gives it; returns (process, its log, which is workdir.log)."""
-    command = [sys.executable, '-m', 'mixln_jax.main', '--config', 'configs/quickstart.py', '--workdir', str(workdir)]
+    command = [sys.executable, '-m', 'mixln_jax.main', '--config', RECIPE, '--workdir', str(workdir)]
     command += [f'--config.{name}={value}' for name, value in CHANGES.items()]
     log = workdir.with_suffix('.log')
     # As users run it: one device, all of XLA's optimisations.

@@ -13,10 +13,12 @@ import pytest
 
 from mixln_jax import config as configs
 from mixln_jax import main, recipes
+from mixln_jax.data.images import augment
 from mixln_jax.models import families, placements
 from mixln_jax.program import optim
 from mixln_jax.system import cli
 from mixln_jax.system.errors import UsageError
+from mixln_jax.tasks import build
 
 RECIPES = pathlib.Path(__file__).parents[1] / 'configs'
 # The authors' JSON files: hidden, MLP, heads, layers, parameters (untied head, final norm included).
@@ -54,11 +56,37 @@ def test_recipes_have_the_official_sizes(size):
     assert (config.batch_size, config.seq_length, config.data.name) == (512, 256, 'c4/en')
 
 
-OTHERS = {'vit_quickstart', 'quickstart', 'books', 'bert_quickstart'}
+VITS = {'vit_fashion_mnist', 'vit_quickstart', 'vit_ti_cifar10'} | {
+    f'vit_{size}16_i1k{suffix}' for size in ('ti', 's') for suffix in ('', '_convnext')
+}
+OTHERS = {'quickstart', 'books', 'bert_quickstart'} | VITS
 
 
 def test_every_size_has_a_recipe():
     assert {path.stem for path in RECIPES.glob('*.py')} == {f'llama_{size}' for size in SIZES} | OTHERS
+
+
+# Parameters of timm's vit_tiny_patch16_224 and vit_small_patch16_224; with sines as positions and no token
+# there are 198 D fewer, and with a representation D(D + 1) more.
+@pytest.mark.parametrize('size, width, parameters', [('ti', 192, 5_717_416), ('s', 384, 22_050_664)])
+def test_vits_have_the_published_sizes(size, width, parameters):
+    for name, wanted in (
+        (f'vit_{size}16_i1k_convnext', parameters),
+        (f'vit_{size}16_i1k', parameters - 198 * width + width * (width + 1)),
+    ):
+        config = configs.build(recipes.load(str(RECIPES / f'{name}.py')))
+        model = families.from_config(config.model)
+        assert model.num_params(jax.eval_shape(model.init, jax.random.key(0))['params']) == wanted
+        assert (config.model.num_layers, config.data.name, config.optim.name) == (12, 'imagenet2012', 'adamw')
+        optim.schedule(config.optim, 200_000), optim.optimizer(config.optim)
+
+
+@pytest.mark.parametrize('name', sorted(VITS))
+def test_images_of_recipes_can_be_varied(name):
+    config = configs.build(recipes.load(str(RECIPES / f'{name}.py')))
+    task = build.from_config(config, families.from_config(config.model))
+    augment.Augmentation(config.data.images, config.model.image_size)
+    assert task.batch_spec(2)['images'].shape[1] == config.model.image_size
 
 
 @pytest.mark.parametrize('norm_position', ['pre', 'post', 'deepnorm', 'lns', 'sandwich', 'res_post', 'mix'])

@@ -43,7 +43,7 @@ def cells_of(table):
 
 
 def test_every_table_is_here():
-    assert {path.stem for path in PAPER.glob('*.py')} == {*CELLS, 'mixln_table2', 'mixln_table3'}
+    assert {path.stem for path in PAPER.glob('*.py')} == {*CELLS, 'mixln_table2', 'mixln_table3', 'mixln_table4'}
 
 
 @pytest.mark.parametrize('table', CELLS)
@@ -112,6 +112,18 @@ def test_human_feedback():
     assert [config.task.online.reward for config in online] == ['runs/mixln_table3_pre_reward'] * 2
     assert '0.75' in online[0].expected.source and '1.32' in online[1].expected.source
     assert online[0].task.online == online[1].task.online and online[0].task.online.algorithm == 'remax'
+
+
+def test_images():
+    """Table 4: two sizes, each with two placements that differ in nothing else."""
+    accuracies = {'ti_pre': 0.6730, 'ti_mix': 0.6734, 's_pre': 0.7599, 's_mix': 0.7640}
+    assert cells_of('mixln_table4') == [*accuracies]
+    for name, accuracy in accuracies.items():
+        config, (size, scheme) = load('mixln_table4', name), name.split('_')
+        builds(config.model)
+        assert (config.model.norm_position, config.model.hidden_size) == (scheme, {'ti': 192, 's': 384}[size])
+        assert (config.expected.accuracy, config.expected.source) == (accuracy, f'Mix-LN Table 4, {name}')
+        assert not config.expected.perplexity and not config.expected.tokens
 
 
 def test_what_the_cells_change():

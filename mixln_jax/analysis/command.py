@@ -90,7 +90,7 @@ class Sample:
         taken = self._subject.task, self.examples, options.tokens or TOKENS, options.batch_size
         batches = samples.sample(*taken, last, parts)
         counts = np.concatenate([batch['position_mask'].sum(-1) for batch in batches])
-        self.about.update(tokens=int(counts.sum()), rows=int((counts > 0).sum()))
+        self.about.update(tokens=int(counts.sum()), rows=int((counts > 0).sum()), reads=self._subject.task.reads)
         return tqdm(batches, desc=self._label, leave=False, disable=None)
 
 
@@ -287,7 +287,8 @@ def _draw(job: Any, folder: pathlib.Path, results: Sequence[dict[str, Any]]) -> 
 def _table(result: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     """Yields the lines of a table of `columns` {title: [L]}: a head, then one line for each layer."""
     about = f' step {result["step"]}' if result['step'] is not None else ''
-    yield f'{result["checkpoint"]},{about} on {result["tokens"]:,} tokens of {result["rows"]:,} rows'
+    kinds = ('positions', 'images') if result['reads'] == 'images' else ('tokens', 'rows')
+    yield f'{result["checkpoint"]},{about} on {result["tokens"]:,} {kinds[0]} of {result["rows"]:,} {kinds[1]}'
     width = max(16, *map(len, result['norm_position']))
     yield f'{"layer":>5}  {"placement":<{width}}' + ''.join(f'  {title:>16}' for title in columns)
     for l, name in enumerate(result['norm_position']):

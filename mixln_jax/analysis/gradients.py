@@ -35,7 +35,7 @@ DEFINITION = (
     'Euclidean norm, over all weights of a layer or over one matrix, of the gradient of the mean loss of a batch, '
     'before clipping; the mean over batches'
 )
-UNIT = 'nats a token, by unit of weight'
+UNIT = 'nats a token or image, by unit of weight'
 SOURCE = 'Li, Yin, Liu 2025, Mix-LN (arXiv 2412.13795), Figures 3e and 6a'
 ROWS = 32
 

@@ -14,11 +14,13 @@ from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.evaluation import references
+from mixln_jax.evaluation.classes import Confusions
 from mixln_jax.evaluation.rollouts import completed, open_rollouts
 from mixln_jax.models import transformer
 from mixln_jax.program.program import Program
 from mixln_jax.runs import frozen, weights
 from mixln_jax.system.errors import DataError, NumericsError, UsageError
+from mixln_jax.tasks.classification import Classification
 from mixln_jax.tasks.task import Task
 
 
@@ -76,7 +78,8 @@ def evaluate_run(
     num_tokens: int | None = None,
     batch_size: int | None = None,
     data_path: str | None = None,
-) -> dict[str, float | None]:
+    by_class: bool = False,
+) -> dict[str, Any]:
     """Evaluates the weights of a run as the run itself does, on all devices that share a batch evenly.
 
     Args:
@@ -85,6 +88,7 @@ def evaluate_run(
         num_tokens: target tokens, at least (or the whole split); None: config.eval.tokens.
         batch_size: rows at a time, a divisor of the run's batch; None: the run's micro-batch.
         data_path: where the run's data is now; None: where it was.
+        by_class: whether to add `classes`, as `Confusions.by_class`, of a network that classifies images; runs it twice.
 
     Returns:
         As `evaluate`.
@@ -107,14 +111,18 @@ def evaluate_run(
     rows = references.of_run(program.task, loaded, split, rows)
     step = transformer.needed_step(program.model, loaded.step)
     rollouts = open_rollouts(program, loaded.tokenizer)
-    params = jax.device_put(loaded.params, jax.tree.map(lambda leaf: leaf.sharding, program.state.params))
-    kept = tuple(
-        jax.device_put(frozen.read_reference(loaded.workdir), jax.tree.map(lambda leaf: leaf.sharding, like))
-        for like in program.references
-    )
+    params = _placed(loaded.params, program.state.params)
+    kept = tuple(_placed(frozen.read_reference(loaded.workdir), like) for like in program.references)
+    confusions = Confusions(program.task) if by_class and isinstance(program.task, Classification) else None
+
+    def eval_step(params: Any, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+        if confusions:
+            confusions.add(params, batch, step)
+        return program.eval_step(params, batch, step, *kept)
+
     with contextlib.closing(batches.read(batches.evaluation(rows, batch_size), 0, workers=0)) as reader:
         values = evaluate(
-            lambda params, batch: program.eval_step(params, batch, step, *kept),
+            eval_step,
             params,
             completed(rollouts, params, reader, rows, loaded.step),
             task=program.task,
@@ -125,4 +133,9 @@ def evaluate_run(
     loss = values['eval/loss']
     if loss is None or not math.isfinite(loss):
         raise NumericsError(f'{loaded.where}: the evaluation loss is not finite')
-    return values
+    return values | ({'classes': confusions.by_class(rows.classes)} if confusions else {})
+
+
+def _placed(values: Any, like: Any) -> Any:
+    """Returns arrays on the devices that those of `like` are on."""
+    return jax.device_put(values, jax.tree.map(lambda leaf: leaf.sharding, like))

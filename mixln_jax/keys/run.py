@@ -14,6 +14,9 @@ class Eval:
     """Evaluation during training, and always after the last step."""
 
     every: int = key(1000, 'steps between evaluations; 0: only after the last step', at_least=0)
+    first: bool = key(
+        True, 'where a run starts from init_from, evaluate these weights too, before the first update, as step 0'
+    )
     tokens: int = key(10_000_000, 'least number of target tokens in an evaluation (or the whole split)', at_least=1)
     split: str = key('validation', 'split to evaluate on: train, validation, or what a tfds data set has')
     samples: int = key(
@@ -94,6 +97,9 @@ class Expected:
 
     perplexity: float = key(0.0, 'perplexity that a paper reports; 0: none', at_least=0.0)
     tokens: float = key(0.0, 'tokens that the paper reports', at_least=0.0)
+    accuracy: float = key(
+        0.0, 'accuracy of a classification that a paper reports, as a share; 0: none', at_least=0.0, at_most=1.0
+    )
     tasks: str = key('', 'accuracies of tasks that the paper reports, in per cent: boolq=56.12,piqa=66.34')
     source: str = key('', 'the paper, and the table in it')
 

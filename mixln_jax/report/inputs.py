@@ -22,7 +22,8 @@ from mixln_jax.tasks.build import TASKS
 from mixln_jax.tasks.task import Task
 
 SEEDS = ('seed', 'data.seed')
-TASK_RESULTS = 'tasks.json'  # where `evaluate --tasks --out` puts what a report shows
+# Where `evaluate --tasks --out` and, of images, `evaluate --out` put what a report shows.
+TASK_RESULTS, CLASS_RESULTS = 'tasks.json', 'classes.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Run:
     name: str
     colour: int
     tasks: dict[str, Any] = dataclasses.field(default_factory=dict)  # tasks.json, from `evaluate --tasks --out`
+    classes: dict[str, Any] = dataclasses.field(default_factory=dict)  # classes.json, from `evaluate --out` of images
     debug: dict[str, Any] = dataclasses.field(default_factory=dict)  # debug/report.json, of a step that was not finite
 
     @property
@@ -104,6 +106,11 @@ class Run:
             return {}
         wanted = self.config.eval.tokens
         return data | {'split': self.config.eval.split, 'amount': min(wanted, tokens or wanted)}
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the run learns from images, not from texts."""
+        return TASKS[self.config.task.name].reads == 'images'
 
     @property
     def headline(self) -> Headline:
@@ -197,6 +204,7 @@ def _read_analyses(run: Run, path: pathlib.Path) -> list[Exception]:
         ('environment', 'environment.json'),
         ('debug', 'debug/report.json'),
         ('tasks', TASK_RESULTS),
+        ('classes', CLASS_RESULTS),
     ):
         try:
             setattr(run, attribute, read_content(path / name) or {})

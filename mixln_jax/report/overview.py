@@ -40,26 +40,35 @@ def _row(group: Sequence[Run], columns: Sequence[Headline]) -> dict[str, str]:
     """Returns {column: text} of runs that differ in seeds alone, without their settings."""
     run, expected, own = group[0], group[0].config.expected, group[0].headline
     last: dict[str, list[Any]] = {
-        key: [run.last(key)[1] for run in group] for key in (own.key, 'eval/bits_per_byte', 'tokens')
+        key: [run.last(key)[1] for run in group] for key in (own.key, 'eval/top5', 'eval/bits_per_byte', 'tokens')
     }
-    values, bits, tokens = last.values()
-    bits, tokens = (
-        [None if value is None or math.isnan(value) else value for value in column] for column in (bits, tokens)
+    values, top5, bits, tokens = last.values()
+    top5, bits, tokens = (
+        [None if value is None or math.isnan(value) else value for value in column] for column in (top5, bits, tokens)
     )
+    images = [run.config.batch_size * run.step if run.reads_images else None for run in group]
+    tokens = [None if run.reads_images else number for run, number in zip(group, tokens, strict=True)]
     mean = np.mean(values) if None not in values else np.nan
     paper: float = getattr(expected, own.name, None) or 0.0
     compared = paper and np.isfinite(mean)
     return {
         'run': listed(group),
         **{one.label: _mean(values, own.digits) if one == own else '-' for one in columns},
+        'top 5': _mean(top5, own.digits),
         'bits per byte': _mean(bits, 3),
         'paper': f'{paper:,.{own.digits}f}' if paper else '-',
         'difference': f'{mean - paper:+,.{own.digits}f} ({mean / paper - 1:+.1%})' if compared else '-',
         'placement': run.placement,
         'steps': run.steps,
-        'tokens': f'{np.mean(tokens):,.0f}' if None not in tokens else '-',
+        'tokens': _count(tokens),
+        'images': _count(images),
         'source': expected.source or '-',
     }
+
+
+def _count(values: Sequence[Any]) -> str:
+    """Returns the mean of whole numbers as a text."""
+    return f'{np.mean(values):,.0f}' if None not in values else '-'
 
 
 def _mean(values: Sequence[Any], decimals: int) -> str:

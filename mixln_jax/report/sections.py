@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mixln_jax.report import figures
+from mixln_jax.report.classes import class_section
 from mixln_jax.report.inputs import Headline, Run, headlines
 from mixln_jax.report.measured import measured
 from mixln_jax.report.numbers import fixed, number, value_range
@@ -28,6 +29,7 @@ def compose(runs: Sequence[Run], comparison: Section) -> list[Section]:
         comparison,
         Section('Runs', tables=(_runs(runs),)),
         task_section(runs),
+        class_section(runs),
         _training(runs),
         *measured(runs),
         _evolution(runs),
@@ -82,15 +84,17 @@ def _training(runs: Sequence[Run]) -> Section:
 def _chart(
     runs: Sequence[Run], key: str, label: str, caption: str, marked: str | None = None, log: bool | None = None
 ) -> Picture:
-    """Returns a picture of one metric over the tokens: a line for each run, and points for the metric `marked`."""
-    series = []
+    """Returns a picture of one metric over the tokens, or over the images if all runs read them: a line for each run,
+    and points for the metric `marked`."""
+    series, unit = [], 'images' if all(run.reads_images for run in runs) else 'tokens'
     for run in runs:
-        x, y = _thinned(*_numbers(run.lines, key))
-        points = _numbers(run.lines, marked) if marked else ((), ())
+        lines = [line | {'images': run.config.batch_size * line['step']} for line in run.lines]
+        x, y = _thinned(*_numbers(lines, key, unit))
+        points = _numbers(lines, marked, unit) if marked else ((), ())
         curve = {'label': run.name, 'colour': run.colour, 'x': x, 'y': y}
         series.append(curve | {'points': points if len(points[0]) else None})
-    alt = f'Lines of {label} over the tokens, one for each of {listed(runs)}.'
-    return Picture(figures.curves(series, 'tokens', label, log), alt, caption)
+    alt = f'Lines of {label} over the {unit}, one for each of {listed(runs)}.'
+    return Picture(figures.curves(series, unit, label, log), alt, caption)
 
 
 def _evaluations(runs: Sequence[Run]) -> tuple[Table, ...]:
@@ -177,9 +181,10 @@ def _evolution_pictures(
             )
 
 
-def _numbers(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Returns (tokens, values) of the metrics lines that have `key`; nan where a value is not a number."""
-    pairs = [(number(line['tokens']), number(line[key])) for line in lines if key in line and 'tokens' in line]
+def _numbers(lines: Sequence[dict[str, Any]], key: str, unit: str = 'tokens') -> tuple[list[float], list[float]]:
+    """Returns (tokens, values) of the metrics lines that have `key`; nan where a value is not a number. `unit` is the
+    key of what is returned in place of tokens."""
+    pairs = [(number(line[unit]), number(line[key])) for line in lines if key in line and unit in line]
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 

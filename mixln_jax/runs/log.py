@@ -48,7 +48,8 @@ class Metrics:
         """
         self._pictures = pictures or {}
         self._path = pathlib.Path(workdir) / 'metrics.jsonl'
-        first = resume_from + (open_line is None)  # the first step whose line is not written yet
+        # The first step whose line is not written yet. A start writes all of them, that of step 0 too.
+        first = resume_from + (open_line is None and resume_from > 0)
         kept = _lines_before(self._path, first)
         if self._path.exists():
             outputs.write(self._path, ''.join(f'{text}\n' for _, text in kept).encode())
@@ -132,7 +133,7 @@ def _lines_before(path: str | os.PathLike, first: float) -> list[tuple[Line, str
 def _checked_lines(path: str | os.PathLike, texts: Sequence[str]) -> list[tuple[Line, str]]:
     """Returns (object, text) of every line, without a last line that a kill has cut short."""
     lines: list[tuple[Line, str]] = []
-    last = 0
+    last = -1
     for number, text in enumerate(texts, 1):
         try:
             line = orjson.loads(text)  # fast, for each start reads all lines
@@ -186,6 +187,8 @@ def _digest(texts: Iterable[str], digest: Any = None) -> Any:
 
 def progress_line(line: Line, num_steps: int, task: Task) -> str:
     """Returns the progress line for a metrics line that has `train/*` and `perf/*`."""
+    speed = line['perf/tokens_per_sec_per_device']
+    speed = None if speed is None else task.units(speed)
     headline = f'{task.label} {_number(line[f"train/{task.headline}"], f".{task.digits}f")}'
     shown = [
         f'step {line["step"]:>{len(str(num_steps))}}/{num_steps} {100 * line["step"] / num_steps:3.0f}%',
@@ -193,7 +196,7 @@ def progress_line(line: Line, num_steps: int, task: Task) -> str:
         headline,
         f'grad {_number(line["train/grad_norm"], ".3f")}',
         f'lr {line["train/learning_rate"]:.2e}',
-        f'{_number(line["perf/tokens_per_sec_per_device"], ",.0f")} tok/s/device',
+        f'{_number(speed, ",.0f")} {task.short_unit}/s/device',
         f'mfu {_number(line["perf/mfu"], ".1%")}',
         f'data wait {_number(line["perf/data_wait_frac"], ".1%")}',
         f'eta {_duration((num_steps - line["step"]) * (line["perf/step_time"] or 0))}',

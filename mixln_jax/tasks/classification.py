@@ -34,6 +34,8 @@ class Classification(Task):
     classification: configs.Classification = dataclasses.field(default_factory=configs.Classification)
 
     reads: ClassVar[str] = 'images'
+    unit: ClassVar[str] = 'images'
+    short_unit: ClassVar[str] = 'img'
     headline: ClassVar[str] = 'accuracy'
     label: ClassVar[str] = 'accuracy'
     digits: ClassVar[int] = 4
@@ -48,6 +50,9 @@ class Classification(Task):
                     f'config.{name}={value} has no meaning for config.task.name=classification: leave it out'
                 )
         return cls(model, config.task.classification)
+
+    def units(self, tokens: float) -> float:
+        return tokens / self.model.row_length(0)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         size, row = self.model.config.image_size, (batch_size,)
@@ -88,6 +93,11 @@ class Classification(Task):
             'top5': (mask * (rank < NEAR)).sum(),
         }
         return Losses(losses.sum(), mask.sum(), losses, mask, metrics)
+
+    def likeliest(self, params: Any, batch: Batch, step: jax.Array | None = None) -> jax.Array:
+        """Returns the likeliest class [B] of each image; of equal logits the first one. `step` as in Context."""
+        logits, _ = self.model.apply({'params': params}, batch, step=step)
+        return logits.argmax(-1)
 
     def summary(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
         count = max(totals['weight'], 1e-9)

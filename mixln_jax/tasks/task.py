@@ -64,7 +64,8 @@ class Task(abc.ABC):
 
     `model` is the network. Equal tasks are equal as objects too, so that what is compiled for one serves the other.
 
-    Class attributes: `reads`, what a network of the task reads, texts or images; `headline` names the number that
+    Class attributes: `reads`, what a network of the task reads, texts or images; `unit` and `short_unit`, what people
+    count of it; `headline` names the number that
     people look at first, by which runs are compared, `label` is its short name and `digits` the decimals that are
     shown; `lower` names the numbers of `summary` that are better if lower, the others are better if higher;
     `headline_of_loss`, where the headline is a function of the mean loss, is that function and its derivative;
@@ -76,6 +77,8 @@ class Task(abc.ABC):
     model: Any
 
     reads: ClassVar[str] = 'texts'
+    unit: ClassVar[str] = 'tokens'
+    short_unit: ClassVar[str] = 'tok'
     headline: ClassVar[str]
     label: ClassVar[str]
     digits: ClassVar[int]
@@ -94,6 +97,10 @@ class Task(abc.ABC):
     def precomputed(self) -> bool:
         """Whether batches bring what the network that training began with says of them, in place of the network."""
         return False
+
+    def units(self, tokens: float) -> float:
+        """Returns how many of `unit` a number of tokens is."""
+        return tokens
 
     @classmethod
     def from_config(cls, config: configs.Config, model: Network) -> 'Task':

@@ -59,7 +59,8 @@ class Evaluation(_Every):
         self.metrics.add(step, values)
         headline, number = self.task.headline, values[f'eval/{self.task.headline}']
         shown = f'loss {loss:.4f}  {headline} {number:.{self.task.digits}f}'
-        console.say(f'eval at step {step}: {shown}  ({values["eval/tokens"]:,} tokens)')
+        count = self.task.units(values['eval/tokens'] or 0)
+        console.say(f'eval at step {step}: {shown}  ({count:,.0f} {self.task.unit})')
 
 
 @dataclasses.dataclass

@@ -211,6 +211,9 @@ class _Job:
         stream = (to_devices(batch) for batch in feed.watched(reader))
         stream = hooks.profiled(stream, first, config.profile.start, config.profile.steps, self.records.folder)
         with jax.transfer_guard('disallow'), contextlib.closing(stream):
+            if first == 1 and config.init_from and config.eval.first:
+                with meter.paused():
+                    self._evaluate_first(measuring, state)
             state = loop.fit(
                 state,
                 train_step,
@@ -226,6 +229,14 @@ class _Job:
             )
             self.checkpoints.wait()
         return state
+
+    def _evaluate_first(self, measuring: Sequence[hooks.Hook], state: State) -> None:
+        """Evaluates the weights that the run begins with, and writes texts of them, as step 0."""
+        self.records.metrics.add(0, {'tokens': 0})
+        for hook in measuring:
+            if not isinstance(hook, hooks.Analysis):
+                hook(0, state)
+        self.records.metrics.flush()
 
     def _measuring(self, feed: Feed, eval_step: Callable[..., Any]) -> list[hooks.Hook]:
         """Returns the hooks that add numbers to the metrics line of a step, or write texts at it."""
@@ -313,6 +324,8 @@ def _open_data(config: configs.Config, task: Task) -> _Data:
     if config.data.split == config.eval.split or 'all' in (config.data.split, config.eval.split):
         keys = f'config.eval.split={config.eval.split} and config.data.split={config.data.split}'
         console.say(f'mixln_jax: warning: evaluates on what it trains on ({keys})', file=sys.stderr)
+    if tokenizer and config.eval.split == 'validation' and (remark := data_rows.shared(config.data, config.task)):
+        console.say(f'mixln_jax: warning: {remark}', file=sys.stderr)
     return _Data(tokenizer, *rows)
 
 
@@ -350,6 +363,8 @@ def _open_checkpoints(
 def _describe(program: Program, rows: Examples, verbose: bool) -> None:
     """Prints the devices, sizes and warnings that follow from the keys; with `verbose` also all parameters."""
     config, mesh, model, params = program.config, program.mesh, program.model, program.state.network
+    task = program.task
+    kind = 'rows' if task.reads == 'texts' else task.unit
     if verbose:
         console.say(parameter_overview.get_parameter_overview(params, include_stats=False))
     per_step = config.batch_size * program.row_length
@@ -362,12 +377,12 @@ def _describe(program: Program, rows: Examples, verbose: bool) -> None:
         f'; placement {placements.spelled(model.norm_position)}\n'
         f'{model.num_params(params):,} parameters{trained}{"" if verbose else " (--verbose lists them)"}\n'
         f'{per_step:,} positions a step, {per_step * config.num_steps:,} in {config.num_steps:,} steps, '
-        f'{config.examples_per_step * config.num_steps / len(rows):.2f} epochs of {len(rows):,} rows\n'
+        f'{config.examples_per_step * config.num_steps / len(rows):.2f} epochs of {len(rows):,} {kind}\n'
         f'optimiser {config.optim.name}: {", ".join(f"{name} {number:g}" for name, number in numbers.items()) or "-"}'
     )
     if analyses := config.analysis.tokens:
         share = during.share(config, program.flops_per_position(), program.row_length)
-        console.say(f'analyses on {analyses:,} tokens: {share:.2%} of the FLOPs of training')
+        console.say(f'analyses on {task.units(analyses):,.0f} {task.unit}: {share:.2%} of the FLOPs of training')
     sizes, steps = config.model, config.num_steps + config.model.ramp_start
     optim = config.optim
     warmup_ratio = optim.warmup_steps / config.num_steps if optim.warmup_steps else optim.warmup_ratio

@@ -8,6 +8,14 @@ import killed_runs
 import pytest
 
 PAIRS = {'task.name': 'preference', 'data.template': 'plain', 'data.mode': 'pack', 'seq_length': 96}
+IMAGES = {
+    'num_epochs': 0.0,
+    'data.workers': 2,
+    'data.images.policy': 'randaug(2,10)',
+    'data.images.erasing': 0.25,
+    'task.classification.mixup': 0.8,
+    'task.classification.cutmix': 1.0,
+}
 METHODS = {
     'full': {},
     'lora': {'tune.method': 'lora', 'tune.rank': 4, 'tune.dropout': 0.1},
@@ -32,6 +40,20 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize('method', METHODS)
 def test_kills_and_signals(method, base, tmp_path, monkeypatch):
     monkeypatch.setattr(killed_runs, 'CHANGES', killed_runs.CHANGES | METHODS[method] | {'init_from': base})
+    killed_and_compared(tmp_path, method)
+
+
+@pytest.mark.slow
+def test_images(tmp_path, monkeypatch):
+    """A ViT whose images are varied by 2 workers, and mixed."""
+    apart = ('seq_length', 'eval.tokens')
+    text = {name: value for name, value in killed_runs.CHANGES.items() if name not in apart}
+    monkeypatch.setattr(killed_runs, 'CHANGES', text | IMAGES)
+    monkeypatch.setattr(killed_runs, 'RECIPE', 'configs/vit_quickstart.py')
+    killed_and_compared(tmp_path, 'images')
+
+
+def killed_and_compared(tmp_path, method):
     killed_runs.finish(tmp_path / 'whole')
     run, rng = tmp_path / 'run', random.Random(method)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):

@@ -10,6 +10,7 @@ import pytest
 from mixln_jax import config as configs
 from mixln_jax import evaluate, main
 from mixln_jax.analysis import angular, drop, gradients, variance
+from mixln_jax.report import command as report
 from mixln_jax.runs import weights
 from mixln_jax.system.errors import UsageError
 
@@ -117,3 +118,60 @@ def test_refused(changes, match, tmp_path):
 def test_options_of_text_are_refused(trained, capsys):
     assert drop.main(['--checkpoint', str(trained), '--seq_length', '8']) == 2
     assert '--seq_length has no meaning' in capsys.readouterr().err
+
+
+class TestByClass:
+    @pytest.fixture(scope='class')
+    def results(self, trained):
+        """What `evaluate --out` writes, into the folder of the run."""
+        assert evaluate.main(['--checkpoint', str(trained), '--out', str(trained / 'classes.json')]) == 0
+        return json.loads((trained / 'classes.json').read_text())
+
+    def test_sums(self, results, trained):
+        """Accuracies and mistakes of the classes are those of all images, which the run has evaluated too."""
+        classes = results['classes']
+        images = sum(one['images'] for one in classes)
+        assert images == results['eval/tokens'] // 4 and [one['class'] for one in classes] == [*'0123456789']
+        right = sum(one['accuracy'] * one['images'] for one in classes)
+        assert (
+            right / images
+            == pytest.approx(results['eval/accuracy'])
+            == pytest.approx(lines(trained)[-1]['eval/accuracy'])
+        )
+        for one in classes:
+            assert sum(one['taken_for'].values()) == round((1 - one['accuracy']) * one['images'])
+            assert one['class'] not in one['taken_for']
+
+    def test_report(self, results, trained, tmp_path, capsys):
+        worst = min(results['classes'], key=lambda one: one['accuracy'])
+        assert report.main([str(trained), '--out', str(tmp_path / 'report')]) == 0
+        assert '| 96 ' in capsys.readouterr().out  # images
+        text = (tmp_path / 'report/report.md').read_text()
+        row = next(line for line in text.splitlines() if 'taken for' in line.partition('\n')[0])
+        after = text.partition(row)[2].splitlines()[2]
+        cells = [cell.strip() for cell in after.split('|')[1:-1]]
+        assert cells[:4] == ['vit', worst['class'], f'{worst["accuracy"]:.4f}', str(worst['images'])]
+        first, count = next(iter(worst['taken_for'].items()))
+        assert cells[4].startswith(f'{first} ({count})')
+        assert 'top 5' in text and 'perplexity' not in text.partition('## Classes')[0]
+
+    @pytest.mark.parametrize(
+        'content, code',
+        [('[1]', 5), ('{', 5), ('{"classes": 3}', 0), ('{"classes": [3, {"accuracy": "x"}, {"images": 1}]}', 0),
+         ('{"classes": [{"accuracy": 0.5, "images": 2, "taken_for": [1]}]}', 0),
+         ('{"classes": [{"class": ["a"], "accuracy": 1e999, "images": 2, "taken_for": {"a": "b"}}]}', 0),
+         ('{"classes": [{"class": "a", "accuracy": 0, "images": 1, "taken_for": {"b": null, "c": 2}}]}', 0)],
+    )  # fmt: skip
+    def test_malformed(self, trained, tmp_path, capsys, content, code):
+        shutil.copytree(trained, tmp_path / 'run')
+        (tmp_path / 'run/classes.json').write_text(content)
+        assert report.main([str(tmp_path / 'run'), '--out', str(tmp_path / 'report')]) == code
+        error = capsys.readouterr().err
+        assert 'internal' not in error and (code == 0 or 'classes.json' in error)
+
+
+def test_lines_for_people_count_images(tmp_path, capsys):
+    main.run(run_of(num_steps=1, **{'analysis.tokens': 64}), tmp_path / 'run')
+    shown = capsys.readouterr().out
+    assert 'analyses on 16 images' in shown and '(374 images)' in shown and 'img/s/device' in shown
+    assert 'token' not in shown
