@@ -142,8 +142,9 @@ def check_with_modelling_file(folder, model, params):
     hf_vit.save(folder / 'grads', model, grads)
     found = safetensors.torch.load_file(folder / 'grads/model.safetensors')
     assert found.keys() == expected.keys()
-    for name, grad in expected.items():
-        np.testing.assert_allclose(found[name], grad, rtol=0, atol=1e-4 * max(1e-2, float(grad.abs().max())))
+    largest = max(float(grad.abs().max()) for grad in expected.values())
+    for name, grad in expected.items():  # after a saturated softmax a gradient is a small difference of large ones
+        np.testing.assert_allclose(found[name], grad, rtol=0, atol=1e-5 * largest)
 
 
 # --- timm 1.0.31, models/vision_transformer.py: VisionTransformer.forward_features and forward_head

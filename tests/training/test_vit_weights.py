@@ -115,7 +115,7 @@ def test_other_classes_and_sizes(trained, mixed, tmp_path, capsys):
     assert 'positions are computed, none are resized\n' in capsys.readouterr().out
     for run in (tmp_path / 'learned', folder):
         assert evaluate.main(['--checkpoint', str(run)]) == 0
-        assert angular.main([str(run), '--initial', '--tokens', '200']) in (0,), capsys.readouterr().err
+        assert angular.main(['--checkpoint', str(run), '--steps', 'init', '--tokens', '200']) == 0
 
 
 def test_what_cannot_be_taken(trained, tmp_path):
