@@ -1,8 +1,9 @@
 """Weights for other tools: `python -m mixln_jax.export --checkpoint DIR --out DIR` writes a Hugging Face folder.
 
-Pre-LN networks become stock LLaMA. All others carry a small modelling file, which transformers runs with
+Pre-LN networks become stock LLaMA, or stock ViT if their head reads a token and their positions are learned. All others
+carry a small modelling file, which transformers runs with
 `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`. Reward models are for
-`AutoModelForSequenceClassification`.
+`AutoModelForSequenceClassification`, networks that read images for `AutoModelForImageClassification`.
 """
 
 from mixln_jax.system.signals import stop
@@ -25,9 +26,11 @@ import numpy as np
 import optax
 
 from mixln_jax.data import chat
+from mixln_jax.models import hf
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import llama as hf_llama
-from mixln_jax.models.hf import peft
+from mixln_jax.models.hf import peft, tensors
+from mixln_jax.models.hf import vit as hf_vit
 from mixln_jax.program import lora
 from mixln_jax.runs import environment, start_weights, weights
 from mixln_jax.runs.weights import Weights
@@ -36,7 +39,7 @@ from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
 BESIDE = (
     'tokenizer*.json', 'tokenizer.model', 'spiece.model', 'special_tokens_map.json', 'vocab.json', 'merges.txt',
-    'chat_template.jinja', 'generation_config.json',
+    'chat_template.jinja', 'generation_config.json', hf_vit.PROCESSOR,
 )  # fmt: skip
 OWN = (
     *BESIDE,
@@ -74,15 +77,19 @@ def export(
     with outputs.replacing(target, _check_replaceable) as partial:
         loaded = weights.load(checkpoint, norm_position=norm_position)
         source = pathlib.Path(loaded.where)
-        if not loaded.model.causal:
+        if not loaded.model.causal and loaded.model.reads == 'texts':
             family = loaded.model.config.family
             raise CheckpointError(
                 f'{source}: a network of the family {family} cannot be written as a Hugging Face folder'
             )
         if remove_layers:
             loaded = weights.without_layers(loaded, remove_layers)
-        about = {'max_position_embeddings': loaded.config.seq_length} if loaded.config else _about(source)
-        hf_llama.save(partial, loaded.model, loaded.params, loaded.tokenizer, dtype, max_shard_gb, about)
+        if loaded.model.reads == 'images':
+            images = loaded.config.data.images if loaded.config else None
+            hf_vit.save(partial, loaded.model, loaded.params, dtype, max_shard_gb, loaded.class_names, images)
+        else:
+            about = {'max_position_embeddings': loaded.config.seq_length} if loaded.config else _about(source)
+            hf_llama.save(partial, loaded.model, loaded.params, loaded.tokenizer, dtype, max_shard_gb, about)
         if not loaded.config:
             for path in (path for pattern in BESIDE for path in source.glob(pattern)):
                 files.regular(path, CheckpointError)
@@ -178,33 +185,37 @@ def _about(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _check(folder: pathlib.Path, loaded: Weights, dtype: str) -> str:
-    """Returns a line for people, after a comparison of logits [2,64,V] and perplexity with those of the written folder.
+    """Returns a line for people, after a comparison of logits [2,64,V] and perplexity, or of the logits [2,C] of two
+    images, with those of the written folder.
 
     Raises CheckpointError if they differ by more than BOUNDS.
     """
-    ids = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, (2, 64), np.int32)
+    rng, sizes = np.random.default_rng(0), loaded.model.config
+    of_images = loaded.model.reads == 'images'
+    ids = rng.integers(0, sizes.vocab_size, (2, 64), np.int32)
+    images = rng.integers(0, 256, (2, sizes.image_size, sizes.image_size, 3), np.uint8) if of_images else None
+    batch = {'images': images} if of_images else ids
 
     def numbers(model: Any, params: Any) -> tuple[np.ndarray, float]:
-        logits, _ = jax.jit(model.apply)({'params': params}, ids)
-        if model.num_outputs:
+        logits, _ = jax.jit(model.apply)({'params': params}, batch)
+        if model.obstacle:
             return np.asarray(logits), 0.0  # it predicts no tokens
         loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
         return np.asarray(logits), float(np.exp(loss))
 
     logits, perplexity = numbers(loaded.model, loaded.params)
-    written, reread = numbers(*hf_llama.load(folder))
+    written, reread = numbers(*hf.load(folder))
     largest, gap, bound = np.abs(logits).max(), np.abs(written - logits).max(), BOUNDS[dtype]
     if not (gap <= bound * largest and abs(reread - perplexity) <= bound * perplexity):  # also if one is NaN
         problem = (
             f'read back, its logits differ by {gap:.3g} of {largest:.3g}; {dtype} may differ by a share of {bound}'
         )
         raise CheckpointError(f'{loaded.where}: {problem}{"" if dtype == "float32" else ": use --dtype float32"}')
+    rows = '2 random images' if of_images else f'{ids.size} random tokens'
     same = 'identical' if np.array_equal(written, logits) and reread == perplexity else f'equal up to {dtype}'
-    words = (
-        '' if loaded.model.num_outputs else f', of the perplexity {abs(reread - perplexity):.3g} (of {perplexity:.6g})'
-    )
+    words = '' if loaded.model.obstacle else f', of the perplexity {abs(reread - perplexity):.3g} (of {perplexity:.6g})'
     return (
-        f'read back and compared: {same} (on {ids.size} random tokens the largest difference of a logit {gap:.3g} '
+        f'read back and compared: {same} (on {rows} the largest difference of a logit {gap:.3g} '
         f'(of {largest:.3g}){words})'
     )
 
@@ -216,7 +227,7 @@ def main(argv: Sequence[str]) -> int:
         '--checkpoint', required=True, metavar='DIR', help='a run, one of its checkpoints/<step>, a Hugging Face folder'
     )
     parser.add_argument('--out', required=True, metavar='DIR', help='folder to write; one of ours is replaced')
-    parser.add_argument('--dtype', choices=hf_llama.DTYPES, default='float32', help='type of the weights [float32]')
+    parser.add_argument('--dtype', choices=tensors.DTYPES, default='float32', help='type of the weights [float32]')
     parser.add_argument(
         '--max_shard_gb', type=float, default=5.0, metavar='X', help='largest file, in 10^9 bytes [5.0]'
     )

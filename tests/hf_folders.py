@@ -27,15 +27,18 @@ KINDS['all'] = {name: value for kind in KINDS.values() for name, value in kind.i
 
 @functools.cache
 def network(norm_position, num_outputs=0, **changes):
-    """Returns (model, params) of three layers and 11 words, no two numbers alike."""
+    """Returns (model, params) of three layers and 11 words, or of a ViT, no two numbers alike."""
     sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_heads=4, num_kv_heads=2, num_layers=3)
+    if changes.get('family') == 'vit':
+        sizes = dict(num_layers=3)
     config = configs.Model(norm_position=norm_position, **(sizes | changes))
     model = families.from_config(config, 'float32', num_outputs=num_outputs)
     rng = np.random.default_rng(0)
     draw = lambda path, leaf: rng.normal('norm' in str(path), 0.4, leaf.shape).astype(np.float32)  # noqa: E731
     params = jax.tree_util.tree_map_with_path(draw, model.shapes()['params'])
     vocab = model.config.vocab_size
-    params['embed']['embedding'][vocab:] = 0
+    if 'embed' in params:
+        params['embed']['embedding'][vocab:] = 0
     if 'head' in params:
         params['head']['kernel'][:, vocab:] = 0
     return model, params
@@ -58,3 +61,9 @@ def change(folder, name, how, file='model.safetensors'):
     tensors = safetensors.numpy.load_file(folder / file)
     new = how(tensors.pop(name, None))
     safetensors.numpy.save_file(tensors if new is None else tensors | {name: np.ascontiguousarray(new)}, folder / file)
+
+
+def save(folder, tensors):
+    """Writes {name: array} in float32 as the weights of a folder."""
+    whole = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(whole, folder / 'model.safetensors')

@@ -167,12 +167,11 @@ def _initial(loaded: Weights, data_path: str | None) -> Any:
     """Returns the weights that a run began with, made again from its config, on one device."""
     config, mesh = loaded.config, _mesh(1)
     assert config and loaded.workdir, 'only a run has initial weights'
-    own_head = bool(config.task.num_outputs)  # which may be new, and no part of what is given
-    given = None if own_head else frozen.read_base(loaded.workdir)
+    given = None if config.task.num_outputs else frozen.read_base(loaded.workdir)
     if given is None and config.init_from:
         given = start_weights.initial(config.init_from, loaded.model)
-    if given is not None and not own_head:
-        return given
+    if given is not None and given.keys() == loaded.params.keys():
+        return given  # else the head was new
     program = Program(config, mesh)
     state = program.init(jax.random.key(config.seed))
     if given is not None:

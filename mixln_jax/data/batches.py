@@ -20,11 +20,12 @@ import numpy as np
 from absl import flags
 
 from mixln_jax.data import text_files, workers
-from mixln_jax.data.examples import Batch, Examples
+from mixln_jax.data.examples import Batch, Examples, Rows
 from mixln_jax.system import signals
 from mixln_jax.system.errors import DataError
 
 ROUNDS = 8  # of mixing in a permutation
+MIXED = 0x4556414C  # seed of the order in which an evaluation reads rows that are ordered by length
 SETTINGS = 'data.workers', 'data.workers=0'
 
 
@@ -83,7 +84,12 @@ def permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 def evaluation(examples: Examples, batch_size: int, seed: int | None = None) -> grain.MapDataset:
     """Returns batches of all examples once, in order, or with a `seed` in the order of an epoch of training; rows that
-    fill up the last batch have masks of 0. They have `num_bytes` [B] where it is known; see examples.py."""
+    fill up the last batch have masks of 0. They have `num_bytes` [B] where it is known; see examples.py.
+
+    Rows that are ordered by length are mixed, always in the same way: the first of them are to be like all of them.
+    """
+    if seed is None and isinstance(examples, Rows) and examples.by_length:
+        seed = MIXED
 
     def batch(number: int) -> Batch:
         places = np.arange(batch_size) + number * batch_size

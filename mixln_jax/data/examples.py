@@ -37,10 +37,12 @@ class Examples(Protocol):
 
 
 class Rows(abc.ABC):
-    """Examples that are rows of tokens; `layout` tells how documents fill them."""
+    """Examples that are rows of tokens; `layout` tells how documents fill them, `by_length` whether the rows of the
+    longest documents come first."""
 
     layout: Layout
     fingerprint: dict[str, Any]
+    by_length: bool = False
 
     @abc.abstractmethod
     def __len__(self) -> int: ...

@@ -36,7 +36,7 @@ def open_rows(
     """
     learned_rows.check_keys(data, 'instructions', SOURCES, MODES)
     template = chat.open_template(data.template, tokenizer)
-    conversations = learned_rows.of_split(data, split, _conversations, 'instructions')
+    conversations = learned_rows.of_split(data, split, gather, 'instructions')
     rows = Instructions(conversations, template, tokenizer, data.mode, seq_length, learn)
     return learned_rows.shown(rows, split, tokenizer, vocab_size)
 
@@ -61,6 +61,7 @@ class Instructions(LearnedRows):
         Raises DataError, naming file and line, as `chat.Template.tokens`; if there is nothing to learn.
         """
         self.layout = Layout(mode, tokenizer.pad_id, tokenizer.eos_id)
+        self.by_length = mode == 'pack'  # see learned_rows.pack
         self.num_cut, self.dropped = 0, list[str]()  # conversations that are cut; origins of those without an example
         width, texts, origins = seq_length + 1, list[Text](), list[str]()
         digest = hashlib.blake2b(digest_size=16)
@@ -113,8 +114,8 @@ class Instructions(LearnedRows):
         return lines
 
 
-@functools.lru_cache(maxsize=1)  # both splits come from one reading
-def _conversations(source: str, state: Any) -> list[Conversation]:
+@functools.lru_cache(maxsize=2)  # both splits come from one reading, or from files of their own
+def gather(source: str, state: Any) -> list[Conversation]:
     """Returns all conversations of a source. Those of shelves teach the form of an answer alone: which of the four it
     is is drawn by the hash of the name."""
     if source == 'stdlib':

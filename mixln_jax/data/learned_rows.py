@@ -3,7 +3,6 @@
 import abc
 import bisect
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -11,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from mixln_jax import config
-from mixln_jax.data import sources, text_files
+from mixln_jax.data import sources, splits
 from mixln_jax.data.examples import Batch, Numbers, Rows
 from mixln_jax.data.layout import Block
 from mixln_jax.data.tokenizers import Tokenizer
@@ -144,10 +143,13 @@ def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 class Unit(Protocol):
-    """A record; equal `unit`s are in the same split."""
+    """A record; equal `unit`s are in the same split. `origin`: its file and line, for people."""
 
     @property
     def unit(self) -> bytes: ...
+
+    @property
+    def origin(self) -> str: ...
 
 
 Record = TypeVar('Record', bound=Unit)
@@ -166,15 +168,14 @@ def of_split(data: config.Data, split: str, gather: Callable[[str, Any], list[Re
     """
     if split not in ('train', 'validation', 'all'):
         raise UsageError(f'config.task.name={task} has no split {split}, only train, validation and all')
-    state = None
-    if data.source == 'jsonl':
-        paths = text_files.paths(data.path)
-        state = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths)
-    found = gather(data.source, state)
-    if split == 'all' or (split == 'train' and not data.held_out):
+    found = gather(data.source, splits.state(data, split))
+    if split == 'all' or data.validation_path or (split == 'train' and not data.held_out):
         return found
     if not data.held_out:
-        raise UsageError('config.data.held_out=0 leaves no record for the split validation')
+        raise UsageError(
+            'config.data.held_out=0 leaves no record for the split validation, unless config.data.validation_path '
+            'names files of its own'
+        )
     ranks = [sources.rank(record.unit) for record in found]
     first = sources.first_for_training(ranks, 1 / data.held_out, way='; config.data.held_out=0 needs none')
     return [record for record, rank in zip(found, ranks, strict=True) if (rank < first) == (split == 'validation')]

@@ -47,7 +47,7 @@ def open_rows(
     """
     learned_rows.check_keys(data, task, SOURCES, MODES)
     template = chat.open_template(data.template, tokenizer)
-    found = learned_rows.of_split(data, split, _pairs, task)
+    found = learned_rows.of_split(data, split, gather, task)
     kind = PairsWithMargins if task == 'reward' else Pairs
     return learned_rows.shown(kind(found, template, tokenizer, data.mode, seq_length), split, tokenizer, vocab_size)
 
@@ -68,6 +68,7 @@ class Pairs(LearnedRows):
         Raises DataError, naming file and line, as `chat.Template.tokens`; if no pair is left.
         """
         self.layout = Layout('pack', tokenizer.pad_id, tokenizer.eos_id)
+        self.by_length = mode == 'pack'  # see learned_rows.pack
         self.num_cut = 0
         self.dropped: dict[str, list[str]] = {reason: [] for reason in REASONS}
         texts, origins, self._margins = list[Text](), list[str](), list[float]()
@@ -228,8 +229,8 @@ def _text_tokens(
     return ids, learned & (np.arange(len(ids)) >= first)
 
 
-@functools.lru_cache(maxsize=1)  # both splits come from one reading
-def _pairs(source: str, state: Any) -> list[Pair]:
+@functools.lru_cache(maxsize=2)  # both splits come from one reading, or from files of their own
+def gather(source: str, state: Any) -> list[Pair]:
     """Returns all pairs of a source. Those of `stdlib` have a rule: of the answer to a question and the answer to
     another one, drawn by the hash of the name, the shorter is chosen."""
     if source == 'stdlib':

@@ -40,7 +40,7 @@ def open_rows(
     """
     learned_rows.check_keys(data, 'online', SOURCES, ('pad',))
     template = chat.open_template(data.template, tokenizer)
-    prompts = learned_rows.of_split(data, split, _prompts, 'online')
+    prompts = learned_rows.of_split(data, split, gather, 'online')
     rows = Prompts(prompts, template, tokenizer, seq_length, max_new)
     return learned_rows.shown(rows, split, tokenizer, vocab_size)
 
@@ -109,8 +109,8 @@ def context(inputs: np.ndarray, loss_mask: np.ndarray) -> list[int]:
     return inputs[: int(loss_mask.sum()) + 1].tolist()
 
 
-@functools.lru_cache(maxsize=1)  # both splits come from one reading
-def _prompts(source: str, state: Any) -> list[Prompt]:
+@functools.lru_cache(maxsize=2)  # both splits come from one reading, or from files of their own
+def gather(source: str, state: Any) -> list[Prompt]:
     """Returns all prompts of a source."""
     if source == 'shelves':
         fields = [{'prompt': f'{name}\n', 'answer': shelf} for name, shelf in stdlib.shelves()]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mixln_jax import config
-from mixln_jax.data import instructions, layout, pairs, prepared, prompt_rows, tokenizers
+from mixln_jax.data import instructions, layout, pairs, prepared, prompt_rows, sources, splits, tokenizers
 from mixln_jax.data.examples import Examples, Numbers, Rows
 from mixln_jax.data.layout import Block, Layout
 from mixln_jax.data.sources import Source, open_source
@@ -22,6 +22,7 @@ MOVED = "where the run's data is now: data.data_dir of a tfds data set, data.pat
 LANGUAGE = config.Task()  # the task of plain text
 OF_PAIRS = ('preference', 'reward')  # tasks that learn from pairs
 OF_PYTHON = 'stdlib', 'shelves'  # sources that come with Python
+RECORDS = {'instructions': instructions, 'online': prompt_rows, **dict.fromkeys(OF_PAIRS, pairs)}  # have `gather`
 
 
 class Documents(Rows):
@@ -165,6 +166,22 @@ def open_examples(run: config.Config, data: config.Data, split: str, tokenizer: 
     return examples.open_examples(data, split, run.model.image_size, run.model.num_classes)
 
 
+def shared(data: config.Data, task: config.Task) -> str | None:
+    """Returns a line for people if records of data.validation_path are in data.path too.
+
+    Raises UsageError where both name the same file; as `open_rows`.
+    """
+    if not data.validation_path:
+        return None
+    splits.check_apart(data)
+    if task.name not in RECORDS:
+        return sources.shared(data)
+    gather = RECORDS[task.name].gather
+    training, evaluation = (gather(data.source, splits.state(data, split)) for split in ('train', 'validation'))
+    origins = {record.unit: record.origin for record in reversed(evaluation)}
+    return splits.remark((record.unit for record in training), origins)
+
+
 def open_rows_of_run(
     workdir: str | pathlib.Path,
     run: config.Config,
@@ -187,7 +204,7 @@ def open_rows_of_run(
         UsageError: the run does not say what it saw; as `moved` and `open_rows`.
         DataError: the data differs, naming the part; as `open_rows`.
     """
-    data = run.data if data_path is None else moved(run.data, data_path)
+    data = run.data if data_path is None else moved(run.data, data_path, split)
     trained, evaluated = seen_by_run(workdir)
     seen = trained if split == run.data.split else evaluated if split == evaluated.get('split') else None
     try:
@@ -196,7 +213,7 @@ def open_rows_of_run(
         if not seen and data_path:
             seen, current = trained, fingerprint(data, run.data.split, tokenizer, run)
     except (DataError, UsageError) as error:
-        key, message = f'config.data.{_location(data)}', str(error)
+        key, message = f'config.data.{_location(data, split)}', str(error)
         if data_path:
             message = message.replace(key, '--data_path')
         elif key in message:
@@ -220,8 +237,9 @@ def seen_by_run(workdir: str | pathlib.Path) -> tuple[dict, dict]:
         return dict(content['data']), dict(content.get('eval_data', {}))
 
 
-def moved(data: config.Data, path: str) -> config.Data:
-    """Returns `data` with `path` in place of data.data_dir for tfds, or of data.path for other sources.
+def moved(data: config.Data, path: str, split: str) -> config.Data:
+    """Returns `data` with `path` in place of data.data_dir for tfds, or of data.path for other sources, or of
+    data.validation_path if the split is read from there.
 
     Raises UsageError for the text that comes with Python.
     """
@@ -229,12 +247,14 @@ def moved(data: config.Data, path: str) -> config.Data:
         raise UsageError('--data_path is empty')
     if data.source in OF_PYTHON:
         raise UsageError(f'--data_path has no meaning for data.source={data.source}, the text that comes with Python')
-    change: dict[str, Any] = {_location(data): path}
+    change: dict[str, Any] = {_location(data, split): path}
     return dataclasses.replace(data, **change)
 
 
-def _location(data: config.Data) -> str:
-    """Returns the key that says where the data is."""
+def _location(data: config.Data, split: str) -> str:
+    """Returns the key that says where the data of a split is."""
+    if data.validation_path and split == 'validation':
+        return 'validation_path'
     return 'data_dir' if data.source == 'tfds' else 'path'
 
 

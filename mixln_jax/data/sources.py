@@ -10,7 +10,6 @@ import array
 import bisect
 import functools
 import hashlib
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ import numpy as np
 import xxhash
 
 from mixln_jax import config
-from mixln_jax.data import stdlib, text_files
+from mixln_jax.data import splits, stdlib, text_files
 from mixln_jax.system.errors import DataError, UsageError
 
 LARGEST = 10**9  # bytes of text in memory
@@ -68,12 +67,8 @@ def open_source(data: config.Data, split: str) -> Source:
         raise UsageError(f'data.source={data.source} has no text, only images')
     if split not in ('train', 'validation', 'all'):
         raise DataError(f'data.source={data.source} has no split {split}, only train, validation and all')
-    state = None
-    if data.source != 'stdlib':
-        paths = text_files.paths_of_source(data.source, data.path)
-        state = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths)
-    gathered = _gather(data.source, state)
-    if split == 'all':
+    gathered = _gather(data.source, splits.state(data, split))
+    if split == 'all' or data.validation_path:
         return Texts(gathered, np.arange(len(gathered.ranks)))
     return Texts(gathered, np.flatnonzero((gathered.ranks < gathered.first_for_training) == (split == 'validation')))
 
@@ -99,14 +94,19 @@ class Texts:
         return [self[i] for i in indices]
 
     def origin(self, i: int) -> str:
-        number = self._numbers[i]
-        file = self._gathered.names[self._gathered.places[number, 0]]
-        return f'{file}:{self._gathered.places[number, 1]}'
+        return self._gathered.origin(self._numbers[i])
 
     def _bytes(self, i: int) -> bytes:
         number = self._numbers[i]
         start = self._gathered.ends[number - 1] if number else 0
         return bytes(self._gathered.blob[start : self._gathered.ends[number]])
+
+
+def shared(data: config.Data) -> str | None:
+    """Returns `splits.remark` of the documents of data.path and data.validation_path."""
+    training, evaluation = (_gather(data.source, splits.state(data, split)) for split in ('train', 'validation'))
+    origins = {int(rank): evaluation.origin(number) for number, rank in reversed([*enumerate(evaluation.ranks)])}
+    return splits.remark(map(int, training.ranks), origins)
 
 
 class _Gathered:
@@ -138,13 +138,18 @@ class _Gathered:
         self.places = np.array(self._places, np.int64).reshape(-1, 2)
         del self._ends, self._ranks, self._places
 
+    def origin(self, number: int) -> str:
+        """Returns the file and line of a document."""
+        file, line = self.places[number]
+        return f'{self.names[file]}:{line}'
+
     @functools.cached_property
     def first_for_training(self) -> np.uint64:
         """The lowest rank of a document for training."""
         return np.uint64(first_for_training((int(number) for number in self.ranks), self._one_in))
 
 
-@functools.lru_cache(maxsize=1)  # both splits come from one reading
+@functools.lru_cache(maxsize=2)  # both splits come from one reading, or from files of their own
 def _gather(kind: str, state: Any) -> _Gathered:
     """Returns all documents of a source; `state` are its files as (path, size, time), so that changed files are read
     again."""

@@ -61,6 +61,12 @@ class Data:
         'or npz file of images, folder of idx files',
         may_change=True,
     )
+    validation_path: str = key(
+        '',
+        'files to evaluate on, of a jsonl or text source; folder, zip or npz file of images; empty: what data.path has '
+        'for it, else a part of it',
+        may_change=True,
+    )
     name: str = key('c4/en', 'name of a tfds data set')
     data_dir: str = key(
         '', 'folder or gs:// bucket that holds tfds data sets; empty: ~/tensorflow_datasets', may_change=True

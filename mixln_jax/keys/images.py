@@ -9,12 +9,6 @@ from mixln_jax.keys.field import key
 class Images:
     """How images become what the network sees; see docs/vision.md."""
 
-    validation: str = key(
-        '',
-        'images, npz: folder, zip or npz file of the images to evaluate on; empty: the folder validation, val, valid '
-        'or test of data.path, else data.held_out',
-        may_change=True,
-    )
     interpolation: str = key(
         'bilinear',
         'images: how they are resized; bilinear: without antialiasing (opencv), as big_vision does; bicubic: with '

@@ -166,6 +166,17 @@ def patches(images: jax.Array, size: int) -> jax.Array:
     return images.reshape(B, n, size, n, size, C).swapaxes(2, 3).reshape(B, n * n, size * size * C)
 
 
+def resized_positions(table: np.ndarray, before: int, after: int) -> np.ndarray:
+    """Returns learned positions [T,D] of before x before patches as those of after x after ones.
+
+    Bicubic with antialiasing, as timm's resample_abs_pos_embed; the row of a token, the first one, stays as it is.
+    """
+    rows = len(table) - before**2
+    grid = jnp.asarray(table[rows:], jnp.float32).reshape(before, before, -1)
+    resized = jax.image.resize(grid, (after, after, grid.shape[-1]), 'cubic', precision='highest')
+    return np.concatenate([table[:rows], np.asarray(resized).reshape(after**2, -1)])
+
+
 def sincos2d(grid: int, width: int) -> np.ndarray:
     """Returns the positions [grid^2, width] of patches, row by row, in float32: sines and cosines of the column, then
     of the row, at width/4 frequencies from 1 to 1/10,000 (Chen et al. 2021, MoCo v3, arXiv 2104.02057)."""

@@ -48,7 +48,8 @@ class Metrics:
         """
         self._pictures = pictures or {}
         self._path = pathlib.Path(workdir) / 'metrics.jsonl'
-        first = resume_from + (open_line is None)  # the first step whose line is not written yet
+        # The first step whose line is not written yet. A start writes all of them, that of step 0 too.
+        first = resume_from + (open_line is None and resume_from > 0)
         kept = _lines_before(self._path, first)
         if self._path.exists():
             outputs.write(self._path, ''.join(f'{text}\n' for _, text in kept).encode())
@@ -132,7 +133,7 @@ def _lines_before(path: str | os.PathLike, first: float) -> list[tuple[Line, str
 def _checked_lines(path: str | os.PathLike, texts: Sequence[str]) -> list[tuple[Line, str]]:
     """Returns (object, text) of every line, without a last line that a kill has cut short."""
     lines: list[tuple[Line, str]] = []
-    last = 0
+    last = -1
     for number, text in enumerate(texts, 1):
         try:
             line = orjson.loads(text)  # fast, for each start reads all lines

@@ -9,9 +9,10 @@ import numpy as np
 
 from mixln_jax import config as configs
 from mixln_jax import trees
-from mixln_jax.models import hf, placements
+from mixln_jax.models import hf, placements, vit
 from mixln_jax.models.hf import config as hf_config
-from mixln_jax.models.hf import peft, tensors
+from mixln_jax.models.hf import llama, peft, tensors
+from mixln_jax.models.hf import vit as hf_vit
 from mixln_jax.models.network import Network
 from mixln_jax.program import tuning
 from mixln_jax.runs import checksums, frozen, weights
@@ -19,6 +20,7 @@ from mixln_jax.system import console, files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
 ADAPTER = 'adapter:'  # begins an init_from
+RESIZED = 'num_classes', 'image_size'  # keys of config.model that may differ: see `_of_other_images`
 NEW_TOKENS = 1024  # that a vocabulary may have more than the weights, at most; more belong to another tokenizer
 
 
@@ -32,7 +34,8 @@ def initial(where: str, model: Network, tokenizer: str | None = None) -> Any:
         tokenizer: fingerprint of the new run's, for a warning if a run of ours had another one; None: it is not known.
 
     Returns:
-        All parameters, but for the head where the weights have one for words and `model` has `num_outputs`.
+        All parameters, but for the head where the weights have one for words and `model` has `num_outputs`, or one
+        for another number of classes.
 
     Raises:
         UsageError: nothing there, or weights of another network, naming the key that differs. The vocabulary may have
@@ -57,6 +60,8 @@ def initial(where: str, model: Network, tokenizer: str | None = None) -> Any:
             raise UsageError(f'not a run of ours; a Hugging Face folder is hf:{where}')
     except (UsageError, CheckpointError) as error:
         raise type(error)(f'config.init_from={where}: {error}') from None
+    if model.reads == 'images':
+        return _of_other_images(params, found, model, where)
     return _with_new_tokens(_without_head(params, found, model, where), found.config.vocab_size, model)
 
 
@@ -66,6 +71,27 @@ def _without_head(params: Any, found: Network, model: Network, where: str) -> An
         return params
     console.say(f'mixln_jax: the head, of size {model.num_outputs}, is new: that of {where} is for words')
     return {name: part for name, part in params.items() if name != 'head'}
+
+
+def _of_other_images(params: Any, found: Network, model: Network, where: str) -> Any:
+    """Returns the parameters of a ViT as those of `model`, which may have other classes, so that its head stays as it
+    was drawn, or other image sizes, to which learned positions are resized."""
+    theirs, ours = found.config, model.config
+    if 'classes' not in params or theirs.num_classes != ours.num_classes:
+        known = f'{theirs.num_classes} classes' if 'classes' in params else 'none'
+        console.say(f'mixln_jax: the head, for {ours.num_classes} classes, is new: that of {where} is for {known}')
+        params = {name: part for name, part in params.items() if name != 'classes'}
+    if theirs.image_size == ours.image_size:
+        return params
+    sides = f'images of {theirs.image_size} pixels are those of {where}, these have {ours.image_size}'
+    if 'positions' not in params:
+        console.say(f'mixln_jax: {sides}: positions are computed, none are resized')
+        return params
+    before, after = (at.config.image_size // at.config.patch_size for at in (found, model))
+    grids = f'from {before} x {before} to {after} x {after}'
+    console.say(f'mixln_jax: {sides}: learned positions are resized, bicubically, {grids}')
+    table = vit.resized_positions(params['positions']['embedding'], before, after)
+    return params | {'positions': {'embedding': table}}
 
 
 def _with_new_tokens(params: Any, vocab_size: int, model: Network) -> Any:
@@ -89,9 +115,13 @@ def _with_new_tokens(params: Any, vocab_size: int, model: Network) -> Any:
 
 def _of_hugging_face(folder: pathlib.Path, model: Network) -> tuple[Any, Network]:
     """Returns the parameters of a Hugging Face folder, and its network."""
+    if hf_vit.is_vit(folder):
+        found_vit, params = hf_vit.read(folder)
+        _check_same(model, found_vit)
+        return params, found_vit
     found, stated = hf_config.read(folder / 'config.json')
     _check_same(model, found, stated)
-    return hf.read(folder, model.norm_position)[1], found
+    return llama.read(folder, model.norm_position)[1], found
 
 
 def _of_adapter(folder: pathlib.Path, model: Network) -> tuple[Any, Network]:
@@ -128,8 +158,8 @@ def _hugging_face_folder(where: str, family: str) -> pathlib.Path:
     tensors.refuse_others(folder)
     if hf.is_bert(folder):
         raise UsageError(
-            f'{folder} is a BERT, config.model.family is {family}: only folders of LLaMA can start a run; a BERT can '
-            'start from a run of config.model.family=bert'
+            f'{folder} is a BERT, config.model.family is {family}: only folders of LLaMA and ViT can start a run; '
+            'a BERT can start from a run of config.model.family=bert'
         )
     return folder
 
@@ -148,7 +178,9 @@ def ramp_offset(config: configs.Config) -> int:
     done = sizes.ramp_steps * sizes.num_layers
     try:
         if where.startswith('hf:'):
-            found, _ = hf_config.read(_hugging_face_folder(where, sizes.family) / 'config.json')
+            source = _hugging_face_folder(where, sizes.family)
+            is_vit = hf_vit.is_vit(source)
+            found = hf_vit.read(source)[0] if is_vit else hf_config.read(source / 'config.json')[0]
             return done if found.trained_steps is None else min(found.trained_steps, done)
         if where.startswith(ADAPTER) or not (folder := weights.checkpoint_folder(where)):
             return 0  # `initial` says what is wrong
@@ -177,7 +209,7 @@ def _check_same(model: Network, found: Any, stated: bool = True) -> None:
         raise UsageError(f'its network has a head of size {found.num_outputs}, this one has a head {wanted}')
     ours, theirs = facts(model), facts(found)
     for name, value in ours.items():
-        if name == 'vocab_size' and 0 < value - theirs[name] <= NEW_TOKENS:
+        if name in RESIZED or (name == 'vocab_size' and 0 < value - theirs[name] <= NEW_TOKENS):
             continue
         if theirs.get(name, value) != value:
             raise UsageError(f'its network has {name} {theirs[name]}, config.model.{name} is {value}')

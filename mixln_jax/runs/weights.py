@@ -83,6 +83,23 @@ class Weights:
             raise CheckpointError(f'{pathlib.Path(self.where, EXPORT)}: template={template!r} is not a template')
         return template
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes of a network that reads images, in the order of its labels; [] where nothing says them.
+
+        Raises CheckpointError where a run or a folder has another number of them.
+        """
+        if self.workdir:
+            path = self.workdir / 'environment.json'
+            names = files.read_json(path, CheckpointError).get('classes', []) if path.exists() else []
+        else:
+            path = pathlib.Path(self.where, 'config.json')
+            content = hf_config.read_json(path)
+            names = hf_config.label_names(path, content) if 'id2label' in content else []
+        if not isinstance(names, list) or len(names) not in (0, self.model.config.num_classes):
+            raise CheckpointError(f'{path} does not name {self.model.config.num_classes} classes')
+        return names
+
 
 def taught(config: configs.Config) -> str | None:
     """Returns config.data.template if a run learns to answer by it, else None."""

@@ -140,10 +140,12 @@ class _Records:
         if jax.process_index():
             self.folder = pathlib.Path(closing.enter_context(tempfile.TemporaryDirectory()))
         outputs.write_json(self.folder / 'config.json', resolved)
-        seen = {
+        seen: dict[str, Any] = {
             'data': data.training.fingerprint,
             'eval_data': {'split': resolved['eval']['split']} | data.evaluation.fingerprint,
         }
+        if names := getattr(data.training, 'classes', None):
+            seen['classes'] = list(names)
         devices = environment.environment(list(mesh.devices.flat))
         outputs.write_json(self.folder / 'environment.json', devices | seen)
         if data.tokenizer:
@@ -209,6 +211,9 @@ class _Job:
         stream = (to_devices(batch) for batch in feed.watched(reader))
         stream = hooks.profiled(stream, first, config.profile.start, config.profile.steps, self.records.folder)
         with jax.transfer_guard('disallow'), contextlib.closing(stream):
+            if first == 1 and config.init_from and config.eval.first:
+                with meter.paused():
+                    self._evaluate_first(measuring, state)
             state = loop.fit(
                 state,
                 train_step,
@@ -224,6 +229,14 @@ class _Job:
             )
             self.checkpoints.wait()
         return state
+
+    def _evaluate_first(self, measuring: Sequence[hooks.Hook], state: State) -> None:
+        """Evaluates the weights that the run begins with, and writes texts of them, as step 0."""
+        self.records.metrics.add(0, {'tokens': 0})
+        for hook in measuring:
+            if not isinstance(hook, hooks.Analysis):
+                hook(0, state)
+        self.records.metrics.flush()
 
     def _measuring(self, feed: Feed, eval_step: Callable[..., Any]) -> list[hooks.Hook]:
         """Returns the hooks that add numbers to the metrics line of a step, or write texts at it."""
@@ -311,6 +324,8 @@ def _open_data(config: configs.Config, task: Task) -> _Data:
     if config.data.split == config.eval.split or 'all' in (config.data.split, config.eval.split):
         keys = f'config.eval.split={config.eval.split} and config.data.split={config.data.split}'
         console.say(f'mixln_jax: warning: evaluates on what it trains on ({keys})', file=sys.stderr)
+    if tokenizer and config.eval.split == 'validation' and (remark := data_rows.shared(config.data, config.task)):
+        console.say(f'mixln_jax: warning: {remark}', file=sys.stderr)
     return _Data(tokenizer, *rows)
 
 

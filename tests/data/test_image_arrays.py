@@ -18,8 +18,10 @@ RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.integers(0, 256, (50, 6, 5), np.uint8), (np.arange(50) % 3).astype(np.int32)
 
 
-def opened(source, path='', split='train', held_out=0.05, **images):
-    data = config.Data(source=source, path=str(path), held_out=held_out, images=config.Images(**images))
+def opened(source, path='', split='train', held_out=0.05, validation='', **images):
+    data = config.Data(
+        source=source, path=str(path), validation_path=validation, held_out=held_out, images=config.Images(**images)
+    )
     return sources.open_source(data, split)
 
 
@@ -179,7 +181,7 @@ class TestNpz:
         with pytest.raises(DataError, match='a.npy: not a readable .npz file'):
             opened('npz', tmp_path / 'a.npy')
         np.savez(tmp_path / 'a.npz', images=IMAGES, labels=LABELS)
-        with pytest.raises(DataError, match='config.data.images.validation=.*gone.npz: there is no such file'):
+        with pytest.raises(DataError, match='config.data.validation_path=.*gone.npz: there is no such file'):
             opened('npz', tmp_path / 'a.npz', validation=str(tmp_path / 'gone.npz'))
 
     def test_a_header_that_promises_too_much(self, tmp_path):

@@ -21,8 +21,10 @@ from mixln_jax.system.errors import DataError, UsageError
 SPLIT = pictures.set_of(prefix='train/') | pictures.set_of((2, 2, 1), 'val/')
 
 
-def opened(path, split='train', held_out=0.25, **images):
-    data = config.Data(source='images', path=str(path), held_out=held_out, images=config.Images(**images))
+def opened(path, split='train', held_out=0.25, validation='', **images):
+    data = config.Data(
+        source='images', path=str(path), validation_path=validation, held_out=held_out, images=config.Images(**images)
+    )
     return sources.open_source(data, split)
 
 
@@ -183,7 +185,7 @@ class TestBadSets:
         ):
             with pytest.raises(DataError, match=told):
                 opened(path)
-        with pytest.raises(DataError, match='config.data.images.validation=.*gone'):
+        with pytest.raises(DataError, match='config.data.validation_path=.*gone'):
             opened(pictures.write_folder(tmp_path / 'x', pictures.set_of()), validation=str(tmp_path / 'gone'))
 
     def test_no_such_split(self, tmp_path):

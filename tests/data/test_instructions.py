@@ -236,3 +236,24 @@ class TestWhatIsWrong:
     def test_no_file(self, tmp_path):
         with pytest.raises(DataError, match='there is no file'):
             open_(tmp_path / 'a')
+
+
+def evaluated(of, size=4):
+    """Returns the real rows of an evaluation in the order in which it reads them, as bytes of their inputs."""
+    found = list(batches.evaluation(of, size))
+    return [batch['inputs'][row].tobytes() for batch in found for row in np.flatnonzero(batch['example_mask'])]
+
+
+def test_an_evaluation_of_a_part_is_unbiased(tmp_path):
+    """Packed rows begin with the longest records; what an evaluation reads first is like the whole."""
+    path = write(tmp_path / 'a', [pair('a' * (2 + n % 50), f'{n}') for n in range(400)])
+    packed, padded = (open_(path, mode, 60) for mode in ('pack', 'pad'))
+    longest = [int(packed.batch([row])['positions'].max()) for row in range(len(packed))]
+    assert longest == sorted(longest, reverse=True)
+    by_row = {packed.batch([row])['inputs'].tobytes(): longest[row] for row in range(len(packed))}
+    read = evaluated(packed)
+    part = len(packed) // 4
+    error = np.std(longest) / part**0.5
+    assert abs(np.mean([by_row[row] for row in read[:part]]) - np.mean(longest)) < 2 * error
+    assert sorted(read) == sorted(by_row), 'each row comes once'
+    assert evaluated(padded) == [padded.batch([row])['inputs'].tobytes() for row in range(len(padded))]

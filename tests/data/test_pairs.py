@@ -207,3 +207,13 @@ def test_the_stated_rule_of_the_library():
     made = open_('', source='stdlib', T=384)
     assert made.num_pairs > 500
     assert np.all(made.lengths.sum(1) <= 384) and np.all(made.lengths[:, 0] <= made.lengths[:, 1])
+
+
+def test_an_evaluation_mixes_packed_rows(tmp_path):
+    path = write(tmp_path / 'a', [pair('a' * (1 + n % 20), f'{n}', 'x') for n in range(100)])
+    for mode, mixed in (('pad', False), ('pack', True)):
+        found = open_(path, mode, 60)
+        [batch] = batches.evaluation(found, len(found))
+        rows = found.batch(range(len(found)))['inputs']
+        assert (batch['inputs'] != rows).any() == mixed
+        assert sorted(map(bytes, batch['inputs'])) == sorted(map(bytes, rows))

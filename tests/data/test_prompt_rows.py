@@ -81,8 +81,7 @@ def test_shelves():
     assert all(name[-1] in stdlib.SHELVES[shelf] and len(name) <= 20 for name, shelf in found)
     assert sorted(''.join(stdlib.SHELVES.values())) == [*'abcdefghijklmnopqrstuvwxyz']
     taught = {
-        one.messages[0]['content'].strip(): one.messages[1]['content']
-        for one in instructions._conversations('shelves', None)
+        one.messages[0]['content'].strip(): one.messages[1]['content'] for one in instructions.gather('shelves', None)
     }
     right = np.mean([taught[name] == shelf for name, shelf in found])
     assert taught.keys() == {name for name, _ in found} and 0.2 < right < 0.3

@@ -29,7 +29,7 @@ def inspect(
         UsageError: the run does not say what it saw.
         DataError: the data cannot be read, or is not what the run saw.
     """
-    data = config.data if data_path is None else rows.moved(config.data, data_path)
+    data = config.data if data_path is None else rows.moved(config.data, data_path, config.data.split)
     made = examples.open_examples(data, data.split, config.model.image_size)
     seen = rows.seen_by_run(workdir)[0]
     if differ := [part for part, value in made.fingerprint.items() if seen.get(part) != value]:

@@ -18,6 +18,8 @@ SAMPLED = 16  # images whose content the fingerprint of a large set covers
 
 Image = bytes | np.ndarray  # a file, or pixels [H, W] or [H, W, 3] uint8
 
+VALIDATION_KEY, VALIDATED = 'config.data.validation_path', ('images', 'npz')  # sources that it is for
+
 
 class Source(Protocol):
     """Images that have numbers, and the class of each."""
@@ -56,18 +58,19 @@ def open_source(data: config.Data, split: str) -> Source:
         raise UsageError(
             f'config.data.source={data.source} has no images; {", ".join(sources.OF_IMAGES)} and tfds have'
         )
+    if data.validation_path and data.source not in VALIDATED:
+        raise UsageError(
+            f'{VALIDATION_KEY} has no meaning for config.data.source={data.source}: it is for {" and ".join(VALIDATED)}'
+        )
     if data.source == 'images':
         return open_files(data, split)
     return _in_memory(data, split)
 
 
-VALIDATION_KEY = 'config.data.images.validation'
-
-
 def open_files(data: config.Data, split: str) -> 'OfFiles':
     """Returns the images of a split of files; see `classes.split`. A list of classes may follow the path of those to
     validate on, after a comma."""
-    path, _, listed = data.images.validation.partition(',')
+    path, _, listed = data.validation_path.partition(',')
     others = files.open_files(path, VALIDATION_KEY) if path else None
     return OfFiles(classes.split(files.open_files(data.path), split, data.held_out, others, listed.strip()))
 
@@ -139,8 +142,8 @@ def _in_memory(data: config.Data, split: str) -> InMemory:
         splits = arrays.idx(data.path)
     elif data.source == 'npz':
         splits = arrays.npz(data.path)
-        if data.images.validation:
-            splits['validation'] = arrays.npz(data.images.validation, VALIDATION_KEY)['train']
+        if data.validation_path:
+            splits['validation'] = arrays.npz(data.validation_path, VALIDATION_KEY)['train']
     else:
         splits = arrays.digits()
     (images, labels), place = splits['train']

@@ -264,9 +264,8 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     keys = ('source', 'path', 'name', 'data_dir', 'split', 'tokenizer', 'tokenizer_path', 'mode')
     data = config.Data(**{key: arguments.pop(key) for key in keys})
     if data.source == 'images':
-        held_out = config.Images(validation=arguments.pop('validation'))
         name = NAME_OF_IMAGES if data.name == config.Data.name else data.name
-        data = dataclasses.replace(data, name=name, images=held_out, held_out=0.01)
+        data = dataclasses.replace(data, name=name, validation_path=arguments.pop('validation'), held_out=0.01)
     return arguments | {'data': data}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax.models import families, llama, placements, transformer
+from mixln_jax.models import families, llama, placements, transformer, vit
 from mixln_jax.models.network import Network
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
@@ -75,10 +75,39 @@ def _read(
 ) -> tuple[llama.Llama, bool]:
     if stored.get('model_type') not in (None, 'llama', OTHER_TYPE):
         raise CheckpointError(f'{path}: model_type={stored["model_type"]!r} is not llama or {OTHER_TYPE}')
-    config = _model_config(path, stored)
-    if stored.get('model_type') == OTHER_TYPE and 'norm_position' not in stored:
-        raise CheckpointError(f'{path} has no key norm_position, which model_type={OTHER_TYPE} needs')
+    model = llama.Llama(
+        *layers(path, stored, _model_config(path, stored), norm_position, stored.get('model_type') == OTHER_TYPE),
+        compute_dtype,
+        trained_steps=ramp_step(path, stored),
+        num_outputs=_num_outputs(path, stored),
+    )
+    check_described(path, stored, model, content(model))
+    return model, bool(norm_position) or stored.get('norm_position') is not None
+
+
+def layers(
+    path: pathlib.Path,
+    stored: Mapping[str, Any],
+    config: configs.Model,
+    norm_position: str | Sequence[str] | None,
+    needed: bool,
+) -> tuple[configs.Model, tuple[str, ...], tuple[int, ...], int]:
+    """Returns (config, norm_position, layer_index, depth) of a network, as a config.json states its layers.
+
+    Args:
+        path: of config.json, for errors.
+        stored: its content.
+        config: the sizes.
+        norm_position: what the caller says of the placement.
+        needed: whether the file has to state it; if neither does, it is Pre-LN.
+
+    Raises:
+        CheckpointError: other things than placements and numbers of layers.
+        UsageError: the caller says something else than the file.
+    """
     L, stated = config.num_layers, stored.get('norm_position')
+    if needed and stated is None:
+        raise CheckpointError(f'{path} has no key norm_position, which model_type={stored["model_type"]} needs')
     index, depth = stored.get('layer_index', list(range(1, L + 1))), stored.get('depth', L)
     if not _whole([depth]) or not _whole(index) or len(index) != L or index != sorted({*index}) or index[-1] > depth:
         raise CheckpointError(
@@ -93,21 +122,44 @@ def _read(
         if stated is not None and wanted != names:
             raise UsageError(f'{path} says norm_position={spell(names)}, not {spell(wanted)}')
         names = wanted
-    config = dataclasses.replace(config, norm_position=spell(names))
-    steps = stored.get('ramp_step')  # where the ramps stand; None: they are done
+    return dataclasses.replace(config, norm_position=spell(names)), names, tuple(index), depth
+
+
+def ramp_step(path: pathlib.Path, stored: Mapping[str, Any]) -> int | None:
+    """Returns where the ramps of a config.json stand; None: they are done."""
+    steps = stored.get('ramp_step')
     if steps is not None and not (type(steps) is int and 0 <= steps < 2**31):
         raise CheckpointError(f'{path}: ramp_step={steps!r} is not a number of steps')
-    outputs = _num_outputs(path, stored)
-    model = llama.Llama(config, names, tuple(index), depth, compute_dtype, trained_steps=steps, num_outputs=outputs)
-    expected = content(model)
+    return steps
+
+
+def check_described(path: pathlib.Path, stored: Mapping[str, Any], model: Network, expected: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a config.json describes other layers than `expected`, that of the network."""
     for key in ('placements', 'embed_norm', 'norm_groups', 'ramp_step'):
         if 'placements' in stored and stored.get(key) != expected.get(key):
             raise CheckpointError(f'{path}: {key} is not that of norm_position, layer_index and depth here')
-    if any(placements.PLACEMENTS[name].mlp.grouped for name in names) and config.hidden_size % config.norm_groups:
+    grouped = any(placements.PLACEMENTS[name].mlp.grouped for name in model.norm_position)
+    if grouped and model.config.hidden_size % model.config.norm_groups:
         raise CheckpointError(
-            f'{path}: hidden_size={config.hidden_size} is not divisible by {config.norm_groups} groups'
+            f'{path}: hidden_size={model.config.hidden_size} is not divisible by {model.config.norm_groups} groups'
         )
-    return model, bool(norm_position) or stated is not None
+
+
+def labels(names: Sequence[str]) -> dict[str, Any]:
+    """Returns the keys of config.json that name classes."""
+    by_number = {str(number): name for number, name in enumerate(names)}
+    return {'id2label': by_number, 'label2id': {name: int(number) for number, name in by_number.items()}}
+
+
+def named_pixels(path: pathlib.Path, mean: Any, deviation: Any) -> str:
+    """Returns the name of a mean and a deviation. Raises CheckpointError if they have none."""
+    for name, (ours, theirs) in vit.PIXELS.items():
+        if mean == list(ours) and deviation == list(theirs):
+            return name
+    raise CheckpointError(
+        f'{path}: the mean {mean!r} and deviation {deviation!r} of pixels are not those of any config.model.pixels: '
+        f'{", ".join(vit.PIXELS)}'
+    )
 
 
 def _num_outputs(path: pathlib.Path, stored: Mapping[str, Any]) -> int:
@@ -115,10 +167,17 @@ def _num_outputs(path: pathlib.Path, stored: Mapping[str, Any]) -> int:
     kinds = stored.get('architectures') or []
     if not isinstance(kinds, list) or not any(str(kind).endswith(CLASSIFIER) for kind in kinds):
         return 0
-    labels = stored.get('id2label', {'0': '', '1': ''})  # transformers writes no labels if there are two
-    if not isinstance(labels, dict) or not labels:
-        raise CheckpointError(f'{path}: id2label={labels!r} does not say how many labels there are')
-    return len(labels)
+    return len(label_names(path, stored))
+
+
+def label_names(path: pathlib.Path, stored: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the classes in a config.json, in their order."""
+    named = stored.get('id2label', {'0': 'LABEL_0', '1': 'LABEL_1'})  # transformers writes none if there are two
+    if not isinstance(named, dict) or not named:
+        raise CheckpointError(f'{path}: id2label={named!r} does not say how many labels there are')
+    if named.keys() != {str(number) for number in range(len(named))}:
+        raise CheckpointError(f'{path}: id2label does not name the classes 0 to {len(named) - 1}')
+    return [str(named[str(number)]) for number in range(len(named))]
 
 
 def _whole(numbers: Any) -> bool:
@@ -220,12 +279,11 @@ def content(model: Network) -> dict[str, Any]:
     stock = all(layer == pre_norm for layer in layers)
     module, kind = MODELLING.stem, CLASSIFIER if model.num_outputs else 'ForCausalLM'
     auto_map = {'AutoConfig': f'{module}.MixlnConfig', f'AutoModel{kind}': f'{module}.Mixln{kind}'}
-    labels = {str(number): f'LABEL_{number}' for number in range(model.num_outputs)}
     return {
         'architectures': [f'{"Llama" if stock else "Mixln"}{kind}'],
         'model_type': 'llama' if stock else OTHER_TYPE,
         **({} if stock else {'auto_map': auto_map}),
-        **({'id2label': labels, 'label2id': {name: int(at) for at, name in labels.items()}} if labels else {}),
+        **(labels([f'LABEL_{number}' for number in range(model.num_outputs)]) if model.num_outputs else {}),
         **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS.items()},
         'num_key_value_heads': config.kv_heads,
         'head_dim': config.head_size,
@@ -237,12 +295,21 @@ def content(model: Network) -> dict[str, Any]:
         'tie_word_embeddings': config.tie_word_embeddings and not config.scale_embed,
         'initializer_range': config.init_std,
         'pad_token_id': None,  # torch would not train the row that it names
+        **stated_layers(model, None if stock else layers),
+    }
+
+
+def stated_layers(model: Network, layers: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Returns the keys of config.json that state a network's layers; `layers`: what `described` returns, where stock
+    classes cannot compute them."""
+    grouped = any(placements.PLACEMENTS[name].mlp.grouped for name in model.norm_position)
+    return {
         'norm_position': list(model.norm_position),
         'layer_index': list(model.layer_index),
         'depth': model.depth,
-        **({} if stock else {'placements': layers}),
+        **({} if layers is None else {'placements': layers}),
         **({'embed_norm': True} if placements.PLACEMENTS[model.norm_position[0]].embed_norm else {}),
-        **({'norm_groups': config.norm_groups} if any('grouped' in layer['mlp'] for layer in layers) else {}),
+        **({'norm_groups': model.config.norm_groups} if grouped else {}),
         **_ramp(model),
     }
 

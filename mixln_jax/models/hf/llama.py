@@ -41,7 +41,6 @@ WHOLE = {
     'head/kernel': 'lm_head.weight',
     SCORE: 'score.weight',
 }
-DTYPES = ('float32', 'bfloat16')
 ABOUT = {'max_position_embeddings': 2048, 'bos_token_id': None, 'eos_token_id': None}  # for other tools; not used here
 
 
@@ -197,10 +196,7 @@ def save(
         UsageError: a folder with something in it, bad options, or a network that such a folder cannot describe.
     """
     folder = pathlib.Path(folder)
-    if dtype not in DTYPES:
-        raise UsageError(f'dtype={dtype!r} is not one of {", ".join(DTYPES)}')
-    if not 0 < max_shard_gb < float('inf'):
-        raise UsageError(f'max_shard_gb={max_shard_gb} must be above 0, and finite')
+    tensors.check_options(dtype, max_shard_gb)
     special = {f'{role}_token_id': getattr(tokenizer, f'{role}_id', None) for role in ('bos', 'eos')}
     sizes = model.config
     if sizes.hidden_size % sizes.num_heads:
@@ -222,9 +218,7 @@ def save(
                 named[WHOLE['head/kernel']] = leaf
             leaf = leaf.astype(np.float32) * np.float32(sizes.hidden_size**0.5)
         named[name] = leaf.T if path.endswith('kernel') else leaf
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise UsageError(f'{folder} is not empty')
+    tensors.make_empty(folder)
     tensors.write(folder, named, jnp.dtype(dtype), int(max_shard_gb * 1e9))
     if tokenizer:
         tokenizer.save(folder / 'tokenizer')

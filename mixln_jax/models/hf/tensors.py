@@ -18,6 +18,7 @@ from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 
 FILE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+DTYPES = ('float32', 'bfloat16')  # of what is written
 PICKLED = ('*.bin', '*.bin.index.json', '*.pt', '*.pth', '*.pkl', '*.ckpt')
 # Parts that torch puts into names of tensors: data parallelism, torch.compile, FSDP, recomputation.
 WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
@@ -158,6 +159,21 @@ def fill(
     if arrays:
         raise CheckpointError(f'{folder}: tensor {min(arrays)} has no place in a network with {network}')
     return dict(params, layers=transformer.stack_layers(params[trees.STACKED], norm_position))
+
+
+def check_options(dtype: str, max_shard_gb: float) -> None:
+    """Raises UsageError for options with which nothing can be written."""
+    if dtype not in DTYPES:
+        raise UsageError(f'dtype={dtype!r} is not one of {", ".join(DTYPES)}')
+    if not 0 < max_shard_gb < float('inf'):
+        raise UsageError(f'max_shard_gb={max_shard_gb} must be above 0, and finite')
+
+
+def make_empty(folder: pathlib.Path) -> None:
+    """Makes a folder. Raises UsageError if there is something in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UsageError(f'{folder} is not empty')
 
 
 def write(folder: pathlib.Path, tensors: dict[str, np.ndarray], dtype: Any, max_bytes: int) -> None:
