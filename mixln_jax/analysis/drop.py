@@ -36,7 +36,7 @@ DEFINITION = (
     'change without the layer: the metric without the removed layers minus the metric with all; a removed layer is the '
     'identity, its norms included. A layer is needed where perplexity and loss rise, and where accuracies fall'
 )
-UNIT = 'of the metric: perplexity, nats a token or image, a share of the questions or images, of SQuAD percent of them'
+UNIT = 'that of the metric: perplexity, nats a token or image, a share of questions or images, of SQuAD percent of them'
 SOURCE = 'Mix-LN (arXiv 2412.13795), section 3 and Figures 2, 3; Gromov et al. 2024 (arXiv 2403.17887)'
 
 

@@ -88,8 +88,7 @@ def evaluate_run(
         num_tokens: target tokens, at least (or the whole split); None: config.eval.tokens.
         batch_size: rows at a time, a divisor of the run's batch; None: the run's micro-batch.
         data_path: where the run's data is now; None: where it was.
-        by_class: whether to add `classes`, as `Confusions.by_class`, of a network that classifies images, which then
-            runs twice.
+        by_class: whether to add `classes` of a network that classifies images, as `Confusions`; it runs twice.
 
     Returns:
         As `evaluate`.

@@ -120,13 +120,14 @@ def test_options_of_text_are_refused(trained, capsys):
     assert '--seq_length has no meaning' in capsys.readouterr().err
 
 
-class TestByClass:
-    @pytest.fixture(scope='class')
-    def results(self, trained):
-        """What `evaluate --out` writes, into the folder of the run."""
-        assert evaluate.main(['--checkpoint', str(trained), '--out', str(trained / 'classes.json')]) == 0
-        return json.loads((trained / 'classes.json').read_text())
+@pytest.fixture(scope='module')
+def results(trained):
+    """What `evaluate --out` writes, into the folder of the run."""
+    assert evaluate.main(['--checkpoint', str(trained), '--out', str(trained / 'classes.json')]) == 0
+    return json.loads((trained / 'classes.json').read_text())
 
+
+class TestByClass:
     def test_sums(self, results, trained):
         """Accuracies and mistakes of the classes are those of all images, which the run has evaluated too."""
         classes = results['classes']
