@@ -86,6 +86,11 @@ class Network(nn.Module):
         return -(-self.config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
+    def head_columns(self) -> int:
+        """Outputs of the head in memory."""
+        return self.num_outputs or self.rows
+
+    @property
     def precision(self) -> str | None:
         """Precision of matrix products: the highest in float32, which GPUs and TPUs would cut short."""
         return 'highest' if self.compute_dtype == 'float32' else None

@@ -56,6 +56,11 @@ class ViT(Network):
         """Number of patches along a side."""
         return self.config.image_size // self.config.patch_size
 
+    @property
+    def head_columns(self) -> int:
+        """Number of classes."""
+        return self.config.num_classes
+
     def row_length(self, seq_length: int) -> int:
         """Returns T."""
         del seq_length

@@ -60,14 +60,19 @@ def memory(program: Program) -> dict[str, int]:
     layer = inside[model.remat]
     working = inside['none'] if model.remat != 'none' else 0  # of the layer that is recomputed
     scores = 8 * H // tensor * max(S - first for first, S in attention.blocks(T))  # of its attention
-    padded = program.model.rows
-    chunk = min(rows * T, max(cross_entropy.CHUNK, rows))
+    columns = program.model.head_columns
+    # The head reads an image once, every position of a text, and the latter in chunks where it is for words.
+    chunk = rows * T
+    if program.model.reads != 'texts':
+        chunk = rows
+    elif not program.model.num_outputs:
+        chunk = min(chunk, max(cross_entropy.CHUNK, rows))
     return {
         'weights': _local_bytes((program.state.params, program.state.ema, *program.state.fixed)),
         'optimiser': _local_bytes(program.state.opt_state),
         'gradients': _local_bytes(program.state.params) * (2 if config.accumulate > 1 else 1),
         'activations': rows * T * (model.num_layers * (stream + layer) + working + scores + 4 * stream),
-        'logits': chunk * padded // tensor * (4 + 4 + width) + D * padded // tensor * (4 + width),
+        'logits': chunk * columns // tensor * (4 + 4 + width) + D * columns // tensor * (4 + width),
     }
 
 

@@ -92,6 +92,15 @@ def test_memory_by_hand(changes, model, expected):
     assert found.keys() == {'weights', 'optimiser', 'gradients', 'activations', 'logits'}
 
 
+def test_logits_of_other_heads():
+    """One number for each position of a text of a reward model; the classes of an image once."""
+    reward = dataclasses.replace(CONFIG, task=configs.Task(name='reward'))
+    assert memory.memory(abstract(reward))['logits'] == 8 * 64 * (4 + 4 + 2) + 64 * (4 + 2)
+    vit = configs.Model(family='vit', hidden_size=64, intermediate_size=176, num_layers=4, num_heads=4, image_size=64)
+    images = configs.Config(batch_size=64, model=vit, mesh=CONFIG.mesh, task=configs.Task(name='classification'))
+    assert memory.memory(abstract(images))['logits'] == 8 * 1000 * (4 + 4 + 2) + 64 * 1000 * (4 + 2)
+
+
 def test_estimates_go_the_right_way():
     def of(**model):
         return memory.memory(abstract(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **model))))
