@@ -23,10 +23,13 @@ import jinja2.sandbox
 import numpy as np
 
 from mixln_jax.data.tokenizers import Tokenizer
+from mixln_jax.system import limits
 from mixln_jax.system.errors import DataError
 
 CUT, EOS, BEGIN, END = '\ufdd0\ufdd1\ufdd2\ufdd3'
 TODAY = datetime.datetime(2024, 7, 26)  # the day of all training: what a run learns does not depend on when it starts
+SECONDS, MEMORY = 10, 10**9  # what a template may take for one text
+LONGEST, LARGEST_POWER = 10**8, 1000  # characters of a text; exponents
 ANOTHER = 'name another with config.data.template'
 UNCLEAR = (
     'does not tell what is learned: what it renders of the first messages is not how it begins for all of them; put '
@@ -92,6 +95,17 @@ class _Generation(jinja2.ext.Extension):
         return BEGIN + caller() + END
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox without large powers: no signal ends the computation of one."""
+
+    intercepted_binops = frozenset(['**'])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if abs(right) > LARGEST_POWER or abs(left) > 2**64:
+            raise jinja2.TemplateError('a power of numbers this large')
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment(today: datetime.datetime | None) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """Returns what templates run in, set up as transformers does."""
 
@@ -101,9 +115,7 @@ def _environment(today: datetime.datetime | None) -> jinja2.sandbox.ImmutableSan
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes HTML
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters['tojson'] = tojson
     environment.globals['raise_exception'] = raise_exception
     environment.globals['strftime_now'] = lambda form: (today or datetime.datetime.now()).strftime(form)
@@ -200,19 +212,28 @@ class Template:
 
     def _render(self, tools: Tools | None, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         with self._running():
-            return self._jinja.render(
+            text = self._jinja.render(
                 messages=list(messages),
                 tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
             )
+        if len(text) > LONGEST:
+            raise DataError(f'{self._name}: template error: it makes {len(text):,} characters of one record')
+        return text
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         """Turns whatever a template raises, which is code, into one line."""
         try:
-            yield
+            with limits.limited(SECONDS, MEMORY):
+                yield
+        except limits.TooLong:
+            message = f'{self._name}: template error: it takes more than {SECONDS} s and may never end'
+            raise DataError(message) from None
+        except MemoryError:
+            raise DataError(f'{self._name}: template error: it takes more than {MEMORY / 1e9:g} GB') from None
         except Exception as error:
             line = f'line {error.lineno}: ' if isinstance(error, jinja2.TemplateSyntaxError) else ''
             message = ' '.join(str(error).split()) or type(error).__name__
