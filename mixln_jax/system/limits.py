@@ -16,8 +16,9 @@ class TooLong(Exception):
 def limited(seconds: float, num_bytes: int) -> Iterator[None]:
     """Limits the processor time and the memory that a block may take.
 
-    The time is that of the whole process, and counts in the main thread alone, where Python handles signals. The memory
-    is what comes on top of the address space that the process has; macOS does not enforce it.
+    Both are those of the whole process: the memory is what comes on top of the address space that it has, which macOS
+    does not enforce. They hold in the main thread alone, where Python handles signals: another thread could not tell
+    which limit it has to restore.
 
     Raises TooLong; MemoryError.
     """
@@ -27,6 +28,9 @@ def limited(seconds: float, num_bytes: int) -> Iterator[None]:
         expired.append(True)
         raise TooLong
 
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     expired = list[bool]()
 
     with contextlib.ExitStack() as undo:
@@ -35,10 +39,9 @@ def limited(seconds: float, num_bytes: int) -> Iterator[None]:
         if soft == resource.RLIM_INFINITY or wanted < soft:
             undo.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
             resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
-        if threading.current_thread() is threading.main_thread():
-            undo.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, expire))
-            undo.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
-            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        undo.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, expire))
+        undo.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         try:
             yield
         except Exception:
