@@ -112,7 +112,7 @@ def evaluate_run(
         jax.device_put(frozen.read_reference(loaded.workdir), jax.tree.map(lambda leaf: leaf.sharding, like))
         for like in program.references
     )
-    with contextlib.closing(batches.read(batches.evaluation(rows, batch_size), 0, workers=0)) as reader:
+    with contextlib.closing(batches.read(batches.mixed(rows, batch_size), 0, workers=0)) as reader:
         values = evaluate(
             lambda params, batch: program.eval_step(params, batch, step, *kept),
             params,
