@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from mixln_jax.data import text_files, workers
-from mixln_jax.data.examples import Batch, Examples, Rows
+from mixln_jax.data.examples import Batch, Examples
 from mixln_jax.system import signals
 from mixln_jax.system.errors import DataError
 
@@ -84,12 +84,7 @@ def permuted(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 def evaluation(examples: Examples, batch_size: int, seed: int | None = None) -> grain.MapDataset:
     """Returns batches of all examples once, in order, or with a `seed` in the order of an epoch of training; rows that
-    fill up the last batch have masks of 0. They have `num_bytes` [B] where it is known; see examples.py.
-
-    Rows that are ordered by length are mixed, always in the same way: the first of them are to be like all of them.
-    """
-    if seed is None and isinstance(examples, Rows) and examples.by_length:
-        seed = MIXED
+    fill up the last batch have masks of 0. They have `num_bytes` [B] where it is known; see examples.py."""
 
     def batch(number: int) -> Batch:
         places = np.arange(batch_size) + number * batch_size
@@ -102,6 +97,12 @@ def evaluation(examples: Examples, batch_size: int, seed: int | None = None) -> 
         return arrays | marks(places, real)
 
     return grain.MapDataset.range(-(-len(examples) // batch_size)).map(batch)
+
+
+def mixed(examples: Examples, batch_size: int) -> grain.MapDataset:
+    """Returns what `evaluation` does, with rows that are ordered by length mixed, always in the same way: where only
+    the first batches are read, they are to be like all of them."""
+    return evaluation(examples, batch_size, MIXED if getattr(examples, 'by_length', False) else None)
 
 
 def read(dataset: grain.MapDataset, start: int, workers: int) -> Generator[Batch]:

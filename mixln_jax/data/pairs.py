@@ -156,6 +156,11 @@ class WithReference:
         """See Examples."""
         return self.rows.fingerprint
 
+    @property
+    def by_length(self) -> bool:
+        """See Rows: an evaluation is to read them as it reads the rows themselves."""
+        return self.rows.by_length
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -120,7 +120,7 @@ def evaluate_run(
             confusions.add(params, batch, step)
         return program.eval_step(params, batch, step, *kept)
 
-    with contextlib.closing(batches.read(batches.evaluation(rows, batch_size), 0, workers=0)) as reader:
+    with contextlib.closing(batches.read(batches.mixed(rows, batch_size), 0, workers=0)) as reader:
         values = evaluate(
             eval_step,
             params,

@@ -70,7 +70,7 @@ class Feed:
         def evaluate_state(state: State) -> dict[str, float | None]:
             params, step = state.averaged, transformer.needed_step(self._program.model, state.step)
             references = () if state.reference is None else (state.reference,)
-            dataset = batches.evaluation(examples, config.batch_size // config.accumulate)
+            dataset = batches.mixed(examples, config.batch_size // config.accumulate)
             reader = batches.read(dataset, 0, workers=0)
             try:
                 return evaluate(

@@ -23,7 +23,7 @@ ROWS = 16  # continued at a time
 def scored(program: Program, examples: Any, rollouts: Rollouts) -> Callable[[Any, Any], bytes]:
     """Returns the function (weights, step) -> JSON lines, with the completion of each of the first `eval.samples`
     prompts, or of all if there are fewer, and its reward. Random numbers are those of the evaluation."""
-    rows = batches.evaluation(examples, min(program.config.eval.samples, len(examples)))[0]
+    rows = batches.mixed(examples, min(program.config.eval.samples, len(examples)))[0]
 
     def write(params: Any, step: Any) -> bytes:
         return generation.json_lines(rollouts.evaluation(params, rows, examples, step)[1])
@@ -41,7 +41,7 @@ def sampling(program: Program, examples: Examples, tokenizer: Tokenizer) -> Call
     encoder = prompts.with_turn_end(encoders.of_run(config, tokenizer), template)
     sampler = Sampler(model, config.seq_length, program.mesh)
     count = min(config.eval.samples, len(examples))
-    rows = batches.evaluation(examples, count)[0]
+    rows = batches.mixed(examples, count)[0]
     longest = min(LONGEST, config.seq_length // 2)
     contexts = [generation.context({name: rows[name][row] for name in rows}, longest) for row in range(count)]
     texts = [tokenizer.decode(ids) for ids in contexts]

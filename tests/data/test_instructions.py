@@ -240,7 +240,7 @@ class TestWhatIsWrong:
 
 def evaluated(of, size=4):
     """Returns the real rows of an evaluation in the order in which it reads them, as bytes of their inputs."""
-    found = list(batches.evaluation(of, size))
+    found = list(batches.mixed(of, size))
     return [batch['inputs'][row].tobytes() for batch in found for row in np.flatnonzero(batch['example_mask'])]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixln_jax import config
-from mixln_jax.data import batches, pair_records, rows, tokenizers
+from mixln_jax.data import batches, pair_records, pairs, rows, tokenizers
 from mixln_jax.system.errors import DataError, UsageError
 
 BYTES = tokenizers.Bytes()
@@ -213,7 +213,19 @@ def test_an_evaluation_mixes_packed_rows(tmp_path):
     path = write(tmp_path / 'a', [pair('a' * (1 + n % 20), f'{n}', 'x') for n in range(100)])
     for mode, mixed in (('pad', False), ('pack', True)):
         found = open_(path, mode, 60)
-        [batch] = batches.evaluation(found, len(found))
+        [batch] = batches.mixed(found, len(found))
         rows = found.batch(range(len(found)))['inputs']
         assert (batch['inputs'] != rows).any() == mixed
         assert sorted(map(bytes, batch['inputs'])) == sorted(map(bytes, rows))
+
+
+def test_rows_with_a_reference_are_read_in_the_same_order(tmp_path):
+    path = write(tmp_path / 'a', [pair('a' * (1 + n % 20), f'{n}', 'x') for n in range(100)])
+    found = open_(path, 'pack', 60)
+    numbered = pairs.WithReference(found, np.arange(len(found), dtype=np.float32)[:, None])
+    [plain], [batch] = batches.mixed(found, len(found)), batches.mixed(numbered, len(found))
+    np.testing.assert_array_equal(plain['inputs'], batch['inputs'])
+    by_number = found.batch(batch[pairs.REFERENCE][:, 0].astype(int))
+    np.testing.assert_array_equal(by_number['inputs'], batch['inputs'])
+    [ordered] = batches.evaluation(numbered, len(found))
+    assert ordered[pairs.REFERENCE][:, 0].tolist() == list(range(len(found)))
