@@ -90,7 +90,7 @@ class Sample:
         taken = self._subject.task, self.examples, options.tokens or TOKENS, options.batch_size
         batches = samples.sample(*taken, last, parts)
         counts = np.concatenate([batch['position_mask'].sum(-1) for batch in batches])
-        self.about.update(tokens=int(counts.sum()), rows=int((counts > 0).sum()), reads=self._subject.task.reads)
+        self.about.update(tokens=int(counts.sum()), rows=int((counts > 0).sum()))
         return tqdm(batches, desc=self._label, leave=False, disable=None)
 
 
@@ -247,6 +247,7 @@ def _result(
         'step': subject.weights.step,
         'norm_position': list(subject.model.norm_position),
         'layer_index': list(subject.model.layer_index),
+        'reads': subject.task.reads,
     }
     return log.finite(jax.tree.map(_plain, result | sample.about | numbers, is_leaf=lambda value: value is None))
 

@@ -307,7 +307,7 @@ class TestDuringTraining:
             number, sizes.vocab_size * sizes.hidden_size, sizes.num_layers, sizes.hidden_size,
             config.seq_length,
         )  # fmt: skip
-        assert 0 < during.share(config, flops) < 0.02
+        assert 0 < during.share(config, flops, config.seq_length) < 0.02
 
     def test_their_cost_by_hand(self):
         """4 layers of width 8: 1000 tokens every 50 steps of 2000, 10 forward passes, 8 * 25 * 8 for the angles."""
@@ -316,8 +316,10 @@ class TestDuringTraining:
             model=configs.Model(num_layers=4, hidden_size=8),
         )  # fmt: skip
         call = 1000 * (10 * 1000 + 1600)
-        assert during.share(config, 3000) == pytest.approx(6 * call / (3000 * 2000 * 300))
+        assert during.share(config, 3000, config.seq_length) == pytest.approx(6 * call / (3000 * 2000 * 300))
         some = dataclasses.replace(config, num_steps=120)
-        assert during.share(some, 3000) == pytest.approx(3 * call / (3000 * 2000 * 120))  # also after the last step
+        assert during.share(some, 3000, config.seq_length) == pytest.approx(
+            3 * call / (3000 * 2000 * 120)
+        )  # also after the last step
         once = dataclasses.replace(config, analysis=configs.Analysis(every=0, tokens=1000))
-        assert during.share(once, 3000) == pytest.approx(call / (3000 * 2000 * 300))
+        assert during.share(once, 3000, config.seq_length) == pytest.approx(call / (3000 * 2000 * 300))

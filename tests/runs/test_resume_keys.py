@@ -15,14 +15,23 @@ ROOT = pathlib.Path(__file__).parents[2]
 # A new key is refused until somebody puts it here, into config.py as one that may change, and into docs/contracts.md.
 MAY_CHANGE = {
     *('device', 'accumulate', 'log_every', 'model.remat', 'model.scan_unroll', 'model.attention'),
-    *('data.workers', 'data.path', 'data.data_dir', 'data.tokenizer_path', 'init_from', 'resume_from'),
-    *('eval.every', 'eval.tokens', 'eval.split', 'eval.samples'),
+    *(
+        'data.workers',
+        'data.path',
+        'data.validation_path',
+        'data.skip_bad',
+        'data.data_dir',
+        'data.tokenizer_path',
+        'init_from',
+        'resume_from',
+    ),
+    *('eval.every', 'eval.tokens', 'eval.split', 'eval.samples', 'eval.first'),
     *('checkpoint.every', 'checkpoint.keep', 'checkpoint.keep_every', 'checkpoint.minutes', 'checkpoint.best'),
     *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
     *('processes.timeout', 'processes.secret', 'processes.stall'),
     *('analysis.every', 'analysis.tokens'),
     *('profile.start', 'profile.steps'),
-    *('expected.perplexity', 'expected.tokens', 'expected.tasks', 'expected.source'),
+    *('expected.perplexity', 'expected.tokens', 'expected.tasks', 'expected.accuracy', 'expected.source'),
 }
 RESOLVED = configs.flatten(configs.Config()) | {
     'model.norm_position': ['post', 'pre', 'pre'],
