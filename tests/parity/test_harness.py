@@ -4,11 +4,8 @@ Needs lm_eval, torch and transformers; offline.
 """
 
 import json
-import os
 import random
 import types
-
-os.environ['HF_HUB_OFFLINE'] = os.environ['HF_DATASETS_OFFLINE'] = '1'
 
 import jax
 import lm_eval

@@ -2,16 +2,12 @@
 
 import copy
 import functools
-import os
 import re
 
 import jax
 import numpy as np
-import pytest
-
-os.environ['HF_HUB_OFFLINE'] = '1'  # before transformers is imported: nothing here asks the network
-
 import peft
+import pytest
 import torch
 import transformers
 from builders import batch_of

@@ -2,15 +2,11 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 
 import jax
 import numpy as np
 import pytest
-
-os.environ['HF_HUB_OFFLINE'] = '1'  # before transformers is imported: nothing here asks the network
-
 import torch
 import transformers
 import vocabularies
@@ -27,12 +23,6 @@ from mixln_jax.tasks.language import Language
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 IDS = np.arange(10).reshape(2, 5)  # as `logits` takes them
-
-
-@pytest.fixture(autouse=True)
-def modules(tmp_path, monkeypatch):
-    """Modelling files are copied into a folder of the test, never into the user's cache."""
-    monkeypatch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'modules'))
 
 
 def pretrained(folder, **options):

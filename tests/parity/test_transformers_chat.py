@@ -1,13 +1,9 @@
 """Conversations as token ids, and which of them the assistant says, against transformers' apply_chat_template."""
 
 import json
-import os
 
 import numpy as np
 import pytest
-
-os.environ['HF_HUB_OFFLINE'] = '1'  # before transformers is imported: nothing here asks the network
-
 import transformers
 import vocabularies
 

@@ -5,9 +5,6 @@ timm itself needs torchvision: its VisionTransformer.forward is written here, fr
 
 import dataclasses
 import json
-import os
-
-os.environ['HF_HUB_OFFLINE'] = '1'  # before transformers is imported: nothing here asks the network
 
 import hf_folders
 import jax
