@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-os.environ['HF_HUB_OFFLINE'] = '1'  # before transformers is imported: nothing here asks the network
+# Before transformers and datasets are imported: nothing here asks the network.
+os.environ['HF_HUB_OFFLINE'] = os.environ['HF_DATASETS_OFFLINE'] = '1'
 
 import transformers
 
