@@ -75,7 +75,8 @@ def test_moved_data(run, capfd):
     assert inspect.main(words) == 0
 
 
-@pytest.mark.parametrize('count, side', [(1, 224), (3, 1), (2000, 224)])
-def test_sheets_of_any_size(count, side):
+@pytest.mark.parametrize('count, side', [(1, 224), (3, 1), (60, 224)])
+def test_sheets_of_any_size(monkeypatch, count, side):
+    monkeypatch.setattr(contact_sheet, 'LONGEST', 1000)
     content = contact_sheet.draw(np.zeros((count, side, side, 3), np.uint8), ['ä' * 99] * count)
-    assert max(Image.open(io.BytesIO(content)).size) <= 10_100
+    assert max(Image.open(io.BytesIO(content)).size) <= 1100
