@@ -1,4 +1,4 @@
-"""A narrow ViT on Fashion-MNIST (Xiao et al. 2017), 60,000 images of 28 x 28 pixels: about 20 minutes on a CPU core.
+"""A narrow ViT on Fashion-MNIST (Xiao et al. 2017), 60,000 images of 28 x 28 pixels, for a CPU.
 
 python -m mixln_jax.main --config configs/vit_fashion_mnist.py
 

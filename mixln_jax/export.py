@@ -121,7 +121,9 @@ def export_adapter(checkpoint: str | os.PathLike, out: str) -> None:
     with outputs.replacing(target, _check_replaceable) as partial:
         found = weights.load(checkpoint, merge=False)
         if found.model.num_outputs:
-            raise UsageError(f'--adapter: {found.where} has trained a head besides: export it without --adapter')
+            raise UsageError(
+                f'--adapter: {found.where} has trained its head too, which adapters cannot hold: leave out --adapter'
+            )
         if not found.config or found.config.tune.method != 'lora' or found.config.tune.train:
             raise UsageError(
                 f'--adapter: {found.where} is not a run that trains adapters alone '

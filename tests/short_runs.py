@@ -2,8 +2,12 @@
 
 import json
 
+import jax
+
 from mixln_jax import config as configs
 from mixln_jax import main
+from mixln_jax.models import families
+from mixln_jax.models.hf import llama as hf_llama
 
 WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
 SIZES = dict(vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2)
@@ -21,6 +25,13 @@ def recipe(corpus, **changes):
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     return config
+
+
+def exported(folder):
+    """Writes a Mix-LN network as a Hugging Face folder, for runs to start from; returns it."""
+    model = families.from_config(configs.Model(norm_position='mix', **SIZES))
+    hf_llama.save(folder, model, jax.jit(model.init)(jax.random.key(77))['params'])
+    return folder
 
 
 class StopAtTwo(main.stop.__class__):

@@ -145,12 +145,11 @@ def open_subject(
         loaded = dataclasses.replace(loaded, model=model, params=params, step=0, where=name)
     model = loaded.model.clone(stream_sharding=meshes.batch_sharding(mesh))
     task = build.from_config(loaded.config, model) if loaded.config else build.of_network(model)
-    on_mesh = lambda params: jax.device_put(params, meshes.state_shardings(mesh, params))  # noqa: E731
     reference = None
     if task.needs_reference and task.collect is None:  # a task that collects has no rewards of a sample of prompts
         assert loaded.workdir, 'a network without a run learns language'
-        reference = on_mesh(frozen.read_reference(loaded.workdir))
-    return Subject(loaded, task, on_mesh(loaded.params), reference)
+        reference = meshes.params_to_devices(frozen.read_reference(loaded.workdir), mesh)
+    return Subject(loaded, task, meshes.params_to_devices(loaded.params, mesh), reference)
 
 
 def _mesh(rows: int) -> jax.sharding.Mesh:

@@ -98,7 +98,7 @@ class Instructions(LearnedRows):
 
     def remarks(self, split: str) -> list[str]:
         """Returns what a person should know about the rows, in lines."""
-        total, size = len(self._origins) + len(self.dropped), self._width - 1
+        total, size = len(self._origins) + len(self.dropped), self.seq_length
         learned = int(self._learned.sum())
         lines = [
             f'{split}: {len(self._origins):,} conversations in {len(self):,} rows; '

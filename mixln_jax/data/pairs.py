@@ -129,7 +129,7 @@ class Pairs(LearnedRows):
         if self.num_cut:
             lines.append(
                 f'warning: {split}: {self.num_cut:,} of {total:,} pairs are cut, so that both texts fit into '
-                f'config.seq_length={self._width - 1}'
+                f'config.seq_length={self.seq_length}'
             )
         for reason, origins in self.dropped.items():
             if origins:
@@ -181,7 +181,7 @@ class PairsWithMargins(Pairs):
         return pair_records.read_margin(pair.margin)
 
     def batch(self, numbers: Numbers, epochs: Numbers | None = None) -> Batch:
-        margins = np.zeros((len(numbers), num_pairs(self.fingerprint['mode'], self._width - 1)), np.float32)
+        margins = np.zeros((len(numbers), num_pairs(self.fingerprint['mode'], self.seq_length)), np.float32)
         for row, number in zip(margins, np.asarray(numbers).tolist(), strict=True):
             texts = self._rows[number][::2]
             row[: len(texts)] = [self._margins[text // 2] for text in texts]

@@ -94,7 +94,7 @@ class Prompts(LearnedRows):
         if self.dropped:
             lines.append(
                 f'warning: {split}: {len(self.dropped):,} of {total:,} prompts leave no room for '
-                f'config.task.online.max_new_tokens={self._max_new} in config.seq_length={self._width - 1} and are '
+                f'config.task.online.max_new_tokens={self._max_new} in config.seq_length={self.seq_length} and are '
                 f'left out, the first of them {self.dropped[0]}'
             )
         return lines

@@ -260,7 +260,7 @@ def _location(data: config.Data, split: str) -> str:
 
 def fingerprint(data: config.Data, split: str, tokenizer: Tokenizer | None, run: config.Config) -> dict:
     """Returns the fingerprint of the rows that a run makes of a split of `data`; rows of plain text are not made."""
-    if not tokenizer or run.task.name in ('instructions', 'online', *OF_PAIRS):
+    if not tokenizer or run.task.name in RECORDS:
         return open_examples(run, data, split, tokenizer).fingerprint
     if data.source == 'tokens':
         return prepared.Prepared(data.path, split).fingerprint

@@ -163,6 +163,17 @@ def to_devices(batch: Any, sharding: Sharding, size: int | None = None) -> Any:
         return jax.tree.map(to_array, batch)
 
 
+def params_to_devices(params: Any, mesh: Mesh) -> Any:
+    """Returns parameters, which every process has whole, on the devices of a mesh, split by RULES. Raises as
+    `state_shardings`."""
+
+    def put(leaf: Any, sharding: Sharding) -> jax.Array:
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, jax.device_get(params), state_shardings(mesh, params))
+
+
 def fetch(batch: Any) -> Any:
     """Returns arrays that are split over devices as complete numpy arrays. Every process has to call it."""
     return jax.device_get(batch) if jax.process_count() == 1 else multihost_utils.process_allgather(batch, tiled=True)

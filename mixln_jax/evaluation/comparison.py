@@ -74,7 +74,7 @@ def divergences(start: Weights, answers: Answers, batch_size: int) -> np.ndarray
     mesh = mesh_for(batch_size)
     rows = meshes.batch_sharding(mesh)
     model = start.model.clone(stream_sharding=rows)
-    params = jax.device_put(start.params, meshes.state_shardings(mesh, start.params))
+    params = meshes.params_to_devices(start.params, mesh)
     score = jax.jit(functools.partial(_log_probs, model=model, mesh=mesh), out_shardings=meshes.replicated(mesh))
     pairs = [(context, one.tokens) for context, one in zip(answers.contexts, answers.made, strict=True)]
     longest = max(len(context) + len(tokens.ids) for context, tokens in pairs)

@@ -140,8 +140,12 @@ def of_run(task: Task, loaded: weights.Weights, split: str, rows: Any) -> Any:
     log_probs = _read(loaded.workdir / FOLDER / f'{split}.npz', facts, rows, other_rows=True)
     if log_probs is None:
         base = frozen.read_base(loaded.workdir)
-        network = _start(task, config, fingerprint, loaded.workdir) if base is None else _on_mesh(task, base)
-        parts = meshes.row_parts(task.model.stream_sharding.mesh)
+        mesh = task.model.stream_sharding.mesh
+        if base is None:
+            network = _start(task, config, fingerprint, loaded.workdir)
+        else:
+            network = meshes.params_to_devices(base, mesh)
+        parts = meshes.row_parts(mesh)
         log_probs = log_probs_of(task, network, rows, -(-ROWS // parts) * parts)
     return WithReference(rows, log_probs)
 
@@ -199,15 +203,7 @@ def _start(task: Task, config: configs.Config, fingerprint: str, workdir: pathli
         raise CheckpointError(f'{problem} began with: name it in config.init_from')
     params, kept = tuning.split(start_weights.initial(config.init_from, task.model), config.tune)
     network = trees.join(jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), params), kept)
-    network = _on_mesh(task, network)
+    network = meshes.params_to_devices(network, task.model.stream_sharding.mesh)
     if frozen.fingerprint(checksums.describe(network)) != fingerprint:
         raise CheckpointError(f'{problem}, and config.init_from={config.init_from} has other weights now')
     return network
-
-
-def _on_mesh(task: Task, network: Any) -> Any:
-    def placed(leaf: Any, sharding: Any) -> jax.Array:
-        whole = np.asarray(leaf)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda at: whole[at])
-
-    return jax.tree.map(placed, network, meshes.state_shardings(task.model.stream_sharding.mesh, network))

@@ -64,8 +64,7 @@ class Scorer:
         )
         parts = meshes.row_parts(mesh)
         self._batch_size, self._rows = -(-batch_size // parts) * parts, meshes.batch_sharding(mesh)
-        shardings = meshes.state_shardings(mesh, loaded.params)
-        self._params = jax.tree.map(_placed, jax.device_get(loaded.params), shardings)
+        self._params = meshes.params_to_devices(loaded.params, mesh)
         self._apply = jax.jit(
             functools.partial(_rewards, model=loaded.model.clone(stream_sharding=self._rows)),
             out_shardings=meshes.replicated(mesh),
@@ -153,10 +152,6 @@ def _rewards(params: Any, ids: jax.Array, last: jax.Array, *, model: Network) ->
     """Returns the rewards [B] of ids [B, T], read at the positions `last` [B]: no token sees those after it."""
     outputs, _ = model.apply({'params': params}, ids)
     return jax.numpy.take_along_axis(outputs[..., 0], last[:, None], 1)[:, 0]
-
-
-def _placed(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda at: leaf[at])
 
 
 def open_reward(

@@ -156,9 +156,8 @@ def train_step(
 
     Returns:
         (State, metrics): loss, grad_norm (before clipping), learning_rate, layer_grad_norm [L] (nan of a layer that the
-        update does not train), bad_step, and the sums
-        `sum`, `weight` and of the task's metrics. A non-finite loss or gradient leaves weights and moments untouched
-        and sets `bad_step`.
+        update does not train), bad_step, and the sums `sum`, `weight` and of the task's metrics. A non-finite loss or
+        gradient leaves weights and moments untouched and sets `bad_step`.
     """
     parts = micro_batches(task.prepare(batch, step_key(seed, state.step), True), accumulate)
     sums, grads = _sums_and_gradients(task, state, parts, shardings, seed, tune.dropout)

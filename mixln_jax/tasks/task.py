@@ -65,13 +65,13 @@ class Task(abc.ABC):
     `model` is the network. Equal tasks are equal as objects too, so that what is compiled for one serves the other.
 
     Class attributes: `reads`, what a network of the task reads, texts or images; `unit` and `short_unit`, what people
-    count of it; `headline` names the number that
-    people look at first, by which runs are compared, `label` is its short name and `digits` the decimals that are
-    shown; `lower` names the numbers of `summary` that are better if lower, the others are better if higher;
-    `headline_of_loss`, where the headline is a function of the mean loss, is that function and its derivative;
-    `metrics` are the names of the task's further sums; `collect`, where the network itself writes what it learns from,
-    is a function (rollouts, size) -> batch on the host, see tasks/online.py; `score`, where a task is measured by more
-    than its losses, is a function (params, examples, batch_size, layer_mask) -> {name: [Q] in 0..1, of every question}.
+    count of it; `headline` names the number that people look at first, by which runs are compared, `label` is its short
+    name and `digits` the decimals that are shown; `lower` names the numbers of `summary` that are better if lower, the
+    others are better if higher; `headline_of_loss`, where the headline is a function of the mean loss, is that function
+    and its derivative; `metrics` are the names of the task's further sums; `collect`, where the network itself writes
+    what it learns from, is a function (rollouts, size) -> batch on the host, see tasks/online.py; `score`, where a task
+    is measured by more than its losses, is a function (params, examples, batch_size, layer_mask) -> {name: [Q] in 0..1,
+    of every question}.
     """
 
     model: Any

@@ -20,7 +20,7 @@ def run(tmp_path):
     path = pictures.write_folder(tmp_path / 'set', pictures.set_of())
     data = configs.Data(source='images', path=str(path), held_out=0.0, seed=3)
     config = dataclasses.replace(
-        configs.Config(), batch_size=5, data=data, model=configs.Model(family='vit', image_size=16)
+        configs.Config(), batch_size=5, data=data, model=configs.Model(family='vit', image_size=16, num_classes=3)
     )
     values = configs.public(config)
     values['model'] |= {'norm_position': ['pre'] * config.model.num_layers}

@@ -5,18 +5,15 @@ import json
 import re
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import rewards
-from short_runs import SIZES, StopAtTwo, lines_of, recipe
+from short_runs import StopAtTwo, exported, lines_of, recipe
 
-from mixln_jax import config as configs
 from mixln_jax import evaluate, main, replay, trees
 from mixln_jax.data import inspect
 from mixln_jax.evaluation import generation
 from mixln_jax.evaluation.rollouts import Rollouts
-from mixln_jax.models import families
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.runs import checkpoint, frozen
 from mixln_jax.system.errors import CheckpointError, Stopped, UsageError
@@ -36,10 +33,7 @@ METHODS = {
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
     """An exported Mix-LN network."""
-    path = tmp_path_factory.mktemp('exported') / 'base'
-    model = families.from_config(configs.Model(norm_position='mix', **SIZES))
-    hf_llama.save(path, model, jax.jit(model.init)(jax.random.key(77))['params'])
-    return path
+    return exported(tmp_path_factory.mktemp('exported') / 'base')
 
 
 @pytest.fixture(scope='module')

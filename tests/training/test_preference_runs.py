@@ -11,7 +11,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from short_runs import SIZES, WORDS, StopAtTwo, lines_of, recipe
+from short_runs import WORDS, StopAtTwo, exported, lines_of, recipe
 
 from mixln_jax import config as configs
 from mixln_jax import evaluate, main, recipes, replay, trees
@@ -41,10 +41,7 @@ METHODS |= {f'{name}, precomputed': METHODS[name] | COMPUTED for name in [*METHO
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
     """An exported Mix-LN network."""
-    path = tmp_path_factory.mktemp('exported') / 'base'
-    model = families.from_config(configs.Model(norm_position='mix', **SIZES))
-    hf_llama.save(path, model, jax.jit(model.init)(jax.random.key(77))['params'])
-    return path
+    return exported(tmp_path_factory.mktemp('exported') / 'base')
 
 
 @pytest.fixture(scope='module')

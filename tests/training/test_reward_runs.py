@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from short_runs import SIZES, WORDS, StopAtTwo, lines_of, recipe
+from short_runs import WORDS, StopAtTwo, exported, lines_of, recipe
 
 from mixln_jax import config as configs
 from mixln_jax import evaluate, export, generate, main, recipes, trees
@@ -35,10 +35,7 @@ METHODS = {
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
     """An exported Mix-LN network."""
-    path = tmp_path_factory.mktemp('exported') / 'base'
-    model = families.from_config(configs.Model(norm_position='mix', **SIZES))
-    hf_llama.save(path, model, jax.jit(model.init)(jax.random.key(77))['params'])
-    return path
+    return exported(tmp_path_factory.mktemp('exported') / 'base')
 
 
 @pytest.fixture(scope='module')
@@ -291,7 +288,7 @@ def test_exported_it_scores_the_same(finished, texts, tmp_path, capsys):
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
     assert evaluate.main(['--checkpoint', str(tmp_path / 'out')]) == 5
     assert drop.main(['--checkpoint', str(tmp_path / 'out'), '--text', str(texts)]) == 2
-    with pytest.raises(UsageError, match='--adapter: .* has trained a head besides'):
+    with pytest.raises(UsageError, match='--adapter: .* has trained its head too'):
         export.export_adapter(finished('lora'), str(tmp_path / 'no'))
 
 

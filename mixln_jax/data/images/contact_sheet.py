@@ -11,8 +11,6 @@ from PIL import Image, ImageDraw
 
 from mixln_jax import config as configs
 from mixln_jax.data import batches, rows
-from mixln_jax.data.images import examples
-from mixln_jax.system.errors import DataError
 
 SMALLEST = 96  # pixels of a side on the sheet; smaller images are enlarged
 GAP, LINE = 4, 14  # pixels between images, and of a line of text
@@ -25,17 +23,11 @@ def inspect(
     """Returns what a run saw at some places of its stream: a dict for each (`row`, `origin`, `label`, `class`), and the
     contact sheet as PNG.
 
-    Raises:
-        UsageError: the run does not say what it saw.
-        DataError: the data cannot be read, or is not what the run saw.
+    Raises UsageError and DataError as `rows.open_rows_of_run`.
     """
-    data = config.data if data_path is None else rows.moved(config.data, data_path, config.data.split)
-    made = examples.open_examples(data, data.split, config.model.image_size)
-    seen = rows.seen_by_run(workdir)[0]
-    if differ := [part for part, value in made.fingerprint.items() if seen.get(part) != value]:
-        raise DataError(f'the data is not what the run in {workdir} saw: {", ".join(differ)} differs')
-    batch = batches.batch_at(made, data.seed, places)
-    numbers = batches.order(made, data.seed, places).tolist()
+    made = rows.open_rows_of_run(workdir, config, config.data.split, None, data_path)
+    batch = batches.batch_at(made, config.data.seed, places)
+    numbers = batches.order(made, config.data.seed, places).tolist()
     found = [
         {'row': i, 'origin': made.origin(number), 'label': label, 'class': made.classes[label]}
         for i, (number, label) in enumerate(zip(numbers, batch['labels'].tolist(), strict=True))
