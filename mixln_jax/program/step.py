@@ -170,6 +170,7 @@ def train_step(
     if drawn is not None:
         grads = tuning.choose(drawn, grads, jax.tree.map(jnp.zeros_like, grads))
     loss, grads = jax.tree.map(lambda total: total / jnp.maximum(sums['weight'], 1), (sums['sum'], grads))
+    grads = jax.lax.optimization_barrier(grads)  # else what reads the updates decides how XLA fuses and rounds them
     layer_grad_norm, grad_norm = trees.layer_norms(grads, state.network)
     trained = tuning.trained_layers(state.params, state.network, drawn)
     layer_grad_norm = jnp.where(trained, layer_grad_norm, jnp.nan)
@@ -180,11 +181,12 @@ def train_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     with jax.named_scope('update'):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updates = jax.tree.map(lambda update: -learning_rate * update, tuning.scaled(updates, rate_factors))
+        updates = tuning.scaled(updates, rate_factors)
         ratio = {}
         if signs:
             moved, weights = (trees.layer_norms(tree, state.network)[0] for tree in (updates, state.params))
-            ratio = {'layer_update_ratio': jnp.where(trained, moved / weights, jnp.nan)}
+            ratio = {'layer_update_ratio': jnp.where(trained, learning_rate * moved / weights, jnp.nan)}
+        updates = jax.tree.map(lambda update: -learning_rate * update, updates)
         state = _updated(state, updates, opt_state, finite, ema, drawn)
     return state, {
         'loss': loss,

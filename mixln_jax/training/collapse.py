@@ -52,7 +52,7 @@ class Collapse:
         """
         if self._action != 'stop':
             return None
-        self._sound = min(self._sound, (step, loss), key=lambda one: one[1])
+        self._sound = min((step, loss), self._sound, key=lambda one: one[1])  # of equal ones the newest
         return self._sound[0]
 
     def record(self) -> dict[str, Any]:
