@@ -70,11 +70,11 @@ class Rule:
 
 RULES = {
     'stability/grad_ratio': Rule(
-        lambda value, best, distance: value < 1e-3,
+        lambda value, best, distance: value < 5e-3,
         'the gradient of the first layer is {:.2g} times that of the last one: it vanishes on its way back',
     ),
     'stability/grad_to_eps': Rule(
-        lambda value, best, distance: value < 1,
+        lambda value, best, distance: value < 10,
         "the gradient of a layer is {:.2g} times Adam's epsilon (config.optim.eps), so the layer hardly moves",
         min,
     ),
@@ -92,17 +92,18 @@ RULES = {
 class Watch:
     """Tells from metrics lines, one after the other, whether a collapse is coming.
 
-    The rule: one of RULES holds in LINES successive lines that have its sign, from step FIRST on. The thresholds:
+    The rule: one of RULES holds in LINES successive lines that have its sign, from step FIRST on. The thresholds were
+    chosen on ten runs of 300 steps (docs/train.md has the table), six that trained and four that collapsed: LLaMAs of
+    16 and 24 layers of width 48 on bytes, Pre-LN, Mix-LN and Post-LN, peak rates of 3e-3 to 1.5e-2.
 
-    - `grad_ratio` < 1e-3. Of Post-LN networks of 16 and 24 layers of width 48 (configs/quickstart.py, 300 steps of 8 x
-      64 bytes) those that trained stayed above 0.03, those that collapsed fell below 1e-3 in the warm-up, 10 to 60
-      steps before the loss stood still.
-    - `grad_to_eps` < 1: Wortsman et al. 2023 (arXiv 2309.14322), section 3.4, where updates shrink once gradients reach
-      epsilon; there too networks that collapsed.
-    - `attention_logits` > 100, where Kimi K2 (arXiv 2507.20534), section 2.1, clips them, while the loss is near the
-      entropy: a Mix-LN network that collapsed. Those that trained well stayed below 20; a Pre-LN one at too high a rate
-      passed 700 and still learned, which is why the logits alone are not enough.
-    - `entropy_distance` 0.1 below its best: a loss of C4 at 3.5 has risen to 4.2, on its way to the 7.3 of the entropy.
+    - `grad_ratio` < 0.005: at least 0.027 in those that trained; three that collapsed fell below it, two of them before
+      the loss stood still.
+    - `grad_to_eps` < 10: at least 1,500 in those that trained. Adam's updates shrink once gradients come near epsilon
+      (Wortsman et al. 2023, arXiv 2309.14322, section 3.4).
+    - `attention_logits` > 100, where Kimi K2 (arXiv 2507.20534), section 2.1, clips them, while the loss is within NEAR
+      of the entropy: a Mix-LN network that collapsed. The logits alone are not enough: those of a Pre-LN network at too
+      high a rate passed 700, and it still learned.
+    - `entropy_distance` 0.1 below its best: a loss of C4 (entropy 7.3) that has risen from 3.5 to 4.2.
 
     A run that passes is not stable for that reason: collapses come from healthy losses, long after the warm-up.
     """

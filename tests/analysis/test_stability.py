@@ -48,11 +48,11 @@ def lines(name, values, first=100, every=10):
 @pytest.mark.parametrize(
     'name, values, step',
     [
-        ('grad_ratio', [0.5, 9e-4, 2e-3, 9e-4, None, 8e-4], 150),  # twice in a row, of the lines that have it
-        ('grad_ratio', [0.5, 9e-4, 2e-3, 9e-4, 2e-3], None),
+        ('grad_ratio', [0.5, 4e-3, 6e-3, 4e-3, None, 3e-3], 150),  # twice in a row, of the lines that have it
+        ('grad_ratio', [0.5, 4e-3, 6e-3, 4e-3, 6e-3], None),
         ('grad_ratio', [1e4, 1e5, 1e6], None),  # ramps begin like this
-        ('grad_to_eps', [[1e4, 2.0], [1e4, 0.5], [0.9, None]], 120),
-        ('grad_to_eps', [[None, None], None, [1e4, 1.1]], None),
+        ('grad_to_eps', [[1e4, 11.0], [1e4, 9.0], [8.0, None]], 120),
+        ('grad_to_eps', [[None, None], None, [1e4, 9.0], [1e4, 11.0]], None),
         ('entropy_distance', [0.3, 0.4, 0.35, 0.29, 0.28], 140),
         ('entropy_distance', [-0.7, -0.1, 0.0, -0.05, -0.05], None),  # a loss on its way down
         ('attention_logits', [[1.0, 700.0], [5.0, 800.0]], None),  # but the loss is not known to be near
