@@ -1,0 +1,200 @@
+"""Gives advice: makes the runs of a plan, prints the verdicts and what was not tried, and writes advice.json."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from mixln_jax import config as configs
+from mixln_jax import recipes
+from mixln_jax.advice import judgement, losses, probes
+from mixln_jax.advice.judgement import Verdict
+from mixln_jax.advice.probes import Plan, Probe, Setting
+from mixln_jax.advice.runner import Runner
+from mixln_jax.system import console, outputs, signals
+from mixln_jax.system.errors import UsageError
+
+FILE = 'advice.json'
+
+
+@dataclasses.dataclass
+class Findings:
+    """What is known about a setting."""
+
+    setting: Setting
+    bound: float | None = None  # upper bound of the rate by the ramp
+    ramp: Verdict | None = None  # None: the ramp was not made
+    runs: list[tuple[Probe, Verdict]] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def trained(self) -> Probe | None:
+        """The run at the highest rate that trained as far as tried."""
+        return next((probe for probe, verdict in self.runs if verdict.state == judgement.TRAINED), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a JSON object."""
+        return {
+            'post_layers': self.setting.post_layers,
+            'layers': self.setting.layers,
+            'post_ratio': self.setting.post_ratio,
+            'ramp': self.ramp and {'upper_bound': self.bound} | dataclasses.asdict(self.ramp),
+            'runs': [{'learning_rate': probe.rate, 'warmup': probe.warmup, 'steps': probe.steps, 'folder': probe.name}
+                     | dataclasses.asdict(verdict) for probe, verdict in self.runs],
+            'learning_rate': self.trained and self.trained.rate,
+            'not_tried': self.left_out,
+        }  # fmt: skip
+
+
+def judge_file(path: str, entropy: float | None, warmup: int | None) -> None:
+    """Prints the verdict on a file of losses. Raises DataError and UsageError for a file that cannot be judged."""
+    lines = losses.read(path)
+    if entropy is None and not any(line.get(judgement.DISTANCE) is not None for line in lines):
+        raise UsageError(
+            f'--entropy X is missing: {path} has no {judgement.DISTANCE}; X is the loss, in nats, of a network that '
+            'knows only how frequent each token is'
+        )
+    verdict = judgement.judge(lines, warmup, entropy)
+    console.say(f'{path}: {verdict.sentence()}', *_details(verdict))
+
+
+def advise(
+    recipe: str, overrides: Sequence[tuple[str, str]], workdir: str, options: dict[str, Any], stop: signals.Stop
+) -> None:
+    """Makes the runs, prints the advice and writes it into `workdir`.
+
+    Args:
+        recipe: FILE[:ARG].
+        overrides: changes of the recipe, (key, text).
+        workdir: folder for the runs.
+        options: `to`, `ramp_steps`, `rates`, `ratios`, `steps`, as in `make_plan`.
+        stop: whose signal handlers are installed.
+
+    Raises:
+        Stopped, Exit: see Runner.run.
+    """
+    config = configs.build(recipes.load(recipe, overrides))
+    plan = make_plan(config, **options)
+    folder = outputs.resolve(workdir, '--workdir')
+    console.say(f'{recipe}: {plan.budget()}', f'runs are in {folder}; the same command goes on after an interruption')
+    with outputs.new_folder(folder), outputs.locked(folder / outputs.LOCK, f'{folder} is in use by another adviser'):
+        runner = Runner(folder, recipe, overrides, plan.planned, stop)
+        findings, spent = [], 0
+        for setting in plan.settings:
+            made = Findings(setting)
+            findings.append(made)
+            spent = _study(made, plan, runner, spent)
+        text = describe(findings, plan)
+        console.say('', *text)
+        outputs.write_json(
+            folder / FILE,
+            {'recipe': recipe, 'overrides': dict(overrides), 'budget': plan.budget(), 'steps_spent': spent,
+             'settings': [made.to_json() for made in findings], 'advice': text},
+        )  # fmt: skip
+
+
+def make_plan(
+    config: configs.Config,
+    to: float,
+    ramp_steps: int | None,
+    rates: Sequence[float],
+    ratios: Sequence[float],
+    steps: int | None,
+) -> Plan:
+    """Returns the plan for a recipe. Raises UsageError for what cannot be planned.
+
+    Args:
+        config: of the recipe.
+        to: last rate of the ramp.
+        ramp_steps: its length; None: as long as a confirming run, KEEL's 5,000 at most.
+        rates: to confirm; empty: fractions of the bound, and the recipe's own.
+        ratios: values of post_ratio; empty: the recipe's and half of it.
+        steps: of all runs, at most; None: no limit.
+    """
+    if config.num_epochs:
+        raise UsageError('config.num_steps is needed: config.num_epochs does not say how long the warm-up is')
+    if config.task.name == 'online':
+        raise UsageError('config.task.name=online: a loss of online learning does not show a collapse')
+    if bad := [rate for rate in (to, *rates) if not 0 < rate <= 1e38]:
+        raise UsageError(f'a learning rate must be above 0, not {bad[0]:g}')
+    warmup = config.optim.warmup(config.num_steps)
+    length = ramp_steps or min(5000, judgement.enough_steps(warmup))
+    return Plan(
+        probes.settings(config, ratios), to, length, warmup, config.optim.learning_rate, config.num_steps,
+        tuple(rates), steps,
+    )  # fmt: skip
+
+
+def _study(made: Findings, plan: Plan, runner: Runner, spent: int) -> int:
+    """Makes the runs of a setting and fills its findings. Returns the steps spent so far."""
+    console.say(f'{made.setting.describe()}:')
+    ramp = plan.ramp(made.setting)
+    if not _fits(ramp, plan, spent):
+        made.left_out.append(f'everything ({plan.limit:,} steps were allowed)')
+        return spent
+    made.ramp, lines = runner.run(ramp)
+    spent += lines[-1]['step'] if lines else 0
+    made.bound = probes.ramp_bound(lines, made.ramp)
+    console.say(f'  ramp to {ramp.rate:g} in {ramp.steps:,} steps: {_bound_text(made)}', *_signs_of(made.ramp))
+    for probe in plan.confirming(made.setting, made.bound):
+        if made.trained:
+            made.left_out.append(f'rate {probe.rate:g}, as a higher one trained')
+        elif not _fits(probe, plan, spent):
+            made.left_out.append(f'rate {probe.rate:g} (--steps {plan.limit:,})')
+        else:
+            verdict, lines = runner.run(probe)
+            spent += lines[-1]['step'] if lines else 0
+            made.runs.append((probe, verdict))
+            console.say(f'  rate {probe.rate:g}: {verdict.sentence()}: {"; ".join(verdict.reasons)}')
+    return spent
+
+
+def _fits(probe: Probe, plan: Plan, spent: int) -> bool:
+    return plan.limit is None or spent + probe.steps <= plan.limit
+
+
+def _bound_text(made: Findings) -> str:
+    if made.bound is None:
+        return 'it did not collapse, so there is no upper bound'
+    return f'it {made.ramp.sentence() if made.ramp else ""}: {made.bound:.2g} is an upper bound'
+
+
+def _signs_of(verdict: Verdict) -> list[str]:
+    return [f'    {reason}' for reason in verdict.reasons]
+
+
+def _details(verdict: Verdict) -> list[str]:
+    return [
+        *(f'  because {reason}' for reason in verdict.reasons),
+        *(f'  not tried: {one}' for one in verdict.not_tried),
+    ]
+
+
+def describe(findings: Sequence[Findings], plan: Plan) -> list[str]:
+    """Returns the advice as lines for people."""
+    lines = []
+    for made in findings:
+        trained = made.trained
+        text = 'no rate trained' if trained is None else f'trains at a peak rate of {trained.rate:g}, as far as tried'
+        if made.ramp is None:
+            text = 'not tried'
+        elif made.bound is not None:
+            text += f' (upper bound {made.bound:.2g})'
+        lines.append(f'{made.setting.describe()}: {text}')
+        own = next((verdict for probe, verdict in made.runs if probe.rate == plan.own_rate), None)
+        if own:
+            lines.append(f"  at the recipe's own rate, {plan.own_rate:g}: {own.sentence()}")
+        elif made.bound is not None and plan.own_rate >= made.bound:
+            lines.append(f"  the recipe's own rate, {plan.own_rate:g}, is not below the upper bound")
+        elif trained and plan.own_rate < trained.rate:
+            lines.append(f"  the recipe's own rate, {plan.own_rate:g}, is lower")
+        lines += [f'  not tried: {one}' for one in made.left_out]
+    best = next((made for made in findings if made.trained), None)
+    if best and best.trained:
+        ratio = best.setting.post_ratio
+        changes = [] if ratio is None else [f'--config.model.post_ratio={ratio:g}']
+        lines.append(' '.join(['most Post-LN layers that trained:', *changes,
+                               f'--config.optim.learning_rate={best.trained.rate:g}']))  # fmt: skip
+    steps = plan.confirm_steps
+    later = [f'steps {steps + 1:,} to {plan.planned:,} of the recipe'] if plan.planned > steps else []
+    lines.append(f'not tried at all: {", ".join([*later, "other seeds", "other data", "rates between these"])}')
+    return lines

@@ -1,0 +1,106 @@
+"""Runs a probe in a process of its own, and stops it once it has collapsed."""
+
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from mixln_jax.advice import judgement, probes
+from mixln_jax.advice.judgement import Verdict
+from mixln_jax.advice.probes import Probe
+from mixln_jax.runs import log
+from mixln_jax.system import errors, files, outputs, signals
+from mixln_jax.system.errors import CheckpointError, UsageError
+
+POLL = 0.5  # seconds
+LOOK = 5  # seconds between looks at the lines
+NOT_FINITE = re.compile(r'step (\d+): the loss or a gradient is not finite')
+
+
+class Runner:
+    """Runs probes of a recipe below a folder, and remembers how they ended."""
+
+    def __init__(
+        self, workdir: pathlib.Path, recipe: str, overrides: Sequence[tuple[str, str]], planned: int, stop: signals.Stop
+    ) -> None:
+        """`planned`: steps of the recipe, whose `overrides` the user gave."""
+        self._workdir, self._recipe, self._overrides = workdir, recipe, list(overrides)
+        self._planned, self._stop = planned, stop
+
+    def known(self, probe: Probe) -> bool:
+        """Returns whether a probe has ended, in an earlier call."""
+        return self._ending(probe).exists()
+
+    def run(self, probe: Probe) -> tuple[Verdict, list[dict[str, Any]]]:
+        """Returns the verdict on a probe and its lines. Goes on where an earlier call was interrupted.
+
+        Raises:
+            Stopped: a signal has arrived; the run is saved.
+            Exit: the run ended with an error other than a collapse, with its code and its line.
+        """
+        if not self.known(probe):
+            code, line = self._train(probe)
+            outputs.write_json(self._ending(probe), {'code': code, 'line': line, 'overrides': self._words(probe)})
+        ending = files.read_json(self._ending(probe), CheckpointError)
+        if ending.get('overrides') != self._words(probe):
+            raise UsageError(f'{self._ending(probe)} is of another recipe or other keys; give another --workdir')
+        lines = self._lines(probe)
+        if bad := NOT_FINITE.search(str(ending.get('line'))):
+            lines = [*lines, {'step': int(bad[1]), 'train/loss': None}]
+        return probe.judge(lines, self._planned), lines
+
+    def _train(self, probe: Probe) -> tuple[int, str]:
+        """Trains until the run ends or has collapsed. Returns its exit code and the last line that it printed."""
+        printed = self._beside(probe, '.txt')
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        folder = probes.folder(self._workdir, probe)
+        words = [sys.executable, '-m', 'mixln_jax.main', '--workdir', f'{folder}', *self._words(probe)]
+        with printed.open('wb') as output:
+            # In a session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on.
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                       start_new_session=True)  # fmt: skip
+            try:
+                collapsed = self._watch(process, probe)
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                code = process.wait()
+        if collapsed:
+            return errors.NumericsError.code, 'it had collapsed, and was stopped'
+        self._stop.check()
+        text = printed.read_text(encoding='utf-8', errors='replace').strip()
+        line = text.splitlines()[-1] if text else ''
+        if code not in (0, errors.NumericsError.code):
+            kind = next((kind for kind in errors.Exit.__subclasses__() if kind.code == code), errors.Exit)
+            shown = line.removeprefix('mixln_jax: ') if code > 0 else f'killed by signal {-code}'
+            raise kind(f'{folder}: {shown} ({printed} has all that it printed)')
+        return code, line
+
+    def _watch(self, process: subprocess.Popen, probe: Probe) -> bool:
+        """Waits until a process ends or a signal arrives (False), or its run has collapsed (True)."""
+        looked = time.monotonic()
+        while process.poll() is None and not self._stop.requested:
+            time.sleep(POLL)
+            if time.monotonic() > looked + LOOK:
+                looked = time.monotonic()
+                if probe.judge(self._lines(probe), self._planned).state == judgement.COLLAPSED:
+                    return True
+        return False
+
+    def _lines(self, probe: Probe) -> list[dict[str, Any]]:
+        """Returns the metrics lines of a run, as many as there are."""
+        path = probes.folder(self._workdir, probe) / 'metrics.jsonl'
+        return log.read_metrics(path) if path.exists() else []
+
+    def _words(self, probe: Probe) -> list[str]:
+        changes = [f'--config.{key}={value}' for key, value in (*self._overrides, *probe.overrides())]
+        return ['--config', self._recipe, *changes]
+
+    def _ending(self, probe: Probe) -> pathlib.Path:
+        return self._beside(probe, '.json')
+
+    def _beside(self, probe: Probe, suffix: str) -> pathlib.Path:
+        return self._workdir / f'{probe.name}{suffix}'
