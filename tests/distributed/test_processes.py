@@ -438,12 +438,16 @@ class TestProcesses:
         words = [f'{number * 7919 % 1000}' for number in range(60)]
         pairs.write_text(''.join(f'{{"prompt": "{w}", "chosen": "a", "rejected": "b{w}"}}\n' for w in words))
         prompts.write_text(''.join(f'{{"prompt": "{word}"}}\n' for word in words))
-        base = {'num_steps': 4, 'eval.every': 2, 'analysis.tokens': 0, 'mesh.fsdp': 2, 'data.source': 'jsonl',
-                'data.template': 'plain', 'data.mode': 'pad', 'data.held_out': 0.3, 'init_from': tmp_path / 'base'}  # fmt: skip
+        base = {
+            'num_steps': 4, 'eval.every': 2, 'analysis.tokens': 0, 'mesh.fsdp': 2, 'data.source': 'jsonl',
+            'data.template': 'plain', 'data.mode': 'pad', 'data.held_out': 0.3, 'init_from': tmp_path / 'base',
+        }  # fmt: skip
         reward = base | {'task.name': 'reward', 'data.path': pairs}
         precomputed = reward | {'task.name': 'preference', 'task.preference.reference': 'precomputed'}
-        online = base | {'task.name': 'online', 'data.path': prompts, 'task.online.max_new_tokens': 5,
-                         'task.online.updates': 2, 'eval.samples': 4}  # fmt: skip
+        online = base | {
+            'task.name': 'online', 'data.path': prompts, 'task.online.max_new_tokens': 5, 'task.online.updates': 2,
+            'eval.samples': 4,
+        }  # fmt: skip
         jobs = {
             'reward': reward,
             'precomputed': precomputed,
