@@ -1,15 +1,16 @@
 """What `python -m mixln_jax.sweep` does: it trains the cells of a grid or a search."""
 
 import argparse
-import pathlib
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from mixln_jax import config as configs
 from mixln_jax import recipes
 from mixln_jax.runs import sweep_folder
-from mixln_jax.sweeps import definition, grid
+from mixln_jax.sweeps import definition, grid, search
 from mixln_jax.sweeps.grid import Cell, Pairs
 from mixln_jax.sweeps.progress import Progress
 from mixln_jax.sweeps.workers import Job, Worker
@@ -18,19 +19,44 @@ from mixln_jax.system.errors import UsageError
 
 
 def train(options: argparse.Namespace, fixed: Pairs, stop: signals.Stop) -> int:
-    """Trains the cells of a grid that are free; returns the exit code: 0 if each has a result or is another worker's.
+    """Trains the cells of a sweep that are free; returns the exit code: 0 if each has a result or is another worker's.
 
     Raises UsageError, before anything runs, for options, keys, values, cells or a folder that cannot be used.
     """
-    folder = definition.check_folder(options.workdir)
+    job = Job(definition.check_folder(options.workdir), options.config, fixed)
     with stop.may_interrupt():
-        cells, keys = grid_of(options, fixed)
-        if options.parallel > len(cells):
-            raise UsageError(f'--parallel {options.parallel} is more than the sweep has cells ({len(cells)})')
-        cells = claim_names(folder, options.config, fixed, keys, cells)
-    worker = Worker(Job(folder, options.config, fixed), cells, options.parallel, Progress())
+        worker = open_search(options, job) if options.search else open_grid(options, job)
     worker.work(stop)
     return summary(worker, options.workdir)
+
+
+def open_grid(options: argparse.Namespace, job: Job) -> Worker:
+    """Returns the worker of a grid, whose cells are in the definition of the folder."""
+    cells, keys = grid_of(options, job.fixed)
+    if options.parallel > len(cells):
+        raise UsageError(f'--parallel {options.parallel} is more than the sweep has cells ({len(cells)})')
+    return Worker(job, claim_names(job, keys, cells), options.parallel, Progress())
+
+
+def open_search(options: argparse.Namespace, job: Job) -> Worker:
+    """Returns the worker of a search, whose space is in the definition of the folder."""
+    if options.parallel > options.trials:
+        raise UsageError(f'--parallel {options.parallel} is more than --trials {options.trials}')
+    if len(recipes.sweep(options.config)) > 1:
+        raise UsageError(f'--search has no meaning for {options.config}, whose sweep() yields the cells')
+    space = search.parse_space(options.over or [])
+    if both := [key for key, _ in job.fixed if key in space]:
+        raise UsageError(f'config.{both[0]} is given twice, by --config and --over')
+    first = search.check_ends(job.recipe, job.fixed, space)
+    words = dict(grid.parse_words(options.over))
+    new = definition.new_definition(job.recipe, base_of(job), [*space], [first])
+    new = dataclasses.replace(new, cells={}, search=words)
+    return search.Search(job, new, space, options.trials, options.parallel)
+
+
+def base_of(job: Job) -> dict[str, Any]:
+    """Returns {key: value} of the recipe with the changes of all cells."""
+    return configs.flatten(recipes.load(job.recipe, job.fixed).to_dict())
 
 
 def grid_of(options: argparse.Namespace, fixed: Pairs) -> tuple[list[Cell], list[str]]:
@@ -45,18 +71,15 @@ def grid_of(options: argparse.Namespace, fixed: Pairs) -> tuple[list[Cell], list
     return grid.make_cells(options.config, fixed, changes), keys
 
 
-def claim_names(
-    folder: pathlib.Path, recipe: str, fixed: Pairs, keys: Sequence[str], cells: Sequence[Cell]
-) -> list[Cell]:
+def claim_names(job: Job, keys: Sequence[str], cells: Sequence[Cell]) -> list[Cell]:
     """Returns the cells under their names in the folder, after adding those that are new to its definition."""
-    base = configs.flatten(recipes.load(recipe, fixed).to_dict())
-    new = definition.new_definition(recipe, base, keys, cells)
-    with definition.opened(folder) as old:
-        merged, names = definition.merge(folder, old, new)
+    new = definition.new_definition(job.recipe, base_of(job), keys, cells)
+    with definition.opened(job.folder) as old:
+        merged, names = definition.merge(job.folder, old, new)
         named = [Cell(names[cell.name], cell.changes, cell.config) for cell in cells]
-        definition.check_unedited(folder, named, keys)
+        definition.check_unedited(job.folder, named, keys)
         if merged != old:
-            sweep_folder.write_definition(folder, merged)
+            sweep_folder.write_definition(job.folder, merged)
     return named
 
 

@@ -68,6 +68,12 @@ def parse_over(groups: Iterable[Sequence[str]]) -> list[list[Pairs]]:
     return axes
 
 
+def parse_words(groups: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """Returns the pairs (key, text) of the words of each `--over`."""
+    pairs = [word.partition('=') for words in groups for word in words]
+    return [(key.removeprefix('config.'), text) for key, _, text in pairs]
+
+
 def parse_values(word: str) -> tuple[str, list[str]]:
     """Returns (key, values) of KEY=V1,V2,... Raises UsageError if the word is malformed."""
     key, equals, text = word.partition('=')
@@ -115,16 +121,21 @@ def make_cells(recipe: str, fixed: Pairs, changes: Sequence[Pairs], names: Seque
     cells: list[Cell] = []
     seen: dict[str, Pairs] = {}
     for own, name in zip(changes, names or name_cells(changes), strict=True):
-        try:
-            config = check(configs.build(recipes.load(recipe, (*fixed, *own))))
-        except UsageError as error:
-            raise UsageError(f'cell {spelled(own) or recipe}: {error}') from None
-        cells.append(Cell(name, own, config))
-        same = identity(config)
+        cells.append(make_cell(recipe, fixed, own, name))
+        same = identity(cells[-1].config)
         if same in seen:
             raise UsageError(f'the cells {spelled(seen[same])} and {spelled(own)} are the same run; leave one out')
         seen[same] = own
     return cells
+
+
+def make_cell(recipe: str, fixed: Pairs, own: Pairs, name: str) -> Cell:
+    """Returns a cell with changes of its `own`, checked. Raises UsageError as `make_cells`."""
+    try:
+        config = check(configs.build(recipes.load(recipe, (*fixed, *own))))
+    except UsageError as error:
+        raise UsageError(f'cell {spelled(own) or recipe}: {error}') from None
+    return Cell(name, own, config)
 
 
 def identity(config: configs.Config) -> str:

@@ -47,6 +47,7 @@ class Running:
     process: subprocess.Popen
     lock: IO[bytes]
     log: pathlib.Path
+    pruned: bool = False  # it was stopped because others are better
 
     def stop(self) -> None:
         """Asks the process to save and to end."""
@@ -66,6 +67,10 @@ class Worker:
         self.elsewhere: set[str] = set()  # cells that other workers train
         self.stopped: set[str] = set()  # cells that were stopped, not by this worker
         self.endings = {cell.name: sweep_folder.read_ending(job.folder / cell.name) for cell in cells}
+        self.remember()
+
+    def remember(self) -> None:
+        """Takes what is recorded now for the past: a failed cell of the past is tried again."""
         self._before = dict(self.endings)
 
     def work(self, stop: signals.Stop) -> None:
@@ -74,7 +79,7 @@ class Worker:
         try:
             while True:
                 if not stop.requested:
-                    self._fill()
+                    self.fill()
                 if not self.running:
                     break
                 self.show(self)
@@ -94,7 +99,7 @@ class Worker:
         for one in self.running:
             one.stop()
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
         """Starts free cells on all free slots."""
         for cell in self.cells:
             free = set(range(len(self.devices))) - {one.slot for one in self.running}
@@ -115,13 +120,16 @@ class Worker:
         if name in self.stopped or name in {one.cell.name for one in self.running}:
             return False
         ending = self.endings[name]
-        return ending is None or not ending.is_result and ending == self._before[name]
+        return ending is None or not ending.is_result and ending == self._before.get(name)
 
     def _finish(self, one: Running) -> None:
         """Records how a cell ended, and releases it."""
         self.running.remove(one)
         one.stop()
         ending = read_end(one.process.returncode, one.log, self.job.folder / one.cell.name)
+        if ending is None and one.pruned:
+            digest = sweep_folder.digest(self.job.folder / one.cell.name)
+            ending = Ending('pruned', errors.STOPPED, 'worse than most others at an evaluation', metrics=digest)
         if ending is None:
             self.stopped.add(one.cell.name)
         else:
