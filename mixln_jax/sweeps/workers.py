@@ -61,7 +61,8 @@ class Worker:
 
     def __init__(self, job: Job, cells: Sequence[Cell], parallel: int, show: Callable[['Worker'], None]) -> None:
         """`show` is called now and then, with this worker."""
-        self.job, self.cells, self.show = job, cells, show
+        self.job, self.show = job, show
+        self.cells = [*cells]
         self.devices = share_devices(os.environ.get(SHARED), parallel)
         self.running: list[Running] = []
         self.elsewhere: set[str] = set()  # cells that other workers train

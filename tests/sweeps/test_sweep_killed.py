@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from mixln_jax import main
 from mixln_jax.runs import sweep_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -26,7 +27,7 @@ from mixln_jax import config
 def get_config():
     c = config.default()
     c.batch_size, c.seq_length, c.num_steps, c.log_every = 4, 16, {STEPS}, 1
-    c.compute_dtype, c.device = 'float32', 'cpu'
+    c.compute_dtype, c.device, c.mesh.data = 'float32', 'cpu', 1
     c.model.update(vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
     c.data.update(source='text', path='train.txt', validation_path='validation.txt', tokenizer='bytes')
     c.eval.update(every=4, tokens=200)
@@ -37,7 +38,7 @@ WORDS = '--over model.norm_position=pre,post,deepnorm --over optim.learning_rate
 
 
 def environment(copy):
-    return os.environ | {'JAX_NUM_CPU_DEVICES': '1', 'PYTHONPATH': str(copy), 'PYTHONDONTWRITEBYTECODE': '1'}
+    return os.environ | {'PYTHONPATH': str(copy), 'PYTHONDONTWRITEBYTECODE': '1'}
 
 
 def start(copy, here):
@@ -66,8 +67,9 @@ def weights_of(run):
 
 
 @pytest.mark.slow
-def test_killed_workers(tmp_path):
+def test_killed_workers(tmp_path, monkeypatch):
     random.seed(1)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / 'tiny.py').write_text(RECIPE)
     for split in ('train', 'validation'):
         (tmp_path / f'{split}.txt').write_text('the quick brown fox jumps over one lazy dog\n\n' * 200)
@@ -94,16 +96,6 @@ def test_killed_workers(tmp_path):
         sweep_folder.check_unedited(run, ending)
         assert [line['step'] for line in lines_of(run)] == [*range(1, STEPS + 1)]
         words = [f'--config.{key}={value}' for key, value in changes.items()]
-        command = [
-            sys.executable,
-            '-m',
-            'mixln_jax.main',
-            '--config',
-            'tiny.py',
-            '--workdir',
-            str(alone / name),
-            *words,
-        ]
-        subprocess.run(command, cwd=tmp_path, env=environment(ROOT), check=True, capture_output=True)
+        assert main.main(['--config', 'tiny.py', '--workdir', str(alone / name), *words]) == 0
         assert lines_of(run) == lines_of(alone / name)
         jax.tree.map(np.testing.assert_array_equal, weights_of(run), weights_of(alone / name))
