@@ -21,8 +21,8 @@ def get_config():
     c.data.update(source='stdlib', tokenizer='bytes')
     return c
 """
-# Perplexity grows with the distance of the rate from 1e-2. With a rate above 5e-2 the cell waits after a bad evaluation,
-# unless few have ended; above 9e-2 it collapses.
+# Perplexity grows with the distance of the rate from 1e-2. Once six cells have ended, one with a rate above 5e-2 waits
+# after a bad evaluation; above 9e-2 a cell collapses.
 PRETENDED = """
 import json, math, pathlib, sys
 words = dict(word.split('=', 1) for word in sys.argv if word.startswith('--config.'))
