@@ -157,7 +157,7 @@ def _size(count: float) -> str:
 
 def _write_all(job: jobs.Job, pending: Sequence[Unit], workers: int) -> None:
     total = sum(unit.size for unit in pending)
-    slow, unit = not sys.stderr.isatty(), 'images' if job.data.source == 'images' else 'docs'
+    slow, counted = not sys.stderr.isatty(), 'images' if job.data.source == 'images' else 'docs'
     with tqdm.tqdm(total=total, unit='B', unit_scale=True, mininterval=10 if slow else 0.2, smoothing=0.05) as bar:
         counts, start = [0, 0], time.perf_counter()
 
@@ -165,7 +165,7 @@ def _write_all(job: jobs.Job, pending: Sequence[Unit], workers: int) -> None:
             counts[0] += num_documents
             counts[1] += num_bytes
             seconds = max(time.perf_counter() - start, 1e-9)
-            speed = f'{counts[0] / seconds:,.0f} {unit}/s, {counts[1] / seconds / 1e6:,.1f} MB/s'
+            speed = f'{counts[0] / seconds:,.0f} {counted}/s, {counts[1] / seconds / 1e6:,.1f} MB/s'
             bar.set_postfix_str(speed, False)
             bar.update(position)
 
