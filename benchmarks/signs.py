@@ -1,8 +1,9 @@
 """Cost of the signs of a collapse: `python -m benchmarks.signs [--config FILE] [--config.KEY=VALUE] ...`.
 
 Train steps with and without signs take turns in one process, each from its own state; of each pair the ratio of their
-times, and of the times that all threads of the process spent. The measurement of every `stability.every` steps, and
-what a step does on the host, are timed by themselves.
+times, and of the times that all threads of the process spent. What is added to a step, the measurement of every
+`stability.every` steps, and what a step does on the host are timed by themselves, too, which other processes on the
+machine disturb less.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import time
 import jax
 
 from mixln_jax import config as configs
-from mixln_jax import recipes
+from mixln_jax import recipes, trees
 from mixln_jax.data import batches
 from mixln_jax.data import rows as data_rows
 from mixln_jax.distributed import mesh as meshes
@@ -52,7 +53,10 @@ def main(argv):
 
     for name in states:  # the first ones are slower
         step(name)
-    pairs, single, probes = [], [], []
+    pairs, single, probes, norms = [], [], [], []
+    added = jax.jit(lambda updates, weights: trees.layer_norms(updates)[0] / trees.layer_norms(weights)[0])
+    weights = states['with'].params
+    timed(lambda: added(weights, weights))
     measure = lambda: programs['with'].probe(states['with'].network, batch, states['with'].step)  # noqa: E731
     cold = timed(measure)[1]
     for number in range(options.repeats):
@@ -62,6 +66,8 @@ def main(argv):
         pairs.append([a / b for a, b in zip(seconds['with'][0], seconds['without'][0], strict=True)])
         single.append(seconds['without'][0])
         probes.append(timed(measure)[1:])
+        weights = states['with'].params
+        norms.append(timed(lambda: added(weights, weights))[1:])  # noqa: B023
     state = programs['with'].state
     signs, losses = Signs(config, state.params, state.network, lambda: 3.0, {'step': 0}, []), 2000
     start = time.process_time()
@@ -73,8 +79,12 @@ def main(argv):
     spread = [sorted(values) for values in zip(*pairs, strict=True)]
     usual = [statistics.median(values) for values in zip(*single, strict=True)]
     every = config.stability.every
-    ratios = [[p / s for p, s in zip(probe, one, strict=True)] for probe, one in zip(probes, single, strict=True)]
-    share = [statistics.median(values) for values in zip(*ratios, strict=True)]
+
+    def share(seconds):
+        ratios = [[a / b for a, b in zip(one, step, strict=True)] for one, step in zip(seconds, single, strict=True)]
+        return [statistics.median(values) for values in zip(*ratios, strict=True)]
+
+    alone, probed = share(norms), share(probes)
     quarter = len(pairs) // 4
     print(f'jax {jax.__version__}, {jax.devices()[0].device_kind}, python {platform.python_version()}')
     print(f'{options.config}: a step takes {usual[0]:.3f} s, {usual[1]:.3f} s of all threads')
@@ -82,7 +92,8 @@ def main(argv):
     print(f'| a step with signs : without, median of {len(pairs)} pairs | {wall:.4f} | {cpu:.4f} |')
     middle = ' | '.join(f'{values[quarter]:.3f} to {values[-quarter - 1]:.3f}' for values in spread)
     print(f'| the middle half of the pairs | {middle} |')
-    print(f'| attention logits and log Z, every {every} steps | {share[0] / every:.3%} | {share[1] / every:.3%} |')
+    print(f'| norms of updates and weights alone | {alone[0]:.2%} | {alone[1]:.2%} |')
+    print(f'| attention logits and log Z, every {every} steps | {probed[0] / every:.3%} | {probed[1] / every:.3%} |')
     print(f'| on the host, of each step | | {host / usual[0]:.3%} |')
     print(f'temporary memory of the step: {memory["with"]:.1f} MiB with, {memory["without"]:.1f} MiB without')
     print(f'the first measurement of attention logits, which compiles: {cold:.1f} s')

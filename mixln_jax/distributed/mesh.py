@@ -151,13 +151,14 @@ def to_devices(batch: Any, sharding: Sharding, size: int | None = None) -> Any:
         return jax.device_put(batch, sharding)
 
     def to_array(values: np.ndarray) -> jax.Array:
-        rows = np.arange(len(values)) if size is None else local_rows(sharding, size)
-        shape = (size or len(values), *values.shape[1:])
+        if size is None:
+            return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+        rows = local_rows(sharding, size)
 
         def shard(index: Any) -> np.ndarray:
-            return values[np.searchsorted(rows, np.arange(shape[0])[index[0]])]
+            return values[np.searchsorted(rows, np.arange(size)[index[0]])]
 
-        return jax.make_array_from_callback(shape, sharding, shard)
+        return jax.make_array_from_callback((size, *values.shape[1:]), sharding, shard)
 
     with jax.transfer_guard('allow'):  # device_put counts as an explicit transfer, this does not
         return jax.tree.map(to_array, batch)

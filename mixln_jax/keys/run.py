@@ -14,9 +14,7 @@ class Eval:
     """Evaluation during training, and always after the last step."""
 
     every: int = key(1000, 'steps between evaluations; 0: only after the last step', at_least=0)
-    first: bool = key(
-        False, 'where a run starts from init_from, evaluate these weights too, before the first update, as step 0'
-    )
+    first: bool = key(False, 'evaluate the weights that the run begins with too, before the first update, as step 0')
     tokens: int = key(10_000_000, 'least number of target tokens in an evaluation (or the whole split)', at_least=1)
     split: str = key('validation', 'split to evaluate on: train, validation, or what a tfds data set has')
     samples: int = key(

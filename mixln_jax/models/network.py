@@ -28,7 +28,8 @@ class Network(nn.Module):
     [B,T,D] that the head multiplies; `head_kernel(params)` returns the head's matrix [D,Vp].
 
     Class attributes: `reads`, texts or images; `causal`, whether a position sees only earlier ones; `padded`, the
-    axis over the vocabulary of each leaf that has one, by path; `lookups`, the paths of tables that are only looked up.
+    axis over the vocabulary of each leaf that has one, by path; `lookups`, the paths of tables that are only looked up;
+    `undecayed`, those of tables that weight decay spares.
     """
 
     config: configs.Model
@@ -45,6 +46,7 @@ class Network(nn.Module):
     causal: ClassVar[bool] = True
     padded: ClassVar[dict[str, int]] = {}
     lookups: ClassVar[tuple[str, ...]] = ()
+    undecayed: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def check(cls, config: configs.Model) -> None:

@@ -49,7 +49,7 @@ class Program:
                 f'config.eval.samples={config.eval.samples} has no meaning: this network {self.model.obstacle}'
             )
         self.task = build.from_config(config, self.model)
-        optimizer = optim.optimizer(config.optim)
+        optimizer = optim.optimizer(config.optim, self.model.undecayed)
         init = functools.partial(
             step.init_state,
             self.task,

@@ -182,10 +182,7 @@ def train_step(
     with jax.named_scope('update'):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates = tuning.scaled(updates, rate_factors)
-        ratio = {}
-        if signs:
-            moved, weights = (trees.layer_norms(tree, state.network)[0] for tree in (updates, state.params))
-            ratio = {'layer_update_ratio': jnp.where(trained, learning_rate * moved / weights, jnp.nan)}
+        ratio = {'layer_update_ratio': _update_ratio(state, updates, learning_rate, trained)} if signs else {}
         updates = jax.tree.map(lambda update: -learning_rate * update, updates)
         state = _updated(state, updates, opt_state, finite, ema, drawn)
     return state, {
@@ -231,6 +228,15 @@ def training_context(
     assert updates_done is not None, 'training counts its updates'
     keys = example_keys(step_key(seed, updates_done), batch)
     return context._replace(collections={'dropout': lora.dropout(network, dropout, keys)})
+
+
+def _update_ratio(state: State, updates: Any, learning_rate: jax.Array, trained: jax.Array) -> jax.Array:
+    """Returns the norm of the updates of each layer [L] over that of its trained weights; nan where none is `trained`.
+
+    The rate multiplies the norm: if it multiplied what the weights share with it, they would be rounded differently.
+    """
+    moved, weights = (trees.layer_norms(tree, state.network)[0] for tree in (updates, state.params))
+    return jnp.where(trained, learning_rate * moved / weights, jnp.nan)
 
 
 def _updated(

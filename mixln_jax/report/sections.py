@@ -12,6 +12,7 @@ from mixln_jax.report.inputs import Headline, Run, headlines
 from mixln_jax.report.measured import measured
 from mixln_jax.report.numbers import fixed, number, value_range
 from mixln_jax.report.page import Picture, Section, Table, without_empty_columns
+from mixln_jax.report.sweeps import sweep_section
 from mixln_jax.report.tasks import task_section
 from mixln_jax.report.texts import listed
 
@@ -28,6 +29,7 @@ def compose(runs: Sequence[Run], comparison: Section) -> list[Section]:
     sections = [
         comparison,
         Section('Runs', tables=(_runs(runs),)),
+        sweep_section(runs),
         task_section(runs),
         class_section(runs),
         _training(runs),

@@ -109,6 +109,8 @@ def open_workdir(workdir: str | os.PathLike, resolved: Mapping[str, Any]) -> Ite
             if not workdir.is_dir():
                 if isinstance(error, errors.Stopped | errors.Exit) and not isinstance(error, CheckpointError):
                     raise
+                if not is_first and not isinstance(error, OSError | ValueError | CheckpointError):
+                    raise  # process 0 may have removed the folder, after the same error
                 problem = f'the work directory {workdir} is missing: it was moved or removed while the run used it'
                 raise UsageError(problem) from error
             if is_first and not _has_results(workdir):

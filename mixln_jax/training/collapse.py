@@ -9,6 +9,8 @@ from mixln_jax.analysis import stability
 from mixln_jax.system import console
 from mixln_jax.system.errors import NumericsError
 
+COLLAPSED = 'the network has collapsed'  # in the line that says so, which sweeps look for
+
 
 class Collapse:
     """Detects a network that predicts the frequencies of tokens and nothing else, as collapsed Post-LN networks do.
@@ -76,7 +78,7 @@ class Collapse:
         if abs(mean / level - 1) < self.NEAR and before - mean < self.PROGRESS * level:
             problem = (
                 f'step {step}: the mean loss of {half} steps, {mean:.2f}, stays near {level:.2f}, the loss of a '
-                'network that knows only how frequent each token is: the network has collapsed; a longer warm-up '
+                f'network that knows only how frequent each token is: {COLLAPSED}; a longer warm-up '
                 '(config.optim.warmup_ratio), a lower learning rate or fewer Post-LN layers may help'
             )
             if self._action == 'stop':

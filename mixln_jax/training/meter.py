@@ -164,9 +164,10 @@ class Meter:
         share = self._waited[1] / self._waited[0]
         if not self._warned and self._waited[0] >= PATIENCE and share > LONGEST_WAIT:
             self._warned = True
+            of_texts = ', or prepare tokens once (python -m mixln_jax.data.prepare)'
             console.say(
                 f'mixln_jax: warning: step {step}: {share:.0%} of the time is spent waiting for data: raise '
-                'config.data.workers, or prepare tokens once (python -m mixln_jax.data.prepare)',
+                f'config.data.workers{of_texts if self._task.reads == "texts" else ""}',
                 file=sys.stderr,
             )
 

@@ -216,7 +216,7 @@ class _Job:
         stream = (to_devices(batch) for batch in feed.watched(reader))
         stream = hooks.profiled(stream, first, config.profile.start, config.profile.steps, self.records.folder)
         with jax.transfer_guard('disallow'), contextlib.closing(stream):
-            if first == 1 and config.init_from and config.eval.first:
+            if first == 1 and config.eval.first:
                 with meter.paused():
                     self._evaluate_first(measuring, state)
             state = loop.fit(

@@ -431,6 +431,40 @@ class TestProcesses:
         for one, other in zip(lines_of(tmp_path / '1'), lines_of(tmp_path / '2'), strict=True):
             assert one['train/loss'] == pytest.approx(other['train/loss'], rel=1e-5)
 
+    def test_they_learn_from_preferences_and_from_generated_text(self, tmp_path, monkeypatch):
+        """The numbers of one process: reward network, what it rewards, references read in advance."""
+        monkeypatch.setenv('PYTHONPATH', str(ROOT / 'tests'))
+        pairs, prompts = tmp_path / 'pairs.jsonl', tmp_path / 'prompts.jsonl'
+        words = [f'{number * 7919 % 1000}' for number in range(60)]
+        pairs.write_text(''.join(f'{{"prompt": "{w}", "chosen": "a", "rejected": "b{w}"}}\n' for w in words))
+        prompts.write_text(''.join(f'{{"prompt": "{word}"}}\n' for word in words))
+        base = {
+            'num_steps': 4, 'eval.every': 2, 'analysis.tokens': 0, 'mesh.fsdp': 2, 'data.source': 'jsonl',
+            'data.template': 'plain', 'data.mode': 'pad', 'data.held_out': 0.3, 'init_from': tmp_path / 'base',
+        }  # fmt: skip
+        reward = base | {'task.name': 'reward', 'data.path': pairs}
+        precomputed = reward | {'task.name': 'preference', 'task.preference.reference': 'precomputed'}
+        online = base | {
+            'task.name': 'online', 'data.path': prompts, 'task.online.max_new_tokens': 5, 'task.online.updates': 2,
+            'eval.samples': 4,
+        }  # fmt: skip
+        jobs = {
+            'reward': reward,
+            'precomputed': precomputed,
+            'function': online | {'task.online.reward': 'rewards:letters'},
+            'network': online | {'task.online.reward': tmp_path / 'reward1'},
+        }
+        assert ends(start(tmp_path / 'base', 1, num_steps=2, **{'analysis.tokens': 0}))[0] == [0]
+        for name, changes in jobs.items():
+            for count in (1, 2):
+                assert ends(start(tmp_path / f'{name}{count}', count, **changes))[0] == [0] * count
+            mine, theirs = (lines_of(tmp_path / f'{name}{count}') for count in (1, 2))
+            assert {line['train/grad_norm'] > 0 for line in mine} == {True}
+            for one, other in zip(mine, theirs, strict=True):
+                for key in ('train/loss', 'train/grad_norm', 'train/reward', 'eval/loss', 'eval/reward'):
+                    if key in one:
+                        assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6), (name, one['step'], key)
+
     def test_one_device_then_four_then_two_processes(self, tmp_path, whole):
         """One curve of losses."""
         for count, first, last in ((1, 0, 7), (1, 7, 14), (2, 14, 30)):

@@ -39,7 +39,7 @@ def program(mesh=(1, 1, 1), **changes):
 
 @functools.cache
 def weights():
-    drawn = reference.init(np.random.default_rng(2), NAMES, **SIZES)
+    drawn = reference.init(np.random.default_rng(7), NAMES, **SIZES)  # the largest logits are not of seen keys alone
     for layer in drawn['layers']:
         layer['q'] = 5 * layer['q']  # logits that differ
     return drawn

@@ -16,6 +16,7 @@ IMAGES = {
     'task.classification.mixup': 0.8,
     'task.classification.cutmix': 1.0,
 }
+REWARD = PAIRS | {'task.name': 'reward', 'tune.method': 'lora', 'tune.rank': 4}
 METHODS = {
     'full': {},
     'lora': {'tune.method': 'lora', 'tune.rank': 4, 'tune.dropout': 0.1},
@@ -23,6 +24,7 @@ METHODS = {
     'probe': {'tune.train': 'head/*'},
     'pairs': PAIRS,
     'pairs, precomputed': PAIRS | {'task.preference.reference': 'precomputed'},
+    'reward, lora': REWARD,
     'pairs, lora, precomputed': PAIRS
     | {'task.preference.reference': 'precomputed', 'tune.method': 'lora', 'tune.rank': 4, 'tune.dropout': 0.1},
 }
