@@ -13,7 +13,7 @@ import ml_collections
 
 from mixln_jax.keys.classification import Classification  # noqa: F401
 from mixln_jax.keys.data import WORKERS, Data, Task  # noqa: F401
-from mixln_jax.keys.field import LARGEST_VOCABULARY, LONGEST  # noqa: F401
+from mixln_jax.keys.field import LARGEST_VOCABULARY, LONGEST, changed_for_tasks  # noqa: F401
 from mixln_jax.keys.images import Images  # noqa: F401
 from mixln_jax.keys.model import Model  # noqa: F401
 from mixln_jax.keys.online import Online  # noqa: F401
@@ -116,6 +116,8 @@ def build(
                 'config.num_steps=0 leaves the number of steps to config.num_epochs'
             )
         config = dataclasses.replace(config, num_steps=0)
+    if not resolved:  # runs from before this check are still read
+        _check_task(config)
     _check_together(config)
     return config if config.compat == 'none' else _official(config)
 
@@ -210,6 +212,13 @@ def _check(path: str, field: dataclasses.Field, value: Any) -> Any:
         if not WITHIN[name](value, bound):
             raise UsageError(f'{path} must be {name} {bound:g}, not {value!r}')
     return value
+
+
+def _check_task(config: Config) -> None:
+    """Raises UsageError for a key that has a meaning for other tasks alone, unless it has its default."""
+    for path, value, tasks in changed_for_tasks(config, 'config'):
+        if (name := config.task.name) not in tasks:
+            raise UsageError(f'{path}={value} has no meaning for config.task.name={name}: it is for {", ".join(tasks)}')
 
 
 def _check_together(config: Config) -> None:
