@@ -153,9 +153,9 @@ def _fits(probe: Probe, plan: Plan, spent: int) -> bool:
 
 
 def _bound_text(made: Findings) -> str:
-    if made.bound is None:
-        return 'it did not collapse, so there is no upper bound'
-    return f'it {made.ramp.sentence() if made.ramp else ""}: {made.bound:.2g} is an upper bound'
+    if made.ramp is None or made.bound is None:
+        return 'no collapse, so there is no upper bound'
+    return f'{made.ramp.sentence()}: {made.bound:.2g} is an upper bound'
 
 
 def _signs_of(verdict: Verdict) -> list[str]:

@@ -72,7 +72,7 @@ def judge(
         return found
     if warned := stability.coming_collapse(made):
         after = [line[DISTANCE] for line in made if line['step'] > warned.step and line.get(DISTANCE) is not None]
-        later = [f'it went on to a loss {after[-1]:.0%} below that of the frequencies'] if after else []
+        later = [f'the last loss is {_compared(after[-1])} that of the frequencies of tokens'] if after else []
         return Verdict(SIGNS, warned.step, (warned.reason, *later), _not_tried(last, planned))
     if reasons := _too_little(made[-1], warmup):
         return Verdict(UNDECIDED, None, reasons, _not_tried(last, planned))
@@ -152,6 +152,10 @@ def _too_little(line: Mapping[str, Any], warmup: int | None) -> tuple[str, ...]:
     elif distance < stability.NEAR:
         reasons.append(f'the loss is not yet {stability.NEAR:.0%} below that of the frequencies of tokens')
     return tuple(reasons)
+
+
+def _compared(distance: float) -> str:
+    return f'{abs(distance):.0%} {"below" if distance >= 0 else "above"}'
 
 
 def _not_tried(last: int, planned: int | None) -> tuple[str, ...]:

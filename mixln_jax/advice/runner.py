@@ -57,16 +57,17 @@ class Runner:
         printed = self._beside(probe, '.txt')
         self._workdir.mkdir(parents=True, exist_ok=True)
         folder = probes.folder(self._workdir, probe)
-        words = [sys.executable, '-m', 'mixln_jax.main', '--workdir', f'{folder}', *self._words(probe)]
+        words = [sys.executable, '-m', 'mixln_jax.sweeps.child', '--workdir', f'{folder}', *self._words(probe)]
         with printed.open('wb') as output:
             # In a session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on.
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                       start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                words, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+            )
             try:
                 collapsed = self._watch(process, probe)
             finally:
-                if process.poll() is None:
-                    process.terminate()
+                assert process.stdin
+                process.stdin.close()  # it saves and ends
                 code = process.wait()
         if collapsed:
             return errors.NumericsError.code, 'it had collapsed, and was stopped'

@@ -81,7 +81,7 @@ def test_losses_near_the_frequencies():
 def test_a_spike_is_no_collapse():
     spike = lambda step: 3.4 if 150 <= step < 190 else max(2.4, 5.5 - step / 20)  # noqa: E731
     verdict = judge(every_five(spike, 400), 40, 3.3)
-    assert verdict.state == judgement.SIGNS and 'it went on to a loss 27% below' in verdict.reasons[1]
+    assert verdict.state == judgement.SIGNS and 'the last loss is 27% below' in verdict.reasons[1]
 
 
 def test_signs_and_losses_that_are_not_finite():
