@@ -18,7 +18,7 @@ class Images:
     eval_crop: float = key(
         0.875,
         'images: share of the smaller side that evaluation keeps, around the centre; 0.875 of 256 pixels are 224',
-        above=0.0,
+        at_least=0.1,
         at_most=1.0,
     )
     crop: str = key(

@@ -148,6 +148,16 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize('content', [pictures.set_of(), SPLIT], ids=['classes', 'splits'])
+def test_a_tar_file_of_the_folder_it_is_made_in(content, tmp_path):
+    """As `tar cf x.tar .` makes it: names begin with ./, and the folder itself is a member."""
+    folder = pictures.write_folder(tmp_path / 'set', content)
+    with tarfile.open(tmp_path / 'set.tar', 'w') as archive:
+        archive.add(folder, '.')
+    assert opened(tmp_path / 'set.tar').classes == opened(folder).classes == pictures.CLASSES
+    assert labelled(opened(tmp_path / 'set.tar')) == labelled(opened(folder))
+
+
 class TestBadSets:
     @pytest.mark.parametrize('name', BAD)
     @pytest.mark.parametrize('kind', ['folder', 'zip', 'tar'])
@@ -164,6 +174,21 @@ class TestBadSets:
         with pytest.raises(DataError, match=told) as raised:
             opened(path)
         assert str(path) in str(raised.value) and '\n' not in str(raised.value)
+
+    @pytest.mark.parametrize('names', [('Train', 'Val'), ('training', 'testing'), ('val', 'test')])
+    def test_splits_are_no_classes(self, names, tmp_path):
+        content = {name: body for split in names for name, body in pictures.set_of(prefix=f'{split}/').items()}
+        path = pictures.write_folder(tmp_path / 'set', content)
+        with pytest.raises(DataError, match=f'the folders {", ".join(sorted(names))} have the names of splits'):
+            opened(path)
+
+    @pytest.mark.parametrize('name', [b'caf\xe9', b'a\nb', b'\x1b[1mcat'])
+    def test_names_of_classes_can_be_shown(self, name, tmp_path):
+        path = pictures.write_folder(tmp_path / 'set', pictures.set_of())
+        os.rename(path / 'cat', os.path.join(os.fsencode(path), name))
+        with pytest.raises(DataError, match='the name of the class .* cannot be shown') as raised:
+            opened(path)
+        assert str(raised.value).isprintable()
 
     @pytest.mark.parametrize('folder', ['emu', 'train/emu', 'val/emu'])
     def test_empty_folders_of_classes(self, folder, tmp_path):
@@ -305,7 +330,7 @@ def test_linked_folders_of_classes(tmp_path):
 
 def test_names_that_are_no_text(tmp_path):
     path = os.fsencode(pictures.write_folder(tmp_path / 'set', pictures.set_of()))
-    os.rename(path + b'/cat', path + b'/\xff\xfe')
+    os.rename(path + b'/cat/cat0.jpg', path + b'/cat/\xff\xfe.jpg')
     source = opened(tmp_path / 'set', 'all')
     assert len(source) == 12 and len(source.read(range(12))) == 12 and len(source.fingerprint) == 32
 

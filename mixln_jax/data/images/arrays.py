@@ -33,6 +33,8 @@ def idx(folder: str) -> dict[str, tuple[Arrays, str]]:
     Raises DataError, naming the file: none in the folder; images without labels; a wrong magic number or length; images
     and labels of different number.
     """
+    if not folder:
+        raise DataError('config.data.path is empty; this source needs a folder of IDX files')
     root, made = pathlib.Path(folder).expanduser(), dict[str, tuple[Arrays, str]]()
     with reading(f'config.data.path={folder}', DataError):
         present = {path.name for path in root.iterdir()}
@@ -83,6 +85,8 @@ def npz(path: str, key: str = 'config.data.path') -> dict[str, tuple[Arrays, str
     Raises DataError, naming file and array: none of them; images that are not uint8 of [n, H, W] or [n, H, W, 1 or 3];
     labels that are not whole numbers of [n]; more than fits into memory; pickled objects.
     """
+    if not path:
+        raise DataError(f'{key} is empty; this source needs an .npz file')
     where = pathlib.Path(path).expanduser()
     try:
         files.regular(where, DataError)

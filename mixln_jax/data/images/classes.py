@@ -12,6 +12,7 @@ from mixln_jax.system.errors import DataError, UsageError
 from mixln_jax.system.files import read as read_file
 
 VALIDATION = ('validation', 'val', 'valid', 'test')  # folders next to train, the first of them counts
+SPLITS = {'train', 'training', 'testing', *VALIDATION}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,12 @@ def _by_folder(files: Files) -> dict[str, Labelled]:
     skip = _depth(files)
     firsts = {name.split('/')[skip] for name in files.names}
     parted = 'train' in firsts
+    if not parted and len(firsts) > 1 and all(name.lower() in SPLITS for name in firsts):
+        root = files.origin(0).removesuffix(files.names[0])
+        raise DataError(
+            f'{root}: the folders {", ".join(sorted(firsts))} have the names of splits, not of classes; call '
+            'that of the images to train on train, and that of the others val'
+        )
     groups: dict[str, tuple[list[int], list[str]]] = {}
     for number, name in enumerate(files.names):
         parts = name.split('/')[skip:]
@@ -90,6 +97,10 @@ def _by_folder(files: Files) -> dict[str, Labelled]:
     made = {}
     for split, (numbers, classes) in groups.items():
         known, labels = np.unique(classes, return_inverse=True)
+        for name in known.tolist():
+            if not name.isprintable():  # JSON could not hold it, or a terminal would obey it
+                root = files.origin(0).removesuffix(files.names[0])
+                raise DataError(f'{root}: the name of the class {name!r} cannot be shown; rename its folder')
         made[split] = Labelled(files, tuple(known.tolist()), np.array(numbers), labels.astype(np.int32))
     return made
 

@@ -228,8 +228,10 @@ class Tar(_Archive):
             if file.read(2) == b'\x1f\x8b':
                 raise DataError(f'{path} is compressed, so its members cannot be read in any order; gunzip it')
             for member in _members(path, 0, os.path.getsize(path)):
+                member.name = member.name.removeprefix('./').rstrip('/')
                 if member.isdir():
-                    self.folders.append(member.name.rstrip('/'))
+                    if member.name not in ('', '.'):
+                        self.folders.append(member.name)
                 elif not member.isreg():
                     raise DataError(f'{path}: {member.name} is a link or a device, not a file')
                 elif member.name.endswith('.tar'):
@@ -237,12 +239,11 @@ class Tar(_Archive):
                     self.folders.append(folder)
                     for inner in _members(path, member.offset_data, member.size):
                         if inner.isreg():
-                            found.append(f'{folder}/{inner.name}')
+                            found.append(f'{folder}/{inner.name.removeprefix("./")}')
                             places.append((member.offset_data + inner.offset_data, inner.size))
                 else:
                     found.append(member.name)
                     places.append((member.offset_data, member.size))
-        found = [name.removeprefix('./') for name in found]
         _check_paths(found, path)
         order = _checked(found, path)
         self.names, self._places = Names(found[i] for i in order), np.array(places, np.int64)[order]

@@ -159,7 +159,10 @@ def _in_memory(data: config.Data, split: str) -> InMemory:
     if 'validation' not in splits:
         chosen['all'] = np.arange(len(labels))
     if split not in chosen:
-        raise UsageError(f'config.data.source={data.source} has no split {split}, only {", ".join(sorted(chosen))}')
+        way = '; config.data.held_out=0 leaves none' if split == 'validation' else ''
+        raise UsageError(
+            f'config.data.source={data.source} has no split {split}, only {", ".join(sorted(chosen))}{way}'
+        )
     (images, labels), place = splits.get(split, splits['train'])
     return InMemory(images, labels, names, place, chosen[split])
 
