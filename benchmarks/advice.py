@@ -89,11 +89,9 @@ def main(argv):
     print('|---|---|---|---|---|---|')
     for setting in SETTINGS:
         path = options.workdir / name(setting) / 'metrics.jsonl'
-        if not path.exists():
-            continue
-        lines = log.read_metrics(path)
-        if lines[-1]['step'] < STEPS:
-            continue
+        lines = log.read_metrics(path) if path.exists() else []
+        if not lines or lines[-1]['step'] < STEPS:
+            continue  # not trained yet, or not finite
         trains, last = outcome(lines)
         verdict = judgement.judge([line for line in lines if line['step'] <= seen], WARMUP, planned=STEPS)
         table[trains, verdict.state] += 1
