@@ -163,6 +163,7 @@ def texts(tmp_path_factory):
     records = [
         {'prompt': '1:', 'completion': 'quick', 'name': 'kept'}, {'messages': turns}, {'text': '1:quick'},
         {'instruction': '1:', 'output': 'QUICK'}, {'text': 'a long text that is more than the row ' * 3},
+        {'text': ''},
     ]  # fmt: skip
     path.write_text(''.join(json.dumps(record) + '\n' for record in records))
     return path
@@ -173,7 +174,7 @@ def test_texts_are_scored(finished, texts, tmp_path, capsys):
     command = ['--checkpoint', str(run), '--texts', str(texts), '--out', str(tmp_path / 'out.jsonl')]
     assert evaluate.main(command) == 0
     said = capsys.readouterr()
-    assert '5 texts: reward ' in said.out
+    assert '6 texts: reward ' in said.out
     assert f'1 of 5 texts are longer than the 32 tokens that {run}' in said.err
     lines = [*map(json.loads, (tmp_path / 'out.jsonl').read_text().splitlines())]
     assert lines[0]['name'] == 'kept' and [{*line} for line in lines[1:3]] == [
@@ -261,7 +262,10 @@ def test_another_tokenizer(finished, monkeypatch):
         eos_id = 257
 
     mesh = comparison.mesh_for(1)
-    with pytest.raises(UsageError, match='--reward=.* has another tokenizer than the network that answers'):
+    with pytest.raises(UsageError, match='--reward=.* has another tokenizer than the network that answers$'):
+        rewards.open_reward(str(finished('all')), '--reward', mesh, 1, Other())
+    Other.kind = 'huggingface'
+    with pytest.raises(UsageError, match='config.data.tokenizer=bytes: name the run itself$'):
         rewards.open_reward(str(finished('all')), '--reward', mesh, 1, Other())
 
 
