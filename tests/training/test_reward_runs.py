@@ -175,7 +175,7 @@ def test_texts_are_scored(finished, texts, tmp_path, capsys):
     assert evaluate.main(command) == 0
     said = capsys.readouterr()
     assert '6 texts: reward ' in said.out
-    assert f'1 of 5 texts are longer than the 32 tokens that {run}' in said.err
+    assert f'1 of 6 texts are longer than the 32 tokens that {run}' in said.err
     lines = [*map(json.loads, (tmp_path / 'out.jsonl').read_text().splitlines())]
     assert lines[0]['name'] == 'kept' and [{*line} for line in lines[1:3]] == [
         {'messages', 'reward'},
@@ -184,7 +184,8 @@ def test_texts_are_scored(finished, texts, tmp_path, capsys):
     found = weights.load(run)
     template = chat.open_template('plain', found.tokenizer)
     ids = [template.tokens(lines[1]['messages'])[0], [*b'1:quick', 258], [*lines[4]['text'].encode(), 258][-32:]]
-    for at, one in zip((0, 2, 4), ids, strict=True):
+    ids.append([258])  # of an empty text
+    for at, one in zip((0, 2, 4, 5), ids, strict=True):
         expected = found.model.apply({'params': found.params}, np.array([one]))[0][0, -1, 0]
         assert lines[at]['reward'] == pytest.approx(float(expected), abs=1e-5)
     assert lines[0]['reward'] == pytest.approx(lines[1]['reward'], abs=1e-6) and lines[3]['reward'] < lines[0]['reward']
