@@ -6,9 +6,9 @@ Settings are the defaults of ConvNeXt's main.py, but for the number of epochs: 3
 
 - its color jitter of 0.4 is left out, for timm leaves it out too where RandAugment is on;
 - mixup and cutmix mix an image with the one before it, timm with the one as far from the batch's end;
-- weight decay reaches the learned positions and the class token, in timm it does not;
 - the head begins at 0;
-- it has no stochastic depth, which is 0 there by default;
+- the running average of the weights, which is off there by default, is off here;
+- stochastic depth does not exist here: its rate is 0 there by default, and 0.1 in ConvNeXt-T's own command;
 - the placement is Mix-LN: --config.model.norm_position=pre is that of timm's ViT.
 """
 

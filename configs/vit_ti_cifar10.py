@@ -1,7 +1,7 @@
 """ViT-Tiny with patches of 4 x 4 pixels on CIFAR-10 (Krizhevsky 2009), 100 epochs: for one GPU.
 
 python -m mixln_jax.main --config configs/vit_ti_cifar10.py \
-    --config.data.path=cifar10-train.zip --config.data.images.validation=cifar10-test.zip
+    --config.data.path=cifar10-train.zip --config.data.validation_path=cifar10-test.zip
 
 Both are zip files, or folders, with a folder of images for each class. The settings are ours, of no paper.
 """

@@ -21,7 +21,8 @@ FLOORS = [
     (['evaluation', 'report', 'plan'], 'the evaluation loop and harness; reports and figures; what a run needs'),
     (['analysis'], 'what each layer does'),
     (['training'], 'one job from start to end: loop, hooks, meter'),
-    (['main', 'evaluate', 'export', 'generate', 'replay'], 'commands'),
+    (['sweeps'], 'many runs that differ in a few keys, shared by workers'),
+    (['main', 'sweep', 'evaluate', 'export', 'generate', 'replay'], 'commands'),
 ]
 LONG = 60  # lines of a function
 # The functions that a reader passes on the way from the command to what it does. Each one names the next.

@@ -3,7 +3,8 @@
 Pre-LN networks become stock LLaMA, or stock ViT if their head reads a token and their positions are learned. All others
 carry a small modelling file, which transformers runs with
 `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`. Reward models are for
-`AutoModelForSequenceClassification`, networks that read images for `AutoModelForImageClassification`.
+`AutoModelForSequenceClassification`, networks that read images for `AutoModelForImageClassification`, or with `--format
+timm` for timm.
 """
 
 from mixln_jax.system.signals import stop
@@ -26,7 +27,7 @@ import numpy as np
 import optax
 
 from mixln_jax.data import chat
-from mixln_jax.models import hf
+from mixln_jax.models import hf, vit
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import llama as hf_llama
 from mixln_jax.models.hf import peft, tensors
@@ -62,11 +63,13 @@ def export(
     max_shard_gb: float = 5.0,
     norm_position: str | None = None,
     remove_layers: Collection[int] = (),
+    layout: str = hf_vit.TRANSFORMERS,
 ) -> None:
     """Writes the weights at `checkpoint`, which is anything that `weights.load` opens, into the folder `out`.
 
     It is written next to `out`, read back and compared, and then renamed, so `out` is never incomplete. If `out` is a
-    link, its target is written. Layers of `remove_layers` are left out; see `weights.without_layers`.
+    link, its target is written. Layers of `remove_layers` are left out; see `weights.without_layers`. `layout` is whose
+    folder a ViT's is, one of `hf.vit.LAYOUTS`.
 
     Raises:
         UsageError: `out` holds anything but an export, is the checkpoint, inside it or around it, or another process
@@ -84,14 +87,18 @@ def export(
             )
         if remove_layers:
             loaded = weights.without_layers(loaded, remove_layers)
-        if loaded.model.reads == 'images':
+        if isinstance(loaded.model, vit.ViT):
             images = loaded.config.data.images if loaded.config else None
-            hf_vit.save(partial, loaded.model, loaded.params, dtype, max_shard_gb, loaded.class_names, images)
+            names = loaded.class_names
+            hf_vit.save(partial, loaded.model, loaded.params, dtype, max_shard_gb, names, images, layout)
+        elif layout != hf_vit.TRANSFORMERS:
+            raise UsageError(f'--format {layout}: {source} is not a ViT, which alone is written so: leave out --format')
         else:
             about = {'max_position_embeddings': loaded.config.seq_length} if loaded.config else _about(source)
             hf_llama.save(partial, loaded.model, loaded.params, loaded.tokenizer, dtype, max_shard_gb, about)
         if not loaded.config:
-            for path in (path for pattern in BESIDE for path in source.glob(pattern)):
+            beside = [pattern for pattern in BESIDE if layout == hf_vit.TRANSFORMERS or pattern != hf_vit.PROCESSOR]
+            for path in (path for pattern in beside for path in source.glob(pattern)):
                 files.regular(path, CheckpointError)
                 shutil.copy(path, partial)
         elif loaded.template in chat.NAMED and (partial / 'tokenizer.json').exists():
@@ -240,6 +247,12 @@ def main(argv: Sequence[str]) -> int:
         '--remove_layers', metavar='N,...', help='leave these layers out, the first is 1: what analysis.drop measures'
     )
     parser.add_argument(
+        '--format',
+        choices=hf_vit.LAYOUTS,
+        default=hf_vit.TRANSFORMERS,
+        help="whose names a ViT's tensors have; timm: Pre-LN alone [transformers]",
+    )
+    parser.add_argument(
         '--adapter', action='store_true', help='write the adapters of a LoRA run alone, as peft reads them'
     )
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
@@ -247,7 +260,7 @@ def main(argv: Sequence[str]) -> int:
     def job() -> None:
         options = cli.parse(parser, argv)
         if options.adapter:
-            for name in ('dtype', 'max_shard_gb', 'norm_position', 'remove_layers'):
+            for name in ('dtype', 'max_shard_gb', 'norm_position', 'remove_layers', 'format'):
                 if getattr(options, name) != parser.get_default(name):
                     raise UsageError(f'--{name} has no meaning with --adapter')
         jax.config.update('jax_platforms', 'cpu')  # an export is not worth the wait for a device
@@ -264,6 +277,7 @@ def main(argv: Sequence[str]) -> int:
             options.max_shard_gb,
             options.norm_position,
             {number for number in removed if number is not None},
+            options.format,
         )
 
     return cli.call(job, show_traceback='--traceback' in argv)

@@ -1,4 +1,4 @@
-"""The main job: `python -m mixln_jax.main --config FILE [--workdir DIR] [--config.key=value ...]` trains."""
+"""The main job: `python -m mixln_jax.main --config FILE [--workdir DIR] [--config.KEY=value ...]` trains."""
 
 from mixln_jax.system.signals import stop
 

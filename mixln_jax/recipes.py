@@ -35,6 +35,35 @@ def load(recipe: str, overrides: Iterable[tuple[str, str]] = ()) -> ml_collectio
         UsageError: there is no such file, it has an error (the line is named), a key is unknown, or a text is not of
             the key's type.
     """
+    file, code, arguments = _read(recipe)
+    config = _run(file, code, lambda module: _checked(module).get_config(*arguments))
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UsageError(f'{file}: get_config returned {type(config).__name__}, not the ConfigDict of config.default()')
+    for path, text in overrides:
+        _override(config, path, text)
+    return config
+
+
+def sweep(recipe: str) -> list[dict[str, str]]:
+    """Returns what `sweep()` of a recipe yields: for each cell of its sweep {dotted key: value, as a text}.
+
+    With 'FILE:ARG' it is `sweep(ARG)`. A recipe without such a function has the one cell {}.
+
+    Raises:
+        UsageError: the file has an error (the line is named), or it yields no cell or something else.
+    """
+    file, code, arguments = _read(recipe)
+    cells = _run(file, code, lambda module: [*module.sweep(*arguments)] if hasattr(module, 'sweep') else [{}])
+    if not cells:
+        raise UsageError(f'{file}: sweep() yields no cell')
+    for changes in cells:
+        if not isinstance(changes, Mapping) or not all(isinstance(key, str) for key in changes):
+            raise UsageError(f'{file}: sweep() yields {changes!r}, not a dict of keys and values')
+    return [{key: f'{value}' for key, value in changes.items()} for changes in cells]
+
+
+def _read(recipe: str) -> tuple[pathlib.Path, bytes, list[str]]:
+    """Returns (file, its content, the arguments of its functions) of FILE or FILE:ARG. Raises UsageError."""
     stem, colon, argument = recipe.partition('.py:')
     file = pathlib.Path(f'{stem}.py' if colon else recipe)
     try:
@@ -43,16 +72,18 @@ def load(recipe: str, overrides: Iterable[tuple[str, str]] = ()) -> ml_collectio
         raise UsageError(f'--config: there is no file {file}') from None
     if file.suffix != '.py':
         raise UsageError(f'--config: {file} is not a Python file')
-    config = _get_config(file, code, *([argument] if argument else []))
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UsageError(f'{file}: get_config returned {type(config).__name__}, not the ConfigDict of config.default()')
-    for path, text in overrides:
-        _override(config, path, text)
-    return config
+    return file, code, [argument] if argument else []
 
 
-def _get_config(file: pathlib.Path, code: bytes, *arguments: str) -> object:
-    """Runs a recipe and returns what its get_config returns."""
+def _checked(module: types.ModuleType) -> Any:
+    """Returns the module of a recipe, which has a function get_config."""
+    if not hasattr(module, 'get_config'):
+        raise UsageError('a recipe needs a function get_config, which returns config.default() with changes')
+    return module
+
+
+def _run(file: pathlib.Path, code: bytes, use: Callable[[types.ModuleType], Any]) -> Any:
+    """Runs a recipe and returns what `use` makes of its module."""
     # Dataclasses and pickle find the module of a class by its name, so no other recipe or module may have the same one.
     digest = hashlib.blake2b(bytes(file.absolute()), digest_size=8).hexdigest()
     name = re.sub(r'\W', '_', f'recipe_{file.stem}_{digest}')
@@ -63,9 +94,7 @@ def _get_config(file: pathlib.Path, code: bytes, *arguments: str) -> object:
             # Not by an import: that would use the old bytecode of a file that is changed within a second and keeps its
             # size.
             exec(compile(code, str(file), 'exec', dont_inherit=True), vars(module))
-            if not hasattr(module, 'get_config'):
-                raise UsageError('a recipe needs a function get_config, which returns config.default() with changes')
-            return module.get_config(*arguments)
+            return use(module)
     except UsageError as error:
         raise UsageError(f'{file}: {error}') from None
     except BaseException as error:  # a recipe is Python and may raise anything

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 import corpora
 import data_sets
+import hf_folders
 import numpy as np
 import pictures
 import safetensors.numpy
@@ -29,6 +30,8 @@ from mixln_jax.data.prepare import job as jobs
 from mixln_jax.data.prepare import units
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import tensors
+from mixln_jax.models.hf import vit as hf_vit
+from mixln_jax.runs import weights
 
 ODD = (None, True, -1, 0, 1.5, float('nan'), float('inf'), 1e308, 10**30, 2**63, '', 'x', '\0', '../x', [], {}, [[]])
 DEEP = (b'[' * 100_000, b'{"a":' * 100_000, b'[' * 900 + b']' * 900, b'{"text":' * 900 + b'1' + b'}' * 900)
@@ -253,53 +256,63 @@ def readers(folder: pathlib.Path) -> dict[str, Reader]:
         template = chat.open_template('chat', vocabularies.open_file(path / 'tokenizer.json'))
         template.tokens([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
 
-    return _of_images() | {
-        'a run': Reader('config.json', run, lambda path: config.read(path / 'config.json'), {}, json_values(60)),
-        'jsonl': Reader('a.jsonl', lines, read('jsonl', 'a.jsonl'), {}, _lines),
-        'records': Reader('a.json', RECORD, read_records, {}, json_values(60)),
-        'chat template': Reader('chat_template.jinja', TEMPLATE, chat_of, {'tokenizer.json': tokenizer}),
-        'text': Reader('a.txt', b'one\n\ntwo\n', read('text', 'a.txt')),
-        'kind': Reader('a', lines, lambda path: text_files.kind(str(path / 'a'))),
-        'gzip': Reader('a.gz', gzip.compress(lines * 999), read('jsonl', 'a.gz'), {}, _packed),
-        'huggingface': Reader('tokenizer.json', tokenizer, opened('huggingface', 'tokenizer.json'), {}, _tokenizers),
-        'settings': Reader(
-            'tokenizer_config.json',
-            b'{"eos_token": {"content": "</s>"}, "pad_token": "<pad>"}',
-            opened('huggingface', 'tokenizer.json'),
-            {'tokenizer.json': tokenizer},
-            json_values(40),
-        ),
-        'sentencepiece': Reader('a.model', vocabularies.content('t5'), opened('sentencepiece', 'a.model')),
-        'a saved tokenizer': Reader(
-            'tokenizer/fingerprint.json',
-            saved['tokenizer/fingerprint.json'],
-            lambda path: tokenizers.load(path / 'tokenizer'),
-            saved,
-            json_values(40),
-        ),
-        'tokens.json': Reader('tokens.json', rows['tokens.json'], rows_of, rows, json_values(150)),
-        'rows': Reader('train-00000-of-00002.bin', rows['train-00000-of-00002.bin'], rows_of, rows),
-        'notes': Reader('train-00000-of-00002.rows', rows['train-00000-of-00002.rows'], rows_of, rows),
-        'plan': Reader('.prepare/plan.json', rows['.prepare/plan.json'], prepare, rows, json_values(40)),
-        'counts': Reader('.prepare/both-00000.json', rows['.prepare/both-00000.json'], prepare, rows, json_values(60)),
-        'dataset_info': Reader('c4/en/3.1.0/dataset_info.json', info, dataset, of_dataset, json_values(60)),
-        'features': Reader('c4/en/3.1.0/features.json', features, dataset, of_dataset, json_values(40)),
-        'replay': Reader(
-            'batch_5.npz',
-            stored.getvalue(),
-            lambda path: replay.read_batch(path / 'batch_5.npz', of_run),
-            {},
-            _archives,
-        ),
-        'hf config': Reader(
-            'config.json', network, lambda path: hf_config.read(path / 'config.json'), {}, json_values(150)
-        ),
-        'safetensors': Reader('model.safetensors', tensor, tensors.read, {}, _tensor_files),
-        'index': Reader(
-            'model.safetensors.index.json', index, tensors.read, {'part.safetensors': tensor}, json_values(20)
-        ),
-        'recipe': Reader('a.py', b'from mixln_jax import config\nget_config = config.default\n', _recipe, {}, _recipes),
-    }
+    return (
+        _of_images()
+        | _of_vits(folder)
+        | {
+            'a run': Reader('config.json', run, lambda path: config.read(path / 'config.json'), {}, json_values(60)),
+            'jsonl': Reader('a.jsonl', lines, read('jsonl', 'a.jsonl'), {}, _lines),
+            'records': Reader('a.json', RECORD, read_records, {}, json_values(60)),
+            'chat template': Reader('chat_template.jinja', TEMPLATE, chat_of, {'tokenizer.json': tokenizer}),
+            'text': Reader('a.txt', b'one\n\ntwo\n', read('text', 'a.txt')),
+            'kind': Reader('a', lines, lambda path: text_files.kind(str(path / 'a'))),
+            'gzip': Reader('a.gz', gzip.compress(lines * 999), read('jsonl', 'a.gz'), {}, _packed),
+            'huggingface': Reader(
+                'tokenizer.json', tokenizer, opened('huggingface', 'tokenizer.json'), {}, _tokenizers
+            ),
+            'settings': Reader(
+                'tokenizer_config.json',
+                b'{"eos_token": {"content": "</s>"}, "pad_token": "<pad>"}',
+                opened('huggingface', 'tokenizer.json'),
+                {'tokenizer.json': tokenizer},
+                json_values(40),
+            ),
+            'sentencepiece': Reader('a.model', vocabularies.content('t5'), opened('sentencepiece', 'a.model')),
+            'a saved tokenizer': Reader(
+                'tokenizer/fingerprint.json',
+                saved['tokenizer/fingerprint.json'],
+                lambda path: tokenizers.load(path / 'tokenizer'),
+                saved,
+                json_values(40),
+            ),
+            'tokens.json': Reader('tokens.json', rows['tokens.json'], rows_of, rows, json_values(150)),
+            'rows': Reader('train-00000-of-00002.bin', rows['train-00000-of-00002.bin'], rows_of, rows),
+            'notes': Reader('train-00000-of-00002.rows', rows['train-00000-of-00002.rows'], rows_of, rows),
+            'plan': Reader('.prepare/plan.json', rows['.prepare/plan.json'], prepare, rows, json_values(40)),
+            'counts': Reader(
+                '.prepare/both-00000.json', rows['.prepare/both-00000.json'], prepare, rows, json_values(60)
+            ),
+            'dataset_info': Reader('c4/en/3.1.0/dataset_info.json', info, dataset, of_dataset, json_values(60)),
+            'features': Reader('c4/en/3.1.0/features.json', features, dataset, of_dataset, json_values(40)),
+            'replay': Reader(
+                'batch_5.npz',
+                stored.getvalue(),
+                lambda path: replay.read_batch(path / 'batch_5.npz', of_run),
+                {},
+                _archives,
+            ),
+            'hf config': Reader(
+                'config.json', network, lambda path: hf_config.read(path / 'config.json'), {}, json_values(150)
+            ),
+            'safetensors': Reader('model.safetensors', tensor, tensors.read, {}, _tensor_files),
+            'index': Reader(
+                'model.safetensors.index.json', index, tensors.read, {'part.safetensors': tensor}, json_values(20)
+            ),
+            'recipe': Reader(
+                'a.py', b'from mixln_jax import config\nget_config = config.default\n', _recipe, {}, _recipes
+            ),
+        }
+    )
 
 
 def _of_images():
@@ -367,6 +380,23 @@ def _recipes(good):
         for odd in ('None', '[]', '10**30', '"x"', 'float("nan")', 'object()', 'b"x"'):
             line = f'def get_config():\n    c = config.default()\n    c.{key} = {odd}\n    return c\n'
             yield f'{key} = {odd}', b'from mixln_jax import config\n' + line.encode()
+
+
+def _of_vits(folder):
+    """Readers of the files of ViT folders: stock, with a modelling file, of timm."""
+    found = {}
+    for layout, norm_position in (('vit', 'pre'), ('mixln_vit', 'mix'), ('timm', 'pre')):
+        network = hf_folders.network(
+            norm_position, family='vit', hidden_size=8, intermediate_size=12, num_heads=2, image_size=8, patch_size=4,
+            num_classes=3, pool='tok', positions='learned',
+        )  # fmt: skip
+        options = {'layout': 'timm'} if layout == 'timm' else {}
+        hf_vit.save(folder / layout, *network, names=list('abc'), images=config.Images(), **options)
+        files = _contents(folder / layout, folder / layout)
+        call = lambda path: weights.load(path).class_names  # noqa: E731
+        for name in sorted(name for name in files if name.endswith('.json')):
+            found[f'{layout}/{name}'] = Reader(name, files[name], call, files, json_values(120))
+    return found
 
 
 def _network():

@@ -93,6 +93,19 @@ def test_what_a_page_names_exists(page):
     assert broken(page.read_text(), page) == []
 
 
+@pytest.mark.parametrize('folder', ['configs', 'launch', 'benchmarks', 'mixln_jax'])
+def test_what_a_file_names_exists(folder):
+    """In recipes, scripts and modules: `--config` keys and, where they are for users alone, paths."""
+    files = [file for file in sorted((ROOT / folder).rglob('*')) if file.suffix in ('.py', '.sh', '.sbatch', '.ipynb')]
+    assert files
+    problems = {
+        str(file.relative_to(ROOT)): [*broken_keys(text), *(broken_paths(text) if folder == 'configs' else [])]
+        for file in files
+        for text in [file.read_text()]
+    }
+    assert {name: missing for name, missing in problems.items() if missing} == {}
+
+
 def test_readme_leads_to_every_page():
     text = (ROOT / 'README.md').read_text()
     linked = {(ROOT / link.partition('#')[0]).resolve() for link in LINK.findall(text) if '://' not in link}

@@ -92,6 +92,7 @@ def test_what_a_folder_says_for_other_tools_is_kept(tmp_path):
         (['--checkpoint', GOLDEN / 'mix'], 5, 'layer 0 has post_feedforward_layernorm: not Pre-LN; pass norm_position'),
         (['--checkpoint', GOLDEN / 'nowhere'], 2, 'nowhere is not a folder'),
         (['--checkpoint', GOLDEN / 'pre', '--dtype', 'int8'], 2, "invalid choice: 'int8'"),
+        (['--checkpoint', GOLDEN / 'pre', '--format', 'timm'], 2, 'pre is not a ViT, which alone is written so'),
         (['--checkpoint', GOLDEN / 'pre', '--max_shard_gb', '0'], 2, 'max_shard_gb=0.0 must be above 0'),
         ([], 2, '--checkpoint'),
     ],

@@ -29,7 +29,7 @@ def run(script, *words, **environment):
 
 def test_shellcheck():
     scripts = sorted(path for path in LAUNCH.iterdir() if path.suffix in ('.sh', '.sbatch'))
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     checked = subprocess.run(['shellcheck', *scripts], capture_output=True, text=True)
     assert not checked.returncode, checked.stdout
 
@@ -260,6 +260,32 @@ class TestSlurm:
     @pytest.mark.parametrize('code, tries', [(0, ''), (2, ''), (6, ''), (137, ''), (255, '100')])
     def test_not_queued_again(self, tmp_path, code, tries):
         assert self.ends(tmp_path, code, SLURM_RESTART_COUNT=tries)[::2] == (code, [])
+
+
+class TestSweep:
+    @pytest.mark.parametrize('code, array, asked', [(75, '', '17'), (75, '3', '16_3'), (0, '3', ''), (2, '3', '')])
+    def test_queued_again_after_a_signal(self, tmp_path, code, array, asked):
+        """TERM comes to the script alone, which passes it on and waits; the other tasks of an array run on."""
+        (tmp_path / 'python').write_text(
+            f'#!/bin/bash\ntrap "sleep 0.2; exit {code}" TERM\necho "$*"\n'
+            'for ((i = 0; i < 100; i++)); do sleep 0.1; done\n'
+        )
+        (tmp_path / 'scontrol').write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/asked\n')
+        for name in ('python', 'scontrol'):
+            (tmp_path / name).chmod(0o755)
+        there = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '17'}
+        there |= {'SLURM_ARRAY_JOB_ID': '16', 'SLURM_ARRAY_TASK_ID': array} if array else {}
+        process = subprocess.Popen(
+            ['bash', LAUNCH / 'sweep.sbatch', '--config', 'a b'],
+            env=os.environ | there,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline() == '-m mixln_jax.sweep --config a b\n'
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == (0 if asked else code)
+        seen = (tmp_path / 'asked').read_text() if (tmp_path / 'asked').exists() else ''
+        assert seen == (f'requeue {asked}\n' if asked else '')
 
 
 class TestLocal:

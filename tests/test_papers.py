@@ -12,6 +12,7 @@ from mixln_jax import config as configs
 from mixln_jax import main, recipes
 from mixln_jax.models import families
 from mixln_jax.report import command as report
+from mixln_jax.sweeps import grid
 from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks import build
 
@@ -134,6 +135,14 @@ def test_what_the_cells_change():
     assert (scaled.init, scaled.scale_embed, scaled.embed_std) == ('scaled', True, pytest.approx((2 / 3840) ** 0.5))
     assert not load('mixln_table8', 'mix_init').model.scale_embed
     assert load('lns_table1', '350m_lns').model.norm_position == 'lns'
+
+
+def test_a_table_as_a_sweep():
+    """Table 5, whose cells are those that FILE:CELL gives, what the paper expects included."""
+    cells = grid.make_cells(file := f'{PAPER}/mixln_table5.py', (), grid.combine((), recipes.sweep(file), []))
+    shares = [cell.name.removeprefix('post_ratio=') for cell in cells]
+    assert shares == cells_of('mixln_table5')
+    assert [cell.config for cell in cells] == [load('mixln_table5', share) for share in shares]
 
 
 def test_a_table_without_a_cell():

@@ -14,9 +14,7 @@ class Eval:
     """Evaluation during training, and always after the last step."""
 
     every: int = key(1000, 'steps between evaluations; 0: only after the last step', at_least=0)
-    first: bool = key(
-        False, 'where a run starts from init_from, evaluate these weights too, before the first update, as step 0'
-    )
+    first: bool = key(False, 'evaluate the weights that the run begins with too, before the first update, as step 0')
     tokens: int = key(10_000_000, 'least number of target tokens in an evaluation (or the whole split)', at_least=1)
     split: str = key('validation', 'split to evaluate on: train, validation, or what a tfds data set has')
     samples: int = key(
@@ -81,6 +79,16 @@ class Analysis:
 
     every: int = key(1000, 'steps between analyses; 0: only after the last step', at_least=0)
     tokens: int = key(16_384, 'tokens of the evaluation split that are analysed; 0: no analyses', at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stability:
+    """Signs of a coming collapse, `stability/*` of the metrics lines; see analysis/stability.py."""
+
+    every: int = key(
+        100, 'steps between measurements of attention logits and log Z; 0: no stability/* at all', at_least=0
+    )
+    rows: int = key(2, 'rows of the batch that these are measured on, at least one for each part of it', at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +162,7 @@ class Config:
     mesh: Mesh = group(Mesh, may_change=True)
     processes: Processes = group(Processes, may_change=True)
     analysis: Analysis = group(Analysis, may_change=True)
+    stability: Stability = group(Stability, may_change=True)
     profile: Profile = group(Profile, may_change=True)
     expected: Expected = group(Expected, may_change=True)
 

@@ -28,7 +28,8 @@ class Network(nn.Module):
     [B,T,D] that the head multiplies; `head_kernel(params)` returns the head's matrix [D,Vp].
 
     Class attributes: `reads`, texts or images; `causal`, whether a position sees only earlier ones; `padded`, the
-    axis over the vocabulary of each leaf that has one, by path; `lookups`, the paths of tables that are only looked up.
+    axis over the vocabulary of each leaf that has one, by path; `lookups`, the paths of tables that are only looked up;
+    `undecayed`, those of tables that weight decay spares.
     """
 
     config: configs.Model
@@ -45,6 +46,7 @@ class Network(nn.Module):
     causal: ClassVar[bool] = True
     padded: ClassVar[dict[str, int]] = {}
     lookups: ClassVar[tuple[str, ...]] = ()
+    undecayed: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def check(cls, config: configs.Model) -> None:
@@ -74,6 +76,11 @@ class Network(nn.Module):
         if self.num_outputs:
             return f'has a head of size {self.num_outputs}, not one for words, so it does not predict the next token'
         return None
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the head has a column for each token of the vocabulary."""
+        return self.reads == 'texts' and not self.num_outputs
 
     @property
     def is_tied(self) -> bool:

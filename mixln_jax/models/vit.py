@@ -36,6 +36,7 @@ class ViT(Network):
     reads: ClassVar[str] = 'images'
     causal: ClassVar[bool] = False
     lookups: ClassVar[tuple[str, ...]] = ('positions/embedding', 'token/embedding')
+    undecayed: ClassVar[tuple[str, ...]] = lookups  # as in timm; big_vision decays kernels alone
 
     @classmethod
     def check(cls, config: configs.Model) -> None:

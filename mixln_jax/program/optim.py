@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -47,8 +47,10 @@ def _line(start: float, end: float, steps: int) -> Callable[[Any], jax.Array]:
     return lambda step: jnp.where(step >= steps, jnp.float32(end), line(step))
 
 
-def optimizer(config: configs.Optim) -> optax.GradientTransformation:
+def optimizer(config: configs.Optim, undecayed: Collection[str] = ()) -> optax.GradientTransformation:
     """The gradient transformation without clipping and learning rate, which belong to the step.
+
+    Weight decay is for matrices and embeddings, but for those whose paths are in `undecayed`, as `Network.undecayed`.
 
     Only the first moment may have a type of its own: in bfloat16, with 8 bits, the second one would not follow, for an
     update moves it by a part in 1 / (1 - b2) = 1000.
@@ -64,9 +66,9 @@ def optimizer(config: configs.Optim) -> optax.GradientTransformation:
         'muon': optax.chain(scale_by_muon(config.b1, mu_dtype), optax.stateless_with_tree_map(_size_of_adam)),
         'galore': scale_by_galore(config.galore_rank, config.galore_gap, config.galore_scale, adam),
     }[config.name]
-    plain = functools.partial(optax.add_decayed_weights, mask=_is_matrix)
-    decaying = _relative_decay if config.name == 'adafactor' else plain
-    decay = [decaying(config.weight_decay)] if config.weight_decay else []
+    decaying = _relative_decay if config.name == 'adafactor' else optax.add_decayed_weights
+    mask = functools.partial(_decays, undecayed=undecayed)
+    decay = [decaying(config.weight_decay, mask=mask)] if config.weight_decay else []
     others = rule
     if config.name in ('muon', 'galore'):  # for matrices between features alone
         kind = lambda path, _: 'matrix' if path[-1].key in MATRICES else 'vector'  # noqa: E731
@@ -75,14 +77,14 @@ def optimizer(config: configs.Optim) -> optax.GradientTransformation:
     return per_layer(optax.chain(rule, *decay), optax.chain(others, *decay), one_by_one=config.name == 'galore')
 
 
-def _relative_decay(rate: float) -> optax.GradientTransformation:
+def _relative_decay(rate: float, mask: Callable[[Any], Any]) -> optax.GradientTransformation:
     """Weight decay for adafactor, at each matrix's own rate, which is relative to its root mean square, as in Hugging
     Face's Adafactor. The paper (Shazeer and Stern 2018, arXiv 1804.04235) has none."""
 
     def add(update: jax.Array, leaf: jax.Array) -> jax.Array:
         return update + rate * jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(leaf))), 1e-3) * leaf
 
-    return optax.masked(optax.stateless_with_tree_map(add), _is_matrix)
+    return optax.masked(optax.stateless_with_tree_map(add), mask)
 
 
 def scale_by_muon(momentum: float, mu_dtype: Any = None) -> optax.GradientTransformation:
@@ -197,6 +199,10 @@ def per_layer(
     return optax.GradientTransformation(init, update)
 
 
-def _is_matrix(params: Any) -> Any:
-    """Weight decay is for matrices and the embedding, by name: a stacked norm gain looks like a matrix."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in (*MATRICES, 'embedding'), params)
+def _decays(params: Any, undecayed: Collection[str]) -> Any:
+    """Returns which leaves decay, by name: a stacked norm gain looks like a matrix."""
+
+    def decays(path: tuple, _: Any) -> bool:
+        return path[-1].key in (*MATRICES, 'embedding') and trees.path_name(path) not in undecayed
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -264,6 +264,32 @@ def curves(series: Sequence[Mapping[str, Any]], xlabel: str, ylabel: str, log: b
 
 
 @style.styled
+def rate_curves(series: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws the loss against the learning rate, both logarithmic where that helps: a line in a band for each of
+    `series`, and every run as a dot, or as a cross if it is lost.
+
+    Args:
+        series: {'label', 'x': rates, 'y': means, 'error': standard errors, 'points': [(rate, loss, lost)]}.
+    """
+    figure, [ax] = style.chart()
+    handles = []
+    for number, curve in enumerate(series):
+        colour, dash = style.look(curve, number)
+        x, y, error = (np.array(curve[name], float) for name in ('x', 'y', 'error'))
+        ax.fill_between(x, y - error, y + error, color=colour, alpha=0.2, linewidth=0)
+        handles += ax.plot(x, y, color=colour, linestyle=dash)
+        for marker, wanted in (('o', False), ('x', True)):
+            points = [(rate, loss) for rate, loss, lost in curve['points'] if lost == wanted]
+            if points:
+                size = 3.5 if wanted else 2.2
+                ax.plot(*zip(*points, strict=True), marker, color=colour, markersize=size, mew=0.8, alpha=0.8)
+    ax.set_xscale('log')
+    style.scale(ax, [(np.array([loss for curve in series for _, loss, _ in curve['points']], float), None)])
+    ax.set(xlabel='learning rate', ylabel='loss (nats)')
+    return style.legend(figure, handles, series)
+
+
+@style.styled
 def by_layer(values: Sequence[Sequence[float] | np.ndarray], results: Sequence[Result], quantity: str) -> Figure:
     """Draws one number for each layer of whole networks: a line for each result.
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from mixln_jax.models import placements
 from mixln_jax.report import style
 from mixln_jax.report.numbers import number
 from mixln_jax.report.results import ANALYSES, LARGEST, check_lines, read_content
-from mixln_jax.runs import log, workdir
+from mixln_jax.runs import log, sweep_folder, workdir
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 from mixln_jax.tasks.build import TASKS
@@ -64,6 +64,7 @@ class Run:
     tasks: dict[str, Any] = dataclasses.field(default_factory=dict)  # tasks.json, from `evaluate --tasks --out`
     classes: dict[str, Any] = dataclasses.field(default_factory=dict)  # classes.json, from `evaluate --out` of images
     debug: dict[str, Any] = dataclasses.field(default_factory=dict)  # debug/report.json, of a step that was not finite
+    ending: sweep_folder.Ending | None = None  # of a cell of a sweep
 
     @property
     def placement(self) -> str:
@@ -158,7 +159,7 @@ def labels(several: Sequence[Headline]) -> str:
 
 
 def read(folders: Iterable[str]) -> tuple[list[Run], list[Exception], list[str]]:
-    """Reads work directories; a problem in one of them hides no other.
+    """Reads work directories, and all cells in the folders of sweeps; a problem in one of them hides no other.
 
     Returns:
         The runs, the problems (UsageError, CheckpointError), and the folders that are not runs at all.
@@ -166,7 +167,8 @@ def read(folders: Iterable[str]) -> tuple[list[Run], list[Exception], list[str]]
     runs: list[Run] = []
     problems: list[Exception] = []
     others: list[str] = []
-    for path, folder in {pathlib.Path(os.path.realpath(files.local(folder, ''))): folder for folder in folders}.items():
+    by_path = {pathlib.Path(os.path.realpath(files.local(one, ''))): one for one in _cells(folders, problems)}
+    for path, folder in by_path.items():
         try:
             if not _is_run(path):
                 others.append(folder)
@@ -181,6 +183,21 @@ def read(folders: Iterable[str]) -> tuple[list[Run], list[Exception], list[str]]
         run.name = name
     _assign_colours(groups(runs))
     return runs, problems, others
+
+
+def _cells(folders: Iterable[str], problems: list[Exception]) -> Iterator[str]:
+    """Yields the folders, and in place of the folder of a sweep those of its cells."""
+    for folder in folders:
+        path = files.local(folder, '')
+        try:
+            definition = sweep_folder.read_definition(path) if path.is_dir() else None
+        except UsageError as problem:
+            problems.append(problem)
+            continue
+        if definition:
+            yield from (f'{folder}/{name}' for name in definition.cells if (path / name).is_dir())
+        else:
+            yield folder
 
 
 def _read_run(path: pathlib.Path, folder: str, colour: int) -> Run:
@@ -210,6 +227,10 @@ def _read_analyses(run: Run, path: pathlib.Path) -> list[Exception]:
             setattr(run, attribute, read_content(path / name) or {})
         except CheckpointError as problem:
             problems.append(problem)
+    try:
+        run.ending = sweep_folder.read_ending(path)
+    except CheckpointError as problem:
+        problems.append(problem)
     for job in ANALYSES:
         try:
             if content := read_content(path / f'analysis/{job}/result.json', job):

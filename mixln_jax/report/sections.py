@@ -12,6 +12,7 @@ from mixln_jax.report.inputs import Headline, Run, headlines
 from mixln_jax.report.measured import measured
 from mixln_jax.report.numbers import fixed, number, value_range
 from mixln_jax.report.page import Picture, Section, Table, without_empty_columns
+from mixln_jax.report.sweeps import sweep_section
 from mixln_jax.report.tasks import task_section
 from mixln_jax.report.texts import listed
 
@@ -28,6 +29,7 @@ def compose(runs: Sequence[Run], comparison: Section) -> list[Section]:
     sections = [
         comparison,
         Section('Runs', tables=(_runs(runs),)),
+        sweep_section(runs),
         task_section(runs),
         class_section(runs),
         _training(runs),
@@ -130,6 +132,8 @@ def _layer_metrics(runs: Sequence[Run]) -> Iterator[tuple[str, str, str]]:
         yield f'analysis/{name}_drop', f'{change.capitalize()} without each layer', f'{change}\nwithout the layer'
     yield 'analysis/grad_norm', 'Gradient norm of each layer, on a fixed sample', 'gradient norm'
     yield 'layers/grad_norm', 'Gradient norm of each layer, on the batch of the step', 'gradient norm'
+    yield 'stability/update_ratio', 'Update of each layer in relation to its weights', 'norm of update : weights'
+    yield 'stability/attention_logits', 'Largest attention logit of each layer', 'logit'
     yield 'analysis/variance', 'Variance of the residual stream after each layer', 'variance'
 
 

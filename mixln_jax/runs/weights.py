@@ -15,7 +15,7 @@ from mixln_jax.data import chat, tokenizers
 from mixln_jax.keys.data import ANSWERS
 from mixln_jax.models import families, hf, placements, transformer
 from mixln_jax.models.hf import config as hf_config
-from mixln_jax.models.hf import tensors
+from mixln_jax.models.hf import tensors, timm
 from mixln_jax.models.network import Network
 from mixln_jax.program import lora
 from mixln_jax.runs import best, checkpoint, checkpoint_folders, frozen
@@ -95,7 +95,7 @@ class Weights:
         else:
             path = pathlib.Path(self.where, 'config.json')
             content = hf_config.read_json(path)
-            names = hf_config.label_names(path, content) if 'id2label' in content else []
+            names = (hf_config if 'id2label' in content else timm).label_names(path, content)
         if not isinstance(names, list) or len(names) not in (0, self.model.config.num_classes):
             raise CheckpointError(f'{path} does not name {self.model.config.num_classes} classes')
         return names

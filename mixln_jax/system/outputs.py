@@ -65,6 +65,26 @@ def locked(path: pathlib.Path, busy: str, keep: bool = False) -> Iterator[bool]:
             return
 
 
+def hold(path: pathlib.Path) -> IO[bytes] | None:
+    """Returns the lock file `path`, open and locked; None while another process holds it.
+
+    The lock lasts until the file is closed, here and in every process that has inherited it. The file stays. Raises
+    UsageError on a file system without locks.
+    """
+    with contextlib.ExitStack() as closing:
+        file = closing.enter_context(_open_lock(path))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise UsageError(
+                f'{path} cannot be locked ({error.strerror}), so processes cannot share this folder; use another'
+            ) from None
+        closing.pop_all()
+        return file
+
+
 def _open_lock(path: pathlib.Path) -> IO[bytes]:
     """Opens a lock file, new or not. Raises UsageError for anything but a regular file, such as a link or a pipe."""
     problem = f'{path} is not a file, so it cannot be locked; remove it'

@@ -116,7 +116,7 @@ class TestBad:
         assert prepare(tmp_path / 'out', path) == 4
         assert f'{path}/dog/dog1.jpg: not an image' in capfd.readouterr().err
         assert prepare(tmp_path / 'out', path, '--skip_bad', '1') == 0
-        assert '1 bad records were left out' in capfd.readouterr().out
+        assert '\n1 bad images were left out' in capfd.readouterr().out
         assert len(held(tmp_path / 'out', 'train') + held(tmp_path / 'out', 'validation')) == 59
 
     @pytest.mark.parametrize(

@@ -68,6 +68,32 @@ def test_exported(trained, mixed, tmp_path, capsys):
     assert weights.load(tmp_path / 'cut').model.layer_index == (2,)
 
 
+def test_exported_for_timm(trained, mixed, tmp_path, capsys):
+    command = lambda *words: export.main(['--format', 'timm', *map(str, words)])  # noqa: E731
+    assert command('--checkpoint', trained, '--out', tmp_path / 'timm') == 0
+    assert 'identical (on 2 random images' in capsys.readouterr().out
+    content = json.loads((tmp_path / 'timm/config.json').read_text())
+    assert content['label_names'] == [str(digit) for digit in range(10)]
+    assert content['pretrained_cfg']['crop_pct'] == 1.0
+    before, after = weights.load(trained), weights.load(tmp_path / 'timm')
+    same(before.params, after.params)
+    assert after.class_names == before.class_names
+    # From a folder of transformers it is the same but for how a run prepares images, and it replaces an export.
+    assert export.main(['--checkpoint', str(tmp_path / 'timm'), '--out', str(tmp_path / 'vit')]) == 0
+    assert command('--checkpoint', tmp_path / 'vit', '--out', tmp_path / 'timm', '--remove_layers', '2') == 0
+    assert sorted(path.name for path in (tmp_path / 'timm').iterdir()) == [
+        'config.json', 'export.json', 'model.safetensors',
+    ]  # fmt: skip
+    assert weights.load(tmp_path / 'timm').model.depth == 1
+    capsys.readouterr()
+    assert command('--checkpoint', mixed, '--out', tmp_path / 'mix') == 2
+    said = capsys.readouterr().err
+    assert 'norm_position=post*1,pre*1: timm has pre alone; leave out --format' in said and said.count('\n') == 1
+    assert not (tmp_path / 'mix').exists()
+    assert command('--checkpoint', trained, '--out', tmp_path / 'x', '--adapter') == 2
+    assert '--format has no meaning with --adapter' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('source', ['run', 'folder'])
 def test_a_run_starts_from(trained, tmp_path, capsys, source):
     where = str(trained)

@@ -157,7 +157,7 @@ def _size(count: float) -> str:
 
 def _write_all(job: jobs.Job, pending: Sequence[Unit], workers: int) -> None:
     total = sum(unit.size for unit in pending)
-    slow = not sys.stderr.isatty()
+    slow, counted = not sys.stderr.isatty(), 'images' if job.data.source == 'images' else 'docs'
     with tqdm.tqdm(total=total, unit='B', unit_scale=True, mininterval=10 if slow else 0.2, smoothing=0.05) as bar:
         counts, start = [0, 0], time.perf_counter()
 
@@ -165,7 +165,8 @@ def _write_all(job: jobs.Job, pending: Sequence[Unit], workers: int) -> None:
             counts[0] += num_documents
             counts[1] += num_bytes
             seconds = max(time.perf_counter() - start, 1e-9)
-            bar.set_postfix_str(f'{counts[0] / seconds:,.0f} docs/s, {counts[1] / seconds / 1e6:,.1f} MB/s', False)
+            speed = f'{counts[0] / seconds:,.0f} {counted}/s, {counts[1] / seconds / 1e6:,.1f} MB/s'
+            bar.set_postfix_str(speed, False)
             bar.update(position)
 
         if workers == 1:
@@ -229,14 +230,17 @@ def _write_in_worker(job: jobs.Job, unit: Unit) -> None:
 
 
 def _summarise(job: jobs.Job, results: Sequence[Mapping[str, Any]]) -> None:
+    of_images = job.data.source == 'images'
     for split in ('train', 'validation'):
         counts = [result[split] for result in results if split in result]
         console.say(
-            f'{split}: {sum(shard["documents"] for shard in counts):,} documents in {len(counts)} shards'
+            f'{split}: {sum(shard["documents"] for shard in counts):,} {"images" if of_images else "documents"} '
+            f'in {len(counts)} shards'
             + (f', {sum(shard["rows"] for shard in counts):,} rows' if job.format == 'tokens' else '')
         )
     empty, bad = (sum(result[name] for result in results) for name in ('empty', 'bad'))
-    console.say(f'{empty:,} documents without text and {bad:,} bad records were left out')
+    left_out = f'{bad:,} bad images' if of_images else f'{empty:,} documents without text and {bad:,} bad records'
+    console.say(f'{left_out} were left out')
     for line in [line for result in results for line in result['skipped']][:5]:
         console.say(f'  {line}')
     console.say(f'mixln_jax: complete: {job.usage()}')

@@ -61,6 +61,7 @@ LAYER = {
 }
 STOCK_NORMS = {'attention_norm_in': 'layernorm_before', 'mlp_norm_in': 'layernorm_after'}
 PREFIX, HEAD = 'vit.', 'classifier'
+LAYOUTS = TRANSFORMERS, TIMM = ('transformers', 'timm')  # whose folders are written
 UNUSED = re.compile(r'(vit\.)?(pooler\..*|embeddings\.mask_token)')  # of ViTModel, and of masked pre-training
 
 
@@ -217,9 +218,13 @@ def _pixels(folder: pathlib.Path) -> str:
 
 def is_stock(model: Network) -> bool:
     """Returns whether ViTForImageClassification computes a network."""
+    return {name: getattr(model.config, name) for name in KINDS} == STOCK and _is_plain(model)
+
+
+def _is_plain(model: Network) -> bool:
+    """Returns whether all layers of a network are Pre-LN, without anything else."""
     pre = {name: {'pre': hf_config.STOCK_NORMS[f'{name}_norm_in']} for name in ('attention', 'mlp')}
-    kinds = {name: getattr(model.config, name) for name in KINDS}
-    return kinds == STOCK and all(layer == pre for layer in hf_config.described(model))
+    return all(layer == pre for layer in hf_config.described(model))
 
 
 def _content(model: Network, names: Sequence[str] = ()) -> dict[str, Any]:
@@ -258,17 +263,19 @@ def _processor(config: configs.Model, images: configs.Images | None) -> dict[str
 
 def save(
     folder: str | pathlib.Path,
-    model: Network,
+    model: vit.ViT,
     params: Any,
     dtype: str = 'float32',
     max_shard_gb: float = 5.0,
     names: Sequence[str] = (),
     images: configs.Images | None = None,
+    layout: str = TRANSFORMERS,
 ) -> None:
-    """Writes a folder that `load` and transformers read.
+    """Writes a folder that `load` and transformers or timm read.
 
     Pre-LN networks with learned positions whose head reads a token become stock ViT. All others have a modelling file
-    that `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)` runs.
+    that `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)` runs. For timm, sines and
+    cosines become a table of learned positions.
 
     Args:
         folder: an empty folder, or one that does not exist yet.
@@ -278,22 +285,32 @@ def save(
         max_shard_gb: largest size of a file; see `llama.save`.
         names: of the classes; empty: LABEL_0 and so on.
         images: how the run prepares images for evaluation; None: it is not known.
+        layout: one of LAYOUTS.
 
     Raises UsageError: a folder with something in it, bad options, or a network that such a folder cannot describe.
     """
-    folder = pathlib.Path(folder)
+    folder, params = pathlib.Path(folder), jax.device_get(params)
     tensors.check_options(dtype, max_shard_gb)
-    content = _content(model, names) | {'dtype': dtype, 'torch_dtype': dtype}  # the latter for transformers 4
-    stock = is_stock(model)
-    named = {}
-    for path, leaf in trees.named_leaves(tensors.by_layer(jax.device_get(params), model.norm_position)):
-        name = tensor_name(path, model.norm_position, stock)
+    name_of: Callable[[str], str] = timm.tensor_name
+    modules: Sequence[pathlib.Path] = ()
+    if of_timm := layout == TIMM:
+        contents = {'config.json': timm.content(model, _is_plain(model), names, images)}
+        params = timm.with_table(model, params)
+    else:
+        stock = is_stock(model)
+        name_of = lambda path: tensor_name(path, model.norm_position, stock)  # noqa: E731
+        kinds = {'dtype': dtype, 'torch_dtype': dtype}  # the latter for transformers 4
+        contents = {'config.json': _content(model, names) | kinds, PROCESSOR: _processor(model.config, images)}
+        modules = () if stock else MODELLING
+    named: dict[str, np.ndarray] = {}
+    for path, leaf in trees.named_leaves(tensors.by_layer(params, model.norm_position)):
+        name = name_of(path)
         if name in named:
             raise UsageError(f'two parameters of {hf_config.spell(model.norm_position)} have the tensor name {name}')
         named[name] = _unflat(path, leaf, model.config.patch_size)
     tensors.make_empty(folder)
-    tensors.write(folder, named, jnp.dtype(dtype), int(max_shard_gb * 1e9))
-    for module in () if stock else MODELLING:
+    tensors.write(folder, timm.join(named) if of_timm else named, jnp.dtype(dtype), int(max_shard_gb * 1e9))
+    for module in modules:
         shutil.copy(module, folder)
-    for file, keys in (('config.json', content), (PROCESSOR, _processor(model.config, images))):
+    for file, keys in contents.items():
         (folder / file).write_text(json.dumps(keys, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')

@@ -1,0 +1,89 @@
+"""`sweep --show DIR`: the results of a sweep so far, as tables, a figure and a CSV file with a row for each cell."""
+
+import collections
+import csv
+import io
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mixln_jax.report import figures, inputs
+from mixln_jax.report.inputs import Run
+from mixln_jax.report.markdown import escaped, markdown
+from mixln_jax.report.sensitivity import last_loss
+from mixln_jax.report.sweeps import rate_picture, sweep_section
+from mixln_jax.runs import sweep_folder
+from mixln_jax.runs.sweep_folder import Definition
+from mixln_jax.system import console, files, outputs
+from mixln_jax.system.errors import UsageError
+
+RESULTS = 'results'  # folder in that of the sweep
+STATES = (*sweep_folder.RESULTS, sweep_folder.FAILED, 'running', 'interrupted', 'not begun')
+
+
+def show(workdir: str) -> None:
+    """Prints the results of a sweep and writes them into its folder `results`.
+
+    Raises UsageError if there is no sweep, and the last of the problems with single cells, after the rest is shown.
+    """
+    folder = files.local(workdir, '--show')
+    definition = sweep_folder.read_definition(folder)
+    if definition is None:
+        raise UsageError(f'--show {workdir}: no sweep is there ({sweep_folder.DEFINITION} is missing)')
+    runs, problems, _ = inputs.read([workdir])
+    for run in runs:
+        if run.ending:
+            try:
+                sweep_folder.check_unedited(pathlib.Path(run.folder), run.ending)
+            except UsageError as edited:
+                problems.append(edited)
+    states = cell_states(folder, definition)
+    number = collections.Counter(states.values())
+    shown = ', '.join(f'{number[state]} {state}' for state in STATES if number[state])
+    console.say(f'{len(states)} cells of {definition.config}: {shown}', '')
+    out = folder / RESULTS
+    by_name = {pathlib.Path(run.folder).name: run for run in runs}
+    outputs.write(out / 'results.csv', table(definition, states, by_name).encode())
+    written = ['results.csv']
+    if section := sweep_section(runs):
+        for one in section.tables:
+            console.say(f'{escaped(one.caption)}:', '', *markdown(one.head, one.rows), '')
+        console.say(*section.texts, *section.notes, '')
+        if picture := rate_picture(runs):
+            figures.save(picture.figure, out, 'rates')
+            written += ['rates.svg', 'rates.png']
+    console.say(f'wrote {", ".join(written)} into {workdir}/{RESULTS}')
+    for problem in problems[:-1]:
+        console.say(f'mixln_jax: {problem}')
+    if problems:
+        raise problems[-1]
+
+
+def cell_states(folder: pathlib.Path, definition: Definition) -> dict[str, str]:
+    """Returns {name of a cell: one of STATES}."""
+    states = {}
+    for name in definition.cells:
+        ending = sweep_folder.read_ending(folder / name)
+        states[name] = ending.state if ending else 'interrupted' if (folder / name).is_dir() else 'not begun'
+        if ending is None and (lock := sweep_folder.beside(folder, name, '.lock')).exists():
+            file = outputs.hold(lock)
+            if file is None:
+                states[name] = 'running'
+            else:
+                file.close()
+    return states
+
+
+def table(definition: Definition, states: Mapping[str, str], runs: Mapping[str, Run]) -> str:
+    """Returns a CSV file with a row for each cell: its keys, how it ended and at which step, and its losses."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['cell', *definition.keys, 'state', 'ended_at', 'steps', 'eval_loss', 'eval_step', 'last_loss'])
+    for name, state in states.items():
+        values: Sequence[Any] = [definition.value(name, key) for key in definition.keys]
+        run = runs.get(name)
+        at, loss = run.last('eval/loss') if run else (None, None)
+        ended_at = run.ending.step if run and run.ending else None
+        last = last_loss(run) if run else None
+        writer.writerow([name, *values, state, ended_at, run.step if run else 0, loss, at, last])
+    return text.getvalue()
