@@ -13,13 +13,13 @@ import ml_collections
 
 from mixln_jax.keys.classification import Classification  # noqa: F401
 from mixln_jax.keys.data import WORKERS, Data, Task  # noqa: F401
-from mixln_jax.keys.field import LARGEST_VOCABULARY, LONGEST  # noqa: F401
+from mixln_jax.keys.field import LARGEST_VOCABULARY, LONGEST, changed_for_tasks  # noqa: F401
 from mixln_jax.keys.images import Images  # noqa: F401
 from mixln_jax.keys.model import Model  # noqa: F401
 from mixln_jax.keys.online import Online  # noqa: F401
 from mixln_jax.keys.optim import PUBLISHED, Optim  # noqa: F401
 from mixln_jax.keys.preference import Preference, Reward  # noqa: F401
-from mixln_jax.keys.run import Analysis, Checkpoint, Config, Eval, Expected, Mesh, Processes, Profile  # noqa: F401
+from mixln_jax.keys.run import Analysis, Checkpoint, Config, Eval, Expected, Mesh, Processes, Profile, Stability  # noqa: F401
 from mixln_jax.keys.tune import MEANT_FOR, Tune
 from mixln_jax.system import errors, files
 from mixln_jax.system.errors import UsageError, nearest
@@ -116,6 +116,8 @@ def build(
                 'config.num_steps=0 leaves the number of steps to config.num_epochs'
             )
         config = dataclasses.replace(config, num_steps=0)
+    if not resolved:  # runs from before this check are still read
+        _check_task(config)
     _check_together(config)
     return config if config.compat == 'none' else _official(config)
 
@@ -212,6 +214,13 @@ def _check(path: str, field: dataclasses.Field, value: Any) -> Any:
     return value
 
 
+def _check_task(config: Config) -> None:
+    """Raises UsageError for a key that has a meaning for other tasks alone, unless it has its default."""
+    for path, value, tasks in changed_for_tasks(config, 'config'):
+        if (name := config.task.name) not in tasks:
+            raise UsageError(f'{path}={value} has no meaning for config.task.name={name}: it is for {", ".join(tasks)}')
+
+
 def _check_together(config: Config) -> None:
     """Raises UsageError if keys contradict each other."""
     model, optim = config.model, config.optim
@@ -237,6 +246,7 @@ def _check_together(config: Config) -> None:
         )
     _check_length(config)
     task_accuracies(config.expected.tasks)
+    rate_factors(optim.rate_factors)
     _check_tune(config)
     if config.task.name == 'online':
         _check_online(config)
@@ -299,17 +309,27 @@ def with_num_steps(config: Config, num_steps: int) -> Config:
 
 def task_accuracies(text: str) -> dict[str, float]:
     """Returns {task: accuracy in per cent} of `config.expected.tasks`. Raises UsageError if it is malformed."""
-    found: dict[str, float] = {}
+    return _numbers('expected.tasks', text, 'TASK=PER CENT, each task once', lambda value: 0 <= value <= 100)
+
+
+def rate_factors(text: str) -> dict[str, float]:
+    """Returns {pattern: factor} of `config.optim.rate_factors`, in its order. Raises UsageError if it is malformed."""
+    form = 'PATTERN=FACTOR above 0, each pattern once (config.tune.train says which weights are trained)'
+    return _numbers('optim.rate_factors', text, form, lambda value: 0 < value < math.inf)
+
+
+def _numbers(key: str, text: str, form: str, valid: Callable[[float], bool]) -> dict[str, float]:
+    numbers_by_name: dict[str, float] = {}
     for part in filter(None, text.split(',')):
-        task, _, number = part.partition('=')
+        name, _, word = (half.strip() for half in part.rpartition('='))
         try:
-            value = float(number)
+            value = float(word)
         except ValueError:
             value = math.nan
-        if not task or task in found or not 0 <= value <= 100:
-            raise UsageError(f'config.expected.tasks: {part!r} is not TASK=PER CENT, each task once')
-        found[task] = value
-    return found
+        if not name or name in numbers_by_name or not valid(value):
+            raise UsageError(f'config.{key}: {part!r} is not {form}')
+        numbers_by_name[name] = value
+    return numbers_by_name
 
 
 def _check_tune(config: Config) -> None:

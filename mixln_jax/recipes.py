@@ -6,7 +6,6 @@ import importlib.abc
 import importlib.machinery
 import pathlib
 import re
-import signal
 import sys
 import traceback
 import types
@@ -19,6 +18,7 @@ from mixln_jax.config import UnknownKey, all_fields, describe_unknown, flatten, 
 from mixln_jax.system import errors, files
 from mixln_jax.system.cli import integer
 from mixln_jax.system.errors import UsageError
+from mixln_jax.system.signals import from_signal
 
 BOOLEANS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
 
@@ -98,9 +98,7 @@ def _run(file: pathlib.Path, code: bytes, use: Callable[[types.ModuleType], Any]
     except UsageError as error:
         raise UsageError(f'{file}: {error}') from None
     except BaseException as error:  # a recipe is Python and may raise anything
-        # If SIGINT has another handler than Python's, the recipe itself has raised the KeyboardInterrupt.
-        default_handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if isinstance(error, errors.Stopped) or (isinstance(error, KeyboardInterrupt) and default_handler):
+        if from_signal(error):
             raise
         unknown = next((cause for cause in (error, *error.args) if isinstance(cause, UnknownKey)), None)
         problem = unknown.args[0] if unknown else f'{type(error).__name__}: {errors.first_line(error)}'

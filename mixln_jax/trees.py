@@ -74,6 +74,16 @@ def layer_norms(tree: Any, network: Any = None) -> tuple[jax.Array, jax.Array]:
     return jnp.sqrt(by_layer), jnp.sqrt(by_layer.sum() + rest)
 
 
+def layer_sizes(tree: Any, network: Any) -> list[int]:
+    """Returns the number of values of each layer [L] that `tree` has, a part of `network` or all of it."""
+    sizes: list[int] = []
+    for number, run in enumerate(layer_runs(network)):
+        count = jax.tree.leaves(run)[0].shape[0]
+        leaves = jax.tree.leaves(tree.get(STACKED, {}).get(f'segment_{number}'))
+        sizes += [sum(leaf.size for leaf in leaves) // count] * count
+    return sizes
+
+
 def matrix_norms(tree: Any) -> dict[str, jax.Array]:
     """Returns the Euclidean norm of every matrix by name: `[L]` for a matrix that all layers have, else a scalar.
 

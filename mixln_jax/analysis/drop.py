@@ -164,14 +164,15 @@ def columns(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def draw(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-    """Returns {name: figure} of the results in a result.json: a chart of every metric but the loss and block."""
+    """Returns {name: figure} of the results in a result.json: a chart of every metric and block, of the loss where it
+    is the only one."""
     metrics = {name: set(metric['drop']) for result in results for name, metric in result['metrics'].items()}
     return {
         '_'.join([name.replace('/', '_'), *([block] if block != '1' else [])]): figures.drop(
             [result for result in results if block in result['metrics'].get(name, {}).get('drop', ())], name, int(block)
         )
         for name, blocks in metrics.items()
-        if name != 'loss'
+        if name != 'loss' or len(metrics) == 1
         for block in sorted(blocks, key=int)
     }
 

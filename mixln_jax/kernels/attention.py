@@ -122,6 +122,28 @@ def cached_attention(
     return (y / total).astype(v_B1Kd.dtype).reshape(q_B1Hd.shape)
 
 
+def largest_logit(
+    q_BTHd: jax.Array, k_BTKd: jax.Array, mask: jax.Array | None = None, causal: bool = True
+) -> jax.Array:
+    """Returns the largest absolute score q k^T of a query and a key that it sees, in float32.
+
+    One head at a time is in memory, [B, T, T].
+
+    Args:
+        q_BTHd, k_BTKd, mask: as of `causal_attention`.
+        causal: whether a query sees no keys after its own.
+    """
+    q, k = _by_head(q_BTHd, k_BTKd)
+    T = q.shape[2]
+    seen = jnp.tri(T, dtype=bool) if causal else jnp.ones((T, T), bool)
+    seen = seen if mask is None else seen & mask[:, 0]
+
+    def of_head(head: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return jnp.where(seen, jnp.abs(_dot('btd,bsd->bts', *head)), 0).max()
+
+    return jax.lax.map(of_head, (jnp.swapaxes(q, 0, 1), jnp.swapaxes(k, 0, 1))).max()
+
+
 def _forward(q_BTHd: jax.Array, k_BTKd: jax.Array, v_BTKd: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, Any]:
     q, k, v = _by_head(q_BTHd, k_BTKd, v_BTKd)
     outs, lse = [], []

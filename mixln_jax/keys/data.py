@@ -9,6 +9,9 @@ from mixln_jax.keys.online import Online
 from mixln_jax.keys.preference import Preference, Reward
 
 WORKERS = 1024
+# Tasks by what they learn from.
+TEXTS, ANSWERS = ('language', 'masked_language'), ('instructions', 'preference', 'reward', 'online')
+IMAGES = ('classification',)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +30,26 @@ class Task:
         'completions',
         'instructions: tokens that are learned; completions: what the assistant says; all: what others say too',
         choices=('completions', 'all'),
+        tasks=('instructions',),
     )
-    mask_rate: float = key(0.15, 'masked_language: share of the tokens that are hidden', above=0.0, at_most=1.0)
+    mask_rate: float = key(
+        0.15,
+        'masked_language: share of the tokens that are hidden',
+        above=0.0,
+        at_most=1.0,
+        tasks=('masked_language',),
+    )
     mask_id: int = key(
         -1,
         'masked_language: id of the token that hides others; -1: the last one of config.model.vocab_size',
         at_least=-1,
         below=LARGEST_VOCABULARY,
+        tasks=('masked_language',),
     )
-    preference: Preference = group(Preference)
-    reward: Reward = group(Reward)
-    online: Online = group(Online)
-    classification: Classification = group(Classification)
+    preference: Preference = group(Preference, tasks=('preference',))
+    reward: Reward = group(Reward, tasks=('reward',))
+    online: Online = group(Online, tasks=('online',))
+    classification: Classification = group(Classification, tasks=('classification',))
 
     @property
     def num_outputs(self) -> int:
@@ -83,30 +94,37 @@ class Data:
         'pad: one document per row, cut or padded; pack: several pieces of documents per row, each of which attends to '
         'itself alone; concat: documents end to end',
         choices=('pad', 'pack', 'concat'),
+        tasks=TEXTS + ANSWERS,
     )
     template: str = key(
         'chat',
-        "instructions: how a record becomes text; chat: the tokenizer's own chat template; alpaca; llm_adapters: "
-        "LLM-Adapters' form of alpaca, for Commonsense170K; chatml; plain: one turn after the other",
+        "instructions, preference, reward, online: how a record becomes text; chat: the tokenizer's own chat template; "
+        "alpaca; llm_adapters: LLM-Adapters' form of alpaca, for Commonsense170K; chatml; plain: one turn after the "
+        'other',
         choices=('chat', 'alpaca', 'llm_adapters', 'chatml', 'plain'),
+        tasks=ANSWERS,
     )
     held_out: float = key(
         0.05,
-        'instructions, images: share of the records that are for validation alone, by their hashes (at least 20 '
+        'records, images: share of them that is for validation alone, by their hashes (at least 20 '
         'records, or half of fewer than 40); 0: none',
         at_least=0.0,
         below=1.0,
+        tasks=ANSWERS + IMAGES,
     )
     workers: int = key(
         0, 'processes that prepare batches; 0: threads of this process', at_least=0, at_most=WORKERS, may_change=True
     )
     seed: int = key(0, 'seed of the order of the rows and of how images vary', at_least=0, below=2**32)
-    max_pixels: int = key(100_000_000, 'images: pixels of the largest one that is decoded', at_least=1, below=2**40)
+    max_pixels: int = key(
+        100_000_000, 'images: pixels of the largest one that is decoded', at_least=1, below=2**40, tasks=IMAGES
+    )
     skip_bad: int = key(
         0,
         'images: unreadable ones that are replaced by the next, in each process that reads, before one is an error',
         at_least=0,
         below=2**32,
         may_change=True,
+        tasks=IMAGES,
     )
-    images: Images = group(Images)
+    images: Images = group(Images, tasks=IMAGES)

@@ -7,7 +7,7 @@ from mixln_jax.keys.field import LONGEST, key
 
 @dataclasses.dataclass(frozen=True)
 class Online:
-    """online: completions of prompts are sampled, scored and learned from; see docs/preferences.md."""
+    """online: completions of prompts are sampled, scored and learned from; see docs/online.md."""
 
     reward: str = key(
         '', 'online: what scores completions: a function, module:function, or the folder of a reward network'

@@ -61,6 +61,11 @@ class Optim:
         at_least=0.0,
         below=1.0,
     )
+    rate_factors: str = key(
+        '',
+        'factors of the learning rate (and weight decay) of some weights, PATTERN=FACTOR,...: a pattern matches names '
+        'of weights (layers/*/attention/q/kernel) or placements of layers (post); the last match counts',
+    )
     clip_norm: float = key(0.0, 'largest global gradient norm; 0: no clipping', at_least=0.0)
 
     def __post_init__(self) -> None:

@@ -82,6 +82,16 @@ class Analysis:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stability:
+    """Signs of a coming collapse, `stability/*` of the metrics lines; see analysis/stability.py."""
+
+    every: int = key(
+        100, 'steps between measurements of attention logits and log Z; 0: no stability/* at all', at_least=0
+    )
+    rows: int = key(2, 'rows of the batch that these are measured on, at least one for each part of it', at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
     """A window of steps recorded by jax.profiler into the work directory."""
 
@@ -152,6 +162,7 @@ class Config:
     mesh: Mesh = group(Mesh, may_change=True)
     processes: Processes = group(Processes, may_change=True)
     analysis: Analysis = group(Analysis, may_change=True)
+    stability: Stability = group(Stability, may_change=True)
     profile: Profile = group(Profile, may_change=True)
     expected: Expected = group(Expected, may_change=True)
 

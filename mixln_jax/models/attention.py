@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from mixln_jax import config as configs
 from mixln_jax.kernels import attention
 from mixln_jax.models import rope
-from mixln_jax.models.layers import RMSNorm, linear
+from mixln_jax.models.layers import RMSNorm, linear, sow_largest_logit
 
 
 class Attention(nn.Module):
@@ -15,7 +15,7 @@ class Attention(nn.Module):
 
     Keys and values [B,T,K,d] are sown as the intermediates `keys` and `values`. Where the collections `cache` and
     `recent` hold those of earlier positions, [B,S,K,d] and [B,R,K,d], T is 1, and the mask [B,1,1,S+R] says which of
-    them are seen.
+    them are seen. The collection `logits` gets the largest absolute logit as `largest`.
     """
 
     config: configs.Model
@@ -37,6 +37,7 @@ class Attention(nn.Module):
         v = heads('v', K)
         for name, new in (('keys', k), ('values', v)):
             self.sow('intermediates', name, new, init_fn=lambda: None, reduce_fn=lambda _, last: last)
+        sow_largest_logit(self, q, k, mask, causal=True)
         by_cudnn = self.kernel == 'cudnn' and q.dtype == jnp.bfloat16  # analyses in training are in float32
         attend = attention.cudnn_attention if by_cudnn else attention.causal_attention
         if self.has_variable('cache', 'keys'):

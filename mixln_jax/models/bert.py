@@ -37,6 +37,11 @@ class Bert(Network):
         return self.config.num_positions
 
     @property
+    def predicts_tokens(self) -> bool:
+        """Whether the head has a column for each token of the vocabulary."""
+        return self.head == WORDS
+
+    @property
     def ends_in_norm(self) -> bool:
         """Whether the last layer ends in a norm; else there is a final one."""
         return placements.PLACEMENTS[self.norm_position[-1]].mlp.post

@@ -26,7 +26,9 @@ class Attention(nn.Module):
             y = layers.linear(D, self.dtype, name, bias=True)(x_BTD).reshape(*x_BTD.shape[:2], H, D // H)
             return LayerNorm(self.config.norm_eps, self.dtype, name=f'{name}_norm')(y) if self.qkv_norm else y
 
-        y_BTHd = jax.nn.dot_product_attention(heads('q'), heads('k'), heads('v'), mask=mask)
+        q, k, v = heads('q'), heads('k'), heads('v')
+        layers.sow_largest_logit(self, q / (D // H) ** 0.5, k, mask, causal=False)
+        y_BTHd = jax.nn.dot_product_attention(q, k, v, mask=mask)
         return layers.linear(D, self.dtype, 'o', bias=True)(y_BTHd.reshape(x_BTD.shape))
 
 

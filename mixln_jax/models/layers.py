@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from mixln_jax import config as configs
+from mixln_jax.kernels import attention
 from mixln_jax.kernels.matmul import matmul
 
+LOGITS = 'logits'  # collection with the largest attention logit of each layer
 Batch = Mapping[str, jax.Array] | jax.Array  # arrays [B,...] by name, or token ids [B,T] alone
 
 
@@ -68,6 +70,13 @@ class Embedding(nn.Module):
         everywhere = jax.sharding.NamedSharding(self.stream_sharding.mesh, jax.sharding.PartitionSpec())
         x = jax.lax.with_sharding_constraint(table, everywhere)[ids]
         return jax.lax.with_sharding_constraint(x, self.stream_sharding)
+
+
+def sow_largest_logit(module: nn.Module, q: jax.Array, k: jax.Array, mask: jax.Array | None, causal: bool) -> None:
+    """Sows `attention.largest_logit` of scaled queries in the collection LOGITS, if it is asked for."""
+    if module.is_mutable_collection(LOGITS) and not module.is_initializing():
+        largest = attention.largest_logit(q, k, mask, causal)
+        module.sow(LOGITS, 'largest', largest, init_fn=lambda: None, reduce_fn=lambda _, last: last)
 
 
 class MLP(nn.Module):

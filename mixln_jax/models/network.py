@@ -78,6 +78,11 @@ class Network(nn.Module):
         return None
 
     @property
+    def predicts_tokens(self) -> bool:
+        """Whether the head has a column for each token of the vocabulary."""
+        return self.reads == 'texts' and not self.num_outputs
+
+    @property
     def is_tied(self) -> bool:
         """Whether the embedding is the head too."""
         return self.config.tie_word_embeddings and not self.num_outputs

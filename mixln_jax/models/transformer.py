@@ -17,7 +17,7 @@ import numpy as np
 from mixln_jax import config as configs
 from mixln_jax.models import placements
 from mixln_jax.models.attention import Attention
-from mixln_jax.models.layers import MLP, RMSNorm
+from mixln_jax.models.layers import LOGITS, MLP, RMSNorm
 
 
 def _dots(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
@@ -119,7 +119,7 @@ class Layer(nn.Module):
 
 class Stack(nn.Module):
     """L layers, run by run of equal neighbours; the parameters of run i are stacked, `segment_<i>/...` [n, ...], and so
-    are the collections `cache`, `recent` and `intermediates` (see Attention)."""
+    are the collections `cache`, `recent`, `intermediates` and `logits` (see Attention)."""
 
     config: configs.Model
     dtype: jnp.dtype
@@ -173,7 +173,7 @@ class Stack(nn.Module):
             layer = nn.remat(Layer, policy=REMAT_POLICIES[remat], prevent_cse=unrolled)
         loop = nn.scan(
             lambda layer, x, *others: layer(x, *others),
-            variable_axes={'params': 0, 'dropout': 0, 'cache': 0, 'recent': 0, 'intermediates': 0},
+            variable_axes={'params': 0, 'dropout': 0, 'cache': 0, 'recent': 0, 'intermediates': 0, LOGITS: 0},
             split_rngs={'params': True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=length,

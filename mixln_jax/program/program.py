@@ -12,7 +12,7 @@ from mixln_jax.data.rows import OF_PAIRS
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.kernels import attention
 from mixln_jax.models import families, transformer
-from mixln_jax.program import inner, optim, step
+from mixln_jax.program import inner, optim, probe, step, tuning
 from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks import build
 
@@ -24,7 +24,8 @@ class Program:
     sharding. `measure_factors`: (State, batch) -> State, before the first step where `model.measured()`. `train_step`:
     (State, batch) -> (State, metrics). Both donate the state, `train_step` all but what no update changes. `eval_step`:
     (network, batch, step) -> sums, where `step` is what `transformer.needed_step` returns, with the state's reference
-    network as a fourth argument if it has one; see step.py.
+    network as a fourth argument if it has one; see step.py. `probe`: (network, batch, step) -> what a forward pass
+    hides; see probe.py.
 
     Raises UsageError, naming the keys, for sizes that the mesh does not divide.
     """
@@ -72,6 +73,8 @@ class Program:
             accumulate=config.accumulate,
             shardings=shardings.params,
             tune=config.tune,
+            rate_factors=tuning.rate_factors(config.optim.rate_factors, shapes.params, self.model.norm_position),
+            signs=config.stability.every > 0,
         )
         jitted = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings.own, everywhere))
         self.train_step: Any = jitted(train_step)
@@ -81,6 +84,10 @@ class Program:
             step.measure_factors, task=self.task, seed=config.seed, accumulate=config.accumulate
         )
         self.measure_factors = jax.jit(measure, donate_argnums=0, out_shardings=shardings)
+        parts = meshes.row_parts(mesh)
+        rows = min(config.batch_size, parts * -(-config.stability.rows // parts))
+        probing = functools.partial(probe.probe, task=self.task, seed=config.seed, rows=rows)
+        self.probe = jax.jit(probing, out_shardings=everywhere)
         self.eval_step = jax.jit(functools.partial(step.eval_step, task=self.task), out_shardings=everywhere)
 
     @property
@@ -102,6 +109,14 @@ class Program:
         """Returns the FLOPs of training on one position, by formula; frozen weights have no gradient, a third less."""
         found = self.model.flops_per_position(self.state.network, self.row_length)
         return found - 2 * self.num_frozen(multiplied=True)
+
+    def flops(self) -> dict[str, float]:
+        """Returns the FLOPs of a step on all devices by formula: of its `updates`, and of each of the task's
+        `forward_passes`, which have a third of those of training on all weights."""
+        positions = self.config.batch_size * self.row_length
+        forward = self.model.flops_per_position(self.state.network, self.row_length) / 3
+        passes = {name: count * positions * forward for name, count in self.task.forward_passes.items()}
+        return {'updates': float(self.task.updates * positions * self.flops_per_position())} | passes
 
     def num_frozen(self, multiplied: bool = False) -> int:
         """Returns the number of frozen weights; `multiplied`: without tables that are only looked up."""

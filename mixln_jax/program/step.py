@@ -137,6 +137,8 @@ def train_step(
     accumulate: int = 1,
     shardings: Any = None,
     tune: configs.Tune = ALL,
+    rate_factors: Any = None,
+    signs: bool = False,
 ) -> tuple[State, dict[str, jax.Array]]:
     """Returns the state after one update, and its metrics.
 
@@ -153,11 +155,14 @@ def train_step(
         shardings: of the trained weights, which their gradients are to have too; None: one device.
         tune: what is trained. Under `lisa` the layers that are not drawn have no gradient, so they do not enter its
             norm, and keep their weights and moments; see `tuning.drawn_layers`.
+        rate_factors: factors of the learning rate of every trained leaf, from `tuning.rate_factors`; None: all are 1.
+        signs: whether the metrics have layer_update_ratio.
 
     Returns:
         (State, metrics): loss, grad_norm (before clipping), learning_rate, layer_grad_norm [L] (nan of a layer that the
-        update does not train), bad_step, and the sums `sum`, `weight` and of the task's metrics. A non-finite loss or
-        gradient leaves weights and moments untouched and sets `bad_step`.
+        update does not train), layer_update_ratio [L], the norm of what the update adds to the trained weights of a
+        layer over the norm of these weights (nan likewise), bad_step, and the sums `sum`, `weight` and of the task's
+        metrics. A non-finite loss or gradient leaves weights and moments untouched and sets `bad_step`.
     """
     parts = micro_batches(task.prepare(batch, step_key(seed, state.step), True), accumulate)
     sums, grads = _sums_and_gradients(task, state, parts, shardings, seed, tune.dropout)
@@ -165,22 +170,28 @@ def train_step(
     if drawn is not None:
         grads = tuning.choose(drawn, grads, jax.tree.map(jnp.zeros_like, grads))
     loss, grads = jax.tree.map(lambda total: total / jnp.maximum(sums['weight'], 1), (sums['sum'], grads))
+    grads = jax.lax.optimization_barrier(grads)  # else what reads the updates decides how XLA fuses and rounds them
     layer_grad_norm, grad_norm = trees.layer_norms(grads, state.network)
-    layer_grad_norm = jnp.where(tuning.trained_layers(state.params, state.network, drawn), layer_grad_norm, jnp.nan)
+    trained = tuning.trained_layers(state.params, state.network, drawn)
+    layer_grad_norm = jnp.where(trained, layer_grad_norm, jnp.nan)
     if clip_norm:
         grads = jax.tree.map(lambda grad: grad * jnp.minimum(1, clip_norm / grad_norm), grads)
     grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
     learning_rate = schedule(state.step)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     with jax.named_scope('update'):
-        state = _updated(state, grads, optimizer, learning_rate, finite, ema, drawn)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = tuning.scaled(updates, rate_factors)
+        ratio = {'layer_update_ratio': _update_ratio(state, updates, learning_rate, trained)} if signs else {}
+        updates = jax.tree.map(lambda update: -learning_rate * update, updates)
+        state = _updated(state, updates, opt_state, finite, ema, drawn)
     return state, {
         'loss': loss,
         'grad_norm': grad_norm,
         'learning_rate': learning_rate,
         'layer_grad_norm': layer_grad_norm,
         'bad_step': state.bad_step,
-    } | sums
+    } | ratio | sums
 
 
 def _sums_and_gradients(
@@ -219,21 +230,23 @@ def training_context(
     return context._replace(collections={'dropout': lora.dropout(network, dropout, keys)})
 
 
+def _update_ratio(state: State, updates: Any, learning_rate: jax.Array, trained: jax.Array) -> jax.Array:
+    """Returns the norm of the updates of each layer [L] over that of its trained weights; nan where none is `trained`.
+
+    The rate multiplies the norm: if it multiplied what the weights share with it, they would be rounded differently.
+    """
+    moved, weights = (trees.layer_norms(tree, state.network)[0] for tree in (updates, state.params))
+    return jnp.where(trained, learning_rate * moved / weights, jnp.nan)
+
+
 def _updated(
-    state: State,
-    grads: Any,
-    optimizer: optax.GradientTransformation,
-    learning_rate: jax.Array,
-    finite: jax.Array,
-    ema: float,
-    drawn: jax.Array | None,
+    state: State, updates: Any, opt_state: Any, finite: jax.Array, ema: float, drawn: jax.Array | None
 ) -> State:
-    """Returns the state after an update of the `drawn` layers and of all that is not a layer; None: of all layers.
+    """Returns the state after `updates` of the `drawn` layers and of all that is not a layer; None: of all layers.
 
     If the update is not `finite`, or an earlier one was not, only `bad_step` changes.
     """
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda update: -learning_rate * update, updates))
+    params = optax.apply_updates(state.params, updates)
     params, opt_state = (
         tuning.choose(drawn, new, old) for new, old in ((params, state.params), (opt_state, state.opt_state))
     )

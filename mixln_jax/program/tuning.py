@@ -1,6 +1,7 @@
 """What is trained of a network: which leaves, and in which of the layers."""
 
 import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 
 from mixln_jax import config as configs
 from mixln_jax import trees
+from mixln_jax.models import placements
 from mixln_jax.models.network import SCORE
 from mixln_jax.program import lora
-from mixln_jax.system.errors import UsageError
+from mixln_jax.system.errors import UsageError, nearest
 
 LISA = 0x4C495341  # apart from the other random choices of a seed
 
@@ -96,3 +98,42 @@ def choose(drawn: jax.Array | None, new: Any, old: Any) -> Any:
 
         chosen[name] = jax.tree.map(pick, before, after)
     return {**new, trees.STACKED: chosen}
+
+
+def rate_factors(text: str, params: Any, norm_position: Sequence[str]) -> Any:
+    """Returns the factor of the learning rate of every trained leaf, as a tree of floats; None: all of them are 1.
+
+    Args:
+        text: `config.optim.rate_factors`. A pattern stands for the leaves whose name it matches, and for those of the
+            layers whose placement it matches; of several the last one counts.
+        params: the trained leaves.
+        norm_position: the placement of every layer [L].
+
+    Raises UsageError for a pattern that matches no trained weight.
+    """
+    if not text:
+        return None
+    placement = {
+        f'{trees.STACKED}/segment_{number}/': name
+        for number, (name, _, _) in enumerate(placements.layer_runs(norm_position))
+    }
+    names = [name for name, _ in trees.named_leaves(params)]
+    factors = dict.fromkeys(names, 1.0)
+    for pattern, factor in configs.rate_factors(text).items():
+        runs = tuple(run for run, name in placement.items() if fnmatch.fnmatchcase(name, pattern))
+        matching = [name for name in names if fnmatch.fnmatchcase(name, pattern) or name.startswith(runs)]
+        if not matching:
+            raise UsageError(
+                f'config.optim.rate_factors={text}: {pattern!r} matches no trained weight and no placement; --verbose '
+                f'lists the weights, such as {names[0]}, and the placements are {", ".join(sorted({*norm_position}))}'
+                f'{nearest(pattern, {*norm_position})}'
+            )
+        factors |= dict.fromkeys(matching, factor)
+    return trees.nested(factors.items())
+
+
+def scaled(updates: Any, factors: Any) -> Any:
+    """Returns the updates times `factors`, from `rate_factors`; those with factor 1 as they are."""
+    if factors is None:
+        return updates
+    return jax.tree.map(lambda update, factor: update if factor == 1 else factor * update, updates, factors)

@@ -132,6 +132,8 @@ def _layer_metrics(runs: Sequence[Run]) -> Iterator[tuple[str, str, str]]:
         yield f'analysis/{name}_drop', f'{change.capitalize()} without each layer', f'{change}\nwithout the layer'
     yield 'analysis/grad_norm', 'Gradient norm of each layer, on a fixed sample', 'gradient norm'
     yield 'layers/grad_norm', 'Gradient norm of each layer, on the batch of the step', 'gradient norm'
+    yield 'stability/update_ratio', 'Update of each layer in relation to its weights', 'norm of update : weights'
+    yield 'stability/attention_logits', 'Largest attention logit of each layer', 'logit'
     yield 'analysis/variance', 'Variance of the residual stream after each layer', 'variance'
 
 

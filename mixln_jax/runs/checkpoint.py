@@ -36,11 +36,13 @@ class _Unavailable(str):
 
 @dataclasses.dataclass
 class _Kept:
-    """Which checkpoints stay when one is saved: the `newest`, those of every `every` steps, and the `best`."""
+    """Which checkpoints stay when one is saved: the `newest`, those of every `every` steps, the `best`, and the `sound`
+    one, from before a collapse."""
 
     newest: int
     every: int
     best: int | None = None
+    sound: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Returns for each of `checkpoints`, ascending, whether it stays; orbax calls it."""
@@ -49,7 +51,7 @@ class _Kept:
         return [number >= first or self._stays(one.step) for number, one in enumerate(checkpoints)]
 
     def _stays(self, step: int) -> bool:
-        return step == self.best or bool(self.every and step % self.every == 0)
+        return step in (self.best, self.sound) or bool(self.every and step % self.every == 0)
 
 
 class Checkpoints:
@@ -83,6 +85,11 @@ class Checkpoints:
     @best.setter
     def best(self, step: int | None) -> None:
         self._kept.best = step
+
+    def keep_sound(self, step: int | None) -> None:
+        """Makes `step` the one that stays because the network had not collapsed; None: there is none. The same in all
+        processes."""
+        self._kept.sound = step
 
     def saved(self) -> list[int]:
         """Returns the steps that are saved or being saved, ascending."""

@@ -12,6 +12,7 @@ import jax
 from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.data import chat, tokenizers
+from mixln_jax.keys.data import ANSWERS
 from mixln_jax.models import families, hf, placements, transformer
 from mixln_jax.models.hf import config as hf_config
 from mixln_jax.models.hf import tensors, timm
@@ -21,7 +22,6 @@ from mixln_jax.runs import best, checkpoint, checkpoint_folders, frozen
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError
 
-ANSWERS = 'instructions', 'preference', 'reward', 'online'  # the tasks that learn of answers, by a template
 EXPORT = 'export.json'  # in a folder that mixln_jax.export wrote: where from, and of which files it consists
 
 

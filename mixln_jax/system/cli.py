@@ -18,6 +18,10 @@ from mixln_jax.system.signals import stopped_line
 Parsed = TypeVar('Parsed')
 
 
+class HelpShown(SystemExit):
+    """The command ends, with 0, after its help. Any other SystemExit comes from code that a command calls."""
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Returns the parsed options. --help prints the help and exits with 0.
 
@@ -42,7 +46,10 @@ def _parse(
     def error(message: str) -> NoReturn:
         raise UsageError(f'{message} (--help lists the options)')
 
-    parser.error = error  # type: ignore[method-assign]
+    def leave(status: int = 0, message: str | None = None) -> NoReturn:
+        raise HelpShown(status)
+
+    parser.error, parser.exit = error, leave  # type: ignore[method-assign]
     if empty := next((word for word in argv if re.fullmatch(r'--[\w-]+=--', word)), None):
         error(f'{empty}: -- is not a value')  # in some Python versions argparse takes it for an empty list
     argv = _underscored(parser, argv)
@@ -111,7 +118,9 @@ def call(job: Callable[..., object], *args: object, show_traceback: bool = False
     except KeyboardInterrupt:
         console.say('mixln_jax: stopped by SIGINT', file=sys.stderr)
         return STOPPED
-    except Exception as error:
+    except HelpShown:
+        raise
+    except (Exception, SystemExit) as error:
         if show_traceback:
             console.say(''.join(traceback.format_exception(error)).rstrip(), file=sys.stderr)
         ending = to_exit(error)

@@ -115,11 +115,13 @@ def reason(error: BaseException) -> str:
     return f'of another format ({type(error).__name__}: {first_line(error)})'
 
 
-def to_exit(error: Exception) -> Exit:
+def to_exit(error: Exception | SystemExit) -> Exit:
     """Returns the Exit that an exception amounts to; an unexpected one becomes an internal error, exit code 1."""
     if isinstance(error, Exit):
         return error
     text = first_line(error)
+    if isinstance(error, SystemExit):
+        return UsageError(f'code that the command calls wants to end it: SystemExit: {text} (--traceback shows where)')
     if re.search('No space left on device|File too large|Disk quota exceeded', str(error)):
         return UsageError(f'the disk is full: {text}')
     if isinstance(error, MemoryError) or re.search(

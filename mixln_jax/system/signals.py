@@ -108,6 +108,13 @@ def signals() -> list[signal.Signals]:
     return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
 
 
+def from_signal(error: BaseException) -> bool:
+    """Returns whether a signal has raised an error, and not the user's code in which it was raised."""
+    # If SIGINT has another handler than Python's, the code itself has raised the KeyboardInterrupt.
+    default_handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return isinstance(error, Stopped) or (isinstance(error, KeyboardInterrupt) and default_handler)
+
+
 def _quiet_if_stopped(
     unraisable: 'sys.UnraisableHookArgs',
     default: 'Callable[[sys.UnraisableHookArgs], object]' = sys.unraisablehook,

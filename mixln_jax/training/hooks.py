@@ -79,6 +79,28 @@ class Analysis(_Every):
 
 
 @dataclasses.dataclass
+class Probe:
+    """Measures what the training kernels hide, on rows of the last batch, and adds the results to the step's metrics
+    line. It is due every `every` steps (0: never)."""
+
+    every: int
+    measure: Callable[[Any, Any, jax.Array], dict[str, jax.Array]]  # (weights, batch, step) -> signs by name
+    batch: Callable[[], Any]  # -> the last batch; None: a run that continues has none yet
+    metrics: log.Metrics
+
+    def due(self, step: int, last: int) -> bool:
+        """Returns whether the hook is to run after `step`; not after the `last` one as such."""
+        del last
+        return bool(self.every and step % self.every == 0)
+
+    def __call__(self, step: int, state: State) -> None:
+        """Measures `state`. Where the step was cut short and has no batch any more, its line has the results."""
+        if (batch := self.batch()) is not None:
+            signs = jax.device_get(self.measure(state.network, batch, state.step))
+            self.metrics.add(step, {f'stability/{name}': values.tolist() for name, values in signs.items()})
+
+
+@dataclasses.dataclass
 class Samples(_Every):
     """Writes continuations of texts to a file for each step."""
 
@@ -102,6 +124,7 @@ class Saving(_Every):
     about: Callable[[], dict[str, Any]]  # -> further values of a checkpoint's JSON object
     minutes: float = 0.0
     look_every: int = 1
+    keep: Callable[[int], int | None] = lambda step: None  # step to be saved -> the one that stays, see Collapse.keep
     _saved_at: float = dataclasses.field(default_factory=lambda: time.monotonic(), init=False)
 
     def due(self, step: int, last: int) -> bool:
@@ -121,6 +144,7 @@ class Saving(_Every):
         if complete:
             self.metrics.flush()
         if self.checkpoints.latest() != step:
+            self.checkpoints.keep_sound(self.keep(step))
             record = {'open_line': self.metrics.open_line, 'metrics': self.metrics.seal()}
             self.checkpoints.save(step, state.own, self.about() | record)
             self._saved_at = time.monotonic()

@@ -19,7 +19,7 @@ from mixln_jax.runs import log
 from mixln_jax.system import console, hardware
 from mixln_jax.system.errors import NumericsError
 from mixln_jax.tasks.task import Task
-from mixln_jax.training.collapse import Collapse
+from mixln_jax.training.signs import Signs
 
 LONGEST_WAIT = 0.05  # share of the time; a longer wait for data is worth a warning
 PATIENCE = 30  # seconds of training before the warning
@@ -46,7 +46,7 @@ class Meter:
         flops_per_position: float,
         devices: Sequence[jax.Device],
         first_line: dict[str, Any],
-        collapse: Collapse,
+        signs: Signs,
         save_debug: Callable[[State], None],
     ) -> None:
         """Starts to measure.
@@ -63,10 +63,10 @@ class Meter:
             flops_per_position: model FLOPs of a training step per position.
             devices: all devices of the run.
             first_line: values of the first line alone, such as the compile time.
-            collapse: takes every loss.
+            signs: takes the metrics of every step.
             save_debug: saves a state in debug/.
         """
-        self._collapse, self._save_debug = collapse, save_debug
+        self._signs, self._save_debug = signs, save_debug
         self.tokens = tokens
         self._metrics, self._workdir = metrics, pathlib.Path(workdir)
         self._task = task
@@ -95,10 +95,12 @@ class Meter:
         self.tokens += tokens
         self._window_steps += 1
         self._window_tokens += tokens
-        self._collapse.add(step, float(values['loss']))
+        self._signs.add(step, values)
         if step % self._log_every == 0 or self._log_also(step):
             speed = self._speed()
             self._warn_of_waiting(step, speed)
+            with self.paused():  # the first line counts tokens
+                signs = self._signs.line(values)
             line = {
                 'tokens': self.tokens,
                 **{f'train/{name}': value for name, value in self._summary(values).items()},
@@ -109,6 +111,7 @@ class Meter:
                 'train/real_token_frac': tokens / positions,
                 **speed,
                 'layers/grad_norm': [float(norm) for norm in values['layer_grad_norm']],
+                **signs,
             }
             self._metrics.add(step, line)
             if step % self._log_every == 0 or step == self._num_steps:
@@ -120,6 +123,11 @@ class Meter:
         weight = max(float(values['weight']), 1.0)
         means = {name: float(values[name]) / weight for name in self._task.metrics}
         return self._task.summary(means | {'sum': float(values['loss']), 'weight': 1.0})
+
+    @property
+    def last_batch(self) -> Batch | None:
+        """The batch of the last step on the devices; None: no step was added yet."""
+        return self._recent[-1][1] if self._recent else None
 
     def flush(self) -> None:
         """Completes the current metrics line."""

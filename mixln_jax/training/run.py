@@ -43,9 +43,9 @@ from mixln_jax.runs.workdir import (
 from mixln_jax.system import console, files, outputs, signals
 from mixln_jax.tasks.task import Task
 from mixln_jax.training import hooks, loop, samples
-from mixln_jax.training.collapse import Collapse
 from mixln_jax.training.feed import Feed
 from mixln_jax.training.meter import Meter
+from mixln_jax.training.signs import Signs
 from mixln_jax.training.start import first_state, with_num_steps, with_ramp_offset
 
 
@@ -188,8 +188,10 @@ class _Job:
         if first == 1 and program.model.measured() and not config.init_from:  # given weights have factors already
             state = program.measure_factors(state, to_devices(dataset[0]))
         self.records.fixed[frozen.FOLDER] = frozen.keep(self.records.shared, state.fixed)
-        measuring = self._measuring(feed, eval_step)
-        meter = self._meter(measuring, compile_sec)
+        probe = hooks.Probe(config.stability.every, program.probe, lambda: meter.last_batch, self.records.metrics)
+        measuring = [probe, *self._measuring(feed, eval_step)]
+        signs = self._signs()
+        meter = self._meter(measuring, signs, compile_sec)
         saving = hooks.Saving(
             config.checkpoint.every,
             self.checkpoints,
@@ -197,6 +199,7 @@ class _Job:
             lambda: (
                 {
                     'tokens': meter.tokens,
+                    'signs': signs.record(),
                     'data': {'fingerprint': self.data.training.fingerprint},
                     'config': self.records.resolved,
                 }
@@ -204,6 +207,7 @@ class _Job:
             ),
             config.checkpoint.minutes,
             config.log_every,
+            signs.keep,
         )
         keeping = []
         if metric := config.checkpoint.best:
@@ -235,7 +239,7 @@ class _Job:
         """Evaluates the weights that the run begins with, and writes texts of them, as step 0."""
         self.records.metrics.add(0, {'tokens': 0})
         for hook in measuring:
-            if not isinstance(hook, hooks.Analysis):
+            if not isinstance(hook, (hooks.Analysis, hooks.Probe)):
                 hook(0, state)
         self.records.metrics.flush()
 
@@ -256,10 +260,17 @@ class _Job:
             measuring.append(hooks.Analysis(config.analysis.every, analyses, program.task, metrics))
         return measuring
 
-    def _meter(self, measuring: Sequence[hooks.Hook], compile_sec: float) -> Meter:
+    def _signs(self) -> Signs:
         config, program = self.program.config, self.program
         training = batches.training(self.data.training, seed=config.data.seed, batch_size=config.examples_per_step)
-        seen = map(training.__getitem__, range(1000))
+        one_epoch = -(-len(self.data.training) // config.examples_per_step)
+        seen = map(training.__getitem__, range(min(1000, one_epoch)))
+        entropy = functools.cache(functools.partial(program.task.baseline, seen))
+        state, lines = program.state, self.records.metrics.lines
+        return Signs(config, state.params, state.network, entropy, self.about, lines)
+
+    def _meter(self, measuring: Sequence[hooks.Hook], signs: Signs, compile_sec: float) -> Meter:
+        config, program = self.program.config, self.program
         return Meter(
             self.records.metrics,
             self.records.folder,
@@ -272,11 +283,7 @@ class _Job:
             flops_per_position=program.flops_per_position(),
             devices=list(program.mesh.devices.flat),
             first_line={'perf/compile_sec': compile_sec},
-            collapse=Collapse(
-                config.collapse,
-                config.optim.warmup(config.num_steps),
-                functools.partial(program.task.baseline, seen),
-            ),
+            signs=signs,
             save_debug=self.records.save_debug,
         )
 

@@ -24,6 +24,7 @@ from mixln_jax.data import rows as data_rows
 from mixln_jax.distributed import mesh as meshes
 from mixln_jax.distributed import processes
 from mixln_jax.program.program import Program
+from mixln_jax.system.errors import UsageError
 from mixln_jax.training import hooks, loop, run
 
 DEFAULTS = configs.flatten(configs.Config())
@@ -123,6 +124,9 @@ ELSEWHERE = {
     'model.pool': 'test_vit.py::test_kinds',
     'model.representation': 'test_vit.py::test_kinds',
     'model.pixels': 'test_vit.py::test_kinds',
+    'optim.rate_factors': 'test_rate_factors.py::test_every_weight_moves_by_its_factor',
+    'stability.every': 'test_signs.py::test_they_change_nothing',
+    'stability.rows': 'test_probe.py::test_equals_the_reference',
     'optim.ema': 'test_running_average.py::test_a_run',
     'model.init': 'test_models.py::test_scaled',
     'model.init_std': 'test_models.py::test_standard_deviations',
@@ -413,3 +417,24 @@ def test_type_of_activations(compute_dtype):
     ours = program(compute_dtype=compute_dtype)
     lowered = ours.eval_step.lower(ours.state.params, ours.batch(8)).as_text()
     assert ('bf16' in lowered) == (compute_dtype == 'bfloat16')
+
+
+MEANT_FOR_TASKS = {  # a task, a key that it does not read, another value than its default
+    'preference': ('task.reward.centering', 0.1), 'online': ('task.preference.beta', 0.5),
+    'reward': ('task.preference.loss', 'ipo'), 'language': ('task.online.reward', 'a:b'),
+    'masked_language': ('data.template', 'plain'), 'instructions': ('task.classification.mixup', 0.2),
+    'classification': ('data.mode', 'pack'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('task, key', MEANT_FOR_TASKS.items(), ids=MEANT_FOR_TASKS)
+def test_keys_of_another_task_are_refused(task, key):
+    """A run from before there was this check is still read."""
+    (path, value), values = key, {'task.name': task, 'init_from': 'a'}
+    values |= {'task.online.reward': 'a:b'} if task == 'online' else {}
+    assert built(**{path: DEFAULTS[path]} | values).task.name == task
+    with pytest.raises(UsageError, match=f'^config.{path}={value} has no meaning for config.task.name={task}: it is'):
+        built(**{path: value} | values)
+    given = configs.default()
+    given.update_from_flattened_dict({path: value} | values)
+    assert configs.flatten(configs.build(given, resolved=True))[path] == value

@@ -16,7 +16,7 @@ from mixln_jax.models import families, network
 from mixln_jax.runs import log
 from mixln_jax.system import hardware
 from mixln_jax.tasks import language
-from mixln_jax.training import collapse, meter
+from mixln_jax.training import meter
 
 
 @pytest.fixture
@@ -87,6 +87,16 @@ class TestTensorBoard:
         assert self.shown(tmp_path)[0] == expected
 
 
+class Silent:
+    """Signs of a run that has none."""
+
+    def add(self, step, values):
+        pass
+
+    def line(self, values):
+        return {}
+
+
 class TestSpeed:
     """Two devices, two steps a line, a clock that the test moves."""
 
@@ -107,7 +117,7 @@ class TestSpeed:
             flops_per_position=11e12,
             devices=[types.SimpleNamespace(device_kind=self.KIND, platform='cpu')] * 2,
             first_line={'perf/compile_sec': 9.5},
-            collapse=collapse.Collapse('ignore', 0, None),
+            signs=Silent(),
             save_debug=None,
         )
         lines.close()

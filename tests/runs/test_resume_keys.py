@@ -30,6 +30,7 @@ MAY_CHANGE = {
     *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
     *('processes.timeout', 'processes.secret', 'processes.stall'),
     *('analysis.every', 'analysis.tokens'),
+    *('stability.every', 'stability.rows'),
     *('profile.start', 'profile.steps'),
     *('expected.perplexity', 'expected.tokens', 'expected.tasks', 'expected.accuracy', 'expected.source'),
 }

@@ -277,6 +277,21 @@ def test_a_signal_stops_the_cells_and_the_sweep_goes_on(pretended, recipe, capsy
     assert pretended(*RATES)[0] == 0
 
 
+def test_a_claim_lasts_until_worker_and_cell_have_both_ended(recipe, monkeypatch):
+    """So nobody takes over a cell whose worker was killed while its process still saves."""
+    monkeypatch.setattr(workers.Job, 'command', lambda self, cell: [sys.executable, '-c', 'input()'])
+    [cell, *_] = cells_of(recipe, RATES[1:])
+    pathlib.Path('cells').mkdir()
+    path = sweep_folder.beside(pathlib.Path(), cell.name, '.lock')
+    job, lock = workers.Job(pathlib.Path(), 'tiny.py', ()), workers.outputs.hold(path)
+    running = workers.start(job, cell, lock, 0, None)
+    lock.close()  # as the worker's death does
+    assert workers.outputs.hold(path) is None
+    running.stop()
+    running.process.wait()
+    assert workers.outputs.hold(path) is not None
+
+
 def test_gpus_are_shared_by_the_processes_of_a_worker():
     assert workers.share_devices('0,1,2,3', 2) == ['0,1', '2,3']
     assert workers.share_devices(None, 2) == [None, None] and workers.share_devices('0,1', 1) == ['0,1']

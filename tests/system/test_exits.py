@@ -410,3 +410,14 @@ def test_numbers_of_any_length(tmp_path, capsys):
     (newest := tmp_path / 'checkpoints/3').mkdir(parents=True)
     with pytest.raises(UsageError, match='has no checkpoint'):
         list(subjects._steps(newest, '9' * 5000))
+
+
+@pytest.mark.parametrize('status', [None, 0, 5, 'why'])
+def test_code_that_ends_the_process_is_an_error(capsys, status):
+    """Whatever a command calls, such as modules of a task's YAML file, does not decide its exit code."""
+
+    def job():
+        sys.exit(status)
+
+    assert cli.call(job) == 2
+    assert capsys.readouterr().err.startswith('mixln_jax: code that the command calls wants to end it: SystemExit')
