@@ -164,8 +164,8 @@ def columns(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def draw(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-    """Returns {name: figure} of the results in a result.json: a chart of every metric and block; of the loss where there is
-    no other metric."""
+    """Returns {name: figure} of the results in a result.json: a chart of every metric and block, of the loss where it
+    is the only one."""
     metrics = {name: set(metric['drop']) for result in results for name, metric in result['metrics'].items()}
     return {
         '_'.join([name.replace('/', '_'), *([block] if block != '1' else [])]): figures.drop(

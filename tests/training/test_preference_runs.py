@@ -146,6 +146,8 @@ def test_tools_read_the_run(name, finished):
     for name in ('loss', 'accuracy', 'margin', 'chosen_log_prob', 'rejected_log_prob', 'kl'):
         assert results[f'eval/{name}'] == pytest.approx(wanted[f'eval/{name}'], rel=1e-4)
     [row] = inspect.inspect(run, 1, 1)
+    assert row['sides'][:2] == ['chosen', 'rejected'] and len(row['sides']) == len(row['text'])
+    assert any(line.startswith('  rejected    ') for line in inspect.show(row))
     (prompt, _), (chosen, is_learned) = row['text'][0]
     assert prompt.endswith(':') and chosen.endswith('<258>') and is_learned
     assert row['text'][1] == [(prompt, False), (chosen[:-5].upper() + '<258>', True)]
@@ -230,7 +232,10 @@ class TestKeptLogProbs:
 
     def test_start_that_is_another_now(self, run, pairs, base, finished):
         shutil.rmtree(run / 'reference')
-        with pytest.raises(CheckpointError, match='reference lacks log-probabilities.*has other weights now'):
+        with pytest.raises(
+            CheckpointError,
+            match='reference lacks log-probabilities of the reference; .*=.* has other weights than that',
+        ):
             self.go_on(run, pairs, base, init_from=str(finished('sigmoid')))
 
     def test_resumed_elsewhere(self, pairs, base, run, tmp_path):
