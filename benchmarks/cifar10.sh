@@ -5,8 +5,9 @@
 # three times. The same command goes on after a stop, and nothing is downloaded.
 set -euo pipefail
 (( $# >= 2 )) || { sed -n '3,5s/^# //p' "$0" >&2; exit 2; }
-train=$1 test=$2 out=${3:-runs/cifar10}
-shift $(( $# < 3 ? 2 : 3 ))
+train=$1 test=$2 out=runs/cifar10
+shift 2
+if [[ ${1:---} != --* ]]; then out=$1; shift; fi
 runs=()
 for seed in ${SEEDS:-0}; do
   for placement in pre mix; do

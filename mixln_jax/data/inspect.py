@@ -13,13 +13,13 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mixln_jax import config as configs
-from mixln_jax.data import batches, layout, rows, tokenizers
+from mixln_jax.data import batches, layout, prompt_rows, rows, tokenizers
 from mixln_jax.data import verify as verification
 from mixln_jax.data.sources import OF_IMAGES
 from mixln_jax.data.tokenizers import Tokenizer
@@ -33,8 +33,9 @@ def inspect(
     """Yields the first `num_rows` rows (None: all) of the batch of step `step` (from 1) of the run in `workdir`.
 
     Each is a dict: `row` in the batch, `origin` (file and record), `text` (a list, one piece of text for each document
-    in the row; a conversation is a list of pairs instead, a part of its text and whether it is learned), and `inputs`,
-    `targets`, `loss_mask`, for packed rows `segment_ids` and `positions`, each a list of T.
+    in the row; a conversation is a list of pairs instead, a part of its text and whether it is learned), for pairs
+    `sides` (what each text is: chosen, rejected), and `inputs`, `targets`, `loss_mask`, for packed rows `segment_ids`
+    and `positions`, each a list of T.
     `data_path` is where the run's data is now (None: where it was).
 
     Raises:
@@ -49,8 +50,9 @@ def inspect(
     batch = batches.batch_at(run_rows, config.data.seed, places)
     for i, number in enumerate(batches.order(run_rows, config.data.seed, places).tolist()):
         row = {name: values[i].tolist() for name, values in batch.items()}
-        texts = _parts if config.task.name in ('instructions', *rows.OF_PAIRS) else _texts
-        yield {'row': i, 'origin': run_rows.origin(number), 'text': texts(row, tokenizer), **row}
+        texts = SHOWN.get(config.task.name, _texts)(row, tokenizer)
+        sides = {'sides': ['chosen', 'rejected'] * (len(texts) // 2)} if config.task.name in rows.OF_PAIRS else {}
+        yield {'row': i, 'origin': run_rows.origin(number), 'text': texts, **sides, **row}
 
 
 def _places(config: configs.Config, step: int, num_rows: int | None) -> np.ndarray:
@@ -133,10 +135,22 @@ def _parts(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[list[tuple[str,
     return conversations
 
 
+def _prompt(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
+    """Returns the prompt of a row, all of it: it has a target less than tokens."""
+    return [_spelled(prompt_rows.context(*(np.array(row[name]) for name in ('inputs', 'loss_mask'))), tokenizer)]
+
+
 def _spelled(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """Returns the text of ids, with special tokens as <id>."""
     runs = itertools.groupby(ids, key=tokenizer.can_yield)
     return ''.join(tokenizer.decode(list(run)) if text else ''.join(f'<{i}>' for i in run) for text, run in runs)
+
+
+# How the texts of a row are shown, where not as documents.
+SHOWN: dict[str, Callable[[Mapping[str, Any], Tokenizer], list[Any]]] = {
+    'instructions': _parts,
+    'online': _prompt,
+} | dict.fromkeys(rows.OF_PAIRS, _parts)
 
 
 def _former(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,12 +164,13 @@ def show(row: Mapping[str, Any], colour: bool = False) -> list[str]:
     count, total = int(sum(row['loss_mask'])), len(row['inputs'])
     begin, end = ('\x1b[1;32m', '\x1b[0m') if colour else ('[[', ']]')
     lines = [f'row {row["row"]}: {row["origin"]}: {count} of {total} targets are real']
-    for text in row['text']:
+    names = row.get('sides', ['text'] * len(row['text']))
+    for name, text in zip(names, row['text'], strict=True):
         if isinstance(text, str):
-            lines.append(f'  text        {text!r}')
+            lines.append(f'  {name:<11} {text!r}')
             continue
         parts = ((repr(part)[1:-1], learned) for part, learned in text)
-        lines.append('  text        ' + ''.join(f'{begin}{part}{end}' if learned else part for part, learned in parts))
+        lines.append(f'  {name:<11} ' + ''.join(f'{begin}{part}{end}' if learned else part for part, learned in parts))
     for name in ('inputs', 'targets', 'loss_mask', 'segment_ids', 'positions'):
         if name in row:
             lines.append(f'  {name:<11} {_runs(row[name])}')

@@ -1,6 +1,7 @@
 """Records of preferences: a prompt with two answers, of which one was chosen."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ class Pair:
         origin: its file and line, for people.
         tools: what the assistant may call; None: the record does not say.
         margin: what the record says of by how much more the chosen one is to be rewarded; see `read_margin`.
+        repeats: whether both answers are texts that begin with that of the prompt, and so have it twice.
     """
 
     prompt: Messages
@@ -30,6 +32,7 @@ class Pair:
     origin: str
     tools: Messages | None = None
     margin: Any = None
+    repeats: bool = False
 
     @property
     def unit(self) -> bytes:
@@ -68,16 +71,29 @@ def from_record(record: Any, origin: str) -> Pair:
     if missing := [name for name in ('chosen', 'rejected') if name not in record]:
         raise DataError(f'{missing[0]} is missing; {KNOWN}')
     chosen, rejected = (_answer(record, name) for name in ('chosen', 'rejected'))
-    if 'prompt' in record:
-        prompt = _prompt(record)
-        chosen, rejected = (_after(prompt, answer) for answer in (chosen, rejected))
-    else:
-        prompt = _common(record, chosen, rejected)
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    prompt = _prompt(record) if 'prompt' in record else _common(record, chosen, rejected)
+    chosen, rejected = (_after(prompt, answer) for answer in (chosen, rejected))
     for name, answer in (('chosen', chosen), ('rejected', rejected)):
         if not answer or answer[-1]['role'] != 'assistant':
             raise DataError(f'{name} does not end with what the assistant says')
-    return Pair(prompt, chosen, rejected, origin, records.tools(record), record.get('margin'))
+        if 'prompt' in record and prompt[-1]['role'] != 'assistant' and (before := _before_answer(answer)):
+            said = f'{before[0]["role"]} says, {before[0].get("content")!r:.80}'
+            raise DataError(f'{name} neither begins with the prompt, message by message, nor after it: the {said}')
+    if _before_answer(chosen) != _before_answer(rejected):
+        raise DataError('chosen and rejected have no common prompt: they differ before the assistant says anything')
+    return Pair(prompt, chosen, rejected, origin, records.tools(record), record.get('margin'), _repeats(record, prompt))
+
+
+def _before_answer(answer: Messages) -> Messages:
+    """Returns the messages before the first one of the assistant."""
+    return list(itertools.takewhile(lambda message: message['role'] != 'assistant', answer))
+
+
+def _repeats(record: Mapping[str, Any], prompt: Messages) -> bool:
+    asked = prompt[-1].get('content') or ''
+    return bool(asked) and all(
+        isinstance(record[name], str) and record[name].startswith(asked) for name in ('chosen', 'rejected')
+    )
 
 
 def read_margin(value: Any) -> float | None:

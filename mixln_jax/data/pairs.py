@@ -70,6 +70,7 @@ class Pairs(LearnedRows):
         self.layout = Layout('pack', tokenizer.pad_id, tokenizer.eos_id)
         self.by_length = mode == 'pack'  # see learned_rows.pack
         self.num_cut = 0
+        self.repeating = [pair.origin for pair in pairs if pair.repeats]
         self.dropped: dict[str, list[str]] = {reason: [] for reason in REASONS}
         texts, origins, self._margins = list[Text](), list[str](), list[float]()
         digest = hashlib.blake2b(digest_size=16)
@@ -89,10 +90,13 @@ class Pairs(LearnedRows):
             self._margins.append(margin or 0.0)
             origins += [pair.origin] * 2
         if not texts:
-            first = next(filter(None, self.dropped.values()), ['-'])[0]
+            reasons = '; '.join(
+                f'{len(origins):,} {reason}, the first of them {origins[0]}'
+                for reason, origins in self.dropped.items()
+                if origins
+            )
             raise DataError(
-                f'none of {len(pairs):,} pairs has two answers that differ in config.seq_length={seq_length} tokens, '
-                f'the first of them {first}'
+                f'none of {len(pairs):,} pairs can be learned from in config.seq_length={seq_length} tokens: {reasons}'
             )
         totals = np.add.reduceat([len(ids) for ids, _ in texts], range(0, len(texts), 2)).tolist()
         rows = [[number] for number in range(len(totals))] if mode == 'pad' else learned_rows.pack(totals, seq_length)
@@ -137,6 +141,11 @@ class Pairs(LearnedRows):
                     f'warning: {split}: {len(origins):,} of {total:,} pairs {reason} and are left out, the first of '
                     f'them {origins[0]}'
                 )
+        if self.repeating:
+            lines.append(
+                f'warning: {split}: {len(self.repeating):,} of {total:,} pairs have texts as answers that both begin '
+                f'with the prompt, which is there twice then, the first of them {self.repeating[0]}'
+            )
         return lines
 
 

@@ -161,7 +161,8 @@ def _loads(text: str, origin: str) -> Any:
     try:
         return orjson.loads(text)
     except ValueError as error:
-        raise DataError(f'{origin}: not JSON: {str(error).partition(":")[0]}') from None
+        way = '; an object is to be on one line' if text.strip() == '{' else ''
+        raise DataError(f'{origin}: not JSON: {str(error).partition(":")[0]}{way}') from None
 
 
 def _members(path: str, line: int, text: str) -> Iterator[tuple[int, Any]]:

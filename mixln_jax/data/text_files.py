@@ -42,6 +42,8 @@ FOREIGN = (
     (257, b'ustar', 'a tar archive; unpack it'),
     (0, b'PAR1\x15', 'parquet; write it as JSON lines'),
     (0, b'ARROW1\0\0', 'an Arrow file; write it as JSON lines'),
+    (0, b'\xff\xfe\0\0', 'UTF-32; write it as UTF-8'),
+    (0, b'\0\0\xfe\xff', 'UTF-32; write it as UTF-8'),
     (0, b'\xff\xfe', 'UTF-16; write it as UTF-8'),
     (0, b'\xfe\xff', 'UTF-16; write it as UTF-8'),
 )

@@ -197,13 +197,14 @@ def _start(task: Task, config: configs.Config, fingerprint: str, workdir: pathli
     """Returns what `init_from` of a run names, on the mesh of a task. Raises CheckpointError unless it is the run's
     reference, of this fingerprint."""
     problem = (
-        f'{workdir / FOLDER} lacks log-probabilities of the reference, to be computed with the network that the run'
+        f'{workdir / FOLDER} lacks log-probabilities of the reference; to compute them, config.init_from has to name '
+        'the network that the run began with'
     )
     if not config.init_from:
-        raise CheckpointError(f'{problem} began with: name it in config.init_from')
+        raise CheckpointError(problem)
     params, kept = tuning.split(start_weights.initial(config.init_from, task.model), config.tune)
     network = trees.join(jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), params), kept)
     network = meshes.params_to_devices(network, task.model.stream_sharding.mesh)
     if frozen.fingerprint(checksums.describe(network)) != fingerprint:
-        raise CheckpointError(f'{problem}, and config.init_from={config.init_from} has other weights now')
+        raise CheckpointError(f'{problem}, and config.init_from={config.init_from} has other weights than that')
     return network

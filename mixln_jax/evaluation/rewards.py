@@ -123,7 +123,8 @@ class Scorer:
     def _ids(self, text: Scored) -> np.ndarray:
         """Returns the ids of a text, as those that the network was trained on end: with the token that ends it."""
         if isinstance(text.content, str):
-            return np.array([*self._encoder.encode(text.content), self.tokenizer.eos_id], np.int32)
+            ids = self.tokenizer.encode(text.content)  # none of an empty text, whose end alone is read
+            return np.array([*self._encoder.start, *ids, self.tokenizer.eos_id], np.int32)
         if self._template is None:
             raise DataError(f'{text.origin}: a conversation needs a template, and {self.where} names none')
         try:
@@ -173,7 +174,12 @@ def open_reward(
     try:
         scorer = Scorer(weights.load(name), mesh, batch_size)
         if scorer.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise UsageError(f'{scorer.where} has another tokenizer than the network that answers')
+            ours, theirs = tokenizer.kind, scorer.tokenizer.kind
+            way = '; an export never has the tokenizer of a run with config.data.tokenizer=bytes: name the run itself'
+            raise UsageError(
+                f'{scorer.where} has another tokenizer than the network that answers'
+                + (way if 'bytes' in (ours, theirs) and ours != theirs else '')
+            )
     except (UsageError, CheckpointError) as error:
         raise type(error)(f'{key}={name}: {error}') from None
     return scorer.answers, scorer.fingerprint

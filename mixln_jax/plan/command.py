@@ -22,6 +22,7 @@ from mixln_jax.system import cli, console, hardware
 from mixln_jax.system.errors import DeviceError, UsageError, first_line
 from mixln_jax.system.hardware import DEVICES, KINDS
 
+SAMPLES = '  not counted: rewards, and that sampling reads all weights for each token, which lowers its MFU'
 MOST_DOUBLINGS = 8  # of the number of devices, in the search for a number that fits
 
 
@@ -72,23 +73,25 @@ def plan(config: configs.Config, topology: str, mfu: float, compile: bool) -> No
     kind, count = topology_size(topology)
     device, capacity = KINDS[kind], DEVICES[KINDS[kind]].memory or 0
     program = Program(config, abstract_mesh(config.mesh, count))
-    flops = program.flops_per_position() * config.batch_size * program.row_length
+    flops = program.flops()
     _print_formula(program, device, count, flops, mfu)
     if compile:
         check = lambda other: _fits_compiled(compiled(other, topology), capacity)  # noqa: E731
         executable = compiled(config, topology)
         fit = _fits_compiled(executable, capacity)
-        _print_compiled(executable, fit, device, flops / count)
+        in_step = sum(value for name, value in flops.items() if name != 'sampling')
+        _print_compiled(executable, fit, device, in_step / count)
     else:
         check, fit = lambda other: True, fits(program, capacity)
     if not fit:
         _print_proposal(config, count, capacity, check)
 
 
-def _print_formula(program: Program, device: str, count: int, flops: float, mfu: float) -> None:
-    """Prints what formulas say: sizes, time and memory; `flops` are of a step on all devices."""
-    config, capacity = program.config, DEVICES[device].memory or 0
-    seconds = flops / (mfu * DEVICES[device].flops * count)
+def _print_formula(program: Program, device: str, count: int, flops: Mapping[str, float], mfu: float) -> None:
+    """Prints what formulas say: sizes, time and memory; `flops` are those of `Program.flops`."""
+    config, capacity, total = program.config, DEVICES[device].memory or 0, sum(flops.values())
+    by_part = [f'  {name:<18}{part:.3g}' for name, part in flops.items()] if len(flops) > 1 else []
+    seconds = total / (mfu * DEVICES[device].flops * count)
     hours = f'{seconds * config.num_steps / 3600:.3g} h for {config.num_steps:,} steps'
     if config.num_epochs:
         hours = f'the data decides how many steps {config.num_epochs:g} epochs are'
@@ -100,8 +103,10 @@ def _print_formula(program: Program, device: str, count: int, flops: float, mfu:
         f'{count} x {device} ({capacity / 2**30:.0f} GiB each); mesh {shape}',
         f'parameters          {program.model.num_params(program.state.network):,}{trained}',
         f'positions per step  {config.batch_size * program.row_length:,} ({config.accumulate} micro-batches)',
-        f'FLOPs per step      {flops:.3g}',
+        f'FLOPs per step      {total:.3g}',
+        *by_part,
         f'time per step       {seconds:.3g} s at {mfu:.0%} MFU; {hours}',
+        *([SAMPLES] if 'sampling' in flops else []),
         f'checkpoint          {_gib(checkpoint)}',
         'memory per device, by formula:',
         *(f'  {name:<17} {_gib(size)}' for name, size in parts.items()),

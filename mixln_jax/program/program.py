@@ -110,6 +110,14 @@ class Program:
         found = self.model.flops_per_position(self.state.network, self.row_length)
         return found - 2 * self.num_frozen(multiplied=True)
 
+    def flops(self) -> dict[str, float]:
+        """Returns the FLOPs of a step on all devices by formula: of its `updates`, and of each of the task's
+        `forward_passes`, which have a third of those of training on all weights."""
+        positions = self.config.batch_size * self.row_length
+        forward = self.model.flops_per_position(self.state.network, self.row_length) / 3
+        passes = {name: count * positions * forward for name, count in self.task.forward_passes.items()}
+        return {'updates': float(self.task.updates * positions * self.flops_per_position())} | passes
+
     def num_frozen(self, multiplied: bool = False) -> int:
         """Returns the number of frozen weights; `multiplied`: without tables that are only looked up."""
         leaves = dict(trees.named_leaves(self.state.frozen))

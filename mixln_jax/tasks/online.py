@@ -72,8 +72,13 @@ class Online(Language):
 
     @property
     def updates(self) -> int:
-        """Updates of the weights in a step."""
         return self.online.updates
+
+    @property
+    def forward_passes(self) -> dict[str, float]:
+        """See Task. In sampling prefill and decoding see each position once; at most, as most rows are shorter."""
+        greedy = 1 / self.online.completions if self.online.algorithm == 'remax' else 0
+        return {'sampling': 1.0 + greedy, 'log-probabilities': 1.0} | super().forward_passes
 
     @property
     def objective(self) -> policy.Objective:

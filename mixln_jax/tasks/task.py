@@ -98,6 +98,16 @@ class Task(abc.ABC):
         """Whether batches bring what the network that training began with says of them, in place of the network."""
         return False
 
+    @property
+    def updates(self) -> int:
+        """Updates of the weights in a step."""
+        return 1
+
+    @property
+    def forward_passes(self) -> dict[str, float]:
+        """The forward passes of a step that belong to no update, by what they are for; 1: one by all its positions."""
+        return {'reference': 1.0} if self.needs_reference else {}
+
     def units(self, tokens: float) -> float:
         """Returns how many of `unit` a number of tokens is."""
         return tokens

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,7 @@ from mixln_jax.runs.workdir import (
     resolved_config,
 )
 from mixln_jax.system import console, files, outputs, signals
+from mixln_jax.system.errors import DataError
 from mixln_jax.tasks.task import Task
 from mixln_jax.training import hooks, loop, samples
 from mixln_jax.training.feed import Feed
@@ -264,7 +265,7 @@ class _Job:
         config, program = self.program.config, self.program
         training = batches.training(self.data.training, seed=config.data.seed, batch_size=config.examples_per_step)
         one_epoch = -(-len(self.data.training) // config.examples_per_step)
-        seen = map(training.__getitem__, range(min(1000, one_epoch)))
+        seen = _readable(training, min(1000, one_epoch))
         entropy = functools.cache(functools.partial(program.task.baseline, seen))
         state, lines = program.state, self.records.metrics.lines
         return Signs(config, state.params, state.network, entropy, self.about, lines)
@@ -286,6 +287,15 @@ class _Job:
             signs=signs,
             save_debug=self.records.save_debug,
         )
+
+
+def _readable(batches: Any, count: int) -> Iterator[Any]:
+    """Yields up to `count` batches, as far as they can be read: training names what cannot when its step comes."""
+    for number in range(count):
+        try:
+            yield batches[number]
+        except DataError:
+            return
 
 
 def _join_processes(config: configs.Config, stop: signals.Stop, closing: contextlib.ExitStack) -> signals.Stop:

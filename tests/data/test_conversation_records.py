@@ -89,6 +89,7 @@ BAD = {
     'a number': (lines(3), ':1: a record is an object, not a number'),
     'not JSON': (lines(PAIR) + '{"prompt": \n', ':2: not JSON: '),
     'text': ('prompt, completion\n', ':1: not JSON: '),
+    'over several lines': (json.dumps(PAIR, indent=2), ':1: not JSON: .*; an object is to be on one line$'),
     'a prompt of another type': (lines(PAIR | {'prompt': 3}), ':1: prompt is a number, not a string'),
     'no completion': (lines(PAIR | {'completion': None}), ':1: completion is null, not a string'),
     'an input of another type': (lines(ALPACA | {'input': ['a']}), ':1: input is an array, not a string'),

@@ -155,7 +155,10 @@ class TestAFailingRecord:
         assert (tmp_path / 'run' / 'checkpoints' / str(step - 1)).is_dir()
         shard.write_bytes(whole)
         main.run(config, tmp_path / 'run')
-        assert lines_of(tmp_path / 'run') == lines_of(tmp_path / 'whole')
+        both = [lines_of(tmp_path / name) for name in ('run', 'whole')]
+        for line in sum(both, []):  # of all tokens that can be read, which became more
+            del line['stability/entropy_distance']
+        assert both[0] == both[1]
 
 
 def unreadable(data_dir):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import numpy as np
 import pytest
@@ -20,6 +21,10 @@ def pair(prompt, chosen, rejected):
 
 def turns(*texts):
     return [{'role': 'user' if i % 2 == 0 else 'assistant', 'content': text} for i, text in enumerate(texts)]
+
+
+def system(text):
+    return [{'role': 'system', 'content': text}]
 
 
 def write(path, records):
@@ -119,6 +124,21 @@ def test_dropped(tmp_path, capsys):
     assert f'1 of 4 pairs have a prompt that leaves no room and are left out, the first of them {tmp_path}/a:3' in said
 
 
+def test_texts_that_repeat_the_prompt_are_said(tmp_path, capsys):
+    """They are taken as they are, as TRL does, which may be meant."""
+    records = [pair('Hi', 'Hiyo', 'Hino'), pair('Hi', 'Hiyo', 'no'), pair('', 'yo', 'no')]
+    records.append(pair(turns('Hi'), 'Hiyo', 'Hino'))
+    assert shown(open_(write(tmp_path / 'a', records), T=14))[0] == 'HiHiyo.HiHino.'
+    said = f'2 of 4 pairs have texts as answers that both begin with the prompt, .* the first of them {tmp_path}/a:1'
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_answers_that_go_on_with_a_question(tmp_path):
+    """After a prompt that ends with an answer, the same one in both."""
+    record = pair(turns('a', 'b'), turns('c', 'd'), turns('c', 'e'))
+    assert shown(open_(write(tmp_path / 'a', [record])))[:2] == ('ab.cd.ab.ce.', '000110000110')
+
+
 def test_answers_that_call_tools():
     """They may say nothing; calls are a part of the answer."""
     calls = lambda name: [{'role': 'assistant', 'tool_calls': [{'name': name}]}]  # noqa: E731
@@ -167,6 +187,17 @@ BAD = {
     'null': (pair('a', None, 'b'), 'chosen is null, not a text or messages'),
     'no messages': (pair('a', [], 'b'), 'chosen is empty'),
     'no content': (pair('a', [{'role': 'assistant'}], 'b'), r'chosen\[0\].content is missing'),
+    'another prompt': (pair('A', turns('A', 'x'), turns('B', 'y')), "rejected neither begins .*: the user says, 'B'"),
+    'a prompt with a blank': (pair('A', turns('A ', 'x'), turns('A ', 'y')), "chosen neither begins .* says, 'A '"),
+    'half of the prompt': (
+        pair(system('S') + turns('A'), turns('A', 'x'), turns('A', 'y')), 'chosen neither begins with the prompt',
+    ),
+    'prompts that begin alike': (
+        {'chosen': system('S') + turns('A', 'x'), 'rejected': system('S') + turns('B', 'y')}, 'no common prompt',
+    ),
+    'later questions': (
+        {'chosen': turns('a', 'b', 'c', 'd'), 'rejected': turns('a', 'b', 'e', 'd')}, 'no common prompt: they differ',
+    ),
     'ends with the user': (pair('a', turns('b'), 'c'), 'chosen does not end with what the assistant says'),
     'tools': (pair('a', 'b', 'c') | {'tools': 3}, 'tools is a number, not an array'),
     'tools that a template leaves out': (pair('a', 'b', 'c') | {'tools': [{'name': 'f'}]}, 'does not know tools'),
@@ -190,8 +221,12 @@ def test_bad_files(tmp_path):
     (tmp_path / 'text').write_text('{"prompt": ')
     with pytest.raises(DataError, match='text:1: not JSON'):
         open_(tmp_path / 'text')
-    with pytest.raises(DataError, match=r'none of 1 pairs has two answers that differ in config.seq_length=12'):
+    with pytest.raises(
+        DataError, match=r'none of 1 pairs can be learned from in config.seq_length=12 tokens: 1 have two'
+    ):
         open_(write(tmp_path / 'same', [pair('a', 'b', 'b')]))
+    with pytest.raises(DataError, match='tokens: 2 have a prompt that leaves no room, the first of them .*long:1$'):
+        open_(write(tmp_path / 'long', [pair('too long for', 'b', 'c')] * 2))
 
 
 def test_bad_keys(tmp_path):

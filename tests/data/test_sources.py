@@ -192,12 +192,12 @@ class TestReader:
                 file.write(table)
         else:
             forms = {'gzip': lambda b: gzip.compress(gzip.compress(b)), 'xz': lzma.compress, 'bzip2': bz2.compress}
-            path.write_bytes(forms.get(how, lambda b: b.decode().encode('utf-16'))(content))
+            path.write_bytes(forms.get(how, lambda b: b.decode().encode(how))(content))
         return str(path)
 
     @pytest.mark.parametrize('kind', ['jsonl', 'text'])
     @pytest.mark.parametrize(
-        'how', ['gzip', 'lz4', 'xz', 'bzip2', 'zip', 'tar', 'tar.gz', 'parquet', 'Arrow', 'UTF-16']
+        'how', ['gzip', 'lz4', 'xz', 'bzip2', 'zip', 'tar', 'tar.gz', 'parquet', 'Arrow', 'UTF-16', 'UTF-32']
     )
     def test_other_forms_are_named(self, tmp_path, kind, how):
         """Whatever their names, and none of their bytes is skipped as malformed."""

@@ -287,3 +287,29 @@ class TestCompile:
         assert plan.main(['--config', recipe(tmp_path), '--topology', 'v5e:2x4', '--compile']) == 3
         error = capsys.readouterr().err
         assert '--compile: cannot compile for v5e:2x4 here: no libtpu (pip install "jax[tpu]")' in error
+
+
+FORWARD = 1 / 3  # of the FLOPs of training on the same positions
+STEPS = {  # FLOPs of a step by part, 1: of an update
+    'preference': ({'preference': configs.Preference()}, {'updates': 1, 'reference': FORWARD}),
+    'precomputed': ({'preference': configs.Preference(reference='precomputed')}, {'updates': 1}),
+    'online': (
+        {'online': configs.Online(updates=8)},
+        {'updates': 8, 'sampling': FORWARD, 'log-probabilities': FORWARD, 'reference': FORWARD},
+    ),
+    'without a reference': (
+        {'online': configs.Online(algorithm='remax', beta=0.0, completions=2)},
+        {'updates': 1, 'sampling': 1.5 * FORWARD, 'log-probabilities': FORWARD},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('task, wanted', STEPS.values(), ids=STEPS)
+def test_what_a_step_does_besides_its_updates(task, wanted, capsys):
+    config = dataclasses.replace(CONFIG, task=configs.Task(name=[*task][0], **task))
+    update = abstract().flops()['updates']
+    assert abstract(config).flops() == pytest.approx({name: part * update for name, part in wanted.items()})
+    plan.plan(config, 'v5e:8', 0.4, compile=False)
+    shown = capsys.readouterr().out
+    assert f'FLOPs per step      {sum(wanted.values()) * update:.3g}\n' in shown
+    assert ('  reference' in shown, 'not counted: rewards' in shown) == ('reference' in wanted, 'sampling' in wanted)

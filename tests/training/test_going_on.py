@@ -142,9 +142,13 @@ def test_other_changes_stay_refused(corpus, finished, changes, keys):
 
 
 def test_a_decay_from_a_stable_checkpoint(corpus, tmp_path, capsys):
-    """The weights, moments and data of a run that was to decay there from the start."""
-    main.run(recipe(corpus, num_steps=8, **CONSTANT, **QUIET), tmp_path / 'stable')
-    decay = {**WSD, **QUIET, 'num_steps': 6}
+    """The weights, moments and data of a run that was to decay there from the start.
+
+    Bit for bit where no signs are measured: with them XLA compiles the two schedules to steps that round differently.
+    """
+    unsigned = QUIET | {'stability.every': 0}
+    main.run(recipe(corpus, num_steps=8, **CONSTANT, **unsigned), tmp_path / 'stable')
+    decay = {**WSD, **unsigned, 'num_steps': 6}
     main.run(recipe(corpus, **decay), tmp_path / 'whole')
     capsys.readouterr()
     main.run(recipe(corpus, resume_from=f'{tmp_path}/stable/checkpoints/4', **decay), tmp_path / 'decayed')

@@ -137,7 +137,7 @@ def test_tools_read_the_run(finished, capsys):
     for name in ('reward', 'kl', 'entropy', 'loss'):
         assert found[f'eval/{name}'] == pytest.approx(wanted[f'eval/{name}'], rel=1e-4)
     rows = [*inspect.inspect(run, 2)]
-    assert len(rows) == 2 and all(row['text'] for row in rows)
+    assert len(rows) == 2 and all(re.fullmatch(r'\d+\+\d', *row['text']) for row in rows)
 
 
 def test_replay(prompts, base, finished, tmp_path, monkeypatch, capsys):

@@ -163,6 +163,7 @@ def texts(tmp_path_factory):
     records = [
         {'prompt': '1:', 'completion': 'quick', 'name': 'kept'}, {'messages': turns}, {'text': '1:quick'},
         {'instruction': '1:', 'output': 'QUICK'}, {'text': 'a long text that is more than the row ' * 3},
+        {'text': ''},
     ]  # fmt: skip
     path.write_text(''.join(json.dumps(record) + '\n' for record in records))
     return path
@@ -173,8 +174,8 @@ def test_texts_are_scored(finished, texts, tmp_path, capsys):
     command = ['--checkpoint', str(run), '--texts', str(texts), '--out', str(tmp_path / 'out.jsonl')]
     assert evaluate.main(command) == 0
     said = capsys.readouterr()
-    assert '5 texts: reward ' in said.out
-    assert f'1 of 5 texts are longer than the 32 tokens that {run}' in said.err
+    assert '6 texts: reward ' in said.out
+    assert f'1 of 6 texts are longer than the 32 tokens that {run}' in said.err
     lines = [*map(json.loads, (tmp_path / 'out.jsonl').read_text().splitlines())]
     assert lines[0]['name'] == 'kept' and [{*line} for line in lines[1:3]] == [
         {'messages', 'reward'},
@@ -183,7 +184,8 @@ def test_texts_are_scored(finished, texts, tmp_path, capsys):
     found = weights.load(run)
     template = chat.open_template('plain', found.tokenizer)
     ids = [template.tokens(lines[1]['messages'])[0], [*b'1:quick', 258], [*lines[4]['text'].encode(), 258][-32:]]
-    for at, one in zip((0, 2, 4), ids, strict=True):
+    ids.append([258])  # of an empty text
+    for at, one in zip((0, 2, 4, 5), ids, strict=True):
         expected = found.model.apply({'params': found.params}, np.array([one]))[0][0, -1, 0]
         assert lines[at]['reward'] == pytest.approx(float(expected), abs=1e-5)
     assert lines[0]['reward'] == pytest.approx(lines[1]['reward'], abs=1e-6) and lines[3]['reward'] < lines[0]['reward']
@@ -261,7 +263,10 @@ def test_another_tokenizer(finished, monkeypatch):
         eos_id = 257
 
     mesh = comparison.mesh_for(1)
-    with pytest.raises(UsageError, match='--reward=.* has another tokenizer than the network that answers'):
+    with pytest.raises(UsageError, match='--reward=.* has another tokenizer than the network that answers$'):
+        rewards.open_reward(str(finished('all')), '--reward', mesh, 1, Other())
+    Other.kind = 'huggingface'
+    with pytest.raises(UsageError, match='config.data.tokenizer=bytes: name the run itself$'):
         rewards.open_reward(str(finished('all')), '--reward', mesh, 1, Other())
 
 

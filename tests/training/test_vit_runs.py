@@ -23,6 +23,10 @@ KEYS = {
     'checkpoint.every': 3, 'analysis.every': 0, 'analysis.tokens': 0, 'optim.learning_rate': 1e-2, 'log_every': 1,
     'task.classification.mixup': 0.2, 'task.classification.label_smoothing': 0.1, 'mesh.data': 1,
 }  # fmt: skip
+DEFAULTS = configs.flatten(configs.Config())
+TEXT = {  # nothing that is for images alone
+    key: DEFAULTS[key] for key in KEYS if key.startswith(('task.classification.', 'data.images.', 'data.held_out'))
+}
 
 
 def run_of(**changes):
@@ -104,8 +108,8 @@ def test_it_learns(tmp_path):
             {'eval.samples': 2, 'model.hidden_size': 12},
             'config.eval.samples=2 has no meaning: this network reads images',
         ),
-        ({'task.name': 'language'}, 'config.task.name=language needs a network that reads texts'),
-        ({'task.name': 'masked_language'}, 'config.task.name=masked_language needs a network that reads texts'),
+        (TEXT | {'task.name': 'language'}, 'config.task.name=language needs a network that reads texts'),
+        (TEXT | {'task.name': 'masked_language'}, 'config.task.name=masked_language needs a network that reads texts'),
         ({'data.source': 'stdlib'}, 'config.data.source=stdlib has no images'),
         ({'model.image_size': 10}, 'config.model.image_size=10 is not divisible by config.model.patch_size=4'),
     ],

@@ -5,6 +5,7 @@ cannot express have the same names where it has one, and a modelling file. timm'
 """
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -208,7 +209,7 @@ def _model_config(path: pathlib.Path, content: Mapping[str, Any]) -> configs.Mod
 def _pixels(folder: pathlib.Path) -> str:
     """Returns the name of the mean and deviation that preprocessor_config.json states."""
     path = folder / PROCESSOR
-    content = hf_config.read_json(path) if path.exists() else {}
+    content = hf_config.read_json(path) if os.path.lexists(path) else {}
     expected = {'do_rescale': True, 'rescale_factor': 1 / 255, 'do_normalize': True}
     for name, value in expected.items():
         if (found := content.get(name, value)) is not value and not (isinstance(found, float) and found == value):
