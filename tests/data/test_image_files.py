@@ -158,6 +158,19 @@ def test_a_tar_file_of_the_folder_it_is_made_in(content, tmp_path):
     assert labelled(opened(tmp_path / 'set.tar')) == labelled(opened(folder))
 
 
+def test_a_list_of_classes_whose_names_have_blanks(tmp_path):
+    train = pictures.write_folder(
+        tmp_path / 'train', {f'{name}/{i}.jpg': b'' for name in ('cat', 'big cat') for i in 'ab'}
+    )
+    others = pictures.write_folder(tmp_path / 'val', {'im 0.jpg': b'', 'im 1.jpg': b'', 'x.jpg': b''})
+    for lines in (['big cat', 'cat', 'big cat'], ['x.jpg big cat', 'im 1.jpg cat', 'im 0.jpg\tbig cat']):
+        (tmp_path / 'val.txt').write_text('\n'.join(lines))
+        found = classes.split(
+            files.open_files(str(train)), 'validation', 0.2, files.open_files(str(others)), str(tmp_path / 'val.txt')
+        )
+        assert found.classes == ('big cat', 'cat') and found.labels.tolist() == [0, 1, 0]
+
+
 class TestBadSets:
     @pytest.mark.parametrize('name', BAD)
     @pytest.mark.parametrize('kind', ['folder', 'zip', 'tar'])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -121,14 +121,23 @@ def _by_list(files: Files, path: str, classes: Sequence[str]) -> Labelled:
     if len(lines) != len(names):
         raise DataError(f'{path}: {len(lines):,} lines for {len(names):,} images of {files.origin(0)} and so on')
     for number, line in enumerate(lines):
-        words = line.split()
-        image = words[0] if len(words) == 2 else names[number]
-        if not words or len(words) > 2 or words[-1] not in known:
+        image, name = _named(line.strip(), names[number], known)
+        if name not in known:
             raise DataError(f'{path}:{number + 1}: {line!r} does not end in the name of a class, such as {classes[0]}')
         if image not in places or labels[places[image]] >= 0:
             raise DataError(f'{path}:{number + 1}: {image} is not an image of its own')
-        labels[places[image]] = known[words[-1]]
+        labels[places[image]] = known[name]
     return Labelled(files, tuple(classes), np.arange(len(names)), labels)
+
+
+def _named(line: str, image: str, classes: Container[str]) -> tuple[str, str]:
+    """Returns the name of an image and that of its class, of a line with both or with that of the class of `image`.
+
+    Both may have blanks in them. Without a class it is the whole line.
+    """
+    blanks = [place for place, letter in enumerate(line) if letter.isspace()]
+    halves = [(image, line), *((line[:place].rstrip(), line[place:].strip()) for place in blanks)]
+    return next((half for half in halves if half[1] in classes), halves[0])
 
 
 def _depth(files: Files) -> int:

@@ -54,7 +54,7 @@ class Documents:
                 _check(content, source.origin(number), self._data.max_pixels)
             except DataError as error:
                 if self.bad >= self._skip_bad:
-                    raise
+                    raise DataError(f'{error}; mend it, or leave out some with --skip_bad N') from error
                 self.bad += 1
                 self.skipped = [*self.skipped, str(error)][:5]
                 continue
