@@ -19,10 +19,7 @@ IMAGES = {
 REWARD = PAIRS | {'task.name': 'reward', 'tune.method': 'lora', 'tune.rank': 4}
 METHODS = {
     'full': {},
-    'lora': {'tune.method': 'lora', 'tune.rank': 4, 'tune.dropout': 0.1},
     'lisa': {'tune.method': 'lisa', 'tune.layers': 1},
-    'probe': {'tune.train': 'head/*'},
-    'pairs': PAIRS,
     'pairs, precomputed': PAIRS | {'task.preference.reference': 'precomputed'},
     'reward, lora': REWARD,
     'pairs, lora, precomputed': PAIRS
