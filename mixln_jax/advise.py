@@ -12,7 +12,6 @@ if __name__ == '__main__':
 
 # ruff: noqa: E402
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -81,12 +80,6 @@ def numbers(option: str, text: str | None) -> list[float]:
         raise UsageError(f'{option}: {text!r} is not a list of numbers, such as 0.125,0.25') from None
 
 
-def default_workdir(recipe: str) -> str:
-    """Returns the folder for the advice on FILE[:ARG]."""
-    file, _, argument = recipe.partition('.py:')
-    return 'runs/' + '_'.join(['advice', pathlib.Path(file).stem, *([argument] if argument else [])])
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
 
@@ -102,7 +95,8 @@ def main(argv: Sequence[str]) -> int:
             'ratios': numbers('--ratios', options.ratios),
             'steps': options.steps,
         }
-        command.advise(options.config, changes, options.workdir or default_workdir(options.config), limits, stop)
+        workdir = options.workdir or recipes.default_workdir(options.config).replace('/', '/advice_', 1)
+        command.advise(options.config, changes, workdir, limits, stop)
 
     return cli.call(job, show_traceback='--traceback' in argv)
 

@@ -97,8 +97,8 @@ def export(
             about = {'max_position_embeddings': loaded.config.seq_length} if loaded.config else _about(source)
             hf_llama.save(partial, loaded.model, loaded.params, loaded.tokenizer, dtype, max_shard_gb, about)
         if not loaded.config:
-            beside = [pattern for pattern in BESIDE if layout == hf_vit.TRANSFORMERS or pattern != hf_vit.PROCESSOR]
-            for path in (path for pattern in beside for path in source.glob(pattern)):
+            patterns = [pattern for pattern in BESIDE if layout == hf_vit.TRANSFORMERS or pattern != hf_vit.PROCESSOR]
+            for path in (path for pattern in patterns for path in source.glob(pattern)):
                 files.regular(path, CheckpointError)
                 shutil.copy(path, partial)
         elif loaded.template in chat.NAMED and (partial / 'tokenizer.json').exists():

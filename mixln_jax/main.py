@@ -7,7 +7,6 @@ if __name__ == '__main__':
 
 # ruff: noqa: E402
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -55,19 +54,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ml_collections.Confi
     if config is None:
         raise UsageError('--config FILE is missing; --help lists the keys')
     if options.workdir is None:
-        options.workdir = default_workdir(options.config)
+        options.workdir = recipes.default_workdir(options.config)
     return options, config
-
-
-def default_workdir(recipe: str) -> str:
-    """Returns the folder of the run of FILE[:ARG]: `runs/`, the path of the file below a folder `configs`, if it is in
-    one, and the argument, joined by `_`. So recipes of one name in several folders have runs of their own. Recipes of
-    papers carry the paper's name already: their folder is left out."""
-    file, _, argument = recipe.partition('.py:')
-    *folders, name = pathlib.Path(file.removesuffix('.py')).absolute().parts
-    above = folders[::-1].index('configs') if 'configs' in folders else 0
-    below = [folder for folder in folders[len(folders) - above :] if folder != 'paper']
-    return 'runs/' + '_'.join([*below, name, *([argument] if argument else [])])
 
 
 def main(argv: Sequence[str]) -> int:

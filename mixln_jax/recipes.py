@@ -62,6 +62,17 @@ def sweep(recipe: str) -> list[dict[str, str]]:
     return [{key: f'{value}' for key, value in changes.items()} for changes in cells]
 
 
+def default_workdir(recipe: str) -> str:
+    """Returns the folder of the run of FILE[:ARG]: `runs/`, the path of the file below a folder `configs`, if it is in
+    one, and the argument, joined by `_`. So recipes of one name in several folders have runs of their own. Recipes of
+    papers carry the paper's name already: their folder is left out."""
+    file, _, argument = recipe.partition('.py:')
+    *folders, name = pathlib.Path(file.removesuffix('.py')).absolute().parts
+    above = folders[::-1].index('configs') if 'configs' in folders else 0
+    below = [folder for folder in folders[len(folders) - above :] if folder != 'paper']
+    return 'runs/' + '_'.join([*below, name, *([argument] if argument else [])])
+
+
 def _read(recipe: str) -> tuple[pathlib.Path, bytes, list[str]]:
     """Returns (file, its content, the arguments of its functions) of FILE or FILE:ARG. Raises UsageError."""
     stem, colon, argument = recipe.partition('.py:')

@@ -473,17 +473,17 @@ class TestCommandLine:
     )
     def test_work_directories_by_the_path_of_a_recipe(self, monkeypatch, tmp_path, recipe, workdir):
         monkeypatch.chdir(tmp_path)
-        assert main.default_workdir(recipe) == workdir
+        assert recipes.default_workdir(recipe) == workdir
 
     def test_recipes_do_not_share_a_work_directory(self):
         """None trains where another does, nor where it begins from."""
         files = [str(path) for path in RECIPES.glob('**/*.py')]
-        assert len({main.default_workdir(file) for file in files}) == len(files)
+        assert len({recipes.default_workdir(file) for file in files}) == len(files)
         begins = {'finetune/quickstart.py': 'quickstart.py', 'preferences/dpo_quickstart.py': 'finetune/quickstart.py'}
         begins['preferences/reward_quickstart.py'] = 'finetune/quickstart.py'
         for recipe, base in begins.items():
             options, config = self.parse('--config', str(RECIPES / recipe))
-            assert config.init_from == main.default_workdir(str(RECIPES / base)) != options.workdir
+            assert config.init_from == recipes.default_workdir(str(RECIPES / base)) != options.workdir
 
     @pytest.mark.parametrize(
         'words, message',

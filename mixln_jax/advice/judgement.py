@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mixln_jax.analysis import stability
+from mixln_jax.training.collapse import Collapse
 
 STATES = COLLAPSED, DIVERGED, SIGNS, UNDECIDED, TRAINED = 'collapsed', 'diverged', 'signs', 'undecided', 'trained'
 FALL = 0.1  # of the entropy: a network that was this much better than frequencies has learned something
 LONGEST = 100  # steps near the frequencies, without progress, that make a collapse
-PROGRESS = 0.01  # of the entropy, from the first half of these steps to the second
+PROGRESS = Collapse.PROGRESS  # of the entropy, from the first half of these steps to the second
 DISTANCE = 'stability/entropy_distance'
 
 

@@ -3,7 +3,6 @@
 import pathlib
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from mixln_jax.advice import judgement, probes
 from mixln_jax.advice.judgement import Verdict
 from mixln_jax.advice.probes import Probe
 from mixln_jax.runs import log
+from mixln_jax.sweeps import child
 from mixln_jax.system import errors, files, outputs, signals
 from mixln_jax.system.errors import CheckpointError, UsageError
 
@@ -54,15 +54,11 @@ class Runner:
 
     def _train(self, probe: Probe) -> tuple[int, str]:
         """Trains until the run ends or has collapsed. Returns its exit code and the last line that it printed."""
-        printed = self._beside(probe, '.txt')
+        printed = self._file(probe, '.txt')
         self._workdir.mkdir(parents=True, exist_ok=True)
         folder = probes.folder(self._workdir, probe)
-        words = [sys.executable, '-m', 'mixln_jax.sweeps.child', '--workdir', f'{folder}', *self._words(probe)]
         with printed.open('wb') as output:
-            # In a session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on.
-            process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
-            )
+            process = child.start(child.command(['--workdir', f'{folder}', *self._words(probe)]), output)
             try:
                 collapsed = self._watch(process, probe)
             finally:
@@ -101,7 +97,7 @@ class Runner:
         return ['--config', self._recipe, *changes]
 
     def _ending(self, probe: Probe) -> pathlib.Path:
-        return self._beside(probe, '.json')
+        return self._file(probe, '.json')
 
-    def _beside(self, probe: Probe, suffix: str) -> pathlib.Path:
+    def _file(self, probe: Probe, suffix: str) -> pathlib.Path:
         return self._workdir / f'{probe.name}{suffix}'

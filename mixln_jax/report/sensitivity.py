@@ -60,7 +60,7 @@ class Curve:
         """The learning rates, ascending."""
         return sorted({rate for rate, _ in self.values})
 
-    def at(self, rate: float) -> dict[Seeds, float]:
+    def values_at(self, rate: float) -> dict[Seeds, float]:
         """Returns {seeds: value} at a learning rate."""
         return {seeds: value for (own, seeds), value in self.values.items() if own == rate}
 
@@ -72,8 +72,8 @@ class Curve:
     def best(self) -> float | None:
         """The learning rate of the smallest mean value, of those that have all seeds of the curve; None without any."""
         seeds = {seeds for _, seeds in self.values}
-        whole = [rate for rate in self.rates if self.at(rate).keys() == seeds]
-        return min(whole, key=lambda rate: estimate(self.at(rate).values())[0], default=None)
+        whole = [rate for rate in self.rates if self.values_at(rate).keys() == seeds]
+        return min(whole, key=lambda rate: estimate(self.values_at(rate).values())[0], default=None)
 
 
 def is_lost(run: Run) -> bool:
@@ -131,7 +131,7 @@ def common_rates(several: Sequence[Curve]) -> list[float]:
 def sensitivity(curve: Curve, rates: Sequence[float]) -> Estimate:
     """Returns the learning-rate sensitivity over `rates`, with its standard error over the seeds that have them all:
     mean over rates of the value, minus the smallest value (Wortsman et al. 2023)."""
-    columns = [curve.at(rate) for rate in rates]
+    columns = [curve.values_at(rate) for rate in rates]
     seeds = [one for one in (columns[0] if len(rates) > 1 else ()) if all(one in column for column in columns)]
     table = np.array([[column[one] for column in columns] for one in seeds])
     return estimate(table.mean(1) - table.min(1) if len(table) else [])

@@ -57,7 +57,7 @@ def _tables(several: Sequence[Curve]) -> Iterator[Table]:
 
 def _cell(curve: Curve, rate: float) -> str:
     lost = curve.collapsed(rate)
-    return _shown(estimate(curve.at(rate).values())) + (f', {lost} collapsed' if lost else '')
+    return _shown(estimate(curve.values_at(rate).values())) + (f', {lost} collapsed' if lost else '')
 
 
 def _best(several: Sequence[Curve]) -> Table:
@@ -65,7 +65,7 @@ def _best(several: Sequence[Curve]) -> Table:
     rows = []
     for curve in several:
         best = '-' if curve.best is None else f'{curve.best:g}'
-        loss = '-' if curve.best is None else _shown(estimate(curve.at(curve.best).values()))
+        loss = '-' if curve.best is None else _shown(estimate(curve.values_at(curve.best).values()))
         lost = sum(map(is_lost, curve.runs.values()))
         rows.append((curve.label, best, loss, _shown(sensitivity(curve, common)), f'{lost} of {len(curve.runs)}'))
     over = ', '.join(f'{rate:g}' for rate in common)
@@ -79,8 +79,8 @@ def _differences(several: Sequence[Curve], rates: Sequence[float], heads: Sequen
     first, *others = several
     rows = []
     for curve in others:
-        at_best = [{} if one.best is None else one.at(one.best) for one in (first, curve)]
-        pairs = [paired(first.at(rate), curve.at(rate)) for rate in rates]
+        at_best = [{} if one.best is None else one.values_at(one.best) for one in (first, curve)]
+        pairs = [paired(first.values_at(rate), curve.values_at(rate)) for rate in rates]
         rows.append((curve.label, *map(_difference, pairs), _difference(paired(*at_best))))
     caption = f'Loss minus that of {first.label} at equal seeds, in pairs: mean ± standard error (number of pairs)'
     return Table(caption, ('setting', *heads, 'each at its best rate'), rows)
@@ -133,7 +133,7 @@ def rate_picture(runs: Sequence[Run]) -> Picture | None:
     if not any(len(curve.rates) > 1 for curve in several):
         return None
     best = '; '.join(
-        f'{curve.label} {estimate(curve.at(curve.best).values())[0]:.4f} at {curve.best:g}'
+        f'{curve.label} {estimate(curve.values_at(curve.best).values())[0]:.4f} at {curve.best:g}'
         for curve in several
         if curve.best is not None
     )
@@ -147,7 +147,7 @@ def rate_picture(runs: Sequence[Run]) -> Picture | None:
 def _figure(several: Sequence[Curve]) -> Figure:
     series = []
     for number, curve in enumerate(several):
-        means = [estimate(curve.at(rate).values()) for rate in curve.rates]
+        means = [estimate(curve.values_at(rate).values()) for rate in curve.rates]
         points = [(*at, is_lost(curve.runs[at])) for at in curve.values]
         series.append(
             {

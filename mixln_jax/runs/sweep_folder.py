@@ -85,7 +85,7 @@ def write_definition(folder: pathlib.Path, definition: Definition) -> None:
     outputs.write_json(folder / DEFINITION, dataclasses.asdict(definition))
 
 
-def beside(folder: pathlib.Path, name: str, suffix: str) -> pathlib.Path:
+def cell_file(folder: pathlib.Path, name: str, suffix: str) -> pathlib.Path:
     """Returns the path of a file about a cell: `.json`, `.txt` or `.lock`."""
     return folder / CELLS / f'{name}{suffix}'
 
@@ -96,7 +96,7 @@ def read_ending(run: pathlib.Path) -> Ending | None:
     None if it has not ended, is no cell, or had a result whose folder is gone. Raises CheckpointError for a malformed
     record.
     """
-    path, problem = beside(run.parent, run.name, '.json'), 'not how a cell of a sweep ended'
+    path, problem = cell_file(run.parent, run.name, '.json'), 'not how a cell of a sweep ended'
     try:
         values = files.read_json(path, CheckpointError, problem)
     except FileNotFoundError:
@@ -118,7 +118,7 @@ def _checked(values: Mapping[str, Any]) -> Ending:
 
 def write_ending(run: pathlib.Path, ending: Ending) -> None:
     """Writes how the run in a folder ended."""
-    outputs.write_json(beside(run.parent, run.name, '.json'), dataclasses.asdict(ending))
+    outputs.write_json(cell_file(run.parent, run.name, '.json'), dataclasses.asdict(ending))
 
 
 def digest(run: pathlib.Path) -> str:

@@ -10,7 +10,26 @@ if __name__ == '__main__':
 import os
 import runpy
 import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Sequence
+from typing import IO, Any
+
+
+def command(words: Sequence[str]) -> list[str]:
+    """Returns the command that this module is."""
+    return [sys.executable, '-m', 'mixln_jax.sweeps.child', *words]
+
+
+def start(command: Sequence[str], output: IO[bytes], **options: Any) -> subprocess.Popen:
+    """Starts a `command` of this module, which prints into `output`; the end of its standard input stops it.
+
+    `options` are further ones of Popen. Ctrl-C in a terminal reaches the caller alone, which stops the process.
+    """
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True, **options
+    )
 
 
 def stop_at_end_of_input() -> None:

@@ -57,7 +57,7 @@ def opened(folder: pathlib.Path) -> Iterator[Definition | None]:
     is none yet. A block that raises leaves no new folder. Raises UsageError if the folder cannot be used."""
     try:
         with outputs.new_folder(folder), outputs.new_folder(folder / sweep_folder.CELLS):
-            path, start = sweep_folder.beside(folder, 'sweep', '.lock'), time.monotonic()
+            path, start = sweep_folder.cell_file(folder, 'sweep', '.lock'), time.monotonic()
             while (lock := outputs.hold(path)) is None:
                 if time.monotonic() > start + PATIENCE:
                     raise UsageError(f'{path} has been held by another process for {PATIENCE} s; end that one')

@@ -65,7 +65,7 @@ def cell_states(folder: pathlib.Path, definition: Definition) -> dict[str, str]:
     for name in definition.cells:
         ending = sweep_folder.read_ending(folder / name)
         states[name] = ending.state if ending else 'interrupted' if (folder / name).is_dir() else 'not begun'
-        if ending is None and (lock := sweep_folder.beside(folder, name, '.lock')).exists():
+        if ending is None and (lock := sweep_folder.cell_file(folder, name, '.lock')).exists():
             file = outputs.hold(lock)
             if file is None:
                 states[name] = 'running'

@@ -5,13 +5,13 @@ import os
 import pathlib
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
 from mixln_jax.runs import sweep_folder
 from mixln_jax.runs.sweep_folder import FAILED, Ending
+from mixln_jax.sweeps import child
 from mixln_jax.sweeps.grid import Cell, Pairs
 from mixln_jax.system import errors, outputs, signals
 from mixln_jax.system.errors import UsageError
@@ -34,8 +34,7 @@ class Job:
     def command(self, cell: Cell) -> list[str]:
         """Returns the words that train a cell."""
         words = [f'--config.{key}={value}' for key, value in (*self.fixed, *cell.changes)]
-        child = [sys.executable, '-m', 'mixln_jax.sweeps.child']
-        return [*child, '--config', self.recipe, '--workdir', f'{self.folder / cell.name}', *words]
+        return child.command(['--config', self.recipe, '--workdir', f'{self.folder / cell.name}', *words])
 
 
 @dataclasses.dataclass
@@ -106,7 +105,7 @@ class Worker:
             free = set(range(len(self.devices))) - {one.slot for one in self.running}
             if not free:
                 return
-            if self.is_open(cell.name) and (lock := outputs.hold(self._beside(cell, '.lock'))):
+            if self.is_open(cell.name) and (lock := outputs.hold(self._cell_file(cell, '.lock'))):
                 self.elsewhere.discard(cell.name)
                 self.endings[cell.name] = sweep_folder.read_ending(self.job.folder / cell.name)
                 if self.is_open(cell.name):  # another worker may have ended it since
@@ -138,8 +137,8 @@ class Worker:
             self.endings[one.cell.name] = ending
         one.lock.close()
 
-    def _beside(self, cell: Cell, suffix: str) -> pathlib.Path:
-        return sweep_folder.beside(self.job.folder, cell.name, suffix)
+    def _cell_file(self, cell: Cell, suffix: str) -> pathlib.Path:
+        return sweep_folder.cell_file(self.job.folder, cell.name, suffix)
 
 
 def share_devices(visible: str | None, parallel: int) -> list[str | None]:
@@ -156,20 +155,12 @@ def share_devices(visible: str | None, parallel: int) -> list[str | None]:
 
 def start(job: Job, cell: Cell, lock: IO[bytes], slot: int, devices: str | None) -> Running:
     """Returns the process that trains a cell. It holds the lock too, so the cell is claimed until both have ended."""
-    log = sweep_folder.beside(job.folder, cell.name, '.txt')
+    log = sweep_folder.cell_file(job.folder, cell.name, '.txt')
     if not (job.folder / cell.name).exists():
         log.unlink(missing_ok=True)  # of a folder that somebody has removed
     environment: Mapping[str, str] = os.environ if devices is None else os.environ | {SHARED: devices}
     with log.open('ab') as output:
-        process = subprocess.Popen(
-            job.command(cell),
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            env=environment,
-            pass_fds=[lock.fileno()],
-            start_new_session=True,  # Ctrl-C in a terminal reaches the worker alone, which asks the cells to stop
-        )
+        process = child.start(job.command(cell), output, env=environment, pass_fds=[lock.fileno()])
     return Running(cell, slot, process, lock, log)
 
 

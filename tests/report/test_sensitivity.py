@@ -80,7 +80,8 @@ def test_values_and_sensitivity(folder):
         assert curve.initial == pytest.approx(6.907755278982137, abs=1e-12)  # log 1000
         table = np.array([LOSSES[name, rate] for rate in (1e-3, 1e-2, 1e-1)])
         table = np.where(np.isnan(table), 6.907755278982137, np.minimum(table, 6.907755278982137))
-        assert [[curve.at(rate)[seed, seed] for seed in range(3)] for rate in curve.rates] == pytest.approx(table)
+        values = [curve.values_at(rate) for rate in curve.rates]
+        assert [[at_rate[seed, seed] for seed in range(3)] for at_rate in values] == pytest.approx(table)
         by_seed = table.mean(0) - table.min(0)
         mean, error, count = sensitivity.sensitivity(curve, sensitivity.common_rates([*found.values()]))
         assert (mean, error, count) == (
@@ -97,10 +98,10 @@ def test_paired_differences(folder):
     pre, post = found['pre x 3'], found['post x 3']
     difference = np.array([0.3, 0.2, 0.0])  # post at 1e-3 minus pre at 1e-2
     expected = (difference.mean(), difference.std(ddof=1) / math.sqrt(3), 3)
-    assert sensitivity.paired(pre.at(1e-2), post.at(1e-3)) == pytest.approx(expected)
-    fewer = {seeds: value for seeds, value in post.at(1e-3).items() if seeds != (1, 1)}
-    assert sensitivity.paired(pre.at(1e-2), fewer)[::2] == pytest.approx((0.15, 2))
-    assert sensitivity.paired(pre.at(1e-2), {})[2] == 0
+    assert sensitivity.paired(pre.values_at(1e-2), post.values_at(1e-3)) == pytest.approx(expected)
+    fewer = {seeds: value for seeds, value in post.values_at(1e-3).items() if seeds != (1, 1)}
+    assert sensitivity.paired(pre.values_at(1e-2), fewer)[::2] == pytest.approx((0.15, 2))
+    assert sensitivity.paired(pre.values_at(1e-2), {})[2] == 0
 
 
 def test_the_tables(folder):

@@ -106,7 +106,7 @@ def test_a_bad_cell_is_pruned_and_a_collapsed_one_counts_as_the_worst(searching)
     sweep_folder.write_ending(run, sweep_folder.Ending('collapsed', 6, 'x', 3))
     assert made(worker, definition).trials[0].state.name == 'PRUNED'
     assert not made(worker, definition).trials[0].intermediate_values
-    sweep_folder.beside(folder, name, '.json').unlink()
+    sweep_folder.cell_file(folder, name, '.json').unlink()
     (run / 'metrics.jsonl').write_text('{"step": 2, "eval/perplexity": 99.0}\n')
     study = made(worker, definition)
     assert study.trials[0].state.name == 'RUNNING' and study.pruner.prune(study, study.trials[0])

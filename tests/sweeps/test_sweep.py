@@ -248,7 +248,7 @@ def resolved(run, **changes):
 
 def test_a_cell_that_another_worker_trains_is_left_to_it(pretended, capsys):
     assert pretended('--over', 'optim.learning_rate=1e-3,2e-3')[0] == 0
-    lock = workers.outputs.hold(sweep_folder.beside(pathlib.Path('out'), 'learning_rate=3e-3', '.lock'))
+    lock = workers.outputs.hold(sweep_folder.cell_file(pathlib.Path('out'), 'learning_rate=3e-3', '.lock'))
     code, out = pretended(*RATES)
     assert code == 0 and len(tries(out)) == 2 and 'other workers train 1 of the cells' in capsys.readouterr().out
     lock.close()
@@ -282,7 +282,7 @@ def test_a_claim_lasts_until_worker_and_cell_have_both_ended(recipe, monkeypatch
     monkeypatch.setattr(workers.Job, 'command', lambda self, cell: [sys.executable, '-c', 'input()'])
     [cell, *_] = cells_of(recipe, RATES[1:])
     pathlib.Path('cells').mkdir()
-    path = sweep_folder.beside(pathlib.Path(), cell.name, '.lock')
+    path = sweep_folder.cell_file(pathlib.Path(), cell.name, '.lock')
     job, lock = workers.Job(pathlib.Path(), 'tiny.py', ()), workers.outputs.hold(path)
     running = workers.start(job, cell, lock, 0, None)
     lock.close()  # as the worker's death does

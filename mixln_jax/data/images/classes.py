@@ -55,9 +55,11 @@ def split(files: Files, name: str, held_out: float, validation: Files | None = N
         splits['validation'] = splits[known[0]]
     for other, part in splits.items():
         if part.classes != train.classes:
-            raise DataError(f'{_place(part)}: {_difference(train.classes, part.classes)} (split {other})')
+            raise DataError(f'{_place(part.files)}: {_difference(train.classes, part.classes)} (split {other})')
     if len(train.classes) < 2:
-        raise DataError(f'{_place(train)}: all images are of the class {train.classes[0]}; two classes are needed')
+        raise DataError(
+            f'{_place(train.files)}: all images are of the class {train.classes[0]}; two classes are needed'
+        )
     if 'validation' not in splits and held_out:
         splits['validation'], train = _held_out(train, held_out)
     splits['train'] = train
@@ -67,7 +69,7 @@ def split(files: Files, name: str, held_out: float, validation: Files | None = N
         return dataclasses.replace(train, numbers=chosen, labels=np.concatenate([p.labels for p in numbers])[places])
     if name not in splits:
         way = '; config.data.held_out=0 leaves none' if name == 'validation' else ''
-        raise UsageError(f'{_place(train)} has no split {name}, only {", ".join(sorted(splits))} and all{way}')
+        raise UsageError(f'{_place(train.files)} has no split {name}, only {", ".join(sorted(splits))} and all{way}')
     return splits[name]
 
 
@@ -77,9 +79,8 @@ def _by_folder(files: Files) -> dict[str, Labelled]:
     firsts = {name.split('/')[skip] for name in files.names}
     parted = 'train' in firsts
     if not parted and len(firsts) > 1 and all(name.lower() in SPLITS for name in firsts):
-        root = files.origin(0).removesuffix(files.names[0])
         raise DataError(
-            f'{root}: the folders {", ".join(sorted(firsts))} have the names of splits, not of classes; call '
+            f'{_place(files)}: the folders {", ".join(sorted(firsts))} have the names of splits, not of classes; call '
             'that of the images to train on train, and that of the others val'
         )
     groups: dict[str, tuple[list[int], list[str]]] = {}
@@ -99,8 +100,7 @@ def _by_folder(files: Files) -> dict[str, Labelled]:
         known, labels = np.unique(classes, return_inverse=True)
         for name in known.tolist():
             if not name.isprintable():  # JSON could not hold it, or a terminal would obey it
-                root = files.origin(0).removesuffix(files.names[0])
-                raise DataError(f'{root}: the name of the class {name!r} cannot be shown; rename its folder')
+                raise DataError(f'{_place(files)}: the name of the class {name!r} cannot be shown; rename its folder')
         made[split] = Labelled(files, tuple(known.tolist()), np.array(numbers), labels.astype(np.int32))
     return made
 
@@ -140,6 +140,11 @@ def _named(line: str, image: str, classes: Container[str]) -> tuple[str, str]:
     return next((half for half in halves if half[1] in classes), halves[0])
 
 
+def _root(files: Files) -> str:
+    """Returns where all files are, for people: the beginning of every `origin`."""
+    return files.origin(0).removesuffix(files.names[0])
+
+
 def _depth(files: Files) -> int:
     """Returns 1 if a single folder is around splits or classes, else 0."""
     first = files.names[0].split('/')[0]
@@ -153,8 +158,7 @@ def _check_folders(files: Files, skip: int, parted: bool, groups: dict[str, tupl
     for folder in files.folders:
         parts = folder.split('/')[skip:]
         if len(parts) == 1 + parted and (parts[0] if parted else 'train', parts[-1]) not in known:
-            root = files.origin(0).removesuffix(files.names[0])
-            raise DataError(f'{root}{folder}: the folder of this class has no image; remove it, or fill it')
+            raise DataError(f'{_root(files)}{folder}: the folder of this class has no image; remove it, or fill it')
 
 
 def _difference(train: Sequence[str], others: Sequence[str]) -> str:
@@ -168,15 +172,15 @@ def _shown(names: Sequence[str]) -> str:
     return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
-def _place(part: Labelled) -> str:
-    return part.files.origin(0).removesuffix(part.files.names[0]).rstrip(': /')
+def _place(files: Files) -> str:
+    return _root(files).rstrip(': /')
 
 
 def _held_out(part: Labelled, share: float) -> tuple[Labelled, Labelled]:
     """Returns the images for validation and those for training, by hashes of their names."""
     ranks = [sources.rank(os.fsencode(part.files.names[number])) for number in part.numbers]
     if len(ranks) < 2:
-        raise DataError(f'{_place(part)}: there is only one image; two are needed, one of them for validation')
+        raise DataError(f'{_place(part.files)}: there is only one image; two are needed, one of them for validation')
     is_held = np.array(ranks, np.uint64) < np.uint64(sources.first_for_training(ranks, 1 / share, KEY))
     held, kept = (
         dataclasses.replace(part, numbers=part.numbers[mask], labels=part.labels[mask]) for mask in (is_held, ~is_held)
