@@ -10,6 +10,17 @@ from mixln_jax.models import families
 from mixln_jax.models.hf import llama as hf_llama
 
 WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
+# The same network as a recipe of its own.
+FILE = """
+from mixln_jax import config
+
+def get_config():
+    c = config.default()
+    c.batch_size, c.seq_length, c.num_steps, c.device = 4, 16, 4, 'cpu'
+    c.model.update(vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2)
+    c.data.update(source='stdlib', tokenizer='bytes')
+    return c
+"""
 SIZES = dict(vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2)
 
 

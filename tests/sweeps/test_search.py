@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 import pytest
+from short_runs import FILE as RECIPE
 
 from mixln_jax import sweep
 from mixln_jax.runs import sweep_folder
@@ -11,16 +12,6 @@ from mixln_jax.sweeps import search, workers
 
 pytest.importorskip('optuna')
 
-RECIPE = """
-from mixln_jax import config
-
-def get_config():
-    c = config.default()
-    c.batch_size, c.seq_length, c.num_steps, c.device = 4, 16, 4, 'cpu'
-    c.model.update(vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2)
-    c.data.update(source='stdlib', tokenizer='bytes')
-    return c
-"""
 # Perplexity grows with the distance of the rate from 1e-2. Once six cells have ended, one with a rate above 5e-2 waits
 # after a bad evaluation; above 9e-2 a cell collapses.
 PRETENDED = """

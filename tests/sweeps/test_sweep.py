@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from short_runs import FILE as RECIPE
 
 from mixln_jax import sweep
 from mixln_jax.runs import sweep_folder
@@ -13,16 +14,6 @@ from mixln_jax.sweeps import grid, workers
 from mixln_jax.system.errors import UsageError
 from mixln_jax.system.signals import Stop
 
-RECIPE = """
-from mixln_jax import config
-
-def get_config():
-    c = config.default()
-    c.batch_size, c.seq_length, c.num_steps, c.device = 4, 16, 4, 'cpu'
-    c.model.update(vocab_size=259, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2)
-    c.data.update(source='stdlib', tokenizer='bytes')
-    return c
-"""
 # Acts like the process of a cell: trains nothing, and ends as the learning rate says.
 PRETENDED = """
 import json, os, pathlib, sys
