@@ -140,6 +140,18 @@ class TestPlaces:
             pass
         assert (tmp_path / 'thesis').read_text() == 'mine'
 
+    @pytest.mark.parametrize(
+        'process, error, told', [(0, TypeError, 'is missing'), (1, TypeError, 'mine'), (1, OSError, 'is missing')]
+    )
+    def test_a_folder_that_is_gone(self, tmp_path, monkeypatch, process, error, told):
+        """Process 0 may have removed it after an error of all, which the others then tell as it is."""
+        monkeypatch.setattr(jax, 'process_index', lambda: process)
+        resolved = configs.public(configs.Config())
+        with pytest.raises((UsageError, error), match=told), workdir.open_workdir(tmp_path / 'run', resolved) as run:
+            run.joinpath('.lock').unlink(missing_ok=True)
+            run.rmdir()
+            raise error('mine')
+
     @pytest.mark.parametrize('make', [lambda path: path.symlink_to('mine'), os.mkfifo, pathlib.Path.mkdir])
     def test_a_lock_that_is_no_file(self, tmp_path, make):
         (tmp_path / 'mine').write_text('mine')
