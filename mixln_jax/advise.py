@@ -20,7 +20,7 @@ from mixln_jax.advice import command
 from mixln_jax.system import cli
 from mixln_jax.system.errors import UsageError
 
-OF_RUNS = 'config', 'workdir', 'to', 'ramp_steps', 'rates', 'ratios', 'steps'
+OF_RUNS = 'config', 'workdir', 'to', 'ramp_steps', 'rates', 'ratios', 'seeds', 'steps'
 OF_LOSSES = 'entropy', 'warmup'
 
 
@@ -41,6 +41,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     add('--ramp_steps', type=int, metavar='N', help='length of the ramp [as of the other runs, at most 5,000]')
     add('--rates', metavar='R1,R2', help="peak rates to try [1/2, 1/4, 1/8 of the upper bound, and the recipe's own]")
     add('--ratios', metavar='A1,A2', help="post_ratio of mix to try [the recipe's and half of it]")
+    add('--seeds', type=int, metavar='N', help="runs of each rate, with seeds 0 to N - 1 [one, the recipe's seed]")
     add('--steps', type=int, metavar='N', help='steps of all runs together, at most')
     add('--losses', metavar='FILE', help='judge these losses: a metrics.jsonl, JSON lines or columns of step and loss')
     add('--entropy', type=float, metavar='X', help='of the tokens, in nats: the loss of their frequencies alone')
@@ -61,7 +62,7 @@ def _check(options: argparse.Namespace, changed: bool) -> None:
         raise UsageError(f'{given[0]} has no meaning with {with_what}')
     if options.losses is not None and changed:
         raise UsageError('--config.KEY has no meaning with --losses')
-    for name, least in (('ramp_steps', 2), ('steps', 1), ('warmup', 0)):
+    for name, least in (('ramp_steps', 2), ('seeds', 1), ('steps', 1), ('warmup', 0)):
         if (number := getattr(options, name)) is not None and number < least:
             raise UsageError(f'--{name} must be at least {least}, not {number}')
     for name in ('to', 'entropy'):
@@ -93,6 +94,7 @@ def main(argv: Sequence[str]) -> int:
             'ramp_steps': options.ramp_steps,
             'rates': numbers('--rates', options.rates),
             'ratios': numbers('--ratios', options.ratios),
+            'seeds': options.seeds,
             'steps': options.steps,
         }
         workdir = options.workdir or recipes.default_workdir(options.config).replace('/', '/advice_', 1)

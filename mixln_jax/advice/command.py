@@ -6,10 +6,10 @@ from typing import Any
 
 from mixln_jax import config as configs
 from mixln_jax import recipes
-from mixln_jax.advice import judgement, losses, probes
+from mixln_jax.advice import judgement, losses, trials
 from mixln_jax.advice.judgement import Verdict
-from mixln_jax.advice.probes import Plan, Probe, Setting
 from mixln_jax.advice.runner import Runner
+from mixln_jax.advice.trials import Plan, Setting, Trial
 from mixln_jax.system import console, outputs, signals
 from mixln_jax.system.errors import UsageError
 
@@ -23,13 +23,9 @@ class Findings:
     setting: Setting
     bound: float | None = None  # upper bound of the rate by the ramp
     ramp: Verdict | None = None  # None: the ramp was not made
-    runs: list[tuple[Probe, Verdict]] = dataclasses.field(default_factory=list)
+    runs: list[tuple[Trial, Verdict]] = dataclasses.field(default_factory=list)
+    trained: float | None = None  # the highest rate at which the runs with all seeds trained as far as tried
     left_out: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def trained(self) -> Probe | None:
-        """The run at the highest rate that trained as far as tried."""
-        return next((probe for probe, verdict in self.runs if verdict.state == judgement.TRAINED), None)
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
@@ -38,9 +34,9 @@ class Findings:
             'layers': self.setting.layers,
             'post_ratio': self.setting.post_ratio,
             'ramp': self.ramp and {'upper_bound': self.bound} | dataclasses.asdict(self.ramp),
-            'runs': [{'learning_rate': probe.rate, 'warmup': probe.warmup, 'steps': probe.steps, 'folder': probe.name}
-                     | dataclasses.asdict(verdict) for probe, verdict in self.runs],
-            'learning_rate': self.trained and self.trained.rate,
+            'runs': [{'learning_rate': trial.rate, 'seed': trial.seed, 'warmup': trial.warmup, 'steps': trial.steps,
+                      'folder': trial.name} | dataclasses.asdict(verdict) for trial, verdict in self.runs],
+            'learning_rate': self.trained,
             'not_tried': self.left_out,
         }  # fmt: skip
 
@@ -66,7 +62,7 @@ def advise(
         recipe: FILE[:ARG].
         overrides: changes of the recipe, (key, text).
         workdir: folder for the runs.
-        options: `to`, `ramp_steps`, `rates`, `ratios`, `steps`, as in `make_plan`.
+        options: `to`, `ramp_steps`, `rates`, `ratios`, `seeds`, `steps`, as in `make_plan`.
         stop: whose signal handlers are installed.
 
     Raises:
@@ -98,6 +94,7 @@ def make_plan(
     ramp_steps: int | None,
     rates: Sequence[float],
     ratios: Sequence[float],
+    seeds: int | None,
     steps: int | None,
 ) -> Plan:
     """Returns the plan for a recipe. Raises UsageError for what cannot be planned.
@@ -108,6 +105,7 @@ def make_plan(
         ramp_steps: its length; None: as long as a confirming run, KEEL's 5,000 at most.
         rates: to confirm; empty: fractions of the bound, and the recipe's own.
         ratios: values of post_ratio; empty: the recipe's and half of it.
+        seeds: runs of each rate, with seeds 0 to seeds - 1; None: one, with that of the recipe.
         steps: of all runs, at most; None: no limit.
     """
     if config.num_epochs:
@@ -119,8 +117,8 @@ def make_plan(
     warmup = config.optim.warmup(config.num_steps)
     length = ramp_steps or min(5000, judgement.enough_steps(warmup))
     return Plan(
-        probes.settings(config, ratios), to, length, warmup, config.optim.learning_rate, config.num_steps,
-        tuple(rates), steps,
+        trials.settings(config, ratios), to, length, warmup, config.optim.learning_rate, config.num_steps,
+        tuple(rates), seeds, steps,
     )  # fmt: skip
 
 
@@ -133,23 +131,34 @@ def _study(made: Findings, plan: Plan, runner: Runner, spent: int) -> int:
         return spent
     made.ramp, lines = runner.run(ramp)
     spent += lines[-1]['step'] if lines else 0
-    made.bound = probes.ramp_bound(lines, made.ramp)
+    made.bound = trials.ramp_bound(lines, made.ramp)
     console.say(f'  ramp to {ramp.rate:g} in {ramp.steps:,} steps: {_bound_text(made)}', *_signs_of(made.ramp))
-    for probe in plan.confirming(made.setting, made.bound):
-        if made.trained:
-            made.left_out.append(f'rate {probe.rate:g}, as a higher one trained')
-        elif not _fits(probe, plan, spent):
-            made.left_out.append(f'rate {probe.rate:g} (--steps {plan.limit:,})')
+    for runs in plan.confirming(made.setting, made.bound):
+        if made.trained is None:
+            spent = _confirm(made, runs, plan, runner, spent)
         else:
-            verdict, lines = runner.run(probe)
-            spent += lines[-1]['step'] if lines else 0
-            made.runs.append((probe, verdict))
-            console.say(f'  rate {probe.rate:g}: {verdict.sentence()}: {"; ".join(verdict.reasons)}')
+            made.left_out.append(f'rate {runs[0].rate:g}, as a higher one trained')
     return spent
 
 
-def _fits(probe: Probe, plan: Plan, spent: int) -> bool:
-    return plan.limit is None or spent + probe.steps <= plan.limit
+def _confirm(made: Findings, runs: Sequence[Trial], plan: Plan, runner: Runner, spent: int) -> int:
+    """Makes the runs of a rate, one for each seed, until one does not train. Returns the steps spent so far."""
+    for trial in runs:
+        if not _fits(trial, plan, spent):
+            made.left_out.append(f'{trial.describe()} (--steps {plan.limit:,})')
+            return spent
+        verdict, lines = runner.run(trial)
+        spent += lines[-1]['step'] if lines else 0
+        made.runs.append((trial, verdict))
+        console.say(f'  {trial.describe()}: {verdict.sentence()}: {"; ".join(verdict.reasons)}')
+        if verdict.state != judgement.TRAINED:
+            return spent
+    made.trained = runs[0].rate
+    return spent
+
+
+def _fits(trial: Trial, plan: Plan, spent: int) -> bool:
+    return plan.limit is None or spent + trial.steps <= plan.limit
 
 
 def _bound_text(made: Findings) -> str:
@@ -174,18 +183,19 @@ def describe(findings: Sequence[Findings], plan: Plan) -> list[str]:
     lines = []
     for made in findings:
         trained = made.trained
-        text = 'no rate trained' if trained is None else f'trains at a peak rate of {trained.rate:g}, as far as tried'
+        seeds = f' with {plan.seeds} seeds' if plan.seeds and plan.seeds > 1 else ''
+        text = 'no rate trained' if trained is None else f'trains at a peak rate of {trained:g}{seeds}, as far as tried'
         if made.ramp is None:
             text = 'not tried'
         elif made.bound is not None:
             text += f' (upper bound {made.bound:.2g})'
         lines.append(f'{made.setting.describe()}: {text}')
-        own = next((verdict for probe, verdict in made.runs if probe.rate == plan.own_rate), None)
-        if own:
-            lines.append(f"  at the recipe's own rate, {plan.own_rate:g}: {own.sentence()}")
+        own = [verdict for trial, verdict in made.runs if trial.rate == plan.own_rate]
+        if own:  # the last one: those before it trained
+            lines.append(f"  at the recipe's own rate, {plan.own_rate:g}: {own[-1].sentence()}")
         elif made.bound is not None and plan.own_rate >= made.bound:
             lines.append(f"  the recipe's own rate, {plan.own_rate:g}, is not below the upper bound")
-        elif trained and plan.own_rate < trained.rate:
+        elif trained and plan.own_rate < trained:
             lines.append(f"  the recipe's own rate, {plan.own_rate:g}, is lower")
         lines += [f'  not tried: {one}' for one in made.left_out]
     best = next((made for made in findings if made.trained), None)
@@ -193,7 +203,7 @@ def describe(findings: Sequence[Findings], plan: Plan) -> list[str]:
         ratio = best.setting.post_ratio
         changes = [] if ratio is None else [f'--config.model.post_ratio={ratio:g}']
         lines.append(' '.join(['most Post-LN layers that trained:', *changes,
-                               f'--config.optim.learning_rate={best.trained.rate:g}']))  # fmt: skip
+                               f'--config.optim.learning_rate={best.trained:g}']))  # fmt: skip
     steps = plan.confirm_steps
     later = [f'steps {steps + 1:,} to {plan.planned:,} of the recipe'] if plan.planned > steps else []
     lines.append(f'not tried at all: {", ".join([*later, "other seeds", "other data", "rates between these"])}')

@@ -35,16 +35,17 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The names of runs as they are made. A run collapses once its rate is above 0.01 / (Post-LN layers)."""
+    """The names of runs as they are made. A run collapses once its rate is above 0.01 / (Post-LN layers),
+    with seed S above the share 1 / (S + 1) of that."""
     names = []
 
-    def train(self, probe):
-        names.append(probe.name)
-        folder = self._workdir / probe.name
+    def train(self, trial):
+        names.append(trial.name)
+        folder = self._workdir / trial.name
         folder.mkdir()
-        lines, best = [], 0.01 / probe.setting.post_layers
-        for step in range(5, probe.steps + 1, 5):
-            rate = probe.rate * min(1, step / probe.warmup)
+        lines, best = [], 0.01 / trial.setting.post_layers / (1 + (trial.seed or 0))
+        for step in range(5, trial.steps + 1, 5):
+            rate = trial.rate * min(1, step / trial.warmup)
             distance = 0.0 if rate > best or lines and not lines[-1]['stability/entropy_distance'] else 0.3
             lines.append({'step': step, 'train/loss': 3.3 * (1 - distance), 'train/learning_rate': rate,
                           'stability/entropy_distance': distance})  # fmt: skip
@@ -84,6 +85,23 @@ def test_rates_that_collapse_and_a_limit_of_steps(recipe, trained, tmp_path, cap
     assert 'not tried: rate 0.001 (--steps 800)' in out and '--config.optim.learning_rate' not in out
     assert advise.main([*words[:-1], '100', '--workdir', str(tmp_path / 'b')]) == 0
     assert 'not tried: everything (100 steps were allowed)' in capsys.readouterr().out
+
+
+def test_a_rate_has_to_train_with_all_seeds(recipe, trained, tmp_path, capsys):
+    words = ['--config', recipe, '--workdir', str(tmp_path / 'a'), '--ratios', '1', '--to', '0.002', '--seeds', '3']
+    assert advise.main([*words, '--rates', '0.001,0.0015,0.0008']) == 0  # up to 0.0025, 0.00125 and 0.00083
+    out = capsys.readouterr().out
+    assert 'at most 10 runs' in out and 'until those of a rate with all 3 seeds train' in out
+    names = [f'post1-rate-warmup40-{rate:g}-240-seed{seed}' for rate, seeds in ((0.0015, 2), (0.001, 3), (0.0008, 3))
+             for seed in range(seeds)]  # fmt: skip
+    assert trained[1:] == names
+    assert 'rate 0.0015, seed 1: collapsed' in out and 'at a peak rate of 0.0008 with 3 seeds, as far as tried' in out
+    assert "at the recipe's own rate, 0.001: collapsed" in out
+    runs = json.loads((tmp_path / 'a/advice.json').read_text())['settings'][0]['runs']
+    assert [run['seed'] for run in runs] == [0, 1, 0, 1, 2, 0, 1, 2]
+    assert advise.main([*words, '--rates', '0.0008', '--steps', '600', '--workdir', str(tmp_path / 'b')]) == 0
+    out = capsys.readouterr().out
+    assert 'no rate trained' in out and 'not tried: rate 0.0008, seed 1 (--steps 600)' in out
 
 
 def test_errors_of_runs_are_passed_on(recipe, tmp_path, capsys):

@@ -35,13 +35,14 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Probe:
+class Trial:
     """A run: its learning rate rises linearly over `warmup` steps to `rate`, and stays there."""
 
     setting: Setting
     rate: float
     warmup: int
     steps: int
+    seed: int | None = None  # of weights and data; None: as in the recipe
 
     @property
     def ramp(self) -> bool:
@@ -52,7 +53,12 @@ class Probe:
     def name(self) -> str:
         """Name of its folder: runs of equal names are the same run."""
         kind = 'ramp' if self.ramp else f'rate-warmup{self.warmup}'
-        return f'{self.setting.name}-{kind}-{self.rate:g}-{self.steps}'
+        seed = '' if self.seed is None else f'-seed{self.seed}'
+        return f'{self.setting.name}-{kind}-{self.rate:g}-{self.steps}{seed}'
+
+    def describe(self) -> str:
+        """Returns the rate, and the seed if it is given."""
+        return f'rate {self.rate:g}' + ('' if self.seed is None else f', seed {self.seed}')
 
     def overrides(self) -> list[tuple[str, str]]:
         """Returns the changes of the recipe, (key, text)."""
@@ -75,6 +81,8 @@ class Probe:
         }
         if self.setting.post_ratio is not None:
             values['model.post_ratio'] = self.setting.post_ratio
+        if self.seed is not None:
+            values |= {'seed': self.seed, 'data.seed': self.seed}
         return [(key, f'{value}') for key, value in values.items()]
 
     def judge(self, lines: Sequence[Mapping[str, Any]], planned: int) -> Verdict:
@@ -118,6 +126,7 @@ class Plan:
     own_rate: float
     planned: int  # steps of the recipe
     rates: tuple[float, ...]  # given by the user; empty: fractions of the bound
+    seeds: int | None  # of each rate, 0 to seeds - 1; None: that of the recipe
     limit: int | None  # steps of all runs
 
     @property
@@ -125,33 +134,36 @@ class Plan:
         """Steps of a run at the real warm-up."""
         return judgement.enough_steps(self.warmup)
 
-    def ramp(self, setting: Setting) -> Probe:
+    def ramp(self, setting: Setting) -> Trial:
         """Returns the run whose rate rises until the network diverges."""
-        return Probe(setting, self.ramp_to, self.ramp_steps - 1, self.ramp_steps)
+        return Trial(setting, self.ramp_to, self.ramp_steps - 1, self.ramp_steps)
 
-    def confirming(self, setting: Setting, bound: float | None) -> list[Probe]:
-        """Returns the runs at the real warm-up, the highest rate first: the first one that trains is the answer.
+    def confirming(self, setting: Setting, bound: float | None) -> list[list[Trial]]:
+        """Returns the runs at the real warm-up, those of each rate, the highest first: the first rate at which all of
+        them train is the answer.
 
         Rates above `bound` are left out; None: the ramp was survived.
         """
         top = self.ramp_to if bound is None else bound
+        seeds = [None] if self.seeds is None else range(self.seeds)
         rates = self.rates or (*(float(f'{top * part:.2g}') for part in FRACTIONS), self.own_rate)
         return [
-            Probe(setting, rate, self.warmup, self.confirm_steps)
+            [Trial(setting, rate, self.warmup, self.confirm_steps, seed) for seed in seeds]
             for rate in sorted({*rates}, reverse=True)
             if rate < top or bound is None
         ]
 
     def budget(self) -> str:
         """Returns the number of runs and steps at most, in words."""
-        each = len(self.rates) or len(FRACTIONS) + 1
+        each = (len(self.rates) or len(FRACTIONS) + 1) * (self.seeds or 1)
         runs = len(self.settings) * (1 + each)
         steps = len(self.settings) * (self.ramp_steps + each * self.confirm_steps)
+        which = 'one trains' if (self.seeds or 1) == 1 else f'those of a rate with all {self.seeds} seeds train'
         limit = '' if self.limit is None else f', of which --steps allows {self.limit:,}'
         return (
             f'at most {runs} runs with {steps:,} steps{limit}: for each of {len(self.settings)} settings a ramp of '
             f'{self.ramp_steps:,} steps to {self.ramp_to:g}, then up to {each} runs of {self.confirm_steps:,} steps '
-            f'({self.warmup:,} of them warm up) until one trains; the recipe has {self.planned:,} steps'
+            f'({self.warmup:,} of them warm up) until {which}; the recipe has {self.planned:,} steps'
         )
 
 
@@ -164,6 +176,6 @@ def ramp_bound(lines: Sequence[Mapping[str, Any]], verdict: Verdict) -> float | 
     return rates[-1] if rates else 0.0
 
 
-def folder(workdir: pathlib.Path, probe: Probe) -> pathlib.Path:
+def folder(workdir: pathlib.Path, trial: Trial) -> pathlib.Path:
     """Returns the work directory of a run."""
-    return workdir / probe.name
+    return workdir / trial.name
