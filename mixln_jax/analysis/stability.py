@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ FEWEST = 100  # steps before the first one that can be a spike
 SIGMAS = 7.0
 SMOOTH = 20  # steps over which a loss is averaged
 NEAR = 0.05  # of the entropy: a loss so close to it has learned little more than frequencies
+FEWEST_LINES = 5  # with a gradient ratio, before the first growth of it
 
 
 class Spikes:
@@ -51,6 +52,13 @@ class Spikes:
         return {'window': list(self.window), 'judged': self._judged, 'spikes': self._spikes}
 
 
+def growth(ratio: float, before: Sequence[float | None]) -> float | None:
+    """Returns a gradient ratio over the median of those `before` it, or over 1 if that is larger; None: too few are
+    known."""
+    known = [value for value in before[-WINDOW:] if value is not None and math.isfinite(value)]
+    return ratio / max(1.0, float(np.median(known))) if len(known) >= FEWEST_LINES else None
+
+
 class Warned(NamedTuple):
     """The first line of a run at which the signs pointed to a coming collapse, and why."""
 
@@ -72,6 +80,11 @@ RULES = {
     'stability/grad_ratio': Rule(
         lambda value, best, distance: value < 5e-3,
         'the gradient of the first layer is {:.2g} times that of the last one: it vanishes on its way back',
+    ),
+    'stability/grad_growth': Rule(
+        lambda value, best, distance: value > 5,
+        'the gradient of the first layer, over that of the last one, has grown to {:.2g} times its median: it explodes '
+        'on its way back',
     ),
     'stability/grad_to_eps': Rule(
         lambda value, best, distance: value < 10,

@@ -9,6 +9,7 @@ import numpy as np
 from mixln_jax import config as configs
 from mixln_jax import trees
 from mixln_jax.analysis import stability
+from mixln_jax.models import placements
 from mixln_jax.system import console
 from mixln_jax.training.collapse import Collapse
 
@@ -45,6 +46,9 @@ class Signs:
         self._on, self._clip_norm, self._entropy = config.stability.every > 0, optim.clip_norm, entropy
         self._eps = optim.eps if optim.name in ('adam', 'adamw') else None
         self._sizes = trees.layer_sizes(params, network)
+        model = config.model
+        first = placements.PLACEMENTS[placements.resolve(model.norm_position, model.num_layers, model.post_ratio)[0]]
+        self._first_is_post = first.attention.post and first.mlp.post
         warmup, losses = optim.warmup(config.num_steps), self.losses.window
         self._collapse = Collapse(config.collapse, warmup, entropy, about['step'], losses, record)
         self._watch, self._lines, self._judged = stability.Watch(), lines, len(lines)
@@ -78,6 +82,7 @@ class Signs:
             ratio = float(norms[0] / norms[-1])
         return {
             'stability/grad_ratio': ratio,
+            'stability/grad_growth': self._growth(ratio),
             'stability/update_ratio': np.asarray(values['layer_update_ratio'], np.float64).tolist(),
             'stability/grad_to_eps': (rms / self._eps).tolist() if self._eps else None,
             'stability/entropy_distance': self._distance(),
@@ -93,6 +98,11 @@ class Signs:
                 'rate, a longer warm-up (config.optim.warmup_ratio) or fewer Post-LN layers may help',
                 file=sys.stderr,
             )
+
+    def _growth(self, ratio: float) -> float | None:
+        if not self._first_is_post:  # that of Pre-LN networks is large, and changes much
+            return None
+        return stability.growth(ratio, [line.get('stability/grad_ratio') for line in self._lines])
 
     def _distance(self) -> float | None:
         entropy = self._entropy()

@@ -1,6 +1,7 @@
 """The pure part of the signs of a coming collapse: the spike score, and the rule on metrics lines."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -51,6 +52,8 @@ def lines(name, values, first=100, every=10):
         ('grad_ratio', [0.5, 4e-3, 6e-3, 4e-3, None, 3e-3], 150),  # twice in a row, of the lines that have it
         ('grad_ratio', [0.5, 4e-3, 6e-3, 4e-3, 6e-3], None),
         ('grad_ratio', [1e4, 1e5, 1e6], None),  # ramps begin like this
+        ('grad_growth', [1.0, 6.0, 4.0, 6.0, None, 7.0], 150),
+        ('grad_growth', [None, 6.0, 4.0, 6.0, 5.0], None),
         ('grad_to_eps', [[1e4, 11.0], [1e4, 9.0], [8.0, None]], 120),
         ('grad_to_eps', [[None, None], None, [1e4, 9.0], [1e4, 11.0]], None),
         ('entropy_distance', [0.3, 0.4, 0.35, 0.29, 0.28], 140),
@@ -68,6 +71,14 @@ def test_large_logits_and_a_loss_near_the_frequencies(distance, step):
     made = lines('stability/attention_logits', [[1.0, 101.0]] * 3)
     warned = stability.coming_collapse([line | {'stability/entropy_distance': distance} for line in made])
     assert (warned and warned.step) == step
+
+
+def test_growth_is_over_the_median_of_what_is_known():
+    before = [None, 8.0, math.nan, 2.0, 4.0, 2.0]
+    assert stability.growth(30.0, before) is None  # four are not enough
+    assert stability.growth(30.0, [*before, 3.0]) == 10.0
+    assert stability.growth(30.0, [0.1] * 5) == 30.0
+    assert stability.growth(30.0, [30.0] * 1000 + [10.0] * 1000) == 3.0
 
 
 def test_first_steps_are_not_judged():

@@ -80,11 +80,22 @@ def test_values(runs):
         clip = min(1, 0.5 / line['train/grad_norm'])
         assert clip < 1
         np.testing.assert_allclose(signs['grad_to_eps'], norms * clip / np.sqrt(sizes) / 1e-8, rtol=1e-6)
-        assert signs['spike_score'] is None and signs['grad_spike_score'] is None
+        assert signs['spike_score'] is None and signs['grad_spike_score'] is None and signs['grad_growth'] is None
     losses = [line['train/loss'] for line in lines]
     entropy = losses[0] / (1 - signs_of(lines[0])['entropy_distance'])
     assert 2 < entropy < 3.5  # of letters
     assert signs['entropy_distance'] == pytest.approx(1 - np.mean(losses) / entropy)
+
+
+@pytest.mark.parametrize('placement', ['post,pre,pre', 'pre,post,post'])
+def test_growth_of_the_gradient_of_a_first_layer_that_is_post(runs, monkeypatch, placement):
+    monkeypatch.setattr(stability, 'FEWEST_LINES', 2)
+    run = runs / placement
+    changes = CHANGES | {'checkpoint.every': 0, 'model.norm_position': placement}
+    main.run(recipe(next(runs.glob('*.gz')), **changes), run)
+    ratios, growths = ([signs_of(line)[name] for line in lines_of(run)] for name in ('grad_ratio', 'grad_growth'))
+    expected = [None, None] + [ratios[number] / max(1, np.median(ratios[:number])) for number in (2, 3)]
+    assert growths == (expected if placement.startswith('post') else [None] * 4)
 
 
 def test_one_warning(runs, monkeypatch, capsys):
