@@ -43,9 +43,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     add('--ratios', metavar='A1,A2', help="post_ratio of mix to try [the recipe's and half of it]")
     add('--seeds', type=int, metavar='N', help="runs of each rate, with seeds 0 to N - 1 [one, the recipe's seed]")
     add('--steps', type=int, metavar='N', help='steps of all runs together, at most')
-    add('--losses', metavar='FILE', help='judge these losses: a metrics.jsonl, JSON lines or columns of step and loss')
+    add('--losses', metavar='FILE', help='judge these losses: a work directory, JSON lines or columns of step and loss')
     add('--entropy', type=float, metavar='X', help='of the tokens, in nats: the loss of their frequencies alone')
-    add('--warmup', type=int, metavar='N', help='steps that warm up in the run of --losses')
+    add(
+        '--warmup',
+        type=int,
+        metavar='N',
+        help='steps that warm up in the run of --losses [as its config.json says, if there is one]',
+    )
     add('--traceback', action='store_true', help='show where an error comes from')
     options, rest = cli.parse_known(parser, argv)
     changes = recipes.overrides(rest)
@@ -97,7 +102,11 @@ def main(argv: Sequence[str]) -> int:
             'seeds': options.seeds,
             'steps': options.steps,
         }
-        workdir = options.workdir or recipes.default_workdir(options.config).replace('/', '/advice_', 1)
+        workdir = (
+            options.workdir
+            if options.workdir is not None
+            else recipes.default_workdir(options.config).replace('/', '/advice_', 1)
+        )
         command.advise(options.config, changes, workdir, limits, stop)
 
     return cli.call(job, show_traceback='--traceback' in argv)

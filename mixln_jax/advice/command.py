@@ -1,6 +1,9 @@
 """Gives advice: makes the runs of a plan, prints the verdicts and what was not tried, and writes advice.json."""
 
 import dataclasses
+import os
+import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +16,7 @@ from mixln_jax.advice.trials import Plan, Setting, Trial
 from mixln_jax.system import console, outputs, signals
 from mixln_jax.system.errors import UsageError
 
-FILE = 'advice.json'
+FILE, METRICS = 'advice.json', 'metrics.jsonl'
 
 
 @dataclasses.dataclass
@@ -42,14 +45,21 @@ class Findings:
 
 
 def judge_file(path: str, entropy: float | None, warmup: int | None) -> None:
-    """Prints the verdict on a file of losses. Raises DataError and UsageError for a file that cannot be judged."""
+    """Prints the verdict on a file of losses or a work directory. Raises DataError and UsageError for what cannot be
+    judged."""
+    run = pathlib.Path(path).parent if os.path.basename(path) == METRICS else pathlib.Path(path)
+    planned = None
+    if (run / METRICS).is_file() and (run / 'config.json').is_file():
+        path, config = f'{run / METRICS}', configs.read(run / 'config.json')
+        planned = config.num_steps
+        warmup = config.optim.warmup(planned) if warmup is None else warmup
     lines = losses.read(path)
     if entropy is None and not any(line.get(judgement.DISTANCE) is not None for line in lines):
         raise UsageError(
             f'--entropy X is missing: {path} has no {judgement.DISTANCE}; X is the loss, in nats, of a network that '
             'knows only how frequent each token is'
         )
-    verdict = judgement.judge(lines, warmup, entropy)
+    verdict = judgement.judge(lines, warmup, entropy, planned)
     console.say(f'{path}: {verdict.sentence()}', *_details(verdict))
 
 
@@ -71,8 +81,12 @@ def advise(
     config = configs.build(recipes.load(recipe, overrides))
     plan = make_plan(config, **options)
     folder = outputs.resolve(workdir, '--workdir')
-    console.say(f'{recipe}: {plan.budget()}', f'runs are in {folder}; the same command goes on after an interruption')
-    with outputs.new_folder(folder), outputs.locked(folder / outputs.LOCK, f'{folder} is in use by another adviser'):
+    _check_folder(folder)
+    with outputs.writing_into(folder, '--workdir'):
+        console.say(
+            f'{recipe}: {plan.budget()}', f'runs are in {folder}; the same command goes on after an interruption'
+        )
+        _say_ignored(plan, overrides)
         runner = Runner(folder, recipe, overrides, plan.planned, stop)
         findings, spent = [], 0
         for setting in plan.settings:
@@ -86,6 +100,22 @@ def advise(
             {'recipe': recipe, 'overrides': dict(overrides), 'budget': plan.budget(), 'steps_spent': spent,
              'settings': [made.to_json() for made in findings], 'advice': text},
         )  # fmt: skip
+
+
+def _check_folder(folder: pathlib.Path) -> None:
+    """Raises UsageError for a folder that holds something else than the runs of an adviser."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = [name for name in names if name != outputs.LOCK]
+    if names and not any(name == FILE or trials.NAME.match(name) for name in names):
+        raise UsageError(f'--workdir {folder} holds {names[0]}, which is not of an adviser; give another --workdir')
+
+
+def _say_ignored(plan: Plan, overrides: Sequence[tuple[str, str]]) -> None:
+    """Warns of keys that the user gave and that the runs do not have."""
+    fixed = dict(plan.ramp(plan.settings[0]).overrides())
+    ignored = [f'config.{key}={text}' for key, text in overrides if key in trials.ALWAYS and fixed[key] != text]
+    if ignored:
+        console.say(f'mixln_jax: warning: {", ".join(ignored)}: these runs have their own values', file=sys.stderr)
 
 
 def make_plan(
@@ -109,16 +139,24 @@ def make_plan(
         steps: of all runs, at most; None: no limit.
     """
     if config.num_epochs:
-        raise UsageError('config.num_steps is needed: config.num_epochs does not say how long the warm-up is')
+        raise UsageError(
+            'epochs do not say how long the warm-up is: give --config.num_epochs=0 --config.num_steps=N, the steps of '
+            'the whole run'
+        )
     if config.task.name == 'online':
         raise UsageError('config.task.name=online: a loss of online learning does not show a collapse')
-    if bad := [rate for rate in (to, *rates) if not 0 < rate <= 1e38]:
-        raise UsageError(f'a learning rate must be above 0, not {bad[0]:g}')
+    for option, given in (('--to', [to]), ('--rates', rates)):
+        if bad := [rate for rate in given if not 0 < rate <= 1e38]:
+            raise UsageError(f'{option}: a learning rate must be above 0 and at most 1e38, not {bad[0]:g}')
+    if len({*rates}) < len(rates):
+        raise UsageError('--rates: two of the rates are equal')
     warmup = config.optim.warmup(config.num_steps)
     length = ramp_steps or min(5000, judgement.enough_steps(warmup))
+    if steps is not None and steps < length:
+        raise UsageError(f'--steps {steps}: the first run, a ramp, has {length} steps already (--ramp_steps)')
     return Plan(
         trials.settings(config, ratios), to, length, warmup, config.optim.learning_rate, config.num_steps,
-        tuple(rates), seeds, steps,
+        config.optim.schedule != 'constant', tuple(rates), seeds, steps,
     )  # fmt: skip
 
 
@@ -206,5 +244,6 @@ def describe(findings: Sequence[Findings], plan: Plan) -> list[str]:
                                f'--config.optim.learning_rate={best.trained:g}']))  # fmt: skip
     steps = plan.confirm_steps
     later = [f'steps {steps + 1:,} to {plan.planned:,} of the recipe'] if plan.planned > steps else []
+    later += ['the decay of the rate'] if plan.decays else []
     lines.append(f'not tried at all: {", ".join([*later, "other seeds", "other data", "rates between these"])}')
     return lines

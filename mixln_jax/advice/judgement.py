@@ -118,8 +118,9 @@ def _collapse(lines: Sequence[Mapping[str, Any]], warmup: int | None) -> Verdict
     reason = 'the loss never was much better than that of the frequencies of tokens'
     if best >= FALL:
         step, distance = known[start - 1]
+        mean = f'the loss (mean of up to {stability.SMOOTH} steps)'
         reason = (
-            f'at step {step:,} the loss was {distance:.0%} below that of the frequencies of tokens, at best {best:.0%}'
+            f'at step {step:,} {mean} was {distance:.0%} below that of the frequencies of tokens, at best {best:.0%}'
         )
     until = f'from step {stay[0][0]:,} to {stay[-1][0]:,} it is near that of the frequencies or above'
     return Verdict(COLLAPSED, stay[0][0], (reason, until))
@@ -144,6 +145,7 @@ def _too_little(line: Mapping[str, Any], warmup: int | None) -> tuple[str, ...]:
         reasons.append('the length of the warm-up is not known (--warmup N)')
     elif step < enough_steps(warmup):
         after = f'{step - warmup:,} steps after' if step > warmup else f'{warmup - step:,} steps before'
+        after = 'at' if step == warmup else after
         reasons.append(
             f'the losses end at step {step:,}, {after} the end of the warm-up: collapses come at the full rate, from '
             f'healthy losses; needed are {enough_steps(warmup):,} steps'

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mixln_jax.system import files
-from mixln_jax.system.errors import DataError, UsageError, reading
+from mixln_jax.system.errors import DataError, reading
 
 NAMES = 'train/loss', 'loss', 'eval/loss'  # of a loss in a JSON line, the first one that it has
 FORM = 'a line is a JSON object with step and loss, or step and loss as two columns'
@@ -18,19 +18,24 @@ def read(path: str) -> list[dict[str, Any]]:
     None.
 
     Raises:
-        UsageError: there is no such file.
-        DataError: it cannot be read, a line is malformed, steps do not increase, or there are no losses.
+        UsageError: the path is none of this machine.
+        DataError: there is no such file, it cannot be read, a line is malformed, steps do not increase, or there are no
+            losses.
     """
     try:
         content = files.read(files.local(path, '--losses'), DataError)
     except FileNotFoundError:
-        raise UsageError(f'--losses: there is no file {path}') from None
+        raise DataError(f'--losses: there is no file {path}') from None
+    if content.startswith(b'\x1f\x8b'):
+        raise DataError(f'{path} is compressed; unpack it first (gunzip)')
     with reading(path, DataError, 'not a text'):
         text = content.decode('utf-8-sig')
     lines: list[dict[str, Any]] = []
     for number, line in _lines(path, text):
         if lines and line['step'] <= lines[-1]['step']:
-            raise DataError(f'{path}: line {number}: step {line["step"]} comes after step {lines[-1]["step"]}')
+            last = lines[-1]['step']
+            problem = 'is there twice' if line['step'] == last else f'comes after step {last}'
+            raise DataError(f'{path}: line {number}: step {line["step"]} {problem}')
         lines.append(line)
     if not lines:
         raise DataError(f'{path} has no losses; {FORM}')
@@ -71,7 +76,7 @@ def _from_columns(row: str, place: str, first: bool) -> dict[str, Any] | None:
     """Returns the line of two columns; None for the `first` one if it has names."""
     columns = re.split(r'\s*[,;|\t]\s*|\s+', row.strip())
     if len(columns) != 2:
-        raise DataError(f'{place}: {len(columns)} columns, not 2; {FORM}')
+        raise DataError(f'{place}: {len(columns)} column{"s" * (len(columns) > 1)}, not 2; {FORM}')
     if first and columns[0].lower() in ('step', 'steps'):
         return None
     return {'step': _step(columns[0], place), 'train/loss': _loss(columns[1], place)}

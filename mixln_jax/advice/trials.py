@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,12 @@ from mixln_jax.system.errors import UsageError
 
 FRACTIONS = 1 / 2, 1 / 4, 1 / 8  # of a ramp's bound: the rates that are confirmed, the highest first
 LINES = 1000  # of metrics.jsonl in a run, at most
+NAME = re.compile('(recipe|post[^-]+(e-[0-9]+)?)-(ramp|rate)-')  # of what runs leave in the folder
+ALWAYS: dict[str, Any] = {  # what all runs have, whatever the recipe says
+    'optim.schedule': 'constant', 'collapse': 'stop', 'eval.every': 0, 'eval.samples': 0, 'analysis.tokens': 0,
+    'profile.steps': 0, 'checkpoint.keep': 1, 'checkpoint.keep_every': 0, 'checkpoint.best': '',
+    'log_every': 5, 'stability.every': 20, 'checkpoint.every': 100,  # at least
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +69,13 @@ class Trial:
 
     def overrides(self) -> list[tuple[str, str]]:
         """Returns the changes of the recipe, (key, text)."""
-        values: dict[str, Any] = {
+        values = ALWAYS | {
             'num_steps': self.steps,
-            'optim.schedule': 'constant',
             'optim.warmup_steps': self.warmup,
             'optim.learning_rate': self.rate,
-            'collapse': 'stop',
-            'log_every': max(5, self.steps // LINES),
-            'stability.every': max(20, self.steps // LINES),
-            'eval.every': 0,
-            'eval.samples': 0,
-            'analysis.tokens': 0,
-            'profile.steps': 0,
-            'checkpoint.every': max(100, self.steps // 4),
-            'checkpoint.keep': 1,
-            'checkpoint.keep_every': 0,
-            'checkpoint.best': '',
+            'log_every': max(ALWAYS['log_every'], self.steps // LINES),
+            'stability.every': max(ALWAYS['stability.every'], self.steps // LINES),
+            'checkpoint.every': max(ALWAYS['checkpoint.every'], self.steps // 4),
         }
         if self.setting.post_ratio is not None:
             values['model.post_ratio'] = self.setting.post_ratio
@@ -111,6 +109,9 @@ def settings(config: configs.Config, ratios: Sequence[float]) -> list[Setting]:
     if bad := next((ratio for ratio in ratios if not 0 <= ratio <= 1), None):
         raise UsageError(f'--ratios: {bad:g} is not between 0 and 1')
     wanted = ratios or (model.post_ratio, model.post_ratio / 2)
+    counts = [placements.post_layers(layers, ratio) for ratio in ratios]
+    if twice := next((count for count in counts if counts.count(count) > 1), None):
+        raise UsageError(f'--ratios: two of them are {twice} of {layers} layers')
     by_count = {placements.post_layers(layers, ratio): ratio for ratio in reversed(wanted)}
     return [Setting(layers, count, by_count[count]) for count in sorted(by_count, reverse=True)]
 
@@ -125,6 +126,7 @@ class Plan:
     warmup: int  # of the recipe
     own_rate: float
     planned: int  # steps of the recipe
+    decays: bool  # the rate of the recipe
     rates: tuple[float, ...]  # given by the user; empty: fractions of the bound
     seeds: int | None  # of each rate, 0 to seeds - 1; None: that of the recipe
     limit: int | None  # steps of all runs
@@ -158,11 +160,12 @@ class Plan:
         each = (len(self.rates) or len(FRACTIONS) + 1) * (self.seeds or 1)
         runs = len(self.settings) * (1 + each)
         steps = len(self.settings) * (self.ramp_steps + each * self.confirm_steps)
+        each_of = f'for each of {len(self.settings)} settings ' if len(self.settings) > 1 else ''
         which = 'one trains' if (self.seeds or 1) == 1 else f'those of a rate with all {self.seeds} seeds train'
         limit = '' if self.limit is None else f', of which --steps allows {self.limit:,}'
         return (
-            f'at most {runs} runs with {steps:,} steps{limit}: for each of {len(self.settings)} settings a ramp of '
-            f'{self.ramp_steps:,} steps to {self.ramp_to:g}, then up to {each} runs of {self.confirm_steps:,} steps '
+            f'at most {runs} runs with {steps:,} steps{limit}: {each_of}a ramp of {self.ramp_steps:,} steps to '
+            f'{self.ramp_to:g}, then up to {each} runs of {self.confirm_steps:,} steps '
             f'({self.warmup:,} of them warm up) until {which}; the recipe has {self.planned:,} steps'
         )
 

@@ -63,7 +63,10 @@ def test_advice(recipe, trained, tmp_path, capsys):
     assert 'at most 10 runs with 2,400 steps: for each of 2 settings a ramp of 240 steps to 0.05' in out
     assert '2 of 4 layers Post-LN (post_ratio=0.5): trains at a peak rate of 0.0021' in out
     assert 'most Post-LN layers that trained: --config.model.post_ratio=0.5 --config.optim.learning_rate=0.0021' in out
-    assert 'not tried at all: steps 241 to 1,000 of the recipe, other seeds' in out and 'stable' not in out
+    assert (
+        'not tried at all: steps 241 to 1,000 of the recipe, the decay of the rate, other seeds' in out
+        and 'stable' not in out
+    )
     advice = json.loads((tmp_path / 'a/advice.json').read_text())
     two, one = advice['settings']
     assert (two['post_layers'], one['post_layers']) == (2, 1) and two['learning_rate'] == 0.0021
@@ -83,8 +86,18 @@ def test_rates_that_collapse_and_a_limit_of_steps(recipe, trained, tmp_path, cap
     assert 'no collapse, so there is no upper bound' in out  # 4 layers: up to 0.0025
     assert 'rate 0.1: collapsed at' in out and 'rate 0.02: collapsed' in out and 'no rate trained' in out
     assert 'not tried: rate 0.001 (--steps 800)' in out and '--config.optim.learning_rate' not in out
-    assert advise.main([*words[:-1], '100', '--workdir', str(tmp_path / 'b')]) == 0
-    assert 'not tried: everything (100 steps were allowed)' in capsys.readouterr().out
+    assert advise.main([*words, '--ratios', '1,0.5', '--steps', '300', '--workdir', str(tmp_path / 'b')]) == 0
+    assert 'not tried: everything (300 steps were allowed)' in capsys.readouterr().out
+
+
+def test_keys_that_the_runs_have_their_own_values_of(recipe, trained, tmp_path, capsys):
+    words = ['--config', recipe, '--workdir', str(tmp_path / 'a'), '--ratios', '1', '--config.collapse=stop']
+    assert advise.main([*words, '--config.optim.schedule=wsd', '--config.log_every=9']) == 0
+    said = 'mixln_jax: warning: config.optim.schedule=wsd, config.log_every=9: these runs have their own values\n'
+    assert capsys.readouterr().err == said
+    assert advise.main([*words, '--workdir', str(tmp_path / 'a/post1-ramp-0.05-240')]) == 2
+    assert 'holds metrics.jsonl, which is not of an adviser' in capsys.readouterr().err
+    assert advise.main(words) == 2  # other keys
 
 
 def test_a_rate_has_to_train_with_all_seeds(recipe, trained, tmp_path, capsys):

@@ -1,11 +1,14 @@
 """Verdicts on losses and signs, without a run; and the files of losses that a user gives."""
 
+import dataclasses
+import gzip
 import json
 import math
 
 import pytest
 
 from mixln_jax import advise
+from mixln_jax import config as configs
 from mixln_jax.advice import judgement, losses
 from mixln_jax.advice.judgement import judge
 from mixln_jax.advice.runner import Runner
@@ -48,7 +51,7 @@ def test_a_collapse_in_public():
             assert (verdict.state, verdict.step) == (judgement.COLLAPSED, 8000)
             assert (
                 verdict.sentence() == 'collapsed at step 8000'
-                and 'at step 7,000 the loss was 52% below' in verdict.reasons[0]
+                and 'at step 7,000 the loss (mean of up to 20 steps) was 52% below' in verdict.reasons[0]
             )
 
 
@@ -115,12 +118,26 @@ def test_files_of_losses(tmp_path, text):
     assert losses.read(str(path)) == lines(C4_MIX)
 
 
+def test_a_work_directory_tells_its_warm_up(tmp_path, capsys):
+    config = configs.default()
+    config.num_steps, config.optim.warmup_steps = 60_000, 6000
+    (tmp_path / 'config.json').write_text(json.dumps(dataclasses.asdict(configs.build(config))))
+    text = ''.join(json.dumps(line) + '\n' for line in lines(C4_PRE, 15_000))
+    (tmp_path / 'metrics.jsonl').write_text(text)
+    for path in (tmp_path, tmp_path / 'metrics.jsonl'):
+        assert advise.main(['--losses', str(path), '--entropy', f'{ENTROPY}']) == 0
+        out = capsys.readouterr().out
+        assert 'metrics.jsonl: trained as far as tried' in out and 'not tried: steps 15,001 to 60,000' in out
+    assert advise.main(['--losses', str(tmp_path), '--entropy', f'{ENTROPY}', '--warmup', '10000']) == 0
+    assert 'needed are 20,000 steps' in capsys.readouterr().out  # given by hand
+
+
 @pytest.mark.parametrize(
     'content, problem',
     [
         (b'', 'has no losses'),
         (b'{"step": 1}\n', 'has no losses'),
-        (b'{"step": 1, "loss": 2}\n{"step": 1, "loss": 2}\n', 'line 2: step 1 comes after step 1'),
+        (b'{"step": 1, "loss": 2}\n{"step": 1, "loss": 2}\n', 'line 2: step 1 is there twice'),
         (b'{"step": 1, "loss": 2}\n{"step": 2, "lo', 'line 2: not JSON'),
         (b'{"loss": 2}\n', 'line 1: no step'),
         (b'{"step": true, "loss": 2}\n', 'True is not a step'),
@@ -131,6 +148,8 @@ def test_files_of_losses(tmp_path, text):
         (b'{"step": 1, "loss": 2, "stability/grad_ratio": "x"}\n', 'grad_ratio is not a number'),
         (b'step,loss\nstep,loss\n', "line 2: 'step' is not a step"),
         (b'1,2,3\n', '3 columns, not 2'),
+        (b'1\n', '1 column, not 2'),
+        (gzip.compress(b'1,2\n'), 'is compressed; unpack it first'),
         (b'1 -2\n', "'-2' is not a loss"),
         (b'[1, 2]\n', 'is not a'),
         (b'\xff\xfe\x00', 'not a text'),
@@ -161,7 +180,7 @@ def test_the_command_on_losses(tmp_path, capsys):
     'words, code, problem',
     [
         ([], 2, '--config FILE or --losses FILE is missing'),
-        (['--losses', 'no/such'], 2, 'there is no file no/such'),
+        (['--losses', 'no/such'], 4, 'there is no file no/such'),
         (['--losses', '.'], 4, 'it is a folder'),
         (['--losses', 'FILE'], 2, '--entropy X is missing'),
         (['--losses', 'FILE', '--entropy', '0'], 2, '--entropy must be above 0'),
@@ -174,11 +193,22 @@ def test_the_command_on_losses(tmp_path, capsys):
         (['--config', 'configs/quickstart.py', '--steps', '0'], 2, '--steps must be at least 1'),
         (['--config', 'configs/quickstart.py', '--ramp-steps', '1'], 2, '--ramp_steps must be at least 2'),
         (['--config', 'configs/quickstart.py', '--rates', '1e-3,x'], 2, '--rates'),
-        (['--config', 'configs/quickstart.py', '--rates', '0'], 2, 'a learning rate must be above 0'),
+        (['--config', 'configs/quickstart.py', '--rates', '0'], 2, '--rates: a learning rate must be above 0'),
+        (['--config', 'configs/quickstart.py', '--rates', '1e39'], 2, 'and at most 1e38, not 1e+39'),
+        (['--config', 'configs/quickstart.py', '--rates', '1e-3,0.001'], 2, '--rates: two of the rates are equal'),
+        (['--config', 'configs/quickstart.py', '--ratios', '0.5,0.51'], 2, '--ratios: two of them are 3 of 6 layers'),
+        (['--config', 'configs/quickstart.py', '--steps', '5'], 2, 'a ramp, has 240 steps already'),
+        (['--config', 'configs/quickstart.py', '--workdir', ''], 2, '--workdir is empty'),
+        (['--config', 'configs/quickstart.py', '--workdir', 'configs'], 2, 'which is not of an adviser'),
+        (['--config', 'configs/quickstart.py', '--workdir', 'README.md'], 2, '--workdir'),
         (['--config', 'configs/quickstart.py', '--ratios', ','], 2, '--ratios is empty'),
         (['--config', 'configs/quickstart.py', '--ratios', '1.5'], 2, '--ratios: 1.5 is not between 0 and 1'),
         (['--config', 'configs/quickstart.py', '--ratios=0.5', '--config.model.norm_position=pre'], 2, '--ratios has'),
-        (['--config', 'configs/quickstart.py', '--config.num_epochs=1', '--config.num_steps=0'], 2, 'num_steps'),
+        (
+            ['--config', 'configs/quickstart.py', '--config.num_epochs=1', '--config.num_steps=0'],
+            2,
+            '--config.num_epochs=0 --config.num_steps=N',
+        ),
         (['--config', 'configs/quickstart.py', '--workdir', 'gs://x'], 2, '--workdir'),
         (['--config', 'no.py'], 2, 'there is no file no.py'),
         (['--config', 'configs/quickstart.py', '--ratio', '1'], 2, '--ratio'),
