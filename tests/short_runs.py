@@ -8,6 +8,7 @@ from mixln_jax import config as configs
 from mixln_jax import main
 from mixln_jax.models import families
 from mixln_jax.models.hf import llama as hf_llama
+from mixln_jax.runs import workdir
 
 WORDS = 'the quick brown fox jumps over one lazy dog and an evil queen'.split()  # noqa: SIM905
 # The same network as a recipe of its own.
@@ -36,6 +37,11 @@ def recipe(corpus, **changes):
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     return config
+
+
+def saved_config(config):
+    """The content of the config.json of a run."""
+    return workdir.resolved_config(config, families.from_config(config.model, num_outputs=config.task.num_outputs))
 
 
 def exported(folder):

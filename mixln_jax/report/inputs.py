@@ -15,7 +15,7 @@ from mixln_jax.models import placements
 from mixln_jax.report import style
 from mixln_jax.report.numbers import number
 from mixln_jax.report.results import ANALYSES, LARGEST, check_lines, read_content
-from mixln_jax.runs import log, sweep_folder, workdir
+from mixln_jax.runs import log, sweep_cells, sweep_folder, workdir
 from mixln_jax.system import files
 from mixln_jax.system.errors import CheckpointError, UsageError, reading
 from mixln_jax.tasks.build import TASKS
@@ -65,6 +65,7 @@ class Run:
     classes: dict[str, Any] = dataclasses.field(default_factory=dict)  # classes.json, from `evaluate --out` of images
     debug: dict[str, Any] = dataclasses.field(default_factory=dict)  # debug/report.json, of a step that was not finite
     ending: sweep_folder.Ending | None = None  # of a cell of a sweep
+    swept: dict[str, Any] = dataclasses.field(default_factory=dict)  # {key: value} that vary in the sweep of a cell
 
     @property
     def placement(self) -> str:
@@ -167,13 +168,17 @@ def read(folders: Iterable[str]) -> tuple[list[Run], list[Exception], list[str]]
     runs: list[Run] = []
     problems: list[Exception] = []
     others: list[str] = []
-    by_path = {pathlib.Path(os.path.realpath(files.local(one, ''))): one for one in _cells(folders, problems)}
-    for path, folder in by_path.items():
+    by_path = {
+        pathlib.Path(os.path.realpath(files.local(folder, ''))): (folder, swept)
+        for folder, swept in _cells(folders, problems)
+    }
+    for path, (folder, swept) in by_path.items():
         try:
             if not _is_run(path):
                 others.append(folder)
                 continue
             run = _read_run(path, folder, len(runs))
+            run.swept = swept
         except (UsageError, CheckpointError) as problem:
             problems.append(problem)
             continue
@@ -185,8 +190,9 @@ def read(folders: Iterable[str]) -> tuple[list[Run], list[Exception], list[str]]
     return runs, problems, others
 
 
-def _cells(folders: Iterable[str], problems: list[Exception]) -> Iterator[str]:
-    """Yields the folders, and in place of the folder of a sweep those of its cells."""
+def _cells(folders: Iterable[str], problems: list[Exception]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (folder, {}) and, in place of the folder of a sweep, those of its cells that were begun and not edited,
+    with what was swept."""
     for folder in folders:
         path = files.local(folder, '')
         try:
@@ -194,10 +200,17 @@ def _cells(folders: Iterable[str], problems: list[Exception]) -> Iterator[str]:
         except UsageError as problem:
             problems.append(problem)
             continue
-        if definition:
-            yield from (f'{folder}/{name}' for name in definition.cells if (path / name).is_dir())
-        else:
-            yield folder
+        if definition is None:
+            yield folder, {}
+            continue
+        for name in definition.cells:
+            try:
+                sweep_cells.check_unedited(path, definition, [name])
+            except UsageError as problem:
+                problems.append(problem)
+                continue
+            if (path / name).is_dir():
+                yield f'{folder}/{name}', {key: definition.value(name, key) for key in definition.keys}
 
 
 def _read_run(path: pathlib.Path, folder: str, colour: int) -> Run:
@@ -229,7 +242,7 @@ def _read_analyses(run: Run, path: pathlib.Path) -> list[Exception]:
             problems.append(problem)
     try:
         run.ending = sweep_folder.read_ending(path)
-    except CheckpointError as problem:
+    except UsageError as problem:
         problems.append(problem)
     for job in ANALYSES:
         try:

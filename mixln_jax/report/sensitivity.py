@@ -75,6 +75,13 @@ class Curve:
         whole = [rate for rate in self.rates if self.values_at(rate).keys() == seeds]
         return min(whole, key=lambda rate: estimate(self.values_at(rate).values())[0], default=None)
 
+    @property
+    def edge(self) -> str:
+        """Which end of the rates the best one is, `highest swept` or `lowest swept`; '' if it is none of several."""
+        if self.best is None or len(self.rates) < 2:
+            return ''
+        return {self.rates[0]: 'lowest swept', self.rates[-1]: 'highest swept'}.get(self.best, '')
+
 
 def is_lost(run: Run) -> bool:
     """Returns whether a run collapsed or was not finite."""
@@ -108,11 +115,23 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
     ended = [run for run in runs if has_ended(run)]
     names = _settings(ended)
     grouped: dict[str, dict[tuple[float, Seeds], Run]] = {}
+    swept: dict[str, str] = {}  # {label: with the placement as it was swept}
     for run in ended:
-        parts = [run.placement] if PLACEMENT[0] in names else []
-        parts += [f'{name.rpartition(".")[2]}={run.keys[name]}' for name in names if name not in PLACEMENT]
-        grouped.setdefault(', '.join(parts) or run.placement, {})[run.keys[RATE], run.seeds] = run
-    return [Curve(label, own) for label, own in grouped.items()]
+        parts = [f'{name.rpartition(".")[2]}={run.keys[name]}' for name in names if name not in PLACEMENT]
+        placed = [run.placement] if PLACEMENT[0] in names or not parts else []
+        label = ', '.join([*placed, *parts])
+        words = [*(_placement_as_swept(run) for _ in placed), *parts]
+        text = ', '.join(words) if all(words) else ''
+        swept[label] = text if swept.get(label, text) == text else ''
+        grouped.setdefault(label, {})[run.keys[RATE], run.seeds] = run
+    clear = all(swept.values()) and len({*swept.values()}) == len(swept)
+    return [Curve(swept[label] if clear else label, own) for label, own in grouped.items()]
+
+
+def _placement_as_swept(run: Run) -> str:
+    """Returns the placement of a run as it was swept, `mix` or `mix, post_ratio=0.5`; '' if it was not."""
+    words = {name: run.swept[name] for name in PLACEMENT if name in run.swept}
+    return ', '.join(f'{value}' if name == PLACEMENT[0] else f'post_ratio={value}' for name, value in words.items())
 
 
 def _settings(runs: Sequence[Run]) -> list[str]:

@@ -64,15 +64,19 @@ def _best(several: Sequence[Curve]) -> Table:
     common = common_rates(several)
     rows = []
     for curve in several:
-        best = '-' if curve.best is None else f'{curve.best:g}'
+        best = '-' if curve.best is None else _best_rate(curve)
         loss = '-' if curve.best is None else _shown(estimate(curve.values_at(curve.best).values()))
         lost = sum(map(is_lost, curve.runs.values()))
         rows.append((curve.label, best, loss, _shown(sensitivity(curve, common)), f'{lost} of {len(curve.runs)}'))
     over = ', '.join(f'{rate:g}' for rate in common)
-    caption = 'The best learning rate of each setting, of those that all its seeds have'
+    caption = 'The best learning rate of each setting, among those at which all its seeds have ended'
     if len(common) > 1:
         caption += f', and its learning-rate sensitivity over the rates {over}: mean of the values minus the smallest'
     return Table(caption, ('setting', 'best rate', 'loss there', 'sensitivity', 'collapsed'), rows)
+
+
+def _best_rate(curve: Curve) -> str:
+    return f'{curve.best:g}' + (f' ({curve.edge})' if curve.edge else '')
 
 
 def _differences(several: Sequence[Curve], rates: Sequence[float], heads: Sequence[str]) -> Table:
@@ -116,6 +120,8 @@ def _endings(runs: Sequence[Run]) -> Iterator[Table]:
 
 
 def _notes(several: Sequence[Curve]) -> Iterator[str]:
+    if edges := [f'{curve.label} ({curve.edge})' for curve in several if curve.edge]:
+        yield f'The best rate is at the edge of the rates for {", ".join(edges)}: a rate beyond it may be better.'
     shown = [
         f'{curve.label} {curve.initial:.4f} ({"evaluated at step 0" if curve.initial_is_measured else "even guesses"})'
         if math.isfinite(curve.initial)
@@ -133,7 +139,7 @@ def rate_picture(runs: Sequence[Run]) -> Picture | None:
     if not any(len(curve.rates) > 1 for curve in several):
         return None
     best = '; '.join(
-        f'{curve.label} {estimate(curve.values_at(curve.best).values())[0]:.4f} at {curve.best:g}'
+        f'{curve.label} {estimate(curve.values_at(curve.best).values())[0]:.4f} at {_best_rate(curve)}'
         for curve in several
         if curve.best is not None
     )

@@ -3,20 +3,27 @@
 sweep.json         the definition: what all cells share, and in what each differs
 <cell>/            the work directory of a cell
 cells/<cell>.json  how it ended; .txt: what it printed; .lock: held while it runs
+results/           what `--show` has written
 """
 
+import contextlib
 import dataclasses
 import hashlib
-import os
 import pathlib
 import time
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mixln_jax.system import files, outputs
-from mixln_jax.system.errors import CheckpointError, UsageError, reading
+from mixln_jax.system.errors import CheckpointError, Exit, UsageError, reading
 
-DEFINITION, CELLS = 'sweep.json', 'cells'
+DEFINITION, CELLS, SHOWN = 'sweep.json', 'cells', 'results'
+LOCK = 'sweep'  # file of CELLS, without suffix: held while the definition is read and written
+# The ways out of a damaged file.
+ANEW = 'put back a good copy, or remove it and give the training command again, which makes it anew and keeps the cells'
+LOOK_AGAIN = 'remove it, and the next training command looks at the cell again'
 FAILED = 'failed'
 # How a cell may end with a result. Any other end is a failure, and the cell is tried again by the next call.
 RESULTS = 'done', 'collapsed', 'not finite', 'pruned'
@@ -63,21 +70,66 @@ class Ending:
 
 def read_definition(folder: pathlib.Path) -> Definition | None:
     """Returns the definition of a sweep; None if the folder has none. Raises UsageError if it is malformed."""
-    path, problem = folder / DEFINITION, 'not the definition of a sweep'
+    path, problem = folder / DEFINITION, 'damaged, not the definition of a sweep'
     try:
-        values = files.read_json(path, UsageError, problem)
+        with advising(ANEW):
+            values = files.read_json(path, UsageError, problem)
+            with reading(path, UsageError, problem):
+                definition = _make(Definition, values)
+                for name, changes in definition.cells.items():
+                    if not isinstance(changes, dict) or not name or '/' in name or name.startswith('.'):
+                        raise ValueError(f'{name!r} is not a cell')
+                return dataclasses.replace(definition, keys=tuple(map(str, definition.keys)))
     except FileNotFoundError:
         return None
-    with reading(path, UsageError, problem):
-        definition = Definition(**values | {'keys': tuple(values['keys'])})
-        kinds = (definition.config, str), (definition.fixed, dict), (definition.cells, dict), (definition.search, dict)
-        for value, kind in kinds:
-            if not isinstance(value, kind):
-                raise ValueError(f'{value!r} is not a {kind.__name__}')
-        for name, changes in definition.cells.items():
-            if not isinstance(changes, dict) or not name or '/' in name or name.startswith('.'):
-                raise ValueError(f'{name!r} is not a cell')
-    return definition
+
+
+@contextlib.contextmanager
+def advising(way_out: str) -> Iterator[None]:
+    """Turns an Exit into a UsageError that ends with a way out."""
+    try:
+        yield
+    except Exit as error:
+        raise UsageError(f'{error}; {way_out}') from None
+
+
+_KINDS: dict[Any, str] = {str: 'a text', int: 'a whole number', float: 'a number', dict: 'an object', tuple: 'a list'}
+
+
+def _make(kind: Any, values: Mapping[str, Any]) -> Any:
+    """Returns a dataclass with the values of a JSON file. Raises ValueError if one is missing, unknown or of another
+    type."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    missing = dataclasses.MISSING
+    for name, field in fields.items():
+        if name not in values and field.default is missing and field.default_factory is missing:
+            raise ValueError(f'{name} is missing')
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(f'{name!r} is unknown')
+        if not isinstance(value, _json_type(fields[name].type)):
+            wanted = typing.get_origin(fields[name].type) or fields[name].type
+            raise ValueError(f'{name} is not {_KINDS.get(wanted, "a whole number or null")}')
+    return kind(**values)
+
+
+def _json_type(annotation: Any) -> Any:
+    """Returns the type that values of an annotated field have in JSON."""
+    origin = typing.get_origin(annotation)
+    plain = annotation if origin in (None, types.UnionType) else origin
+    return {tuple: list, float: int | float}.get(plain, plain)
+
+
+def check_is_folder(path: pathlib.Path) -> None:
+    """Raises UsageError if a path in a sweep is a file where a folder belongs."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f'{path} is a file where a folder of the sweep belongs; remove or rename it')
+
+
+def recorded_cells(folder: pathlib.Path) -> set[str]:
+    """Returns the names of the cells that were begun in a folder and are there, whether or not it has a definition."""
+    names = {path.stem for path in (folder / CELLS).glob('[!.]*')} - {LOCK}
+    return {name for name in names if (folder / name).is_dir()}
 
 
 def write_definition(folder: pathlib.Path, definition: Definition) -> None:
@@ -93,27 +145,20 @@ def cell_file(folder: pathlib.Path, name: str, suffix: str) -> pathlib.Path:
 def read_ending(run: pathlib.Path) -> Ending | None:
     """Returns how the run in a folder ended as a cell of a sweep.
 
-    None if it has not ended, is no cell, or had a result whose folder is gone. Raises CheckpointError for a malformed
+    None if it has not ended, is no cell, or had a result whose folder is gone. Raises UsageError for a malformed
     record.
     """
-    path, problem = cell_file(run.parent, run.name, '.json'), 'not how a cell of a sweep ended'
+    path, problem = cell_file(run.parent, run.name, '.json'), 'damaged, not how a cell of a sweep ended'
     try:
-        values = files.read_json(path, CheckpointError, problem)
+        with advising(LOOK_AGAIN):
+            values = files.read_json(path, UsageError, problem)
+            with reading(path, UsageError, problem):
+                ending = _make(Ending, values)
+                if ending.state not in (*RESULTS, FAILED):
+                    raise ValueError(f'state is {ending.state!r}, not one of {", ".join((*RESULTS, FAILED))}')
     except FileNotFoundError:
         return None
-    with reading(path, CheckpointError, problem):
-        ending = _checked(values)
     return ending if run.is_dir() or not ending.is_result else None
-
-
-def _checked(values: Mapping[str, Any]) -> Ending:
-    ending = Ending(**values)
-    for value, kind in ((ending.state, str), (ending.code, int), (ending.line, str), (ending.metrics, str)):
-        if not isinstance(value, kind):
-            raise ValueError(f'{value!r} is not of type {kind.__name__}')
-    if ending.state not in (*RESULTS, FAILED) or not isinstance(ending.step, int | None):
-        raise ValueError(f'{ending.state!r} at step {ending.step!r}')
-    return ending
 
 
 def write_ending(run: pathlib.Path, ending: Ending) -> None:
@@ -128,12 +173,3 @@ def digest(run: pathlib.Path) -> str:
     except FileNotFoundError:
         content = b''
     return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def check_unedited(run: pathlib.Path, ending: Ending) -> None:
-    """Raises UsageError if the metrics.jsonl of a cell is not what it was when the cell ended."""
-    if ending.metrics and digest(run) != ending.metrics:
-        raise UsageError(
-            f'{run / "metrics.jsonl"} is not what the cell has written: it was edited since; remove '
-            f'{os.fspath(run)} to train the cell again'
-        )

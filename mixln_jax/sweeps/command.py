@@ -9,7 +9,7 @@ from typing import Any
 
 from mixln_jax import config as configs
 from mixln_jax import recipes
-from mixln_jax.runs import sweep_folder
+from mixln_jax.runs import sweep_cells, sweep_folder
 from mixln_jax.sweeps import definition, grid, search
 from mixln_jax.sweeps.grid import Cell, Pairs
 from mixln_jax.sweeps.progress import Progress
@@ -45,8 +45,7 @@ def open_search(options: argparse.Namespace, job: Job) -> Worker:
     if len(recipes.sweep(options.config)) > 1:
         raise UsageError(f'--search has no meaning for {options.config}, whose sweep() yields the cells')
     space = search.parse_space(options.over or [])
-    if both := [key for key, _ in job.fixed if key in space]:
-        raise UsageError(f'config.{both[0]} is given twice, by --config and --over')
+    grid.check_not_fixed(job.fixed, space, '--over')
     first = search.check_ends(job.recipe, job.fixed, space)
     words = dict(grid.parse_words(options.over))
     new = definition.new_definition(job.recipe, base_of(job), [*space], [first])
@@ -61,10 +60,8 @@ def base_of(job: Job) -> dict[str, Any]:
 
 def grid_of(options: argparse.Namespace, fixed: Pairs) -> tuple[list[Cell], list[str]]:
     """Returns (the cells of a grid, checked; the keys that vary)."""
-    axes = grid.parse_over(options.over or [])
-    if options.seeds:
-        axes = [grid.seed_axis(options.seeds), *axes]
-    changes = grid.combine(fixed, recipes.sweep(options.config), axes)
+    over = grid.parse_over(options.over or [])
+    changes = grid.combine(fixed, recipes.sweep(options.config), over, options.seeds)
     keys = list(grid.varied(changes))
     if not keys:
         raise UsageError(f'nothing varies: give --over, --seeds, or a recipe with sweep() ({options.config} has none)')
@@ -77,7 +74,7 @@ def claim_names(job: Job, keys: Sequence[str], cells: Sequence[Cell]) -> list[Ce
     with definition.opened(job.folder) as old:
         merged, names = definition.merge(job.folder, old, new)
         named = [Cell(names[cell.name], cell.changes, cell.config) for cell in cells]
-        definition.check_unedited(job.folder, named, keys)
+        sweep_cells.check_unedited(job.folder, merged, names.values())
         if merged != old:
             sweep_folder.write_definition(job.folder, merged)
     return named

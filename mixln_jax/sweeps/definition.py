@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mixln_jax import config as configs
-from mixln_jax.models import placements
 from mixln_jax.runs import sweep_folder
+from mixln_jax.runs.sweep_cells import flat
 from mixln_jax.runs.sweep_folder import Definition
-from mixln_jax.sweeps.grid import SEEDS, Cell, flat
-from mixln_jax.system import errors, files, outputs
+from mixln_jax.sweeps.grid import SEEDS, Cell
+from mixln_jax.system import console, errors, files, outputs
 from mixln_jax.system.errors import UsageError
 
 ANOTHER = 'give another --workdir'
@@ -28,13 +28,19 @@ def check_folder(workdir: str) -> pathlib.Path:
     outputs.resolve(workdir, '--workdir')
     folder = files.for_arrays(workdir, '--workdir')
     try:
-        names = sorted(set(os.listdir(folder)) - {sweep_folder.CELLS})
+        names = {name for name in os.listdir(folder) if not name.startswith('.')}  # such as a lock that was left
     except FileNotFoundError:
         return folder
     except OSError as error:
         raise UsageError(f'--workdir {workdir} cannot be used: {error.strerror}') from None
-    if names and sweep_folder.DEFINITION not in names:
-        raise UsageError(f'--workdir {workdir} holds {names[0]} of something else than a sweep; {ANOTHER}')
+    sweep_folder.check_is_folder(folder / sweep_folder.CELLS)
+    cells = sweep_folder.recorded_cells(folder)
+    others = sorted(names - cells - {sweep_folder.CELLS} - ({sweep_folder.SHOWN} if cells else set()))
+    if others and sweep_folder.DEFINITION not in names:
+        raise UsageError(
+            f'--workdir {workdir} holds {others[0]} but no {sweep_folder.DEFINITION}, so it is not the folder of a '
+            f'sweep; {ANOTHER}, or put {sweep_folder.DEFINITION} back if it was one'
+        )
     return folder
 
 
@@ -57,7 +63,7 @@ def opened(folder: pathlib.Path) -> Iterator[Definition | None]:
     is none yet. A block that raises leaves no new folder. Raises UsageError if the folder cannot be used."""
     try:
         with outputs.new_folder(folder), outputs.new_folder(folder / sweep_folder.CELLS):
-            path, start = sweep_folder.cell_file(folder, 'sweep', '.lock'), time.monotonic()
+            path, start = sweep_folder.cell_file(folder, sweep_folder.LOCK, '.lock'), time.monotonic()
             while (lock := outputs.hold(path)) is None:
                 if time.monotonic() > start + PATIENCE:
                     raise UsageError(f'{path} has been held by another process for {PATIENCE} s; end that one')
@@ -81,6 +87,7 @@ def merge(folder: pathlib.Path, old: Definition | None, new: Definition) -> tupl
     Raises UsageError, naming the keys, if a folder holds another sweep.
     """
     if old is None:
+        _take_up(folder, new)
         return new, {name: name for name in new.cells}
     _check_same(folder, old, new)
     keys = tuple(dict.fromkeys((*old.keys, *new.keys)))
@@ -96,17 +103,30 @@ def merge(folder: pathlib.Path, old: Definition | None, new: Definition) -> tupl
     return dataclasses.replace(old, keys=keys, cells=cells), names
 
 
+def _take_up(folder: pathlib.Path, new: Definition) -> None:
+    """Says that the definition is made anew if cells are there whose definition is missing. Raises UsageError, naming
+    one, if it would not have them all."""
+    cells = sweep_folder.recorded_cells(folder)
+    if strays := sorted(cells - new.cells.keys()):
+        raise UsageError(
+            f'{folder / sweep_folder.DEFINITION} is missing, and this command has no cell {strays[0]}, which is there; '
+            f'put the file back, give the command that has all cells, or {ANOTHER}'
+        )
+    if cells:
+        console.say(f'{sweep_folder.DEFINITION} was missing; it is made anew, and {len(cells)} cells are there')
+
+
 def _check_same(folder: pathlib.Path, old: Definition, new: Definition) -> None:
     """Raises UsageError if two definitions are not of one sweep, which may have grown."""
     if old.search != new.search:
         raise UsageError(
-            f'{folder} holds another sweep: it searches {_spelled(old.search)}, not {_spelled(new.search)}; {ANOTHER}'
+            f'{folder} holds another sweep: it is {_spelled(old.search)}, not {_spelled(new.search)}; {ANOTHER}'
         )
-    before, now = (set(one.keys) - {*SEEDS} for one in (old, new))
-    if not (before <= now or now <= before):
+    if missing := [key for key in old.keys if key not in new.keys]:
+        give = '--seeds N' if {*SEEDS} <= {*missing} else f'--over {missing[0]}=VALUE'
         raise UsageError(
-            f'{folder} holds another sweep: it varies {", ".join(sorted(before))}, not {", ".join(sorted(now))}; '
-            f'{ANOTHER}'
+            f'{folder} holds a sweep over {", ".join(old.keys)}; this command leaves out {", ".join(missing)}: '
+            f'give {give} too, or another --workdir'
         )
     varied = {*old.keys, *new.keys}
     free = {key for key in configs.may_change() if not key.startswith('eval.')} - varied
@@ -121,37 +141,5 @@ def _check_same(folder: pathlib.Path, old: Definition, new: Definition) -> None:
 
 
 def _spelled(search: Mapping[str, str]) -> str:
-    return ' '.join(f'{key}={text}' for key, text in search.items()) or 'nothing'
-
-
-def check_unedited(folder: pathlib.Path, cells: Sequence[Cell], keys: Sequence[str]) -> None:
-    """Raises UsageError, naming cell and key, if the folder of a cell holds another run, or lines that it has not
-    written."""
-    for cell in cells:
-        run = folder / cell.name
-        if run.is_file():
-            raise UsageError(f'{run} is a file where the folder of a cell belongs; remove it')
-        if (run / 'config.json').exists():
-            there = configs.read(run / 'config.json')
-            expected, seen = _comparable(cell.config, there), _comparable(there, there)
-            free = configs.may_change() - {*keys}
-            for key in expected.keys() - free:
-                if seen[key] != expected[key]:
-                    raise UsageError(
-                        f'the folder of cell {cell.name} was edited: config.json has {key}={seen[key]}, not '
-                        f'{expected[key]}; remove {run} to train the cell again'
-                    )
-        if ending := sweep_folder.read_ending(run):
-            sweep_folder.check_unedited(run, ending)
-
-
-def _comparable(config: configs.Config, there: configs.Config) -> dict[str, Any]:
-    """Returns {key: value} of a configuration, with what a run works out as the run in its folder, `there`, has it."""
-    model = config.model
-    values = flat(config) | {
-        'model.norm_position': placements.resolve(model.norm_position, model.num_layers, model.post_ratio)
-    }
-    if config.num_epochs:
-        values['num_steps'] = there.num_steps
-    worked_out = flat(there)
-    return {key: worked_out[key] if value == 'auto' else value for key, value in values.items()}
+    words = ' '.join(f'{key}={text}' for key, text in search.items())
+    return f'a search over {words}' if words else 'a grid, without --search'

@@ -11,13 +11,14 @@ from typing import Any
 from mixln_jax import config as configs
 from mixln_jax import recipes
 from mixln_jax.models import families, placements
+from mixln_jax.runs.sweep_cells import NOTES, flat
 from mixln_jax.system.errors import UsageError
 from mixln_jax.tasks import build
 
 Pairs = tuple[tuple[str, str], ...]  # (dotted key, text of its value)
 SEEDS = 'seed', 'data.seed'
-NOTES = 'expected.'  # keys that a run only carries along
 LONGEST_NAME = 150  # bytes
+MAY_BE_EMPTY = {path for path, field in configs.all_fields() if field.default == ''}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +33,6 @@ class Cell:
     def values(self) -> dict[str, Any]:
         """{key: value} of its configuration, flat."""
         return flat(self.config)
-
-
-def flat(config: configs.Config) -> dict[str, Any]:
-    """Returns {key: value} of a configuration without its secret and the notes on what a paper expects."""
-    values = configs.flatten(configs.public(config))
-    return {key: value for key, value in values.items() if not key.startswith(NOTES)}
 
 
 def parse_over(groups: Iterable[Sequence[str]]) -> list[list[Pairs]]:
@@ -83,7 +78,10 @@ def parse_values(word: str) -> tuple[str, list[str]]:
         [values] = csv.reader([text], strict=True, skipinitialspace=True)
     except (csv.Error, ValueError) as error:
         raise UsageError(f'--over {word!r}: {error}; a value with a comma stands in double quotes') from None
-    return key.removeprefix('config.'), [value.strip() for value in values]
+    key, values = key.removeprefix('config.'), [value.strip() for value in values]
+    if '' in values and key not in MAY_BE_EMPTY:
+        raise UsageError(f'--over {word!r}: value {values.index("") + 1} of {len(values)} is empty')
+    return key, values
 
 
 def seed_axis(count: int) -> list[Pairs]:
@@ -91,19 +89,31 @@ def seed_axis(count: int) -> list[Pairs]:
     return [tuple((key, f'{number}') for key in SEEDS) for number in range(count)]
 
 
-def combine(fixed: Pairs, own: Sequence[Mapping[str, str]], axes: Sequence[Sequence[Pairs]]) -> list[Pairs]:
-    """Returns the changes of each cell: the product of a recipe's own cells and all axes; the first axis is slowest.
+def combine(
+    fixed: Pairs, own: Sequence[Mapping[str, str]], over: Sequence[Sequence[Pairs]], seeds: int | None = None
+) -> list[Pairs]:
+    """Returns the changes of each cell: the product of seeds, the axes of `--over` and a recipe's own cells.
 
-    Raises UsageError if a key is changed by two of them, or by one and for all cells.
+    The seeds, or without them the first axis, are slowest, and the recipe's own cells come next. Raises UsageError,
+    naming where, if a key is changed twice.
     """
     own_axis = [tuple(changes.items()) for changes in own]
-    all_axes = [*axes[:1], own_axis, *axes[1:]]
-    keys = [dict.fromkeys(key for changes in axis for key, _ in changes) for axis in all_axes]
-    given = [dict.fromkeys(key for key, _ in fixed), *keys]
+    seed_axes = [seed_axis(seeds)] if seeds else []
+    by = {'--over': over, '--seeds': seed_axes, 'sweep() of the recipe': [own_axis]}
+    given = {name: {key for axis in axes for changes in axis for key, _ in changes} for name, axes in by.items()}
     for one, other in itertools.combinations(given, 2):
-        if both := [key for key in one if key in other]:
-            raise UsageError(f'config.{both[0]} is given twice, by two of --config, --over, --seeds and the recipe')
-    return [tuple(itertools.chain(*changes)) for changes in itertools.product(*all_axes)]
+        if both := sorted(given[one] & given[other]):
+            raise UsageError(f'config.{both[0]} is given twice, by {one} and {other}')
+    for name, keys in given.items():
+        check_not_fixed(fixed, keys, name)
+    axes = [*seed_axes, *over]
+    return [tuple(itertools.chain(*changes)) for changes in itertools.product(*axes[:1], own_axis, *axes[1:])]
+
+
+def check_not_fixed(fixed: Pairs, keys: Iterable[str], name: str) -> None:
+    """Raises UsageError if one of the keys, which `name` varies, is changed for all cells too."""
+    if both := [key for key, _ in fixed if key in keys]:
+        raise UsageError(f'config.{both[0]} is given twice, by --config.{both[0]} and {name}')
 
 
 def make_cells(recipe: str, fixed: Pairs, changes: Sequence[Pairs], names: Sequence[str] = ()) -> list[Cell]:

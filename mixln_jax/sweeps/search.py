@@ -1,7 +1,7 @@
 """Search over ranges with Optuna: which values the next cell has, and which cells are not worth their end.
 
 The folder of the sweep is all that workers share: the study is made anew from it, so nothing else can be lost or
-disagree. What a search proposes depends on what has ended by then, so it cannot be repeated exactly; its cells can.
+disagree. What a search proposes depends on what has ended by then, so it cannot be repeated exactly; each cell can.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 from mixln_jax import config as configs
 from mixln_jax.report.inputs import Headline
 from mixln_jax.report.numbers import number
-from mixln_jax.runs import log, sweep_folder
+from mixln_jax.runs import log, sweep_cells, sweep_folder
 from mixln_jax.runs.sweep_folder import Definition
 from mixln_jax.sweeps import definition as definitions
 from mixln_jax.sweeps.grid import Cell, Pairs, make_cell, name_cells, parse_values
@@ -124,7 +124,7 @@ class Search(Worker):
             if merged != old:
                 sweep_folder.write_definition(job.folder, merged)
             self._take_over(merged)
-            definitions.check_unedited(job.folder, self.cells, merged.keys)
+            sweep_cells.check_unedited(job.folder, merged, merged.cells)
         self.remember()
 
     def _take_over(self, definition: Definition) -> None:

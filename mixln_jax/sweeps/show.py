@@ -4,6 +4,7 @@ import collections
 import csv
 import io
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,51 +13,73 @@ from mixln_jax.report.inputs import Run
 from mixln_jax.report.markdown import escaped, markdown
 from mixln_jax.report.sensitivity import last_loss
 from mixln_jax.report.sweeps import rate_picture, sweep_section
-from mixln_jax.runs import sweep_folder
+from mixln_jax.runs import sweep_cells, sweep_folder
 from mixln_jax.runs.sweep_folder import Definition
 from mixln_jax.system import console, files, outputs
-from mixln_jax.system.errors import UsageError
+from mixln_jax.system.errors import UsageError, reason
 
-RESULTS = 'results'  # folder in that of the sweep
 STATES = (*sweep_folder.RESULTS, sweep_folder.FAILED, 'running', 'interrupted', 'not begun')
 
 
 def show(workdir: str) -> None:
     """Prints the results of a sweep and writes them into its folder `results`.
 
-    Raises UsageError if there is no sweep, and the last of the problems with single cells, after the rest is shown.
+    Raises UsageError, before anything is shown, if there is no sweep or a cell was edited; and the last of the problems
+    with analyses of single cells after the rest is shown.
     """
     folder = files.local(workdir, '--show')
-    definition = sweep_folder.read_definition(folder)
-    if definition is None:
-        raise UsageError(f'--show {workdir}: no sweep is there ({sweep_folder.DEFINITION} is missing)')
+    definition = read_sweep(folder, workdir)
+    sweep_cells.check_unedited(folder, definition, definition.cells)
     runs, problems, _ = inputs.read([workdir])
-    for run in runs:
-        if run.ending:
-            try:
-                sweep_folder.check_unedited(pathlib.Path(run.folder), run.ending)
-            except UsageError as edited:
-                problems.append(edited)
     states = cell_states(folder, definition)
+    by_name = {pathlib.Path(run.folder).name: run for run in runs}
+    written = write(folder / sweep_folder.SHOWN, table(definition, states, by_name), runs)
     number = collections.Counter(states.values())
     shown = ', '.join(f'{number[state]} {state}' for state in STATES if number[state])
     console.say(f'{len(states)} cells of {definition.config}: {shown}', '')
-    out = folder / RESULTS
-    by_name = {pathlib.Path(run.folder).name: run for run in runs}
-    outputs.write(out / 'results.csv', table(definition, states, by_name).encode())
-    written = ['results.csv']
     if section := sweep_section(runs):
         for one in section.tables:
             console.say(f'{escaped(one.caption)}:', '', *markdown(one.head, one.rows), '')
         console.say(*section.texts, *section.notes, '')
-        if picture := rate_picture(runs):
-            figures.save(picture.figure, out, 'rates')
-            written += ['rates.svg', 'rates.png']
-    console.say(f'wrote {", ".join(written)} into {workdir}/{RESULTS}')
+    console.say(f'wrote {", ".join(written)} into {workdir}/{sweep_folder.SHOWN}')
     for problem in problems[:-1]:
-        console.say(f'mixln_jax: {problem}')
+        console.say(f'mixln_jax: {problem}', file=sys.stderr)
     if problems:
         raise problems[-1]
+
+
+def read_sweep(folder: pathlib.Path, workdir: str) -> Definition:
+    """Returns the definition of the sweep in a folder, which was given as `workdir`. Raises UsageError if there is
+    none, or if it is malformed."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f'--show {workdir} is a file; give the folder of the sweep')
+    definition = sweep_folder.read_definition(folder)
+    for name in (sweep_folder.CELLS, sweep_folder.SHOWN):
+        sweep_folder.check_is_folder(folder / name)
+    if definition is None and sweep_folder.recorded_cells(folder):
+        raise UsageError(
+            f'--show {workdir}: cells of a sweep are there, but {sweep_folder.DEFINITION} is missing; put it back, or '
+            'give the training command again, which makes it anew and keeps the cells'
+        )
+    if definition is None:
+        raise UsageError(f'--show {workdir}: no sweep is there ({sweep_folder.DEFINITION} is missing)')
+    return definition
+
+
+def write(out: pathlib.Path, text: str, runs: Sequence[Run]) -> list[str]:
+    """Writes results.csv, whose content is `text`, and the figure of the runs, if they have one, into the folder `out`;
+    returns the names of the files. Raises UsageError if they cannot be written."""
+    try:
+        outputs.write(out / 'results.csv', text.encode())
+        picture = rate_picture(runs)
+        if picture is None:
+            return ['results.csv']
+        figures.save(picture.figure, out, 'rates')
+        return ['results.csv', 'rates.svg', 'rates.png']
+    except OSError as error:
+        raise UsageError(
+            f'{error.filename2 or error.filename or out} cannot be written: {reason(error)}; remove or rename it'
+        ) from None
 
 
 def cell_states(folder: pathlib.Path, definition: Definition) -> dict[str, str]:

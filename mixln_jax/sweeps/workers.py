@@ -157,7 +157,8 @@ def start(job: Job, cell: Cell, lock: IO[bytes], slot: int, devices: str | None)
     """Returns the process that trains a cell. It holds the lock too, so the cell is claimed until both have ended."""
     log = sweep_folder.cell_file(job.folder, cell.name, '.txt')
     if not (job.folder / cell.name).exists():
-        log.unlink(missing_ok=True)  # of a folder that somebody has removed
+        for path in (log, sweep_folder.cell_file(job.folder, cell.name, '.json')):
+            path.unlink(missing_ok=True)  # of a folder that somebody has removed
     environment: Mapping[str, str] = os.environ if devices is None else os.environ | {SHARED: devices}
     with log.open('ab') as output:
         process = child.start(job.command(cell), output, env=environment, pass_fds=[lock.fileno()])

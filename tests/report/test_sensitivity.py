@@ -11,6 +11,7 @@ from mixln_jax import sweep
 from mixln_jax.report import command as report
 from mixln_jax.report import inputs, sensitivity, sweeps
 from mixln_jax.runs import sweep_folder
+from mixln_jax.runs.sweep_cells import flat
 from mixln_jax.runs.sweep_folder import Definition, Ending
 
 VOCABULARY, LAST = 1000, 10
@@ -33,11 +34,11 @@ ENDINGS = {
 def folder(tmp_path_factory):
     """The folder of a sweep of 18 cells that have ended, one that is pruned, one that failed and one that runs."""
     folder = tmp_path_factory.mktemp('sweep')
-    fixed, cells = {'model.norm_position': 'pre', 'optim.learning_rate': 1e-3, 'seed': 0, 'data.seed': 0}, {}
+    keys, cells = ('model.norm_position', 'optim.learning_rate', 'seed', 'data.seed'), {}
     three = {(*at, seed): loss for at, losses in LOSSES.items() for seed, loss in enumerate(losses)}
     for (placement, rate, seed), loss in (three | {('post', 0.5, 0): 1.0, ('pre', 0.5, 1): 1.0}).items():
         name = f'norm_position={placement},learning_rate={rate:g},seed={seed}'
-        cells[name] = dict(zip(fixed, (placement, rate, seed, seed), strict=True))
+        cells[name] = dict(zip(keys, (placement, rate, seed, seed), strict=True))
         ending = ENDINGS.get((placement, rate, seed), Ending('pruned' if rate == 0.5 else 'done', 0, ''))
         lines = [{'step': 5, 'tokens': 5, 'train/loss': 4.0, 'eval/loss': 2.0}]
         if ending.step:
@@ -50,16 +51,20 @@ def folder(tmp_path_factory):
             sweep_folder.write_ending(folder / name, ending)
     cells['learning_rate=2'] = {'optim.learning_rate': 2.0}
     sweep_folder.write_ending(folder / 'learning_rate=2', Ending('failed', 4, 'mixln_jax: no text'))
-    sweep_folder.write_definition(folder, Definition('tiny.py', tuple(fixed), fixed, cells))
+    sweep_folder.write_definition(folder, Definition('tiny.py', keys, flat(configs.build(config_with({}))), cells))
     return folder
+
+
+def config_with(changes):
+    config = configs.default()
+    config.num_steps, config.model.vocab_size, config.model.num_layers = LAST, VOCABULARY, 3
+    config.update_from_flattened_dict(changes)
+    return config
 
 
 def write_run(run, lines, changes):
     run.mkdir(parents=True)
-    config = configs.default()
-    config.num_steps, config.model.vocab_size, config.model.num_layers = LAST, VOCABULARY, 3
-    config.update_from_flattened_dict(changes)
-    values = config.to_dict()
+    values = config_with(changes).to_dict()
     names = [values['model']['norm_position']] * 3
     values['model'] |= {'norm_position': names, 'layer_index': [1, 2, 3], 'depth': 3}
     (run / 'config.json').write_text(json.dumps(values))
@@ -74,9 +79,9 @@ def curves_of(folder):
 
 def test_values_and_sensitivity(folder):
     _, found = curves_of(folder)
-    assert {*found} == {'pre x 3', 'post x 3'}
+    assert {*found} == {'pre', 'post'}
     for name in ('pre', 'post'):
-        curve = found[f'{name} x 3']
+        curve = found[name]
         assert curve.initial == pytest.approx(6.907755278982137, abs=1e-12)  # log 1000
         table = np.array([LOSSES[name, rate] for rate in (1e-3, 1e-2, 1e-1)])
         table = np.where(np.isnan(table), 6.907755278982137, np.minimum(table, 6.907755278982137))
@@ -89,13 +94,13 @@ def test_values_and_sensitivity(folder):
             pytest.approx(math.sqrt(sum((by_seed - by_seed.mean()) ** 2) / 2 / 3), abs=1e-12),
             3,
         )
-    assert (found['pre x 3'].best, found['post x 3'].best) == (1e-2, 1e-3)
-    assert [found['post x 3'].collapsed(rate) for rate in (1e-3, 1e-2, 1e-1)] == [0, 0, 2]
+    assert (found['pre'].best, found['post'].best) == (1e-2, 1e-3)
+    assert [found['post'].collapsed(rate) for rate in (1e-3, 1e-2, 1e-1)] == [0, 0, 2]
 
 
 def test_paired_differences(folder):
     _, found = curves_of(folder)
-    pre, post = found['pre x 3'], found['post x 3']
+    pre, post = found['pre'], found['post']
     difference = np.array([0.3, 0.2, 0.0])  # post at 1e-3 minus pre at 1e-2
     expected = (difference.mean(), difference.std(ddof=1) / math.sqrt(3), 3)
     assert sensitivity.paired(pre.values_at(1e-2), post.values_at(1e-3)) == pytest.approx(expected)
@@ -108,18 +113,37 @@ def test_the_tables(folder):
     section = sweeps.sweep_section(curves_of(folder)[0])
     losses, best, differences, endings = section.tables
     assert losses.head == ('setting', '0.001', '0.01', '0.1')
-    assert losses.rows[0] == ('pre x 3', '3.0000 ± 0.058 (3)', '2.6000 ± 0.058 (3)', '4.1000 ± 0.058 (3)')
+    assert losses.rows[0] == ('pre', '3.0000 ± 0.058 (3)', '2.6000 ± 0.058 (3)', '4.1000 ± 0.058 (3)')
     assert losses.rows[1][3] == '6.0026 ± 0.45 (3), 2 collapsed'
-    assert best.rows[1][:3] == ('post x 3', '0.001', '2.7667 ± 0.033 (3)') and best.rows[1][4] == '2 of 9'
+    assert best.rows[1][:3] == ('post', '0.001 (lowest swept)', '2.7667 ± 0.033 (3)') and best.rows[1][4] == '2 of 9'
     [row] = differences.rows
-    assert (row[0], row[1], row[4]) == ('post x 3', '-0.2333 ± 0.033 (3)', '+0.1667 ± 0.088 (3)')
+    assert (row[0], row[1], row[4]) == ('post', '-0.2333 ± 0.033 (3)', '+0.1667 ± 0.088 (3)')
     assert [row[1:5] for row in endings.rows] == [
         ('collapsed at 7', '0.1', '0', '5.5000'),
         ('not finite at 3', '0.1', '2', '-'),
         ('pruned', '0.5', '0', '-'),
     ]
     [picture] = section.pictures
-    assert 'post x 3 2.7667 at 0.001' in picture.alt
+    assert 'pre 2.6000 at 0.01; post 2.7667 at 0.001 (lowest swept)' in picture.alt
+    assert best.rows[0][1] == '0.01'
+    assert section.notes[0].startswith('The best rate is at the edge of the rates for post (lowest swept): a rate')
+
+
+def test_placements_are_called_as_they_were_swept(folder):
+    """Where that is clear; other runs by the placements of their layers."""
+    runs, _ = curves_of(folder)
+    keys = ['model.norm_position', 'model.post_ratio']
+    words = [dict(zip(keys, (run.swept[keys[0]], 0.5), strict=True)) for run in runs]
+
+    def labels(all_swept):
+        for run, swept in zip(runs, all_swept, strict=True):
+            run.swept = swept
+        return [curve.label for curve in sensitivity.curves(runs)]
+
+    assert labels(words) == ['pre, post_ratio=0.5', 'post, post_ratio=0.5']
+    assert labels([{keys[0]: 'mix'} for _ in runs]) == ['pre x 3', 'post x 3']  # mix of two depths or shares
+    assert labels([{}, *words[1:]]) == ['pre x 3', 'post x 3']
+    assert labels([{keys[0]: word[keys[0]], 'seed': 0} for word in words]) == ['pre', 'post']
 
 
 def test_the_loss_at_initialisation_is_measured_where_it_can_be(tmp_path):
@@ -128,8 +152,9 @@ def test_the_loss_at_initialisation_is_measured_where_it_can_be(tmp_path):
         write_run(tmp_path / f'{rate}', lines, {'optim.learning_rate': rate, 'model.norm_position': 'pre'})
     runs, _, _ = inputs.read([str(tmp_path / '0.001'), str(tmp_path / '0.01')])
     [curve] = sensitivity.curves(runs)
+    assert (curve.label, curve.edge) == ('pre x 3', 'lowest swept')
     assert curve.initial == pytest.approx(5.1) and {*curve.values.values()} == {curve.initial}
-    assert 'evaluated at step 0' in sweeps.sweep_section(runs).notes[0]
+    assert 'evaluated at step 0' in sweeps.sweep_section(runs).notes[1]
     assert sweeps.sweep_section(runs[:1]) is None
 
 
@@ -151,7 +176,7 @@ def test_show_and_report(folder, tmp_path, capsys, monkeypatch):
     [
         ('sweep.json', None, 'no sweep is there (sweep.json is missing)'),
         ('sweep.json', '{', 'not the definition of a sweep'),
-        ('sweep.json', '{"config": 1, "keys": [], "fixed": {}, "cells": {}}', '1 is not a str'),
+        ('sweep.json', '{"config": 1, "keys": [], "fixed": {}, "cells": {}}', 'config is not a text; put back'),
         ('sweep.json', '{"config": "", "keys": [], "fixed": {}, "cells": {"../x": {}}}', "'../x' is not a cell"),
         ('sweep.json', '{"config": "", "keys": 3, "fixed": {}, "cells": {}}', 'not the definition of a sweep'),
     ],

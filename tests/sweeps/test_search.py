@@ -1,10 +1,12 @@
 """Searches with Optuna, with cells that only pretend: what is proposed, pruned, counted, gone on with and refused."""
 
+import json
 import pathlib
 import sys
 
 import pytest
 from short_runs import FILE as RECIPE
+from short_runs import saved_config
 
 from mixln_jax import sweep
 from mixln_jax.runs import sweep_folder
@@ -21,6 +23,7 @@ run = pathlib.Path(sys.argv[sys.argv.index('--workdir') + 1])
 run.mkdir(exist_ok=True)
 rate = float(words['--config.optim.learning_rate'])
 value = 10 + abs(math.log10(rate) + 2)
+(run / 'config.json').write_text(sys.argv[-1])
 with open(run / 'metrics.jsonl', 'w') as lines:
     for step in (2, 4):
         bad = rate > 5e-2 and len([*run.parent.glob('cells/*.json')]) >= 6
@@ -45,9 +48,11 @@ def searching(tmp_path, monkeypatch):
     (tmp_path / 'tiny.py').write_text(RECIPE)
     (tmp_path / 'pretended.py').write_text(PRETENDED)
     command = workers.Job.command
-    monkeypatch.setattr(
-        workers.Job, 'command', lambda self, cell: [sys.executable, 'pretended.py', *command(self, cell)]
-    )
+
+    def pretend(self, cell):
+        return [sys.executable, 'pretended.py', *command(self, cell), json.dumps(saved_config(cell.config))]
+
+    monkeypatch.setattr(workers.Job, 'command', pretend)
     monkeypatch.setattr(workers, 'POLL', 0.02)
 
     def run(*words):
@@ -122,7 +127,7 @@ def test_a_bad_cell_is_pruned_and_a_collapsed_one_counts_as_the_worst(searching)
         (['--over', 'data.path=1..3'], 'config.data.path is not a number'),
         (['--over', 'model.norm_position=pre,prae'], "'prae'"),
         (['--over', 'seed=1..3', '--over', 'seed=1..2'], '--over: seed is given twice'),
-        (['--over', 'seed=1..3', '--config.seed=1'], 'config.seed is given twice'),
+        (['--over', 'seed=1..3', '--config.seed=1'], 'config.seed is given twice, by --config.seed and --over'),
         (['--over', 'seed=1..3', '--seeds', '2'], '--seeds has no meaning in a search'),
         (['--over', 'seed=1..3', '--parallel', '9'], '--parallel 9 is more than --trials 3'),
     ],
@@ -136,8 +141,13 @@ def test_refused(searching, capsys, words, said):
 def test_another_search(searching, capsys):
     assert searching(*SPACE, '--trials', '1')[0] == 0
     assert searching('--over', 'optim.learning_rate=1e-3..1e-1', '--trials', '1')[0] == 2
-    assert 'another sweep: it searches optim.learning_rate=log:1e-3..1e-1, not optim' in capsys.readouterr().err
+    said = 'it is a search over optim.learning_rate=log:1e-3..1e-1, not a search over optim.learning_rate=1e-3..1e-1;'
+    assert said in capsys.readouterr().err
     assert sweep.main(['--config', 'tiny.py', '--workdir', 'out', '--over', 'optim.learning_rate=1e-3,2e-3']) == 2
+    assert '=log:1e-3..1e-1, not a grid, without --search; give another' in capsys.readouterr().err
+    pathlib.Path('out/sweep.json').unlink()
+    assert searching(*SPACE, '--trials', '1')[0] == 2
+    assert 'sweep.json is missing, and this command has no cell learning_rate=' in capsys.readouterr().err
 
 
 def test_without_the_package(searching, capsys, monkeypatch):

@@ -2,15 +2,18 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 from short_runs import FILE as RECIPE
+from short_runs import saved_config
 
 from mixln_jax import sweep
+from mixln_jax.report import command as report
 from mixln_jax.runs import sweep_folder
-from mixln_jax.sweeps import grid, workers
+from mixln_jax.sweeps import definition, grid, workers
 from mixln_jax.system.errors import UsageError
 from mixln_jax.system.signals import Stop
 
@@ -25,6 +28,7 @@ with open(run / 'tries', 'a') as tries:
     tries.write('x')
 code, line = wanted.get(rate, (0, ''))
 (run / 'metrics.jsonl').write_text('{"step": 4, "eval/loss": 2.5}\\n')
+(run / 'config.json').write_text(sys.argv[-1])
 print('a line', flush=True)
 print(line, file=sys.stderr)
 if code < 0:
@@ -47,7 +51,8 @@ def pretended(recipe, monkeypatch):
     command = workers.Job.command
 
     def pretend(self, cell):
-        return [sys.executable, str(recipe.parent / 'pretended.py'), *command(self, cell)[3:]]
+        words = [*command(self, cell)[3:], json.dumps(saved_config(cell.config))]
+        return [sys.executable, str(recipe.parent / 'pretended.py'), *words]
 
     monkeypatch.setattr(workers.Job, 'command', pretend)
     monkeypatch.setattr(workers, 'POLL', 0.01)
@@ -60,8 +65,7 @@ def pretended(recipe, monkeypatch):
 
 
 def cells_of(recipe, *groups, seeds=0, fixed=()):
-    axes = [grid.seed_axis(seeds)] if seeds else []
-    changes = grid.combine(fixed, [{}], [*axes, *grid.parse_over(groups)])
+    changes = grid.combine(fixed, [{}], grid.parse_over(groups), seeds)
     return grid.make_cells(str(recipe), fixed, changes)
 
 
@@ -95,7 +99,7 @@ def test_names_of_values_that_no_folder_can_have(recipe):
         (['--over', 'model=1,2'], 'config.model is a group of keys'),
         (['--over', 'optim.learning_rate=1e-3,-1'], 'optim.learning_rate=-1: config.optim.learning_rate must be above'),
         (['--over', 'optim.learning_rate=1e-3,x'], "config.optim.learning_rate must be of type float, not 'x'"),
-        (['--over', 'optim.learning_rate=1e-3,'], "config.optim.learning_rate must be of type float, not ''"),
+        (['--over', 'optim.learning_rate=1e-3,'], "--over 'optim.learning_rate=1e-3,': value 2 of 2 is empty"),
         (['--over', 'model.norm_position=pre,prae'], "model.norm_position='prae'"),
         (['--over', 'model.num_heads=2,3'], 'cell model.num_heads=3: config.model.hidden_size=16 is not divisible'),
         (['--over', 'optim.learning_rate=1e-3,1e-3'], 'optim.learning_rate=1e-3 is given twice'),
@@ -103,8 +107,8 @@ def test_names_of_values_that_no_folder_can_have(recipe):
         (['--over', 'model.norm_position=mix,"post,pre,pre"'], 'are the same run'),
         (['--over', 'model.num_layers=2,3', 'seed=1'], 'model.num_layers has 2, seed has 1'),
         (['--over', 'seed=1,2', '--over', 'seed=3'], '--over: seed is given twice'),
-        (['--over', 'seed=1,2', '--seeds', '2'], 'config.seed is given twice'),
-        (['--over', 'seed=1,2', '--config.seed=1'], 'config.seed is given twice'),
+        (['--over', 'seed=1,2', '--seeds', '2'], 'config.seed is given twice, by --over and --seeds'),
+        (['--over', 'seed=1,2', '--config.seed=1'], 'config.seed is given twice, by --config.seed and --over'),
         (['--over', 'seed'], "--over 'seed' is not KEY=V1,V2,..."),
         (['--over', 'seed='], "--over 'seed=' is not KEY=V1,V2,..."),
         (['--over', 'data.path="a'], 'a value with a comma stands in double quotes'),
@@ -117,7 +121,7 @@ def test_names_of_values_that_no_folder_can_have(recipe):
         (['--seeds', '2', '--trials', '2'], '--search optuna and --trials N are given together'),
         (['--seeds', '2', '--show', 'out'], '--config has no meaning with --show'),
         (['--seeds', '2', '--workdir', 'tiny.py'], '--workdir tiny.py cannot be used: Not a directory'),
-        (['--seeds', '2', '--workdir', '.'], 'holds tiny.py of something else than a sweep; give another --workdir'),
+        (['--seeds', '2', '--workdir', '.'], '--workdir . holds tiny.py but no sweep.json, so it is not'),
         (['--seeds', '2', '--workdir', ''], '--workdir is empty'),
         (['--seeds', '2', '--over', 'model.hidden=1,2'], 'unknown key config.model.hidden'),
         (['--seeds', '2', '--config', 'none.py'], '--config: there is no file none.py'),
@@ -175,17 +179,26 @@ def test_a_sweep_grows(pretended, capsys):
     names = ['learning_rate=1e-3', 'learning_rate=2e-3', 'learning_rate=3e-3']
     more = ['learning_rate=0.001,seed=1', 'learning_rate=4e-3,seed=0', 'learning_rate=4e-3,seed=1']
     assert code == 0 and tries(out) == dict.fromkeys([*names, *more], 1)
-    assert pretended('--over', 'optim.learning_rate=4e-3', '--over', 'model.norm_position=mix,post')[0] == 0
-    definition = sweep_folder.read_definition(out)
-    assert [*definition.cells][6:] == ['learning_rate=4e-3,norm_position=post'] and len(tries(out)) == 7
-    assert definition.keys == ('optim.learning_rate', 'seed', 'data.seed', 'model.norm_position')
-    assert definition.value('learning_rate=1e-3', 'model.norm_position') == 'mix'
+    more = '--over', 'optim.learning_rate=4e-3', '--over', 'model.norm_position=mix,post'
+    assert pretended(*more)[0] == 2
+    assert 'leaves out seed, data.seed: give --seeds N too, or another --workdir' in capsys.readouterr().err
+    assert pretended(*more, '--seeds', '1')[0] == 0
+    made = sweep_folder.read_definition(out)
+    assert [*made.cells][6:] == ['learning_rate=4e-3,norm_position=post,seed=0'] and len(tries(out)) == 7
+    fewer = '--over', 'optim.learning_rate=7e-3', '--seeds', '1'
+    assert pretended(*fewer)[0] == 2 and len(tries(out)) == 7
+    assert 'leaves out model.norm_position: give --over model.norm_position=VALUE too' in capsys.readouterr().err
+    assert made.keys == ('optim.learning_rate', 'seed', 'data.seed', 'model.norm_position')
+    assert made.value('learning_rate=1e-3', 'model.norm_position') == 'mix'
 
 
 @pytest.mark.parametrize(
     'words, said',
     [
-        (['--over', 'optim.clip_norm=1,2'], 'another sweep: it varies optim.learning_rate, not optim.clip_norm; give'),
+        (
+            ['--over', 'optim.clip_norm=1,2'],
+            'leaves out optim.learning_rate: give --over optim.learning_rate=VALUE too',
+        ),
         ([*RATES, '--config.num_steps=5'], 'holds another sweep: num_steps (was 4, is 5); give another --workdir'),
         ([*RATES, '--config.eval.tokens=5'], 'holds another sweep: eval.tokens (was 10000000, is 5)'),
         ([*RATES, '--config.device=auto'], ''),
@@ -203,38 +216,112 @@ def test_a_folder_of_another_sweep(pretended, capsys, words, said):
     'edit, said',
     [
         (lambda run: (run / 'metrics.jsonl').write_text('{"step": 4, "eval/loss": 1.5}\n'), 'it was edited since; rem'),
-        (lambda run: (run / 'metrics.jsonl').unlink(), 'it was edited since; remove out/learning_rate=2e-3'),
-        (lambda run: (run / 'config.json').write_text('{'), 'config.json: not the configuration of a run'),
-        (lambda run: (run / 'config.json').write_text(json.dumps(resolved(run, seed=7))), 'has seed=7, not 0; remove'),
-        (lambda run: (run / '../cells/learning_rate=2e-3.json').write_text('[]'), 'not how a cell of a sweep ended'),
-        (lambda run: (run / '../cells/learning_rate=2e-3.json').write_text('{"state": 1}'), 'not how a cell of a'),
-        (lambda run: (run / '../sweep.json').write_text('{"cells": 3}'), 'sweep.json: not the definition of a sweep'),
-        (lambda run: (run / '../sweep.json').write_text('{'), 'sweep.json: not the definition of a sweep'),
-        (lambda run: (run / 'tries').unlink() or (run / 'metrics.jsonl').unlink() or run.rmdir(), ''),
+        (lambda run: (run / 'metrics.jsonl').unlink(), 'it is missing; remove out/learning_rate=2e-3 to train the'),
+        (
+            lambda run: (run / 'config.json').write_text('{'),
+            ': line 1 column 2 (char 1); remove out/learning_rate=2e-3 to',
+        ),
+        (lambda run: change(run / 'config.json', seed=7), 'has seed=7, not 0; remove out/learning_rate=2e-3 to train'),
+        (lambda run: (run / 'config.json').unlink(), 'has ended (done), but its config.json is missing; remove out/l'),
+        (lambda run: shutil.rmtree(run) or run.write_text(''), 'out/learning_rate=2e-3 is a file where a folder of'),
+        (lambda run: ending_of(run).write_text('[]'), 'of a sweep ended: not a JSON object; remove it, and the next'),
+        (lambda run: ending_of(run).write_text('{"code": "x"}'), 'ended: state is missing; remove it, and the next tr'),
+        (lambda run: change(ending_of(run), code='x'), 'code is not a whole number; remove it, and the next training'),
+        (lambda run: change(ending_of(run), step='x'), 'step is not a whole number or null; remove it'),
+        (lambda run: change(ending_of(run), state='well'), "state is 'well', not one of done, collapsed, not finite,"),
+        (lambda run: change(ending_of(run), weight=1), "'weight' is unknown; remove it"),
+        (lambda run: (run / '../sweep.json').write_text('{}'), 'sweep: config is missing; put back a good copy, or re'),
+        (lambda run: (run / '../sweep.json').write_text('{'), 'column 2 (char 1); put back a good copy, or remove it'),
+        (lambda run: change(run / '../sweep.json', cells=None), 'cells is not an object; put back a good copy, or rem'),
+        (lambda run: change(run / '../sweep.json', cells={'../x': {}}), "'../x' is not a cell; put back a good copy"),
     ],
 )
-def test_a_cell_whose_folder_was_edited(pretended, capsys, edit, said):
+def test_a_folder_that_was_edited(pretended, capsys, edit, said):
+    """Training, `--show` and a report name what is wrong and the way out; `--show` before it prints or writes."""
     assert pretended(*RATES)[0] == 0
+    capsys.readouterr()
     edit(pathlib.Path('out/learning_rate=2e-3'))
+    for command in (lambda: pretended(*RATES)[0], lambda: sweep.main(['--show', 'out'])):
+        assert command() == 2
+        shown = capsys.readouterr()
+        error = shown.err.replace(f'{pathlib.Path().absolute()}/', '')
+        assert said in error and error.count('\n') == 1 and not shown.out
+    out = pathlib.Path('out')
+    assert sum(tries(out).values()) <= 3 and not (out / 'results').exists()
+    assert report.main(['out']) == 2 and said in capsys.readouterr().err
+
+
+def ending_of(run):
+    return sweep_folder.cell_file(run.parent, run.name, '.json')
+
+
+def change(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_cell_whose_folder_was_removed_is_trained_again(pretended, capsys, monkeypatch):
+    """And meanwhile its old ending does not count."""
+    assert pretended(*RATES)[0] == 0
+    run = pathlib.Path('out/learning_rate=2e-3')
+    shutil.rmtree(run)
+    monkeypatch.setattr(workers, 'read_end', lambda *_: None)  # it is stopped
+    assert pretended(*RATES)[0] == 75 and sweep_folder.read_ending(run) is None
+    monkeypatch.undo()
+
+
+def test_a_definition_that_is_missing(pretended, capsys):
+    """The command that has all cells makes it anew."""
     code, out = pretended(*RATES)
-    error = capsys.readouterr().err
-    assert (code in (2, 5)) == bool(said) and said in error.replace(f'{pathlib.Path().absolute()}/', '')
-    assert error.count('\n') == bool(said) and sum(tries(out).values()) <= 3
+    (out / 'results').mkdir()
+    before = (out / 'sweep.json').read_text()
+    (out / 'sweep.json').unlink()
+    capsys.readouterr()
+    assert sweep.main(['--show', 'out']) == 2
+    assert 'cells of a sweep are there, but sweep.json is missing; put it back, or give' in capsys.readouterr().err
+    assert pretended('--over', 'optim.learning_rate=1e-3,2e-3')[0] == 2
+    shown = capsys.readouterr().err
+    assert 'sweep.json is missing, and this command has no cell learning_rate=3e-3, which is there; put the' in shown
+    assert not (out / 'sweep.json').exists()
+    change(out / 'learning_rate=2e-3/config.json', num_steps=5)
+    assert pretended(*RATES)[0] == 2 and 'was edited: config.json has num_steps=5' in capsys.readouterr().err
+    change(out / 'learning_rate=2e-3/config.json', num_steps=4)
+    assert pretended(*RATES)[0] == code == 0 and set(tries(out).values()) == {1}
+    assert (out / 'sweep.json').read_text() == before
+    assert 'sweep.json was missing; it is made anew, and 3 cells are there' in capsys.readouterr().out
 
 
-def resolved(run, **changes):
-    """The config.json of a cell with changes."""
-    [cell] = [cell for cell in cells_of(run.parents[1] / 'tiny.py', RATES[1:]) if cell.name == run.name]
-    values = cell.values
-    nested = {}
-    for key, value in (values | changes).items():
-        *groups, name = key.split('.')
-        inner = nested
-        for group in groups:
-            inner = inner.setdefault(group, {})
-        inner[name] = value
-    nested['model'] |= {'norm_position': ['post', 'pre', 'pre'], 'layer_index': [1, 2, 3], 'depth': 3}
-    return nested
+@pytest.mark.parametrize(
+    'words, said',
+    [
+        (['--show', 'out/results'], 'out/results is a file where a folder of the sweep belongs; remove or rename it'),
+        (['--show', 'out/cells'], 'out/cells is a file where a folder of the sweep belongs; remove or rename it'),
+        (['--show', 'out/results/results.csv'], 'results.csv cannot be written: Is a directory; remove or rename it'),
+        (['--show', 'sweep.json'], '--show out/sweep.json is a file; give the folder of the sweep'),
+    ],
+)
+def test_files_in_place_of_folders(recipe, capsys, words, said):
+    out = pathlib.Path('out')
+    out.mkdir()
+    [cell] = cells_of(recipe, ['seed=1'])
+    new = definition.new_definition('tiny.py', cell.values, ['seed'], [cell])
+    sweep_folder.write_definition(out, new)
+    option, path = words
+    if path.endswith('csv'):
+        pathlib.Path(path).mkdir(parents=True)
+    elif path != 'sweep.json':
+        pathlib.Path(path).write_text('')
+    assert sweep.main([option, 'out/sweep.json' if path == 'sweep.json' else 'out']) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.count('\n') == 1 and not shown.out
+    if path == 'out/cells':
+        assert sweep.main(['--config', 'tiny.py', '--workdir', 'out', '--over', 'seed=1']) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_lock_that_was_left_in_an_empty_folder(pretended):
+    pathlib.Path('out').mkdir()
+    pathlib.Path('out/.lock').touch()
+    assert pretended('--over', 'optim.learning_rate=1e-3')[0] == 0
 
 
 def test_a_cell_that_another_worker_trains_is_left_to_it(pretended, capsys):
@@ -298,6 +385,10 @@ def test_gpus_are_shared_by_the_processes_of_a_worker():
         ('return []', 'tiny.py: sweep() yields no cell'),
         ('return None', 'tiny.py: TypeError: '),
         ('yield 3', 'tiny.py: sweep() yields 3, not a dict of keys and values'),
+        (
+            "yield {'optim.learning_rate': 1}",
+            'is given twice, by --config.optim.learning_rate and sweep() of the recipe',
+        ),
         ("yield {'sead': 1}", 'unknown key config.sead, did you mean seed?'),
         ('1 / 0', 'tiny.py:11: ZeroDivisionError: division by zero'),
     ],
