@@ -89,12 +89,12 @@ def when_table(runs):
     groups = collections.defaultdict(list)
     for run in runs:
         if run['trains'] == '0' and run['collapse'] and run['study'] != 'changes':
-            groups[run['study'], run['change'], run['placement']].append(run)
-    for (study, change, placement), some in groups.items():
+            groups[run['change'], run['placement']].append(run)
+    for (change, placement), some in groups.items():
         after = [int(run['collapse']) - int(run['warmup']) for run in some]
         best = [float(run['best']) for run in some]
         rows.append((
-            f'{study} {change}'.strip(), named(placement), len(some), sum(step > 0 for step in after),
+            change or '400 steps', named(placement), len(some), sum(step > 0 for step in after),
             f'{statistics.median(after):+.0f} ({min(after):+} to {max(after):+})',
             sum(map(learned, some)), f'{statistics.median(best):.0%} ({max(best):.0%})',
         ))  # fmt: skip

@@ -149,7 +149,7 @@ def test_a_work_directory_tells_its_warm_up(tmp_path, capsys):
         (b'step,loss\nstep,loss\n', "line 2: 'step' is not a step"),
         (b'1,2,3\n', '3 columns, not 2'),
         (b'1\n', '1 column, not 2'),
-        (gzip.compress(b'1,2\n'), 'is compressed; unpack it first'),
+        (gzip.compress(b'1,2\n', mtime=0), 'is compressed; unpack it first'),
         (b'1 -2\n', "'-2' is not a loss"),
         (b'[1, 2]\n', 'is not a'),
         (b'\xff\xfe\x00', 'not a text'),
