@@ -83,7 +83,7 @@ def test_results_grow(tmp_path):
 
 def test_the_page_shows_the_results(tmp_path, capsys):
     show.main(['--out', str(tmp_path)])
-    shown, page = capsys.readouterr().out, (results.RESULTS / 'README.md').read_text()
+    shown, page = capsys.readouterr().out, (results.RESULTS / 'README.md').read_text(encoding='utf-8')
     missing = [row for row in shown.splitlines() if row.startswith('| ') and row not in page]
     assert not missing
     for figure in tmp_path.iterdir():

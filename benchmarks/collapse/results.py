@@ -122,7 +122,7 @@ def rows(root):
         for number, trains in known.items():
             done = folder(root, setting, seed, number) / 'done'
             lines = read(root, setting, seed, number)
-            warmup = json.loads((done / 'config.json').read_text())['optim']['warmup_steps']
+            warmup = json.loads((done / 'config.json').read_text(encoding='utf-8'))['optim']['warmup_steps']
             seen = judgement.enough_steps(warmup)  # what a run of the adviser's own would have
             verdict = judgement.judge([line for line in lines if line['step'] <= seen], warmup)
             warned = stability.coming_collapse(lines)
@@ -144,7 +144,7 @@ def key(row):
 
 def load(path=RUNS):
     """Returns the rows of a result file, as text; none if there is no file."""
-    with open(path, newline='') if path.exists() else io.StringIO() as file:
+    with open(path, encoding='utf-8', newline='') if path.exists() else io.StringIO() as file:
         return list(csv.DictReader(file))
 
 

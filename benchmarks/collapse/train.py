@@ -41,7 +41,9 @@ def outcomes(root):
             for number in range(len(RATES)):
                 path = folder(root, setting, seed, number) / 'done' / 'outcome.json'
                 if path.exists():
-                    found.setdefault((setting, seed), {})[number] = json.loads(path.read_text())['trains']
+                    found.setdefault((setting, seed), {})[number] = json.loads(path.read_text(encoding='utf-8'))[
+                        'trains'
+                    ]
     return found
 
 
@@ -56,13 +58,15 @@ def train(root, setting: Setting, seed, number):
         command = [sys.executable, '-m', 'mixln_jax.main', '--config', 'configs/quickstart.py', *words]
         code = subprocess.run([*command, '--workdir', place / 'run'], stdout=output, stderr=output).returncode
     if code not in (0, 6):  # 6: it is not finite
-        sys.exit(f'{place}: exit code {code}: {(place / "output.txt").read_text()[-300:]}')
+        sys.exit(
+            f'{place}: exit code {code}: {(place / "output.txt").read_text(encoding="utf-8", errors="replace")[-300:]}'
+        )
     made = place / 'made'
     made.mkdir()
     for name in ('metrics.jsonl', 'config.json'):
         shutil.copy(place / 'run' / name, made)
     outcome = {'trains': code == 0 and trains(made / 'metrics.jsonl'), 'exit_code': code}
-    (made / 'outcome.json').write_text(json.dumps(outcome))
+    (made / 'outcome.json').write_text(json.dumps(outcome), encoding='utf-8')
     shutil.rmtree(place / 'run')
     made.rename(place / 'done')
 
