@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mixln_jax import main
-from mixln_jax.runs import sweep_folder
+from mixln_jax.runs import sweep_cells, sweep_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 12
@@ -88,12 +88,12 @@ def test_killed_workers(tmp_path, monkeypatch):
     assert start(ROOT, tmp_path).wait() == 0  # whatever a worker left that was killed last
     definition = sweep_folder.read_definition(tmp_path / 'out')
     assert len(definition.cells) == 12
+    sweep_cells.check_unedited(tmp_path / 'out', definition, definition.cells)
     alone = tmp_path / 'alone'
     for name, changes in definition.cells.items():
         run = tmp_path / 'out' / name
         ending = sweep_folder.read_ending(run)
         assert ending.state == 'done'
-        sweep_folder.check_unedited(run, ending)
         assert [line['step'] for line in lines_of(run)] == [*range(1, STEPS + 1)]
         words = [f'--config.{key}={value}' for key, value in changes.items()]
         assert main.main(['--config', 'tiny.py', '--workdir', str(alone / name), *words]) == 0
