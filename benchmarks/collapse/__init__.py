@@ -1,1 +1,1 @@
-"""The experiment of docs/results/collapse.md: at which peak rates networks with Post-LN layers collapse."""
+"""The experiment of docs/results/collapse/README.md: at which peak rates networks with Post-LN layers collapse."""

@@ -25,7 +25,6 @@ from mixln_jax.system import outputs
 RESULTS = pathlib.Path('docs/results/collapse')
 RUNS, SERIES = RESULTS / 'runs.csv', RESULTS / 'examples.csv'
 KEY = 'study', 'placement', 'layers', 'change', 'seed', 'rate'
-FEWEST = 5  # values before the first that is compared with their median
 APART = 0.05  # of the entropy: how much worse the loss of a collapsed network is
 # The thresholds of each sign; recorded is the first step at which it has passed one in two lines, as training asks.
 SIGNS = {
@@ -70,10 +69,10 @@ def series(lines, sign):
             continue
         if sign == 'update_ratio/median':
             now /= line['train/learning_rate']
-        shown = now / statistics.median(before) if relative and len(before) >= FEWEST else None if relative else now
         before.append(now)
-        if shown is not None and line['step'] >= stability.Watch.FIRST:
-            yield line['step'], shown
+        if line['step'] < stability.Watch.FIRST or relative and len(before) <= stability.FEWEST_LINES:
+            continue
+        yield line['step'], now / statistics.median(before[:-1]) if relative else now
 
 
 def read(root, setting, seed, number):

@@ -7,7 +7,7 @@ import pathlib
 import statistics
 import sys
 
-from benchmarks.collapse.results import EXAMPLES, RESULTS, SERIES, SIGNS, load
+from benchmarks.collapse.results import EXAMPLES, KEY, RESULTS, SERIES, SIGNS, load
 from benchmarks.collapse.studies import CHANGED, CHANGES, DEPTHS, LONGER, PLACEMENTS, SEEDS, border
 from mixln_jax.advice import judgement
 from mixln_jax.report import figures, style
@@ -147,16 +147,16 @@ def alarm_table(runs):
     """Prints, for networks of 24 layers that trained for 400 steps, at how many of their rates they would not have
     trained for 2,000: with and without a warning."""
     longer = {
-        (placement, int(seed)): border({float(run['rate']): run['trains'] == '1' for run in runs
-                                        if run['change'] == '2,000 steps' and run['placement'] == placement
-                                        and run['seed'] == seed})[1]
+        (placement, seed): border({float(run['rate']): run['trains'] == '1' for run in runs
+                                   if run['change'] == '2,000 steps' and run['placement'] == placement
+                                   and run['seed'] == seed})[1]
         for placement in CHANGED for seed in map(str, SEEDS)
     }  # fmt: skip
     some = [run for run in with_post(runs, 'border') if run['layers'] == '24' and run['trains'] == '1'
-            and longer.get((run['placement'], int(run['seed'])))]  # fmt: skip
+            and longer.get((run['placement'], run['seed']))]  # fmt: skip
     rows = []
     for text, had in (('with a warning', True), ('without', False)):
-        late = [float(run['rate']) >= longer[run['placement'], int(run['seed'])] for run in some
+        late = [float(run['rate']) >= longer[run['placement'], run['seed']] for run in some
                 if bool(run['warned']) == had]  # fmt: skip
         rows.append((text, len(late), sum(late)))
     table(('24 layers, trained for 400 steps', 'runs', 'at a rate that 2,000 steps do not survive'), rows)
@@ -272,12 +272,7 @@ def example_figure(series):
     for column, (study, placement, layers, change) in enumerate(EXAMPLES):
         some = collections.defaultdict(list)
         for line in series:
-            if (line['study'], line['placement'], line['layers'], line['change']) == (
-                study,
-                placement,
-                str(layers),
-                change,
-            ):
+            if [line[name] for name in KEY[:4]] == [study, placement, str(layers), change]:
                 some[float(line['rate'])].append(line)
         handles = []
         for number, (_, lines) in enumerate(sorted(some.items())):
@@ -302,7 +297,11 @@ def main(argv):
     options = parser.parse_args(argv)
     runs = load()
     known = borders(runs)
-    print(f'{len(runs)} runs, {sum(run["trains"] == "0" for run in runs)} of them collapsed; seeds', *SEEDS)
+    lost = [run for run in runs if run['trains'] == '0' and run['placement'] != 'pre']
+    unknown = sum(not run['collapse'] for run in lost)
+    print(
+        f'{len(runs)} runs; {len(lost)} with Post-LN layers do not train, for {unknown} of them the step is not known'
+    )
     border_table(known)
     change_table(known)
     when_table(runs)

@@ -45,9 +45,9 @@ LONG: Mapping[str, object] = {'num_steps': 2000, 'log_every': 10, 'collapse': 's
 LONGER: dict[str, Mapping[str, object]] = {
     '2,000 steps': LONG,
     '2,000 steps, warm-up 200': {**LONG, 'optim.warmup_steps': 200},
-    '2,000 steps, clip 1': {**LONG, 'optim.clip_norm': 1},
-    '2,000 steps, b2 0.95': {**LONG, 'optim.b2': 0.95},
-    '2,000 steps, post rate x 1/4': {**LONG, 'optim.rate_factors': 'post=0.25'},
+    '2,000 steps, clip 1': {**LONG, **CHANGES['clip 1']},
+    '2,000 steps, b2 0.95': {**LONG, **CHANGES['b2 0.95']},
+    '2,000 steps, post rate x 1/4': {**LONG, **CHANGES['post rate x 1/4']},
 }
 
 

@@ -41,9 +41,8 @@ def outcomes(root):
             for number in range(len(RATES)):
                 path = folder(root, setting, seed, number) / 'done' / 'outcome.json'
                 if path.exists():
-                    found.setdefault((setting, seed), {})[number] = json.loads(path.read_text(encoding='utf-8'))[
-                        'trains'
-                    ]
+                    outcome = json.loads(path.read_text(encoding='utf-8'))
+                    found.setdefault((setting, seed), {})[number] = outcome['trains']
     return found
 
 
@@ -58,9 +57,7 @@ def train(root, setting: Setting, seed, number):
         command = [sys.executable, '-m', 'mixln_jax.main', '--config', 'configs/quickstart.py', *words]
         code = subprocess.run([*command, '--workdir', place / 'run'], stdout=output, stderr=output).returncode
     if code not in (0, 6):  # 6: it is not finite
-        sys.exit(
-            f'{place}: exit code {code}: {(place / "output.txt").read_text(encoding="utf-8", errors="replace")[-300:]}'
-        )
+        sys.exit(f'{place}: exit code {code}; output.txt there has all that it printed')
     made = place / 'made'
     made.mkdir()
     for name in ('metrics.jsonl', 'config.json'):

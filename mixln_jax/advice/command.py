@@ -1,7 +1,6 @@
 """Gives advice: makes the runs of a plan, prints the verdicts and what was not tried, and writes advice.json."""
 
 import dataclasses
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from mixln_jax.advice import judgement, losses, trials
 from mixln_jax.advice.judgement import Verdict
 from mixln_jax.advice.runner import Runner
 from mixln_jax.advice.trials import Plan, Setting, Trial
-from mixln_jax.system import console, outputs, signals
+from mixln_jax.system import console, files, outputs, signals
 from mixln_jax.system.errors import UsageError
 
 FILE, METRICS = 'advice.json', 'metrics.jsonl'
@@ -47,8 +46,8 @@ class Findings:
 def judge_file(path: str, entropy: float | None, warmup: int | None) -> None:
     """Prints the verdict on a file of losses or a work directory. Raises DataError and UsageError for what cannot be
     judged."""
-    run = pathlib.Path(path).parent if os.path.basename(path) == METRICS else pathlib.Path(path)
-    planned = None
+    given, planned = files.local(path, '--losses'), None
+    run = given.parent if given.name == METRICS else given
     if (run / METRICS).is_file() and (run / 'config.json').is_file():
         path, config = f'{run / METRICS}', configs.read(run / 'config.json')
         planned = config.num_steps

@@ -144,10 +144,9 @@ def _too_little(line: Mapping[str, Any], warmup: int | None) -> tuple[str, ...]:
     if warmup is None:
         reasons.append('the length of the warm-up is not known (--warmup N)')
     elif step < enough_steps(warmup):
-        after = f'{step - warmup:,} steps after' if step > warmup else f'{warmup - step:,} steps before'
-        after = 'at' if step == warmup else after
+        side = 'at' if step == warmup else f'{abs(step - warmup):,} steps {"after" if step > warmup else "before"}'
         reasons.append(
-            f'the losses end at step {step:,}, {after} the end of the warm-up: collapses come at the full rate, from '
+            f'the losses end at step {step:,}, {side} the end of the warm-up: collapses come at the full rate, from '
             f'healthy losses; needed are {enough_steps(warmup):,} steps'
         )
     if distance is None:

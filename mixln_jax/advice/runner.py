@@ -30,10 +30,6 @@ class Runner:
         self._workdir, self._recipe, self._overrides = workdir, recipe, list(overrides)
         self._planned, self._stop = planned, stop
 
-    def known(self, trial: Trial) -> bool:
-        """Returns whether a trial has ended, in an earlier call."""
-        return self._ending(trial).exists()
-
     def run(self, trial: Trial) -> tuple[Verdict, list[dict[str, Any]]]:
         """Returns the verdict on a trial and its lines. Goes on where an earlier call was interrupted.
 
@@ -41,7 +37,7 @@ class Runner:
             Stopped: a signal has arrived; the run is saved.
             Exit: the run ended with an error other than a collapse, with its code and its line.
         """
-        if not self.known(trial):
+        if not self._ending(trial).exists():  # no earlier call has ended it
             code, line = self._train(trial)
             outputs.write_json(self._ending(trial), {'code': code, 'line': line, 'overrides': self._words(trial)})
         ending = files.read_json(self._ending(trial), CheckpointError)

@@ -102,7 +102,7 @@ class Signs:
     def _growth(self, ratio: float) -> float | None:
         if not self._first_is_post:  # that of Pre-LN networks is large, and changes much
             return None
-        return stability.growth(ratio, [line.get('stability/grad_ratio') for line in self._lines])
+        return stability.growth(ratio, [line.get('stability/grad_ratio') for line in self._lines[-stability.WINDOW :]])
 
     def _distance(self) -> float | None:
         entropy = self._entropy()
