@@ -1,4 +1,4 @@
-"""The experiment on collapses: its bisection, what it records of a run, and the page, which shows what it found."""
+"""The experiment on collapses: its search, what it records of a run, and the page, which shows what it found."""
 
 import pytest
 
@@ -32,6 +32,10 @@ def test_bisection_finds_the_border(edge):
     assert len(set(tried)) == len(tried)
 
 
+def test_a_gap_that_a_finer_grid_leaves_is_bisected():
+    assert studies.next_rate({(SETTING, 0): {3: True, 9: False}}, SETTING, 0) == 6
+
+
 def test_names_and_keys_of_settings():
     names = [setting.name for setting in studies.settings()]
     assert len(set(names)) == len(names)
@@ -52,6 +56,7 @@ def test_when_a_network_has_collapsed():
     assert results.collapse([line(10, 0.0), line(20, 0.1), line(30, 0.04), line(40, 0.0)], healthy) == 30
     assert results.collapse([line(10, 0.0), line(20, 0.0), line(30, 0.0), line(40, 0.08)], healthy) is None
     assert results.collapse([line(10, 0.2), line(20, 0.1)], healthy) is None
+    assert results.collapse([line(10, 0.02), line(20, 0.02)], [line(10, 0.04), line(20, 0.04)]) is None  # no worse
     assert results.collapse([line(30, 0.06), line(40, 0.06)], [line(step, 0.2) for step in (30, 40)]) is None
 
 

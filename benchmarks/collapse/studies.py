@@ -99,9 +99,10 @@ def border(outcomes: Mapping[int, bool]) -> tuple[int | None, int | None]:
 
 
 def next_rate(outcomes: Outcomes, setting: Setting, seed: int) -> int | None:
-    """Returns the number of the rate to try next, by bisection; None: the border is known, or beyond all rates.
+    """Returns the number of the rate to try next; None: the border is known, or beyond all rates.
 
-    The first one is that where the same setting has its border with another seed, else where a similar one has it.
+    The first one is that where the same setting has its border with another seed, else where a similar one has it; from
+    there it goes up or down. A gap, as a finer grid of rates leaves, is bisected.
     """
     known = outcomes.get((setting, seed), {})
     low, high = border(known)

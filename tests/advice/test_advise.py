@@ -112,6 +112,8 @@ def test_a_rate_has_to_train_with_all_seeds(recipe, trained, tmp_path, capsys):
     assert "at the recipe's own rate, 0.001: collapsed" in out
     runs = json.loads((tmp_path / 'a/advice.json').read_text())['settings'][0]['runs']
     assert [run['seed'] for run in runs] == [0, 1, 0, 1, 2, 0, 1, 2]
+    words_of = json.loads((tmp_path / 'a/post1-rate-warmup40-0.0015-240-seed1.json').read_text())['overrides']
+    assert {'--config.seed=1', '--config.data.seed=1'} <= {*words_of}
     assert advise.main([*words, '--rates', '0.0008', '--steps', '600', '--workdir', str(tmp_path / 'b')]) == 0
     out = capsys.readouterr().out
     assert 'no rate trained' in out and 'not tried: rate 0.0008, seed 1 (--steps 600)' in out
